@@ -1,1 +1,39 @@
+//! x86_64 paging structures, as memory that hardware reads behind our back.
+//!
+//! ```text
+//! CR3 ──► P4D table ──► PUD table ──► PMD table ──► PTE table ──► 4 KiB frame      (four levels)
+//!            │              └► 1 GiB leaf └► 2 MiB leaf
+//!            └ one entry = 512 GiB
+//! ```
+//!
+//! This crate changes entries, takes locks and decides which tables may go. It knows nothing of TLBs: clearing an
+//! entry here does **not** make a translation unusable, and unhooking a table does **not** make its page free. Those
+//! two steps belong to `mmu-tlb`, and `mmu-gather` puts the three in order.
+//!
+//! Rules (each has a test that bears its sentence as its name):
+//!
+//! - **P1** An entry is only read or written atomically; hardware may set A/D bits at any time.
+//! - **P2** A table page reachable from a root is never freed or reused; it is first unhooked under the lock of its
+//!   parent entry.
+//! - **P3** Table lifetime is decided by VMAs (floor/ceiling), or by "all 512 entries none under both locks", never
+//!   by guess.
 #![no_std]
+#![deny(unsafe_code)]
+
+mod entry;
+mod free_range;
+mod level;
+mod map;
+mod range;
+mod space;
+mod table;
+mod walk;
+
+pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent};
+pub use free_range::{Bounds, FreedTable};
+pub use level::{Level, PagingMode};
+pub use map::MapError;
+pub use range::{RangeError, VirtRange};
+pub use space::AddressSpace;
+pub use table::{LockedTable, Table, TableLock, TableMemory, TableView};
+pub use walk::Mapping;

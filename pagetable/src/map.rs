@@ -1,0 +1,155 @@
+//! Putting entries in: linking tables and installing leaves.
+
+use core::fmt;
+
+use x86_64::structures::paging::PhysFrame;
+
+use crate::entry::EntryValue;
+use crate::level::Level;
+use crate::range::VirtRange;
+use crate::space::AddressSpace;
+use crate::table::{TableMemory, TableView};
+
+/// Why an entry could not be installed. Nothing was changed but, perhaps, empty tables linked on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MapError {
+    /// No memory for a table on the path to this address.
+    NoTable(u64),
+    /// Something else is already there, at this level.
+    Occupied(u64, Level, EntryValue),
+    /// The address lies outside the user half of this address space.
+    NotUserSpace(u64),
+}
+
+impl fmt::Display for MapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::NoTable(address) => write!(f, "no memory for a page table on the path to {address:#x}"),
+            Self::Occupied(address, level, value) => {
+                write!(f, "{address:#x} is already mapped at level {level:?} by {:#x}", value.bits())
+            }
+            Self::NotUserSpace(address) => write!(f, "{address:#x} lies outside user space"),
+        }
+    }
+}
+
+impl core::error::Error for MapError {}
+
+#[expect(unsafe_code, reason = "walking follows links between tables")]
+impl AddressSpace {
+    /// The table of `level` on the path to `address`, linked together with those above it if missing.
+    ///
+    /// Each new table is linked under the lock of its parent entry; if two CPUs come at once, one table is used and
+    /// the loser's goes straight back, never having been reachable.
+    ///
+    /// # Context
+    /// No table lock is held. Sleeps if `allocate_table` does.
+    ///
+    /// # Errors
+    /// [`MapError::NoTable`] when memory is short; [`MapError::Occupied`] when a leaf or a non-present meaning stands
+    /// where a table is needed; [`MapError::NotUserSpace`].
+    ///
+    /// # Safety
+    /// As for [`AddressSpace::root_table`].
+    pub unsafe fn ensure_table<'m, M: TableMemory>(
+        &self,
+        memory: &'m M,
+        address: u64,
+        level: Level,
+    ) -> Result<TableView<'m>, MapError> {
+        if address >= self.mode().user_end() {
+            return Err(MapError::NotUserSpace(address));
+        }
+        // SAFETY: passed on to our caller.
+        let mut view = unsafe { self.root_table(memory) };
+        while view.level() > level {
+            // SAFETY: passed on to our caller.
+            if let Some(child) = unsafe { view.child(memory, address) } {
+                view = child;
+                continue;
+            }
+            let new = memory.allocate_table().ok_or(MapError::NoTable(address))?;
+            let locked = view.lock(memory);
+            let found = locked.entry(address).load();
+            if found.is_none() {
+                locked.entry(address).store(EntryValue::table(new));
+                if let Some(below) = view.level().below() {
+                    self.count_linked(below);
+                }
+                continue;
+            }
+            drop(locked);
+            memory.free_tables(&[new]);
+            if found.as_table(view.level()).is_none() {
+                return Err(MapError::Occupied(address, view.level(), found));
+            }
+        }
+        Ok(view)
+    }
+
+    /// Installs `value` as the entry of a `level` table that covers `address`.
+    ///
+    /// No flush is needed: nothing was cached from an entry that was not present (SDM 4.10.2.3), provided the last
+    /// change from present to not present at this address was invalidated (SDM 4.10.4.3).
+    ///
+    /// # Context
+    /// As for [`AddressSpace::ensure_table`].
+    ///
+    /// # Errors
+    /// As for [`AddressSpace::ensure_table`]; also [`MapError::Occupied`] if the entry is not none.
+    ///
+    /// # Safety
+    /// - as for [`AddressSpace::root_table`];
+    /// - whoever runs with this address space may use the page the way the flags allow, until the entry has been
+    ///   cleared and every CPU has flushed.
+    pub unsafe fn map<M: TableMemory>(
+        &self,
+        memory: &M,
+        address: u64,
+        level: Level,
+        value: EntryValue,
+    ) -> Result<(), MapError> {
+        // SAFETY: passed on to our caller.
+        let view = unsafe { self.ensure_table(memory, address, level) }?;
+        let locked = view.lock(memory);
+        let entry = locked.entry(address);
+        let found = entry.load();
+        if !found.is_none() {
+            return Err(MapError::Occupied(VirtRange::of_entry(level, address).start(), level, found));
+        }
+        entry.store(value);
+        Ok(())
+    }
+
+    /// Links `table`, already filled in, in place of the non-present `expected` at `address`.
+    ///
+    /// This is the last step of splitting a large leaf: the leaf was replaced by a migration entry and flushed, so no
+    /// CPU holds the old size any more (SDM 4.10.4.2 wants exactly that order).
+    ///
+    /// # Errors
+    /// The entry found, if it was not `expected`; `table` is then still the caller's.
+    ///
+    /// # Safety
+    /// - as for [`AddressSpace::root_table`];
+    /// - `table` is a table of the level below `view`'s that nobody else knows, from the same memory.
+    pub unsafe fn link_table<M: TableMemory>(
+        &self,
+        memory: &M,
+        view: TableView<'_>,
+        address: u64,
+        expected: EntryValue,
+        table: PhysFrame,
+    ) -> Result<(), EntryValue> {
+        let locked = view.lock(memory);
+        let found = locked.entry(address).load();
+        if found != expected || found.is_present() {
+            return Err(found);
+        }
+        locked.entry(address).store(EntryValue::table(table));
+        if let Some(below) = view.level().below() {
+            self.count_linked(below);
+        }
+        Ok(())
+    }
+}

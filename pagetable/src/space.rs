@@ -1,0 +1,101 @@
+//! An address space as paging structures: a root and the number of tables below it.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use x86_64::structures::paging::PhysFrame;
+
+use crate::level::{Level, PagingMode};
+use crate::range::VirtRange;
+use crate::table::{TableMemory, TableView};
+
+/// A root table and the count of the tables linked below it.
+///
+/// Holds no lock of its own: every table has one (Linux: split page-table locks), and the embedder's map lock (Linux:
+/// mmap_lock) decides who may walk while tables are freed.
+#[derive(Debug)]
+pub struct AddressSpace {
+    root: PhysFrame,
+    mode: PagingMode,
+    /// Tables linked, by level of the table: PTE, PMD, PUD, P4D. Linux: nr_ptes, nr_pmds, nr_puds in one counter.
+    linked: [AtomicU64; 4],
+}
+
+impl AddressSpace {
+    /// An address space whose root table is the zeroed frame `root`, or one whose upper half is already filled in.
+    ///
+    /// # Safety
+    /// - `root` holds a table of the mode's root level, whose lower half is empty, in the memory that every later call
+    ///   is given;
+    /// - the frame stays a table until the address space is dropped and every CPU has left it.
+    #[must_use]
+    #[expect(unsafe_code, reason = "a frame number is taken on trust")]
+    pub const unsafe fn new(root: PhysFrame, mode: PagingMode) -> Self {
+        Self { root, mode, linked: [const { AtomicU64::new(0) }; 4] }
+    }
+
+    /// The frame of the root table: what CR3 points to.
+    #[must_use]
+    pub const fn root(&self) -> PhysFrame {
+        self.root
+    }
+
+    /// How many levels there are.
+    #[must_use]
+    pub const fn mode(&self) -> PagingMode {
+        self.mode
+    }
+
+    /// All addresses a program may use, page zero included.
+    ///
+    /// # Panics
+    /// Never: the range is not empty in either mode.
+    #[must_use]
+    pub const fn user_range(&self) -> VirtRange {
+        match VirtRange::new(0, self.mode.user_end()) {
+            Ok(range) => range,
+            Err(_) => panic!("user space is not empty"),
+        }
+    }
+
+    /// Tables of `level` linked now, the root not counted. Linux: mm_pgtables_bytes.
+    #[doc(alias = "mm_pgtables_bytes")]
+    #[must_use]
+    pub fn nr_tables(&self, level: Level) -> u64 {
+        self.counter(level).map_or(0, |counter| counter.load(Ordering::Relaxed))
+    }
+
+    /// The root table.
+    ///
+    /// # Safety
+    /// The caller keeps every table it reaches from here alive while it uses the view: it holds the embedder's map
+    /// lock, for reading at least, and stays inside areas that are mapped; or it is the one who frees them.
+    #[must_use]
+    #[inline]
+    #[expect(unsafe_code, reason = "hands out a view of the root")]
+    pub unsafe fn root_table<'m, M: TableMemory>(&self, memory: &'m M) -> TableView<'m> {
+        // SAFETY: `new`'s caller promised that the root is a table of this level; the lifetime is our caller's promise.
+        unsafe { TableView::new(memory, self.root, self.mode.root_level()) }
+    }
+
+    pub(crate) fn count_linked(&self, level: Level) {
+        if let Some(counter) = self.counter(level) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn count_unlinked(&self, level: Level) {
+        if let Some(counter) = self.counter(level) {
+            counter.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    fn counter(&self, level: Level) -> Option<&AtomicU64> {
+        match level {
+            Level::Pte => Some(&self.linked[0]),
+            Level::Pmd => Some(&self.linked[1]),
+            Level::Pud => Some(&self.linked[2]),
+            Level::P4d => Some(&self.linked[3]),
+            Level::Pgd => None,
+        }
+    }
+}

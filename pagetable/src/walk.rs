@@ -1,0 +1,69 @@
+//! Going down from the root to one address.
+
+use x86_64::PhysAddr;
+
+use crate::entry::{Decoded, EntryValue};
+use crate::level::Level;
+use crate::space::AddressSpace;
+use crate::table::{TableMemory, TableView};
+
+/// The lowest entry on the path to an address, as it was when read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Level of the table that holds the entry.
+    pub level: Level,
+    /// What it held. Not a link to a table, unless that table was linked while we looked.
+    pub value: EntryValue,
+}
+
+impl Mapping {
+    /// Physical address that `address` translates to, if the entry maps a page.
+    #[must_use]
+    pub fn translate(&self, address: u64) -> Option<PhysAddr> {
+        match self.value.decode(self.level) {
+            Decoded::Leaf(page) => Some(page + (address & (self.level.entry_span() - 1))),
+            _ => None,
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "walking follows links between tables")]
+impl AddressSpace {
+    /// The lowest entry on the path to `address`: a leaf, a non-present meaning, or none at some level.
+    ///
+    /// # Safety
+    /// As for [`AddressSpace::root_table`].
+    #[must_use]
+    pub unsafe fn lookup<M: TableMemory>(&self, memory: &M, address: u64) -> Mapping {
+        // SAFETY: passed on to our caller.
+        let mut view = unsafe { self.root_table(memory) };
+        loop {
+            let value = view.load(address);
+            let (Some(frame), Some(below)) = (value.as_table(view.level()), view.level().below()) else {
+                return Mapping { level: view.level(), value };
+            };
+            // SAFETY: P2: a link in a live table leads to a live table of the level below; our caller keeps it alive.
+            view = unsafe { TableView::new(memory, frame, below) };
+        }
+    }
+
+    /// The table of `level` on the path to `address`; `None` if the path ends above it.
+    ///
+    /// # Safety
+    /// As for [`AddressSpace::root_table`].
+    #[must_use]
+    pub unsafe fn find_table<'m, M: TableMemory>(
+        &self,
+        memory: &'m M,
+        address: u64,
+        level: Level,
+    ) -> Option<TableView<'m>> {
+        // SAFETY: passed on to our caller.
+        let mut view = unsafe { self.root_table(memory) };
+        while view.level() > level {
+            // SAFETY: passed on to our caller.
+            view = unsafe { view.child(memory, address) }?;
+        }
+        Some(view)
+    }
+}
