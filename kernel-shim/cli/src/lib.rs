@@ -1,1 +1,6 @@
-//! .
+//! The parts of the command `teardown`: snapshots of real address spaces, recorded system calls, and what is done with them.
+
+#![deny(unsafe_code)]
+
+pub mod layout;
+mod layout_text;
