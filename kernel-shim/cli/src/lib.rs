@@ -2,5 +2,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod capture;
 pub mod layout;
 mod layout_text;
+mod pagemap;

@@ -1,0 +1,282 @@
+//! Takes a [`Layout`] from a live Linux process.
+//!
+//! `/proc/PID/smaps` says which areas there are, [`crate::pagemap`] what their pages hold. The process is not stopped: its
+//! list of areas is read before and after, and the whole is repeated when the two differ. Pages that come or go
+//! meanwhile are missed or kept, one by one; stop the process first where that matters.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, MemoryMaps, Process, VmFlags};
+use procfs::{KernelVersion, ProcError};
+
+use crate::layout::{HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageState, Prot, Sharing, USER_END, VmaKind};
+use crate::pagemap::{self, Area};
+
+/// How often a process that keeps changing its areas is tried.
+const TRIES: u32 = 8;
+
+/// Why no layout could be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// Nothing runs under this number.
+    #[error("there is no process {pid}")]
+    NoProcess {
+        /// The process.
+        pid: i32,
+    },
+    /// The caller may not look into the process.
+    #[error("process {pid} may not be read: expected its owner or root")]
+    NotAllowed {
+        /// The process.
+        pid: i32,
+    },
+    /// The process has no user half: a kernel thread, or it ended.
+    #[error(
+        "process {pid} has no memory: expected a running user process, found a kernel thread or one that ended"
+    )]
+    NoMemory {
+        /// The process.
+        pid: i32,
+    },
+    /// Its areas changed during each try.
+    #[error(
+        "process {pid} changed its mappings during each of {TRIES} tries: stop it first, with kill -STOP {pid}"
+    )]
+    Unsteady {
+        /// The process.
+        pid: i32,
+    },
+    /// The kernel answered with something else.
+    #[error("process {pid} cannot be read: {problem}")]
+    Unreadable {
+        /// The process.
+        pid: i32,
+        /// What the kernel said.
+        problem: String,
+    },
+}
+
+/// Takes a snapshot of process `pid`.
+///
+/// Its name and command are the kernel's; directories of mapped files are left out, those in the command are not.
+///
+/// # Errors
+///
+/// [`CaptureError`], which names the process.
+pub fn capture(pid: i32) -> Result<Layout, CaptureError> {
+    let fail = |error| from_proc(pid, error);
+    let process = Process::new(pid).map_err(fail)?;
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(|error| from_io(pid, &error))?;
+    for _ in 0..TRIES {
+        let status = process.status().map_err(fail)?;
+        let areas = user_areas(process.smaps().map_err(fail)?);
+        if areas.is_empty() {
+            return Err(CaptureError::NoMemory { pid });
+        }
+        let vmas = areas.iter().map(|area| vma(&pagemap, area)).collect::<io::Result<Vec<_>>>();
+        let areas_after = user_areas(process.maps().map_err(fail)?);
+        if !same(&areas, &areas_after) {
+            continue;
+        }
+        let layout = Layout {
+            name: status.name,
+            command: process.cmdline().map_err(fail)?.join(" "),
+            kernel: kernel(),
+            nr_threads: status.threads,
+            nr_tables: status.vmpte.unwrap_or(0) * 1024 / PAGE_BYTES,
+            vmas: vmas.map_err(|error| from_io(pid, &error))?,
+        };
+        return match layout.check() {
+            Ok(()) => Ok(layout),
+            Err(error) => Err(CaptureError::Unreadable { pid, problem: error.to_string() }),
+        };
+    }
+    Err(CaptureError::Unsteady { pid })
+}
+
+/// The areas of the user half: without `[vsyscall]`.
+fn user_areas(maps: MemoryMaps) -> Vec<MemoryMap> {
+    maps.into_iter().filter(|map| map.address.1 <= USER_END).collect()
+}
+
+fn same(before: &[MemoryMap], after: &[MemoryMap]) -> bool {
+    let key = |map: &MemoryMap| (map.address, map.perms, map.offset, map.dev, map.inode);
+    before.iter().map(key).eq(after.iter().map(key))
+}
+
+fn vma(pagemap: &File, map: &MemoryMap) -> io::Result<LayoutVma> {
+    let (start, end) = map.address;
+    let pages = |fields: &[&str]| {
+        let bytes = fields.iter().map(|field| map.extension.map.get(*field)).sum::<Option<u64>>()?;
+        Some(bytes / PAGE_BYTES)
+    };
+    let nr_swapped = pages(&["Swap"]).unwrap_or(0);
+    let huge = ["AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"];
+    let area = Area {
+        start,
+        end,
+        nr_huge_leaves: huge.iter().filter_map(|field| pages(&[field])).sum::<u64>() / HUGE_PAGES,
+        nr_used: pages(&["Rss"]).unwrap_or(0) + nr_swapped,
+    };
+    let kind = kind(map);
+    let mut runs = pagemap::runs(pagemap, area)?;
+    // Markers, such as those of MADV_GUARD_INSTALL, look like swap. They name no place to give back.
+    runs.retain(|run| run.state != PageState::Swap || nr_swapped > 0);
+    if matches!(kind, VmaKind::Pfn(_)) {
+        runs.iter_mut().for_each(|run| run.state = PageState::Pfn);
+    }
+    Ok(LayoutVma {
+        start,
+        end,
+        prot: Prot {
+            read: map.perms.contains(MMPermissions::READ),
+            write: map.perms.contains(MMPermissions::WRITE),
+            exec: map.perms.contains(MMPermissions::EXECUTE),
+        },
+        sharing: if map.perms.contains(MMPermissions::SHARED) { Sharing::Shared } else { Sharing::Private },
+        kind,
+        nr_dirty: pages(&["Private_Dirty", "Shared_Dirty"]),
+        nr_referenced: pages(&["Referenced"]),
+        runs,
+    })
+}
+
+/// What backs the area.
+fn kind(map: &MemoryMap) -> VmaKind {
+    let flags = map.extension.vm_flags;
+    let name = match &map.pathname {
+        MMapPath::Path(path) => file_name(path),
+        MMapPath::Heap => return VmaKind::Heap,
+        MMapPath::Stack => return VmaKind::Stack,
+        MMapPath::Vdso => return VmaKind::Pfn("vdso".to_owned()),
+        MMapPath::Vvar => return VmaKind::Pfn("vvar".to_owned()),
+        MMapPath::Vsys(_) => "SYSV".to_owned(),
+        MMapPath::Other(name) => name.clone(),
+        MMapPath::TStack(_) | MMapPath::Vsyscall | MMapPath::Rollup | MMapPath::Anonymous => String::new(),
+    };
+    if flags.intersects(VmFlags::PF | VmFlags::IO) {
+        VmaKind::Pfn(name)
+    } else if flags.contains(VmFlags::HT) {
+        VmaKind::HugeTlb(name)
+    } else {
+        match &map.pathname {
+            MMapPath::Vsys(_) => VmaKind::Shared(name),
+            MMapPath::Path(path) if is_shared_memory(path) => VmaKind::Shared(name),
+            MMapPath::Path(_) => VmaKind::File(name),
+            _ if map.perms.contains(MMPermissions::SHARED) => VmaKind::Shared(name),
+            _ => VmaKind::Anon,
+        }
+    }
+}
+
+/// Whether the kernel keeps the file in memory only.
+fn is_shared_memory(path: &Path) -> bool {
+    path.starts_with("/dev/shm")
+        || path.starts_with("/dev/zero")
+        || path.to_string_lossy().starts_with("/memfd:")
+}
+
+/// The last part of the path: directories would tell about the machine, and nobody needs them.
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned()
+}
+
+/// The version without what distributions append.
+fn kernel() -> String {
+    KernelVersion::current().map_or_else(
+        |_| "Linux".to_owned(),
+        |version| format!("Linux {}.{}.{}", version.major, version.minor, version.patch),
+    )
+}
+
+fn from_proc(pid: i32, error: ProcError) -> CaptureError {
+    match error {
+        ProcError::NotFound(_) => CaptureError::NoProcess { pid },
+        ProcError::PermissionDenied(_) => CaptureError::NotAllowed { pid },
+        ProcError::Io(error, _) => from_io(pid, &error),
+        other => CaptureError::Unreadable { pid, problem: other.to_string() },
+    }
+}
+
+fn from_io(pid: i32, error: &io::Error) -> CaptureError {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => CaptureError::NoProcess { pid },
+        Some(libc::ESRCH) => CaptureError::NoMemory { pid },
+        Some(libc::EACCES | libc::EPERM) => CaptureError::NotAllowed { pid },
+        _ => CaptureError::Unreadable { pid, problem: error.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    /// A process of ours that waits for input: nothing in it changes.
+    struct Waiting(Child);
+
+    impl Waiting {
+        fn start() -> Self {
+            let child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
+            Self(child.expect("every Linux has cat"))
+        }
+
+        fn capture(&self) -> Layout {
+            capture(i32::try_from(self.0.id()).expect("process ids fit")).expect("a child may be read")
+        }
+    }
+
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            // Already gone is as good; a zombie is all a failed wait leaves.
+            let _killed = self.0.kill();
+            let _waited = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_live_process_is_captured_and_reads_back() {
+        let waiting = Waiting::start();
+        // Between fork and exec the child still shows our own areas.
+        let layout = core::iter::repeat_with(|| waiting.capture())
+            .find(|layout| layout.name == "cat" && layout.vmas.iter().any(|vma| vma.kind == VmaKind::Stack))
+            .expect("the iterator never ends");
+        assert!(layout.nr_tables > 0 && layout.nr_threads == 1);
+        let totals = layout.totals();
+        assert!(totals.nr_anon > 0 && totals.nr_file > 0, "{totals:?}");
+        let text = layout.to_string();
+        assert_eq!(Layout::parse("cat", &text).expect("a captured layout parses"), layout);
+    }
+
+    #[test]
+    fn the_vsyscall_page_is_left_out() {
+        let own = i32::try_from(std::process::id()).expect("process ids fit");
+        let process = Process::new(own).expect("own process");
+        let areas = user_areas(process.maps().expect("own maps"));
+        assert!(areas.iter().all(|map| map.address.1 <= USER_END));
+    }
+
+    #[test]
+    fn a_process_that_does_not_exist_is_named() {
+        // Above every limit the kernel accepts for pid_max.
+        let error = capture(0x7fff_ffff).expect_err("no such process");
+        assert_eq!(error.to_string(), "there is no process 2147483647");
+    }
+
+    #[test]
+    fn a_kernel_thread_is_refused() {
+        // Process 2 starts all kernel threads; in a container it is something else, or nothing.
+        let is_kthreadd =
+            Process::new(2).and_then(|process| process.status()).is_ok_and(|s| s.name == "kthreadd");
+        if is_kthreadd {
+            assert!(matches!(
+                capture(2),
+                Err(CaptureError::NoMemory { .. } | CaptureError::NotAllowed { .. })
+            ));
+        }
+    }
+}
