@@ -1,0 +1,147 @@
+//! Broadcast invalidation: INVLPGB as one CPU receives it, TLBSYNC as its end.
+//!
+//! INVLPGB only starts: a receiving CPU may act at once or late. The machine posts the request to every CPU, the issuer too,
+//! and delivers what is left when the issuer executes TLBSYNC; in between a CPU may use what it should lose.
+
+use x86_64::instructions::tlb::Pcid;
+
+use crate::arch::{LinearAddress, PageSize};
+use crate::mmu::{GeneralProtection, Mmu};
+use crate::watch::{FrameWatch, Tag};
+
+/// The CPU that executed INVLPGB. Its TLBSYNC waits for its own requests only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Issuer(pub u32);
+
+/// One INVLPGB for ASID 0, the host.
+///
+/// # Source
+/// AMD64 APM vol. 3, INVLPGB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broadcast {
+    /// This PCID only (PCID valid), or every one.
+    pub pcid: Option<Pcid>,
+    /// These pages only (VA valid), or every address.
+    pub pages: Option<Pages>,
+    /// Whether global translations go too.
+    pub globals: Globals,
+    /// Whether paging-structure caches are touched.
+    pub uppers: Uppers,
+}
+
+/// Addresses named by one INVLPGB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pages {
+    /// The first.
+    pub first: LinearAddress,
+    /// How many more follow it (ECX[15:0]).
+    pub more: u16,
+    /// Bytes between them (ECX[31]): 4 KiB or 2 MiB.
+    pub stride: Stride,
+}
+
+/// Bytes from one address of an INVLPGB to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stride {
+    /// 4 KiB.
+    Small,
+    /// 2 MiB: of smaller pages in between, only those at each address are named.
+    Large,
+}
+
+/// Whether an INVLPGB includes global translations (rAX[3]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Globals {
+    /// They stay.
+    Kept,
+    /// They go.
+    Included,
+}
+
+/// What an INVLPGB does to paging-structure caches (rAX[4], "final translation only").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uppers {
+    /// Nothing: not enough where a table was freed.
+    Kept,
+    /// Drops those that lead to the addresses named. With EFER.TCE = 0 a CPU drops more; that is not counted on.
+    Dropped,
+}
+
+impl Mmu {
+    /// Checks the operands of an INVLPGB that this CPU executes; the machine then posts it to every CPU.
+    ///
+    /// # Errors
+    /// If it names more pages than [`Features::invlpgb_count_max`](crate::features::Features::invlpgb_count_max) after the first.
+    pub fn invlpgb(&self, request: Broadcast) -> Result<Broadcast, GeneralProtection> {
+        match request.pages {
+            Some(pages) if pages.more > self.features.invlpgb_count_max => Err(GeneralProtection),
+            _ => Ok(request),
+        }
+    }
+
+    /// Receives a request, without acting on it yet.
+    pub fn post_broadcast(&mut self, issuer: Issuer, request: Broadcast) {
+        self.broadcasts.push((issuer, request));
+    }
+
+    /// Requests received and not acted on, oldest first.
+    #[must_use]
+    pub fn pending_broadcasts(&self) -> &[(Issuer, Broadcast)] {
+        &self.broadcasts
+    }
+
+    /// Acts on the pending request at `place`, which may happen at any time before TLBSYNC, in any order.
+    ///
+    /// # Panics
+    /// If there is none at `place`.
+    pub fn deliver_broadcast<W: FrameWatch>(&mut self, place: usize, watch: &mut W) {
+        let (_, request) = self.broadcasts.remove(place);
+        self.obey(request, watch);
+    }
+
+    /// Acts on all that is pending from `issuer`, which executes TLBSYNC.
+    ///
+    /// # Source
+    /// AMD64 APM vol. 3, TLBSYNC.
+    pub fn complete_broadcasts<W: FrameWatch>(&mut self, issuer: Issuer, watch: &mut W) {
+        while let Some(place) = self.broadcasts.iter().position(|(from, _)| *from == issuer) {
+            self.deliver_broadcast(place, watch);
+        }
+    }
+
+    fn obey<W: FrameWatch>(&mut self, request: Broadcast, watch: &mut W) {
+        for space in self.spaces.iter_mut() {
+            let is_meant = match space.tag() {
+                Tag::Global => request.globals == Globals::Included,
+                Tag::Pcid(pcid) => request.pcid.is_none_or(|named| named == pcid),
+            };
+            if !is_meant {
+                continue;
+            }
+            match (request.pages, request.uppers) {
+                (None, Uppers::Kept) => space.drop_pages(watch),
+                (None, Uppers::Dropped) => space.drop_all(watch),
+                (Some(pages), uppers) => {
+                    for address in pages.addresses() {
+                        space.drop_page(address, watch);
+                        if uppers == Uppers::Dropped {
+                            space.drop_path(address, watch);
+                        }
+                    }
+                }
+            }
+        }
+        self.serialize();
+    }
+}
+
+impl Pages {
+    fn addresses(self) -> impl Iterator<Item = LinearAddress> {
+        let step = match self.stride {
+            Stride::Small => PageSize::Size4KiB.bytes(),
+            Stride::Large => PageSize::Size2MiB.bytes(),
+        };
+        (0..=u64::from(self.more))
+            .map(move |place| LinearAddress::new(self.first.as_u64().wrapping_add(place * step)))
+    }
+}

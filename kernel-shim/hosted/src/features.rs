@@ -1,0 +1,114 @@
+//! What differs between processors, and what one processor may choose: the switches of the software MMU.
+//!
+//! Each switch names the least that software is promised; a machine under test runs with several combinations.
+
+/// The behaviour of one virtual CPU's MMU. Every combination is one that a real processor could have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// What INVLPG does to paging-structure caches.
+    pub invlpg_uppers: InvlpgUppers,
+    /// Whether INVLPG reaches global entries while PCIDs are enabled.
+    pub invlpg_globals: InvlpgGlobals,
+    /// Whether a fault found through a cached entry is reported at once.
+    pub faults: Faults,
+    /// How a 2-MiB or 1-GiB page is cached.
+    pub large_pages: LargePages,
+    /// Which of several entries for one address is used.
+    pub coexisting: Coexisting,
+    /// Most TLB entries held, over all PCIDs and globals.
+    pub tlb_capacity: Capacity,
+    /// Most paging-structure-cache entries held, over all PCIDs and levels.
+    pub structure_capacity: Capacity,
+    /// Physical-address width in bits (MAXPHYADDR), 32 to 52; bits above are reserved in every entry.
+    pub physical_bits: u32,
+    /// Most pages one INVLPGB may name after the first (CPUID 8000_0008h EDX[15:0]).
+    pub invlpgb_count_max: u16,
+}
+
+impl Features {
+    /// An Intel-like CPU that keeps everything it may keep.
+    pub const INTEL: Self = Self {
+        invlpg_uppers: InvlpgUppers::All,
+        invlpg_globals: InvlpgGlobals::Dropped,
+        faults: Faults::FromCache,
+        large_pages: LargePages::Whole,
+        coexisting: Coexisting::SmallestFirst,
+        tlb_capacity: Capacity::Unlimited,
+        structure_capacity: Capacity::Unlimited,
+        physical_bits: 46,
+        invlpgb_count_max: 0,
+    };
+
+    /// An AMD-like CPU with EFER.TCE set and INVLPGB that keeps everything it may keep.
+    pub const AMD: Self = Self {
+        invlpg_uppers: InvlpgUppers::LeadingToAddress,
+        faults: Faults::AfterRewalk,
+        physical_bits: 48,
+        invlpgb_count_max: 7,
+        ..Self::INTEL
+    };
+}
+
+/// What INVLPG drops from the paging-structure caches of the current PCID.
+///
+/// # Source
+/// Intel SDM vol. 3A 4.10.4.1; AMD64 APM vol. 2 3.1.7 (EFER.TCE), 5.5.3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvlpgUppers {
+    /// All of them, whatever addresses they are for: Intel, and AMD with EFER.TCE = 0.
+    All,
+    /// Only those on the path to the operand: AMD with EFER.TCE = 1.
+    LeadingToAddress,
+}
+
+/// Whether INVLPG drops a global entry of its page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvlpgGlobals {
+    /// It does, as documented. Intel SDM vol. 3A 4.10.4.1.
+    Dropped,
+    /// It may not while CR4.PCIDE = 1: the erratum of Intel's Alder Lake and Raptor Lake, outside virtual machines.
+    MissedWithPcid,
+}
+
+/// When a page fault that a cached entry led to is reported.
+///
+/// Both drop what was cached for the address, so the fault never repeats without a cause in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faults {
+    /// At once: a stale entry may cause one spurious fault. Intel SDM vol. 3A 4.10.4.1, 4.10.4.3.
+    FromCache,
+    /// After a second walk from CR3 also faults: no spurious faults. AMD64 APM vol. 2 5.5.3.
+    AfterRewalk,
+}
+
+/// How a translation larger than 4 KiB is kept.
+///
+/// # Source
+/// Intel SDM vol. 3A 4.10.2.3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LargePages {
+    /// As one entry.
+    Whole,
+    /// As 4-KiB entries, made one at a time as addresses are used, all of which one INVLPG drops.
+    InPieces,
+}
+
+/// Which entry serves when several are cached for one address (page sizes mixed, or a global beside a non-global).
+///
+/// The architecture promises neither. Intel SDM vol. 3A 4.10.2.3, 4.10.4.2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coexisting {
+    /// The smallest page, then the current PCID before global.
+    SmallestFirst,
+    /// The largest page, then global before the current PCID.
+    LargestFirst,
+}
+
+/// How many entries one cache holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capacity {
+    /// No bound: nothing is ever displaced by something else.
+    Unlimited,
+    /// At most so many; 0 means that nothing is cached.
+    AtMost(usize),
+}
