@@ -1,1 +1,75 @@
+//! Who may still hold a translation, and how to make sure that nobody does.
+//!
+//! 1. The page table has been changed.
+//! 2. `tlb_gen` of its address space is raised: "whatever is older than this is stale".
+//! 3. Only then does the flusher look which CPUs must be told; CPUs it does not tell find out by comparing generations
+//!    before they next use the address space.
+//!
+//! Rules (each has a test that bears its sentence as its name):
+//!
+//! - **T1** Order is: change the page table, raise `tlb_gen`, then look who must be told. `tlb_gen` rises even if
+//!   nobody must.
+//! - **T2** A CPU slot `(ctx_id, gen)` means: nothing older than `gen` of that context is cached there. Flushing
+//!   without raising the slot is legal; raising it without flushing is not.
+//! - **T3** A ranged flush is enough only when it takes the slot from gen-1 to gen. Otherwise flush all.
+//! - **T4** A switch announces itself (SWITCHING), joins the cpumask, fences fully, reads `tlb_gen`, then loads CR3.
+//! - **T5** A lazy CPU may skip page flushes (it checks on wake-up), never the flush of freed tables.
+//! - **T6** A PCID names one context on one CPU until it is flushed; reuse flushes first.
+//!
+//! # Switch against flush
+//!
+//! ```text
+//!  flusher (CPU a)                              switcher (CPU b, interrupts off)
+//!  F1  change the page table                    S1  is_lazy = false
+//!  F2  tlb_gen += 1; fence(SeqCst)              S2  loaded_mm = SWITCHING
+//!  F3  read cpumask                             S3  cpumask |= b; fence(SeqCst)
+//!  F4  read loaded_mm[b]        (acquire)       S4  read tlb_gen, compare with the slot
+//!  F5  read is_lazy[b]                          S5  slot = (ctx_id, gen)
+//!  F6  send, wait for every answer              S6  write CR3 (flushing or keeping)
+//!  F7  free the frame or the table              S7  loaded_mm = next
+//! ```
+//!
+//! Store buffering on {`tlb_gen`, cpumask + `loaded_mm`}: with a full fence on both sides at least one of "S4 sees the
+//! new generation" and "F3, F4 see b" holds. S2 comes before S4, not merely before S6: otherwise F4 sees the old mm and
+//! sends nothing while S4 has already decided that nothing need be flushed (CVE-2025-37964). S1 comes before S2 in
+//! release order: whoever sees SWITCHING must not see a stale "lazy".
+//!
+//! # Lazy exit against flush
+//!
+//! ```text
+//!  flusher (CPU a)                              waking CPU b (the mm is still in CR3)
+//!  F1  change the page table                    L1  is_lazy = false
+//!  F2  tlb_gen += 1; fence(SeqCst)              L2  fence(SeqCst)
+//!  F5  read is_lazy[b]                          L3  read tlb_gen, compare with the slot
+//!  F6  send, wait                               L4  equal: keep the TLB; else flush it, raise the slot
+//! ```
+//!
+//! The same shape on {`tlb_gen`, `is_lazy`}: either b is told, or b sees the new generation. Entering lazy mode needs
+//! no fence: a request that races with it finds either an active CPU, which flushes, or a lazy one, which leaves.
+//!
+//! In Rust's memory model a SeqCst read-modify-write alone is not a full barrier, so both fences are written out; on
+//! x86 the one after a locked instruction costs an `mfence` that the hardware would not need.
 #![no_std]
+#![deny(unsafe_code)]
+
+mod cpu_state;
+mod cpuset;
+mod flush;
+mod generation;
+mod mmu;
+mod shootdown;
+mod switch;
+mod sync;
+mod unmap_batch;
+
+pub use cpu_state::{Asid, Concern, CpuTlb, Laziness, LoadedMm, NR_DYN_ASIDS, Slot};
+pub use cpuset::{CpuBits, CpuId, CpuSet};
+pub use flush::{
+    Action, FlushKind, FlushRequest, FreedTables, LoadedIs, PageSpan, Situation, Wanted, WhyNothing,
+    flush_tlb_func, plan,
+};
+pub use generation::{CtxId, CtxIds, DeferredFlushes, MmContext, TlbGen};
+pub use mmu::{CachedTranslations, Cpus, Flushed, OnlineCpus, PcidSupport, TlbEvent};
+pub use shootdown::{SINGLE_PAGE_FLUSH_CEILING, flush_tlb_batched_pending, flush_tlb_mm, flush_tlb_mm_range};
+pub use switch::{enter_lazy_tlb, init_cpu, leave_mm, switch_mm};
+pub use unmap_batch::UnmapBatch;

@@ -1,0 +1,324 @@
+//! What one CPU's TLB may hold, as far as software knows.
+#![expect(
+    unsafe_code,
+    reason = "a CPU remembers its address space by pointer; the pointer is followed here only"
+)]
+
+use core::fmt;
+use core::ptr;
+
+use x86_64::instructions::tlb::Pcid;
+
+use crate::cpuset::CpuBits;
+use crate::generation::{CtxId, MmContext, TlbGen};
+use crate::mmu::PcidSupport;
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering};
+
+/// How many address spaces one CPU keeps translations of when PCIDs are on. Linux: TLB_NR_DYN_ASIDS.
+///
+/// Six slots make the CPU-local part of [`CpuTlb`] two cache lines.
+#[doc(alias = "TLB_NR_DYN_ASIDS")]
+pub const NR_DYN_ASIDS: u16 = 6;
+
+/// Number of a slot on one CPU, `0..NR_DYN_ASIDS`; its PCID is one more, PCID 0 being the kernel's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asid(u16);
+
+impl Asid {
+    /// The slot number.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// The PCID that tags this slot's translations: 0 for all while PCIDs are off.
+    #[must_use]
+    pub const fn pcid(self, support: PcidSupport) -> Pcid {
+        match support {
+            PcidSupport::Off => KERNEL_PCID,
+            PcidSupport::On => SLOT_PCIDS[self.0 as usize],
+        }
+    }
+}
+
+/// The tag of the kernel's own address space, and of everything while PCIDs are off.
+pub(crate) const KERNEL_PCID: Pcid = pcid(0);
+
+const SLOT_PCIDS: [Pcid; NR_DYN_ASIDS as usize] = [pcid(1), pcid(2), pcid(3), pcid(4), pcid(5), pcid(6)];
+
+const fn pcid(number: u16) -> Pcid {
+    match Pcid::new(number) {
+        Ok(pcid) => pcid,
+        Err(_) => panic!("a PCID has 12 bits"),
+    }
+}
+
+/// `(ctx_id, gen)`: nothing older than `gen` of that context is cached under this slot's PCID (rule T2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// The context whose translations are there; `None` if the slot was never used.
+    pub ctx_id: Option<CtxId>,
+    /// The generation they are at least as new as.
+    pub tlb_gen: TlbGen,
+}
+
+/// Whether a CPU merely borrows the address space in its CR3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Laziness {
+    /// User programs may run: flushes must arrive.
+    Active,
+    /// Kernel threads only: page flushes may wait until it wakes.
+    Lazy,
+}
+
+/// The address space in a CPU's CR3.
+///
+/// Compares by identity.
+pub enum LoadedMm<'a, B: CpuBits> {
+    /// The kernel's own: no user translations (Linux: init_mm).
+    Init,
+    /// Between two: CR3 may hold the old or the new one. Interrupts are off (Linux: LOADED_MM_SWITCHING).
+    Switching,
+    /// This one.
+    Mm(&'a MmContext<B>),
+}
+
+#[derive(Debug)]
+struct SlotCell {
+    ctx_id: AtomicU64,
+    tlb_gen: AtomicU64,
+}
+
+/// One CPU's state. Only the CPU itself writes it; others read `loaded_mm` and `is_lazy`.
+///
+/// The part the CPU alone uses is two cache lines; `is_lazy` has a line of its own, because flushing CPUs read it at
+/// every shootdown. Linux: cpu_tlbstate and cpu_tlbstate_shared.
+#[doc(alias = "cpu_tlbstate")]
+#[repr(C, align(64))]
+pub struct CpuTlb<B: CpuBits> {
+    /// Null is init_mm, `switching()` is between two.
+    loaded_mm: AtomicPtr<MmContext<B>>,
+    loaded_asid: AtomicU16,
+    next_asid: AtomicU16,
+    slots: [SlotCell; NR_DYN_ASIDS as usize],
+    shared: SharedLine,
+}
+
+#[derive(Debug)]
+#[repr(C, align(64))]
+struct SharedLine {
+    is_lazy: AtomicBool,
+}
+
+#[cfg(not(loom))]
+mod layout {
+    use super::{CpuTlb, SharedLine};
+    use crate::sync::AtomicU64;
+    use static_assertions::{assert_impl_all, assert_not_impl_any, const_assert, const_assert_eq};
+
+    const_assert_eq!(core::mem::offset_of!(CpuTlb<[AtomicU64; 1]>, shared), 128);
+    const_assert_eq!(size_of::<CpuTlb<[AtomicU64; 1]>>(), 192);
+    const_assert!(align_of::<SharedLine>() == 64);
+    assert_impl_all!(CpuTlb<[AtomicU64; 1]>: Send, Sync);
+    assert_not_impl_any!(CpuTlb<[AtomicU64; 1]>: Clone, Copy);
+}
+
+impl<B: CpuBits> CpuTlb<B> {
+    /// A CPU that runs on the kernel's own address space and holds no user translation.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            loaded_mm: AtomicPtr::new(ptr::null_mut()),
+            loaded_asid: AtomicU16::new(0),
+            next_asid: AtomicU16::new(0),
+            slots: core::array::from_fn(|_| SlotCell {
+                ctx_id: AtomicU64::new(0),
+                tlb_gen: AtomicU64::new(0),
+            }),
+            shared: SharedLine { is_lazy: AtomicBool::new(false) },
+        }
+    }
+
+    /// Whether the CPU has said that it merely borrows its address space.
+    #[must_use]
+    #[inline]
+    pub fn laziness(&self) -> Laziness {
+        if self.shared.is_lazy.load(Ordering::Relaxed) { Laziness::Lazy } else { Laziness::Active }
+    }
+
+    /// Whether this CPU has `mm` in CR3, by its own account; false while it switches.
+    #[must_use]
+    #[inline]
+    pub fn has_loaded(&self, mm: &MmContext<B>) -> bool {
+        // ORDERING: acquire, pairs with the release store in `set_loaded`: who sees SWITCHING or the new mm (S2, S7)
+        // also sees is_lazy = false (S1).
+        ptr::eq(self.loaded_mm.load(Ordering::Acquire), mm)
+    }
+
+    /// How this CPU stands to a flush of `mm`, or of whatever it has loaded (`None`), that frees no tables.
+    ///
+    /// Linux: should_flush_tlb.
+    #[doc(alias = "should_flush_tlb")]
+    #[must_use]
+    #[inline]
+    pub fn concern(&self, mm: Option<&MmContext<B>>) -> Concern {
+        // One read: between two, a switch could go from SWITCHING to `mm` and be taken for neither.
+        // ORDERING: acquire, pairs with the release store in `set_loaded`, and before the read of is_lazy; the switcher
+        // writes the two the other way round. Who sees SWITCHING or the new mm sees is_lazy = false, so a CPU on its way
+        // in is never taken for a lazy one.
+        let loaded = self.loaded_mm.load(Ordering::Acquire);
+        if self.laziness() == Laziness::Lazy {
+            return Concern::Lazy;
+        }
+        match mm {
+            Some(mm) if !ptr::eq(loaded, mm) && !ptr::eq(loaded, switching()) => Concern::Elsewhere,
+            _ => Concern::MustFlush,
+        }
+    }
+
+    /// The slot that the loaded address space uses.
+    #[must_use]
+    #[inline]
+    pub fn loaded_asid(&self) -> Asid {
+        Asid(self.loaded_asid.load(Ordering::Relaxed))
+    }
+
+    /// What slot `asid` promises.
+    #[must_use]
+    #[inline]
+    pub fn slot(&self, asid: Asid) -> Slot {
+        let cell = &self.slots[asid.index()];
+        Slot {
+            ctx_id: CtxId::from_raw(cell.ctx_id.load(Ordering::Relaxed)),
+            tlb_gen: TlbGen::new(cell.tlb_gen.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// Every slot, in order.
+    pub fn slots(&self) -> impl Iterator<Item = (Asid, Slot)> + '_ {
+        (0..NR_DYN_ASIDS).map(|number| (Asid(number), self.slot(Asid(number))))
+    }
+
+    /// The address space in CR3.
+    ///
+    /// # Safety
+    /// Called on this CPU with interrupts off, or while it cannot switch: [`switch_mm`](crate::switch_mm)'s caller
+    /// promised that a context lives while it is loaded, and says nothing about afterwards.
+    #[must_use]
+    pub unsafe fn loaded_mm(&self) -> LoadedMm<'_, B> {
+        let pointer = self.loaded_mm.load(Ordering::Relaxed);
+        if pointer.is_null() {
+            LoadedMm::Init
+        } else if ptr::eq(pointer, switching()) {
+            LoadedMm::Switching
+        } else {
+            // SAFETY: neither null nor the switching mark, so `set_loaded` stored it from a reference that, by the
+            // contract of `switch_mm`, lives until this CPU has loaded another; our caller keeps that from happening.
+            LoadedMm::Mm(unsafe { &*pointer })
+        }
+    }
+
+    /// Announces what CR3 holds, or that it is about to change. Only the CPU itself, interrupts off.
+    pub(crate) fn set_loaded(&self, loaded: &LoadedMm<'_, B>) {
+        let pointer = match loaded {
+            LoadedMm::Init => ptr::null_mut(),
+            LoadedMm::Switching => switching(),
+            LoadedMm::Mm(mm) => ptr::from_ref(*mm).cast_mut(),
+        };
+        // ORDERING: release, pairs with the acquire in `has_loaded` and `concern`; is_lazy was written before.
+        self.loaded_mm.store(pointer, Ordering::Release);
+    }
+
+    pub(crate) fn set_loaded_asid(&self, asid: Asid) {
+        self.loaded_asid.store(asid.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_laziness(&self, laziness: Laziness) {
+        self.shared.is_lazy.store(laziness == Laziness::Lazy, Ordering::Relaxed);
+    }
+
+    /// Raises a slot. The flush that makes it true comes with it (rule T2).
+    pub(crate) fn set_slot(&self, asid: Asid, ctx_id: CtxId, tlb_gen: TlbGen) {
+        let cell = &self.slots[asid.index()];
+        cell.ctx_id.store(ctx_id.get(), Ordering::Relaxed);
+        cell.tlb_gen.store(tlb_gen.get(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn forget_slots(&self) {
+        for cell in &self.slots {
+            cell.ctx_id.store(0, Ordering::Relaxed);
+            cell.tlb_gen.store(0, Ordering::Relaxed);
+        }
+        self.next_asid.store(0, Ordering::Relaxed);
+        self.set_loaded_asid(Asid(0));
+    }
+
+    /// Chooses the slot for `ctx_id`, and says whether it is already at `tlb_gen` or must be flushed (rule T6).
+    ///
+    /// A slot that holds the context is used again; otherwise the next one in turn is taken over.
+    /// Linux: choose_new_asid.
+    #[doc(alias = "choose_new_asid")]
+    pub(crate) fn choose_asid(&self, ctx_id: CtxId, tlb_gen: TlbGen, support: PcidSupport) -> (Asid, SlotIs) {
+        if support == PcidSupport::Off {
+            return (Asid(0), SlotIs::Stale);
+        }
+        for (asid, slot) in self.slots() {
+            if slot.ctx_id == Some(ctx_id) {
+                return (asid, if slot.tlb_gen < tlb_gen { SlotIs::Stale } else { SlotIs::Current });
+            }
+        }
+        let asid = Asid(self.next_asid.load(Ordering::Relaxed));
+        self.next_asid.store((asid.0 + 1) % NR_DYN_ASIDS, Ordering::Relaxed);
+        (asid, SlotIs::Stale)
+    }
+}
+
+/// Whether a slot may be used as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlotIs {
+    Current,
+    Stale,
+}
+
+/// How a CPU in the cpumask stands to a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Concern {
+    /// It uses the address space, or may be about to: it must be told.
+    MustFlush,
+    /// It is lazy: it looks at the generation when it wakes.
+    Lazy,
+    /// It has another address space loaded: it looks at the generation when it comes back.
+    Elsewhere,
+}
+
+/// The mark for "between two": an address no context can have.
+fn switching<B: CpuBits>() -> *mut MmContext<B> {
+    ptr::without_provenance_mut(1)
+}
+
+impl<B: CpuBits> Default for CpuTlb<B> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<B: CpuBits> fmt::Debug for CpuTlb<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CpuTlb")
+            .field("loaded_mm", &self.loaded_mm.load(Ordering::Relaxed))
+            .field("loaded_asid", &self.loaded_asid())
+            .field("laziness", &self.laziness())
+            .field("slots", &self.slots)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<B: CpuBits> fmt::Debug for LoadedMm<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Init => f.write_str("Init"),
+            Self::Switching => f.write_str("Switching"),
+            Self::Mm(mm) => write!(f, "Mm({})", mm.ctx_id().get()),
+        }
+    }
+}

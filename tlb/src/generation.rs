@@ -1,0 +1,221 @@
+//! The names of flushes: which context, and how far it has come.
+
+use core::num::NonZeroU64;
+
+use x86_64::structures::paging::PhysFrame;
+
+use crate::cpuset::{CpuBits, CpuSet};
+use crate::mmu::Flushed;
+use crate::sync::{AtomicU64, Ordering, fence};
+
+/// Unique name of one address space, never zero and never used again.
+///
+/// Linux: mm_context_t::ctx_id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CtxId(NonZeroU64);
+
+impl CtxId {
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0.get()
+    }
+
+    pub(crate) const fn from_raw(raw: u64) -> Option<Self> {
+        match NonZeroU64::new(raw) {
+            Some(id) => Some(Self(id)),
+            None => None,
+        }
+    }
+}
+
+/// Hands out [`CtxId`]s. An embedder keeps exactly one for all address spaces whose CPUs it shares.
+///
+/// Starts at 2: 1 is the kernel's own address space (Linux: init_mm).
+#[derive(Debug)]
+pub struct CtxIds(AtomicU64);
+
+impl CtxIds {
+    /// A fresh source of names.
+    #[cfg(not(loom))]
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(AtomicU64::new(1))
+    }
+
+    /// A fresh source of names.
+    #[cfg(loom)]
+    #[must_use]
+    pub fn new() -> Self {
+        Self(AtomicU64::new(1))
+    }
+
+    /// A name that was never given out before. At a billion a second the numbers last 584 years.
+    ///
+    /// # Panics
+    /// When they are used up.
+    pub fn allocate(&self) -> CtxId {
+        let last = self.0.fetch_add(1, Ordering::Relaxed);
+        CtxId::from_raw(last.wrapping_add(1)).expect("fewer than 2^64 address spaces are ever made")
+    }
+}
+
+impl Default for CtxIds {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How many flushes have been asked of one address space.
+///
+/// `(ctx_id, tlb_gen)` names a flush: whoever is at that generation has forgotten all that was changed before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TlbGen(u64);
+
+impl TlbGen {
+    /// The generation of an address space in which nothing was ever flushed.
+    pub const START: Self = Self(0);
+
+    /// Generation number `number`.
+    #[must_use]
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The generation after this one.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+/// What this crate keeps of one address space. An embedder puts it in its mm structure and does not move it while a CPU
+/// has it loaded.
+///
+/// Linux: mm_context_t and mm_cpumask.
+#[doc(alias = "mm_context_t")]
+#[derive(Debug)]
+pub struct MmContext<B: CpuBits> {
+    ctx_id: CtxId,
+    root: PhysFrame,
+    tlb_gen: AtomicU64,
+    cpumask: CpuSet<B>,
+    /// Reclaim's deferred flushes: how many were asked for (low half), up to which one was done (high half).
+    batched: AtomicU64,
+}
+
+impl<B: CpuBits> MmContext<B> {
+    /// The context of a new address space whose top table is `root`. No CPU may have it loaded yet.
+    #[must_use]
+    pub fn new(ids: &CtxIds, root: PhysFrame) -> Self {
+        Self {
+            ctx_id: ids.allocate(),
+            root,
+            tlb_gen: AtomicU64::new(TlbGen::START.0),
+            cpumask: CpuSet::empty(),
+            batched: AtomicU64::new(0),
+        }
+    }
+
+    /// Its unique name.
+    #[must_use]
+    pub const fn ctx_id(&self) -> CtxId {
+        self.ctx_id
+    }
+
+    /// The frame that CR3 must point to.
+    #[must_use]
+    pub const fn root(&self) -> PhysFrame {
+        self.root
+    }
+
+    /// The generation it has reached.
+    #[must_use]
+    #[inline]
+    pub fn tlb_gen(&self) -> TlbGen {
+        // ORDERING: acquire, pairs with `raise_tlb_gen`: who sees a generation sees the page tables as they were when
+        // it was raised, and fills its TLB from those or newer ones.
+        TlbGen(self.tlb_gen.load(Ordering::Acquire))
+    }
+
+    /// The CPUs that may have this address space in CR3. A member may have left without saying so; a CPU that has it
+    /// loaded is always a member. Linux: mm_cpumask.
+    #[doc(alias = "mm_cpumask")]
+    #[must_use]
+    #[inline]
+    pub const fn cpumask(&self) -> &CpuSet<B> {
+        &self.cpumask
+    }
+
+    /// Declares everything older stale and returns the new generation.
+    ///
+    /// Call it after the page table was changed and before looking who must be told (rule T1). A full fence on both
+    /// sides.
+    ///
+    /// Linux: inc_mm_tlb_gen.
+    #[doc(alias = "inc_mm_tlb_gen")]
+    pub fn raise_tlb_gen(&self) -> TlbGen {
+        // ORDERING: release half pairs with the acquire in `tlb_gen`: the page-table change comes first.
+        let old = self.tlb_gen.fetch_add(1, Ordering::SeqCst);
+        // ORDERING: pairs with the fences of `switch_mm` and of the lazy exit in switch.rs; one of the two must see the
+        // other: they the new generation, or we (in the reads that follow) them as a CPU to tell.
+        fence(Ordering::SeqCst);
+        TlbGen(old + 1)
+    }
+
+    /// Notes that reclaim cleared entries here and has raised the generation, but nobody was told yet.
+    pub(crate) fn note_batched(&self) {
+        // The order wanted is: entry cleared, generation raised, this. All callers hold the entry's table lock, which
+        // orders this against `flush_tlb_batched_pending` under the same lock.
+        let mut word = self.batched.load(Ordering::Relaxed);
+        loop {
+            let (pending, flushed) = halves(word);
+            // When the count is used up it starts again, at "one pending, none flushed": one flush too many.
+            let new = if pending == u32::MAX { join(1, 0) } else { join(pending + 1, flushed) };
+            match self.batched.compare_exchange_weak(word, new, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(found) => word = found,
+            }
+        }
+    }
+
+    /// Reclaim's deferred flushes of this address space, if some may be outstanding.
+    ///
+    /// Whoever takes a table lock and draws conclusions from an entry that is none must ask: the entry may have been
+    /// cleared by reclaim, whose flush is still to come. A whole flush then makes up for it, at once
+    /// ([`flush_tlb_batched_pending`](crate::flush_tlb_batched_pending)) or before the conclusion matters.
+    #[must_use]
+    #[inline]
+    pub fn deferred_flushes(&self) -> Option<DeferredFlushes> {
+        let word = self.batched.load(Ordering::Acquire);
+        let (pending, flushed) = halves(word);
+        (pending != flushed).then_some(DeferredFlushes(word))
+    }
+
+    /// Notes that a whole flush, begun after `deferred` was read, has completed. Later ones stay outstanding.
+    pub fn deferred_flushes_done(&self, deferred: DeferredFlushes, _receipt: &Flushed) {
+        let (pending, _) = halves(deferred.0);
+        // A failure means that reclaim added more meanwhile. Those stay pending, and so do ours: one flush too many.
+        let done = join(pending, pending);
+        let _ = self.batched.compare_exchange(deferred.0, done, Ordering::AcqRel, Ordering::Relaxed);
+    }
+}
+
+/// How far reclaim's deferred flushes had come when somebody looked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a deferred flush that was seen must be made up for"]
+pub struct DeferredFlushes(u64);
+
+const fn halves(word: u64) -> (u32, u32) {
+    ((word & 0xffff_ffff) as u32, (word >> 32) as u32)
+}
+
+fn join(pending: u32, flushed: u32) -> u64 {
+    u64::from(flushed) << 32 | u64::from(pending)
+}

@@ -1,0 +1,191 @@
+//! What a kernel supplies about its CPUs: who am I, whom can I interrupt, and the few privileged instructions.
+#![expect(unsafe_code, reason = "the one place of this crate with privileged instructions")]
+
+use x86_64::VirtAddr;
+use x86_64::instructions::tlb::Pcid;
+use x86_64::registers::control::Cr3;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::cpu_state::CpuTlb;
+use crate::cpuset::{CpuBits, CpuId, CpuSet};
+use crate::flush::{FlushRequest, FreedTables, PageSpan};
+use crate::generation::{CtxId, TlbGen};
+use crate::shootdown::SINGLE_PAGE_FLUSH_CEILING;
+
+/// Whether CR4.PCIDE is set on every CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PcidSupport {
+    /// All translations are tagged 0; a CR3 load drops them.
+    Off,
+    /// Each CPU keeps [`NR_DYN_ASIDS`](crate::NR_DYN_ASIDS) address spaces apart.
+    On,
+}
+
+/// What a CR3 load does to the translations already cached under the PCID it loads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CachedTranslations {
+    /// Drops them (bit 63 clear).
+    Flush,
+    /// Keeps them (bit 63 set; needs PCIDs).
+    Keep,
+}
+
+/// How many CPUs may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnlineCpus {
+    /// This one. None other comes online while a gather is open.
+    One,
+    /// More than one, or not known.
+    Many,
+}
+
+/// Something worth counting. Linux: the tlb:tlb_flush tracepoint and the nr_tlb_* counters of /proc/vmstat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlbEvent {
+    /// A flush of one address space was asked for; `pages` is `None` for a full one.
+    Requested {
+        /// How many pages of the stride it names.
+        pages: Option<u64>,
+        /// Whether page tables were freed.
+        tables: FreedTables,
+    },
+    /// Requests went to this many other CPUs, and all have answered.
+    IpisSent(u32),
+    /// CPUs in the cpumask that were not interrupted, by the reason why they need not be.
+    IpisSaved {
+        /// They are lazy and will look at the generation when they wake.
+        lazy: u32,
+        /// They have another address space loaded and will look at the generation when they come back.
+        elsewhere: u32,
+    },
+    /// This CPU carried out a request by invalidating this many pages one by one.
+    FlushedPages(u64),
+    /// This CPU carried out a request by dropping all of the context.
+    FlushedAll,
+    /// This CPU was asked, and had nothing to do: its generation was high enough, or it runs something else.
+    AlreadyCurrent,
+    /// This CPU was lazy when asked, and went to the kernel's own address space instead of flushing.
+    LeftLazyMm,
+}
+
+/// The CPUs of the machine: what a kernel supplies to this crate.
+///
+/// # Contract between CPUs
+/// [`flush_others`](Self::flush_others) runs with interrupts **on** and holds no lock that an interrupt handler takes;
+/// a CPU that waits for answers keeps answering, so that two that flush at once both get on. Waiting is per request:
+/// never count answers in something two requests share.
+///
+/// # Safety
+/// - `cpu_state` returns the same state for the same CPU always, and a different one for each;
+/// - `pinned` and `without_interrupts` do what they say, and `pinned` names the CPU it runs on;
+/// - `flush_others` returns only after every target has run [`flush_tlb_func`](crate::flush_tlb_func) for this request;
+/// - `invlpg` and `load_cr3` drop what the instructions of the same names must drop (SDM 4.10.4.1).
+pub unsafe trait Cpus {
+    /// Storage for a set of CPUs: `[AtomicU64; 1]` holds 64.
+    type Bits: CpuBits;
+
+    /// Runs `f` on one CPU without being moved, and tells it which. Interrupts stay as they are.
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R;
+
+    /// The state of one CPU.
+    fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<Self::Bits>;
+
+    /// The top table of the kernel's own address space, which maps no user address.
+    fn init_root(&self) -> PhysFrame;
+
+    /// Has every CPU in `targets` run [`flush_tlb_func`](crate::flush_tlb_func) with `request`, calls `meanwhile` on
+    /// this one while they do, and waits for all.
+    ///
+    /// `targets` never names the calling CPU and is not empty.
+    ///
+    /// # Context
+    /// Pinned, interrupts on. `request` lives on the caller's stack: no target uses it after it has answered.
+    fn flush_others(
+        &self,
+        targets: &CpuSet<Self::Bits>,
+        request: &FlushRequest<'_, Self::Bits>,
+        meanwhile: impl FnOnce(),
+    );
+
+    /// Runs `f` with interrupts off on this CPU.
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        x86_64::instructions::interrupts::without_interrupts(f)
+    }
+
+    /// Whether other CPUs may run at all.
+    fn online_cpus(&self) -> OnlineCpus {
+        OnlineCpus::Many
+    }
+
+    /// Whether PCIDs are on. The answer never changes.
+    fn pcid_support(&self) -> PcidSupport {
+        PcidSupport::Off
+    }
+
+    /// A flush of more pages than this drops the whole context instead. Zero is legal.
+    ///
+    /// Linux: tlb_single_page_flush_ceiling.
+    #[doc(alias = "tlb_single_page_flush_ceiling")]
+    fn single_page_flush_ceiling(&self) -> u64 {
+        SINGLE_PAGE_FLUSH_CEILING
+    }
+
+    /// Drops this CPU's translation of the page at `address` under the current PCID, whatever the page's size, and the
+    /// paging-structure entries that lead to it.
+    fn invlpg(&self, address: u64) {
+        x86_64::instructions::tlb::flush(VirtAddr::new_truncate(address));
+    }
+
+    /// Makes `root` this CPU's top table under `pcid`.
+    ///
+    /// # Safety
+    /// `root` maps the code and data of the kernel as the present one does, and stays a table while it is loaded.
+    /// `Keep` only with PCIDs on, and only if nothing stale is cached under `pcid`.
+    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
+        match cached {
+            CachedTranslations::Flush => {
+                // SAFETY: the caller answers for `root`; without PCIDs the number is 0 and the bits are ignored flags.
+                unsafe { Cr3::write_pcid(root, pcid) }
+            }
+            CachedTranslations::Keep => {
+                // SAFETY: the caller answers for `root`, for CR4.PCIDE and for what is cached under `pcid`.
+                unsafe { Cr3::write_pcid_no_flush(root, pcid) }
+            }
+        }
+    }
+
+    /// Tells secondary TLBs (an IOMMU, a hypervisor's shadow tables) to forget `span` of the context, and waits.
+    ///
+    /// Linux: mmu_notifier_arch_invalidate_secondary_tlbs.
+    fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}
+
+    /// Counts an event. Not called per page.
+    fn observe(&self, _event: TlbEvent) {}
+}
+
+/// The receipt of a completed flush.
+///
+/// Holding one proves that every CPU which had to be told has answered: no CPU uses a translation of this context older
+/// than the generation. CPUs that were not told will compare generations before they use the context again. It cannot be
+/// copied, and only the flush functions make one.
+#[derive(Debug)]
+#[must_use = "frames stay pending until a receipt is used to free them"]
+pub struct Flushed {
+    scope: Option<(CtxId, TlbGen)>,
+}
+
+impl Flushed {
+    pub(crate) const fn of(ctx_id: CtxId, tlb_gen: TlbGen) -> Self {
+        Self { scope: Some((ctx_id, tlb_gen)) }
+    }
+
+    pub(crate) const fn of_batch() -> Self {
+        Self { scope: None }
+    }
+
+    /// The context and the generation it was flushed up to; `None` for a batch over several contexts.
+    #[must_use]
+    pub const fn scope(&self) -> Option<(CtxId, TlbGen)> {
+        self.scope
+    }
+}

@@ -1,0 +1,167 @@
+//! Telling every CPU that must know, and waiting until each has done it.
+#![expect(unsafe_code, reason = "runs the local half of a flush")]
+
+use crate::cpu_state::Concern;
+use crate::cpuset::{CpuBits, CpuId, CpuSet};
+use crate::flush::{FlushKind, FlushRequest, FreedTables, PageSpan, flush_tlb_func};
+use crate::generation::MmContext;
+use crate::mmu::{Cpus, Flushed, OnlineCpus, TlbEvent};
+
+/// More pages than this are not invalidated one by one. Linux's default; about 227 cycles an INVLPG against 2300 for a
+/// full flush and the refill after it.
+pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
+
+/// Makes every CPU forget `span` of `mm`; returns when no CPU can use a translation older than now.
+///
+/// The entries were changed before the call. CPUs that have `mm` loaded and run programs are interrupted; lazy ones only
+/// when tables go; CPUs elsewhere find out when they come back. More than
+/// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages become a full flush.
+///
+/// # Context
+/// Interrupts on; no lock held that an interrupt handler takes; may be called under a table lock, which only the flush of
+/// dirty pages should do. Never sleeps, but waits for other CPUs.
+///
+/// # Source
+/// Linux: flush_tlb_mm_range, arch/x86/mm/tlb.c.
+pub fn flush_tlb_mm_range<C: Cpus>(
+    cpus: &C,
+    mm: &MmContext<C::Bits>,
+    span: PageSpan,
+    tables: FreedTables,
+) -> Flushed {
+    let ranged = span.nr_pages() <= cpus.single_page_flush_ceiling();
+    shoot_down(cpus, mm, ranged.then_some(span), tables, Some(span))
+}
+
+/// Makes every CPU forget all of `mm`, tables included, lazy CPUs too.
+///
+/// # Context
+/// As for [`flush_tlb_mm_range`].
+///
+/// # Source
+/// Linux: flush_tlb_mm, arch/x86/include/asm/tlbflush.h.
+pub fn flush_tlb_mm<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) -> Flushed {
+    shoot_down(cpus, mm, None, FreedTables::Yes, None)
+}
+
+fn shoot_down<C: Cpus>(
+    cpus: &C,
+    mm: &MmContext<C::Bits>,
+    span: Option<PageSpan>,
+    tables: FreedTables,
+    secondary: Option<PageSpan>,
+) -> Flushed {
+    cpus.observe(TlbEvent::Requested { pages: span.map(PageSpan::nr_pages), tables });
+    let tlb_gen = cpus.pinned(|here| {
+        // T1: before looking who must be told, and even if nobody must.
+        let tlb_gen = mm.raise_tlb_gen();
+        let kind = match span {
+            Some(span) => FlushKind::Range { mm, tlb_gen, span },
+            None => FlushKind::Mm { mm, tlb_gen },
+        };
+        let request = FlushRequest { kind, tables, initiator: here };
+        let flush_here = || {
+            if cpus.cpu_state(here).has_loaded(mm) {
+                // SAFETY: pinned to `here`, interrupts off.
+                cpus.without_interrupts(|| unsafe { flush_tlb_func(cpus, here, &request) });
+            }
+        };
+        if cpus.online_cpus() == OnlineCpus::One {
+            flush_here();
+        } else {
+            let targets = whom_to_tell(cpus, mm, here, tables);
+            if targets.is_empty() {
+                flush_here();
+            } else {
+                cpus.flush_others(&targets, &request, flush_here);
+                cpus.observe(TlbEvent::IpisSent(targets.len()));
+            }
+        }
+        tlb_gen
+    });
+    cpus.invalidate_secondary(mm.ctx_id(), secondary);
+    Flushed::of(mm.ctx_id(), tlb_gen)
+}
+
+/// The other CPUs that must be interrupted.
+fn whom_to_tell<C: Cpus>(
+    cpus: &C,
+    mm: &MmContext<C::Bits>,
+    here: CpuId,
+    tables: FreedTables,
+) -> CpuSet<C::Bits> {
+    let mut targets = CpuSet::empty();
+    let (mut lazy, mut elsewhere) = (0, 0);
+    for cpu in mm.cpumask().iter().filter(|cpu| *cpu != here) {
+        match cpus.cpu_state(cpu).concern(Some(mm)) {
+            // T5: speculation on a lazy CPU still walks the tables.
+            _ if tables == FreedTables::Yes => targets.insert(cpu),
+            Concern::MustFlush => targets.insert(cpu),
+            Concern::Lazy => lazy += 1,
+            Concern::Elsewhere => elsewhere += 1,
+        }
+    }
+    if lazy + elsewhere > 0 {
+        cpus.observe(TlbEvent::IpisSaved { lazy, elsewhere });
+    }
+    targets
+}
+
+/// Carries out reclaim's deferred flushes of `mm`, if any may be outstanding.
+///
+/// Whoever takes a table lock and draws conclusions from an entry that is none must call this first: the entry may have
+/// been cleared by reclaim, whose flush is still to come.
+///
+/// # Context
+/// Under the table lock in question; then as for [`flush_tlb_mm_range`].
+///
+/// # Source
+/// Linux: flush_tlb_batched_pending, mm/rmap.c.
+pub fn flush_tlb_batched_pending<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) {
+    if let Some(deferred) = mm.deferred_flushes() {
+        let receipt = flush_tlb_mm(cpus, mm);
+        mm.deferred_flushes_done(deferred, &receipt);
+    }
+}
+
+/// Has every CPU in `cpumask` flush what it has loaded up to date.
+pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) -> Flushed {
+    cpus.observe(TlbEvent::Requested { pages: None, tables: FreedTables::No });
+    cpus.pinned(|here| {
+        let request = FlushRequest { kind: FlushKind::AllUpdated, tables: FreedTables::No, initiator: here };
+        let mut targets = CpuSet::empty();
+        let mut lazy = 0;
+        for cpu in cpumask.iter().filter(|cpu| *cpu != here) {
+            match cpus.cpu_state(cpu).concern(None) {
+                Concern::Lazy => lazy += 1,
+                Concern::MustFlush | Concern::Elsewhere => targets.insert(cpu),
+            }
+        }
+        if lazy > 0 {
+            cpus.observe(TlbEvent::IpisSaved { lazy, elsewhere: 0 });
+        }
+        let flush_here = || {
+            if cpumask.contains(here) {
+                // SAFETY: pinned to `here`, interrupts off.
+                cpus.without_interrupts(|| unsafe { flush_tlb_func(cpus, here, &request) });
+            }
+        };
+        if targets.is_empty() {
+            flush_here();
+        } else {
+            cpus.flush_others(&targets, &request, flush_here);
+            cpus.observe(TlbEvent::IpisSent(targets.len()));
+        }
+    });
+    Flushed::of_batch()
+}
+
+impl<B: CpuBits> MmContext<B> {
+    /// Whether any CPU that says it may have this address space really has it in CR3, or is about to.
+    ///
+    /// For assertions before a root is freed; the answer is final only when no CPU can switch to it any more.
+    #[must_use]
+    pub fn is_loaded_somewhere<C: Cpus<Bits = B>>(&self, cpus: &C) -> bool {
+        self.cpumask().iter().any(|cpu| cpus.cpu_state(cpu).has_loaded(self))
+    }
+}

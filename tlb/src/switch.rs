@@ -1,0 +1,143 @@
+//! Changing the address space in CR3, going lazy, and coming back.
+#![expect(unsafe_code, reason = "loads CR3")]
+
+use crate::cpu_state::{KERNEL_PCID, Laziness, LoadedMm, SlotIs};
+use crate::cpuset::CpuId;
+use crate::flush::flush_context;
+use crate::generation::MmContext;
+use crate::mmu::{CachedTranslations, Cpus, PcidSupport};
+use crate::sync::{Ordering, fence};
+
+/// Puts `next` (`None`: the kernel's own address space) into this CPU's CR3 and ends lazy mode.
+///
+/// Translations cached from an earlier stay are kept if the address space has not moved on since, and dropped
+/// otherwise. The old address space keeps this CPU in its cpumask until a flush finds it elsewhere.
+///
+/// # Context
+/// A scheduler calls it with interrupts off. Takes no lock, allocates nothing.
+///
+/// # Safety
+/// - runs on `cpu`, interrupts off;
+/// - `next` stays where it is, and its root stays a table, until this CPU has switched away from it (a lazy CPU has
+///   not): the embedder counts lazy users (Linux: mm_count), or frees the tables through a flush that reaches lazy CPUs.
+///
+/// # Source
+/// Linux: switch_mm_irqs_off, arch/x86/mm/tlb.c.
+#[doc(alias = "switch_mm_irqs_off")]
+pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<&MmContext<C::Bits>>) {
+    let state = cpus.cpu_state(cpu);
+    let was = state.laziness();
+    // S1, L1. ORDERING: before S2 by the release store there; before L2's fence in the same-mm case.
+    if was == Laziness::Lazy {
+        state.set_laziness(Laziness::Active);
+    }
+    let Some(next) = next else {
+        load_init(cpus, cpu);
+        return;
+    };
+    if state.has_loaded(next) {
+        if was == Laziness::Lazy {
+            catch_up(cpus, cpu, next);
+        }
+        return;
+    }
+    state.set_loaded(&LoadedMm::Switching); // S2
+    next.cpumask().set(cpu); // S3; no write, hence no barrier, if the bit is there already
+    // ORDERING: pairs with the fence in MmContext::raise_tlb_gen; one of the two must see the other: S4 the new
+    // generation, or the flusher this CPU in the cpumask and SWITCHING (rule T4).
+    fence(Ordering::SeqCst);
+    let tlb_gen = next.tlb_gen(); // S4
+    let support = cpus.pcid_support();
+    let (asid, slot_is) = state.choose_asid(next.ctx_id(), tlb_gen, support);
+    let cached = match slot_is {
+        SlotIs::Current => CachedTranslations::Keep,
+        SlotIs::Stale => {
+            // S5. INVARIANT: T2 and T6, the CR3 load that follows drops whatever the slot held, and interrupts are off.
+            state.set_slot(asid, next.ctx_id(), tlb_gen);
+            CachedTranslations::Flush
+        }
+    };
+    // SAFETY: our caller answers for `next`'s root; `Keep` comes only with PCIDs on, for a slot whose generation is the
+    // one just read (T2: nothing older is cached under its PCID).
+    unsafe { cpus.load_cr3(next.root(), asid.pcid(support), cached) }; // S6
+    state.set_loaded_asid(asid);
+    state.set_loaded(&LoadedMm::Mm(next)); // S7
+}
+
+/// The loaded address space is used again after a lazy stretch: flushes if any was missed.
+fn catch_up<C: Cpus>(cpus: &C, cpu: CpuId, mm: &MmContext<C::Bits>) {
+    let state = cpus.cpu_state(cpu);
+    // L2. ORDERING: pairs with the fence in MmContext::raise_tlb_gen; one of the two must see the other: L3 the new
+    // generation, or the flusher is_lazy = false.
+    fence(Ordering::SeqCst);
+    let tlb_gen = mm.tlb_gen(); // L3
+    let asid = state.loaded_asid();
+    if state.slot(asid).tlb_gen != tlb_gen {
+        flush_context(cpus, state, mm, asid, tlb_gen); // L4
+    }
+}
+
+fn load_init<C: Cpus>(cpus: &C, cpu: CpuId) {
+    let state = cpus.cpu_state(cpu);
+    state.set_loaded(&LoadedMm::Switching);
+    let cached = match cpus.pcid_support() {
+        PcidSupport::Off => CachedTranslations::Flush,
+        // PCID 0 is only ever used with this root, which maps no user address: nothing stale can be under it.
+        PcidSupport::On => CachedTranslations::Keep,
+    };
+    // SAFETY: the kernel's own root maps the kernel and is never freed.
+    unsafe { cpus.load_cr3(cpus.init_root(), KERNEL_PCID, cached) };
+    state.set_loaded(&LoadedMm::Init);
+}
+
+/// Says that only kernel threads will run on this CPU for now, while CR3 stays as it is.
+///
+/// Page flushes then pass this CPU by. It must call [`switch_mm`] before a user program runs again, even with the same
+/// address space. No fence is needed: a flush that still finds the CPU active merely interrupts it.
+///
+/// # Safety
+/// Runs on `cpu`, and no user address is used there until the next [`switch_mm`].
+///
+/// # Source
+/// Linux: enter_lazy_tlb, arch/x86/mm/tlb.c.
+pub unsafe fn enter_lazy_tlb<C: Cpus>(cpus: &C, cpu: CpuId) {
+    let state = cpus.cpu_state(cpu);
+    // SAFETY: on this CPU, by our caller's promise; it does not switch while it runs this.
+    if matches!(unsafe { state.loaded_mm() }, LoadedMm::Mm(_)) {
+        state.set_laziness(Laziness::Lazy);
+    }
+}
+
+/// Leaves a borrowed address space for the kernel's own; before deep idle states, or before its tables go.
+///
+/// Does nothing unless the CPU is lazy.
+///
+/// # Safety
+/// As for [`switch_mm`].
+///
+/// # Source
+/// Linux: leave_mm, arch/x86/mm/tlb.c.
+pub unsafe fn leave_mm<C: Cpus>(cpus: &C, cpu: CpuId) {
+    if cpus.cpu_state(cpu).laziness() == Laziness::Lazy {
+        // SAFETY: passed on to our caller.
+        unsafe { switch_mm(cpus, cpu, None) };
+    }
+}
+
+/// Starts a CPU, or starts it again after it was off: no slot is believed, everything cached is dropped.
+///
+/// # Safety
+/// Runs on `cpu`, interrupts off, before any address space is loaded there.
+///
+/// # Source
+/// Linux: initialize_tlbstate_and_flush, arch/x86/mm/tlb.c.
+#[doc(alias = "initialize_tlbstate_and_flush")]
+pub unsafe fn init_cpu<C: Cpus>(cpus: &C, cpu: CpuId) {
+    let state = cpus.cpu_state(cpu);
+    state.set_laziness(Laziness::Active);
+    // SAFETY: the kernel's own root maps the kernel and is never freed. Translations under other PCIDs are harmless:
+    // no slot names them any more, so their next use flushes first (T6).
+    unsafe { cpus.load_cr3(cpus.init_root(), KERNEL_PCID, CachedTranslations::Flush) };
+    state.forget_slots();
+    state.set_loaded(&LoadedMm::Init);
+}
