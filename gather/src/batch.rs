@@ -1,0 +1,231 @@
+//! Pages waiting for a flush: eight slots on the stack, then pages of 510 slots, chained.
+#![expect(unsafe_code, reason = "batch pages are linked by pointer")]
+
+use core::fmt;
+use core::ptr::NonNull;
+
+use arrayvec::ArrayVec;
+use static_assertions::const_assert_eq;
+
+use crate::limits::Limits;
+use crate::platform::{BatchPage, GatherEvent, Pages};
+use crate::slot::{FreedPages, Slot, Which};
+
+/// One batch page. Linux: struct mmu_gather_batch.
+struct Batch {
+    next: Option<NonNull<Batch>>,
+    slots: ArrayVec<Slot, { Limits::BATCH_SLOTS }>,
+}
+
+const_assert_eq!(size_of::<Batch>(), 4096);
+const_assert_eq!(align_of::<Batch>(), 8);
+
+/// Whether another record fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a full queue must be flushed before the next record"]
+pub(crate) enum Room {
+    Left,
+    Full,
+}
+
+/// The queue. Batch pages are kept and used again after a flush; [`give_back`](Self::give_back) returns them.
+///
+/// INVARIANT: `first` starts a list of pages that only this queue knows; `active` is one of them, or `None` for the
+/// bundle; batches after `active` are empty.
+pub(crate) struct PageQueue {
+    bundle: ArrayVec<Slot, { Limits::BUNDLE_SLOTS }>,
+    delayed_rmaps: DelayedRmaps,
+    batch_pages: u16,
+    first: Option<NonNull<Batch>>,
+    active: Option<NonNull<Batch>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DelayedRmaps {
+    None,
+    Some,
+}
+
+impl PageQueue {
+    pub(crate) const fn new() -> Self {
+        Self {
+            bundle: ArrayVec::new_const(),
+            delayed_rmaps: DelayedRmaps::None,
+            batch_pages: 0,
+            first: None,
+            active: None,
+        }
+    }
+
+    /// Stores one page. There is room: the last answer was [`Room::Left`].
+    #[inline]
+    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, slot: Slot) -> Room {
+        self.store(kernel, limits, &[slot])
+    }
+
+    /// Stores one page whose rmap is to be removed after the flush, under the same table lock.
+    pub(crate) fn push_delaying_rmap<K: Pages>(&mut self, kernel: &K, limits: &Limits, slot: Slot) -> Room {
+        self.delayed_rmaps = DelayedRmaps::Some;
+        self.store(kernel, limits, &[slot.delaying_rmap()])
+    }
+
+    /// Stores a run of pages: two slots that are never parted.
+    pub(crate) fn push_run<K: Pages>(&mut self, kernel: &K, limits: &Limits, run: [Slot; 2]) -> Room {
+        self.store(kernel, limits, &run)
+    }
+
+    #[inline]
+    fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[Slot]) -> Room {
+        // One slot is left unused unless a run takes the last two: a record never waits for a second batch.
+        let nearly_full = match self.active {
+            None => {
+                append(&mut self.bundle, record);
+                self.bundle.len() + 1 >= usize::from(limits.bundle_slots)
+            }
+            Some(mut batch) => {
+                // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
+                let batch = unsafe { batch.as_mut() };
+                append(&mut batch.slots, record);
+                batch.slots.len() + 1 >= usize::from(limits.batch_slots)
+            }
+        };
+        if nearly_full { self.next_batch(kernel, limits) } else { Room::Left }
+    }
+
+    /// Goes on to the next batch page: one kept from before the last flush, or a new one.
+    #[cold]
+    fn next_batch<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> Room {
+        // Removing rmaps walks the bundle and the active batch only, under a lock: do not let that grow.
+        if self.delayed_rmaps == DelayedRmaps::Some && self.active.is_some() {
+            return Room::Full;
+        }
+        let kept = match self.active {
+            None => self.first,
+            // SAFETY: by the invariant the page is ours alone.
+            Some(active) => unsafe { active.as_ref() }.next,
+        };
+        if kept.is_some() {
+            self.active = kept;
+            return Room::Left;
+        }
+        if self.batch_pages >= limits.batch_pages {
+            return Room::Full;
+        }
+        let Some(page) = kernel.allocate_batch() else {
+            kernel.observe_gather(GatherEvent::BatchRefused);
+            return Room::Full;
+        };
+        kernel.observe_gather(GatherEvent::BatchTaken);
+        let new = page.into_inner().cast::<Batch>();
+        // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a `Batch` has that size and
+        // alignment (asserted above).
+        unsafe { new.write(Batch { next: None, slots: ArrayVec::new_const() }) };
+        match self.active {
+            None => self.first = Some(new),
+            Some(mut active) => {
+                // SAFETY: by the invariant the page is ours alone.
+                unsafe { active.as_mut() }.next = Some(new);
+            }
+        }
+        self.batch_pages += 1;
+        self.active = Some(new);
+        Room::Left
+    }
+
+    /// Takes away the rmaps that were delayed. The flush has completed, the table lock is still held.
+    ///
+    /// Delayed pages are in the bundle and the first batch at the most, because the queue was flushed before, or counted
+    /// as full, whenever it would have needed another.
+    pub(crate) fn remove_delayed_rmaps<K: Pages>(&mut self, kernel: &K) {
+        if self.delayed_rmaps == DelayedRmaps::None {
+            return;
+        }
+        kernel.remove_rmaps(FreedPages::new(&self.bundle, Which::DelayedRmap));
+        if let Some(active) = self.active {
+            // SAFETY: by the invariant the page is ours alone.
+            let batch = unsafe { active.as_ref() };
+            kernel.remove_rmaps(FreedPages::new(&batch.slots, Which::DelayedRmap));
+        }
+        self.delayed_rmaps = DelayedRmaps::None;
+    }
+
+    /// Hands everything to the kernel, a chunk at a time with a preemption point between; returns how many slots.
+    pub(crate) fn free_all<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> u64 {
+        let mut slots = free_slots(kernel, limits, &self.bundle);
+        self.bundle.clear();
+        let mut next = self.first;
+        while let Some(mut batch) = next {
+            // SAFETY: by the invariant the page is ours alone.
+            let batch = unsafe { batch.as_mut() };
+            if batch.slots.is_empty() {
+                break;
+            }
+            slots += free_slots(kernel, limits, &batch.slots);
+            batch.slots.clear();
+            next = batch.next;
+        }
+        self.active = None;
+        slots
+    }
+
+    /// Returns the batch pages. Nothing is queued.
+    pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
+        debug_assert!(self.is_empty(), "G5: pages queued and never freed");
+        self.active = None;
+        let mut next = self.first.take();
+        while let Some(batch) = next {
+            // SAFETY: by the invariant the page is ours alone; it is read for the last time.
+            next = unsafe { batch.as_ref() }.next;
+            // SAFETY: this is the page `allocate_batch` lent; the list that led to it is gone.
+            kernel.free_batch(unsafe { BatchPage::new(batch.cast()) });
+        }
+        self.batch_pages = 0;
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        // The bundle fills first.
+        self.bundle.is_empty()
+    }
+}
+
+#[inline]
+fn append<const N: usize>(slots: &mut ArrayVec<Slot, N>, record: &[Slot]) {
+    // There is room for two: a batch counts as full one slot early. A capacity error would lose a page, so say so.
+    let stored = slots.try_extend_from_slice(record);
+    debug_assert!(stored.is_ok(), "G5: a record was pushed into a full batch");
+}
+
+fn free_slots<K: Pages>(kernel: &K, limits: &Limits, slots: &[Slot]) -> u64 {
+    let mut rest = slots;
+    while !rest.is_empty() {
+        let mut chunk = usize::from(limits.free_chunk).min(rest.len());
+        if ends_inside_a_run(&rest[..chunk]) {
+            chunk += 1;
+        }
+        let (now, later) = rest.split_at(chunk);
+        kernel.free_pages(FreedPages::new(now, Which::All));
+        kernel.cond_resched();
+        rest = later;
+    }
+    slots.len() as u64
+}
+
+/// Whether the last slot is the first half of a run. Reads from the front: a length may look like anything.
+fn ends_inside_a_run(slots: &[Slot]) -> bool {
+    let mut slots = slots.iter();
+    while let Some(slot) = slots.next() {
+        if slot.length_follows() && slots.next().is_none() {
+            return true;
+        }
+    }
+    false
+}
+
+impl fmt::Debug for PageQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageQueue")
+            .field("bundle", &FreedPages::new(&self.bundle, Which::All))
+            .field("batch_pages", &self.batch_pages)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,56 @@
+//! Unhooking tables: `free_pgtables` removes tables, once `zap` has removed the pages.
+#![expect(unsafe_code, reason = "the constructor's promise is passed on")]
+
+use mmu_pagetable::{Bounds, Level, VirtRange};
+
+use crate::gather::{MmuGather, PfnMaps};
+use crate::platform::{Platform, Vma};
+
+impl<K: Platform> MmuGather<'_, K> {
+    /// Unhooks the tables that only `vmas` used, and queues them; they are freed after the next flush.
+    ///
+    /// `vmas` comes in ascending order, all its leaves are gone, and `bounds` are the neighbours that stay: end of the area
+    /// below, start of the area above. Areas that lie closer together than 2 MiB are taken in one walk.
+    ///
+    /// Areas of device frames are flushed for first: after this call the embedder makes them impossible to find, and their
+    /// frames' owner no longer waits for us.
+    ///
+    /// # Context
+    /// The areas are detached: nobody faults in them, and the neighbours do not grow into `bounds` before
+    /// [`flush`](Self::flush) has returned. No table lock is held; preemption points inside.
+    ///
+    /// # Source
+    /// Linux: free_pgtables, mm/memory.c.
+    pub fn free_pgtables(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, bounds: Bounds) {
+        if self.state.pfn_maps == PfnMaps::Seen {
+            self.flush_tlb_only();
+            self.state.pfn_maps = PfnMaps::NotSeen;
+        }
+        let mut vmas = vmas.into_iter().map(|vma| vma.range).peekable();
+        while let Some(first) = vmas.next() {
+            let mut run = first;
+            while let Some(next) = vmas.next_if(|next| next.start() <= run.end() + Level::Pmd.entry_span()) {
+                run = run.union(next);
+            }
+            let ceiling = vmas.peek().map_or(u64::MAX, |next| next.start());
+            self.free_pgd_range(run, bounds.below(ceiling));
+        }
+    }
+
+    /// Unhooks the tables of `range` that `bounds` let go, and queues them.
+    ///
+    /// # Source
+    /// Linux: free_pgd_range, mm/memory.c.
+    pub(crate) fn free_pgd_range(&mut self, range: VirtRange, bounds: Bounds) {
+        let (kernel, mm) = (self.kernel, self.mm);
+        let sink = |table: mmu_pagetable::FreedTable| {
+            // An address of the range, so that freeing one page's table does not widen a one-page flush.
+            let address = table.span.start().max(range.start());
+            self.remove_table(table, address);
+            kernel.cond_resched();
+        };
+        // SAFETY: the constructor's caller holds the map lock, and by this function's context nobody walks the range. The
+        // sink queues; pages leave the queue only through `free_pending`, after a flush of what `range` noted.
+        unsafe { mm.space().free_range(kernel, range, bounds, sink) };
+    }
+}

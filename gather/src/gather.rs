@@ -1,0 +1,376 @@
+//! The gather itself: on the stack of whoever unmaps, from the first entry cleared to the last page freed.
+#![expect(unsafe_code, reason = "the constructors take the map lock on trust")]
+
+use core::fmt;
+
+use mmu_pagetable::{FreedTable, Level, VirtRange};
+use mmu_tlb::{DeferredFlushes, Flushed, OnlineCpus, flush_tlb_mm, flush_tlb_mm_range};
+use static_assertions::assert_not_impl_any;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::batch::{PageQueue, Room};
+use crate::limits::Limits;
+use crate::mm::Mm;
+use crate::platform::{GatherEvent, Platform};
+use crate::range::FlushRange;
+use crate::slot::Slot;
+use crate::table_batch::{Queued, TableQueue};
+
+/// What a gather may assume about other users of the address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GatherMode {
+    /// Other CPUs may run programs in it: entries are cleared with a locked exchange.
+    Shared,
+    /// The only CPU online is this one: no other walker sets A/D bits, entries are cleared with a plain store, and a flush
+    /// is local. Pages still wait for it: a preempting thread could use a stale entry. (The mode that freed pages at once
+    /// was removed from Linux for that reason.)
+    SingleCpu,
+    /// The whole address space is dying and no program runs in it any more, though lazy CPUs may have it loaded: plain
+    /// stores, one full flush.
+    FullMm,
+}
+
+/// Collects what one thread unmaps from one address space, and frees it after a flush.
+///
+/// At most 256 bytes, made to live on a kernel stack; not to be moved to another thread. Holding one proves that nothing
+/// it collected has been freed before every CPU was told. Dropped unfinished, it finishes itself (rule G5).
+///
+/// ```text
+/// MmuGather::new ─► unmap_vmas ─► free_pgtables ─► flush ─► (locks dropped) ─► FlushedGather::free
+///                      └── full: flush and free what is queued, outside the table lock, then carry on
+/// ```
+///
+/// Linux: struct mmu_gather, where the variable is called `tlb`; here `tlb` means the hardware.
+#[doc(alias = "mmu_gather")]
+pub struct MmuGather<'a, K: Platform> {
+    pub(crate) kernel: &'a K,
+    pub(crate) mm: &'a Mm<K::Bits>,
+    pub(crate) state: State,
+}
+
+/// Everything that does not depend on the kernel's types.
+pub(crate) struct State {
+    pub(crate) mode: GatherMode,
+    pub(crate) pfn_maps: PfnMaps,
+    phase: Phase,
+    pub(crate) limits: Limits,
+    pub(crate) range: FlushRange,
+    /// Reclaim's deferred flushes seen under a table lock: the next flush is of the whole address space.
+    deferred: Option<DeferredFlushes>,
+    /// The last flush. INVARIANT: while `range` is empty it covers everything queued.
+    receipt: Option<Flushed>,
+    pub(crate) pages: PageQueue,
+    tables: TableQueue,
+}
+
+assert_not_impl_any!(State: Send, Sync, Clone);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Open,
+    Flushed,
+}
+
+/// Whether entries of a [`PfnMap`](crate::VmaKind::PfnMap) area were cleared. Sticky: a later area does not undo it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PfnMaps {
+    NotSeen,
+    Seen,
+}
+
+impl<'a, K: Platform> MmuGather<'a, K> {
+    /// Begins to unmap part of `mm`, whose programs may be running on other CPUs.
+    ///
+    /// # Safety
+    /// Until [`flush`](Self::flush) returns (or the gather is dropped) the caller holds the embedder's map lock of `mm`,
+    /// for reading at least (Linux: mmap_lock), and it is the only thread that unmaps the areas it names; for
+    /// [`free_pgtables`](Self::free_pgtables) those areas are detached, so that nobody faults in them.
+    ///
+    /// # Source
+    /// Linux: tlb_gather_mmu, mm/mmu_gather.c.
+    #[doc(alias = "tlb_gather_mmu")]
+    #[must_use]
+    pub unsafe fn new(kernel: &'a K, mm: &'a Mm<K::Bits>) -> Self {
+        let mode = match kernel.online_cpus() {
+            OnlineCpus::One => GatherMode::SingleCpu,
+            OnlineCpus::Many => GatherMode::Shared,
+        };
+        Self::begin(kernel, mm, mode)
+    }
+
+    /// Begins to tear down all of `mm`: the last program has left it, and nobody can come back.
+    ///
+    /// Were a program still running there, dirty bits could be lost; stale translations could not: the flush at the end
+    /// reaches every CPU all the same.
+    ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    ///
+    /// # Source
+    /// Linux: tlb_gather_mmu_fullmm, mm/mmu_gather.c.
+    #[doc(alias = "tlb_gather_mmu_fullmm")]
+    #[must_use]
+    pub unsafe fn new_fullmm(kernel: &'a K, mm: &'a Mm<K::Bits>) -> Self {
+        Self::begin(kernel, mm, GatherMode::FullMm)
+    }
+
+    fn begin(kernel: &'a K, mm: &'a Mm<K::Bits>, mode: GatherMode) -> Self {
+        const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
+        mm.open_gather();
+        Self {
+            kernel,
+            mm,
+            state: State {
+                mode,
+                pfn_maps: PfnMaps::NotSeen,
+                phase: Phase::Open,
+                limits: Limits::DEFAULT,
+                range: FlushRange::empty(),
+                deferred: None,
+                receipt: None,
+                pages: PageQueue::new(),
+                tables: TableQueue::new(),
+            },
+        }
+    }
+
+    /// The same gather, holding no more than `limits` allow. Before anything is queued.
+    #[must_use]
+    pub fn with_limits(mut self, limits: &Limits) -> Self {
+        self.state.limits = limits.clamped();
+        self
+    }
+
+    /// What it assumes about others.
+    #[must_use]
+    pub const fn mode(&self) -> GatherMode {
+        self.state.mode
+    }
+
+    /// Queues the page at `frame`, whose `level` entry covering `cleared` the caller has just cleared. Flushes and frees if
+    /// that fills the gather.
+    ///
+    /// # Context
+    /// No table lock is held.
+    ///
+    /// # Source
+    /// Linux: tlb_remove_page, include/asm-generic/tlb.h.
+    #[doc(alias = "tlb_remove_page")]
+    pub fn remove_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
+        self.state.range.cleared(cleared, level);
+        if self.state.pages.push(self.kernel, &self.state.limits, Slot::page(frame)) == Room::Full {
+            self.forced_flush();
+        }
+    }
+
+    /// Queues `nr_pages` references on the frames from `frame` on, as one record of two slots; otherwise as
+    /// [`remove_page`](Self::remove_page).
+    ///
+    /// # Source
+    /// Linux: tlb_remove_page with encoded nr_pages, since folios are unmapped in runs.
+    #[doc(alias = "__tlb_remove_folio_pages")]
+    pub fn remove_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) {
+        self.state.range.cleared(cleared, Level::Pte);
+        let run = Slot::run(frame, nr_pages);
+        if self.state.pages.push_run(self.kernel, &self.state.limits, run) == Room::Full {
+            self.forced_flush();
+        }
+    }
+
+    /// Queues a table that was unhooked. `address` lies in its span and was given up by the caller.
+    ///
+    /// If no batch page can be had, the table is flushed for and freed at once, alone (rule G4).
+    ///
+    /// # Context
+    /// No table lock is held.
+    ///
+    /// # Source
+    /// Linux: tlb_remove_table, mm/mmu_gather.c.
+    #[doc(alias = "tlb_remove_table")]
+    pub fn remove_table(&mut self, table: FreedTable, address: u64) {
+        self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level));
+        self.state.range.freed_table(&table, address);
+        match self.state.tables.push(self.kernel, &self.state.limits, table.frame) {
+            Queued::Room => {}
+            Queued::Full => self.forced_flush(),
+            Queued::NoBatch(alone) => {
+                self.kernel.observe_gather(GatherEvent::TableFallback);
+                self.flush_tlb_only();
+                // INVARIANT: G1, `range` held this table, so the flush just done was made for it too.
+                let receipt = self.take_receipt();
+                self.kernel.free_tables(&[alone]);
+                self.free_pending(receipt);
+            }
+        }
+    }
+
+    /// Makes every CPU forget what was cleared so far. Frees nothing.
+    ///
+    /// # Context
+    /// As for [`flush_tlb_mm_range`]; under a table lock only for the sake of dirty pages (rule G3).
+    ///
+    /// # Source
+    /// Linux: tlb_flush_mmu_tlbonly, include/asm-generic/tlb.h.
+    #[doc(alias = "tlb_flush_mmu_tlbonly")]
+    pub fn flush_tlb_only(&mut self) {
+        let Some(span) = self.state.range.span() else { return };
+        let whole =
+            self.state.mode == GatherMode::FullMm || self.state.deferred.is_some() || self.is_nested();
+        let receipt = if whole {
+            flush_tlb_mm(self.kernel, self.mm.context())
+        } else {
+            flush_tlb_mm_range(self.kernel, self.mm.context(), span, self.state.range.tables())
+        };
+        self.note_flushed(receipt, if whole { Scope::Whole } else { Scope::Range });
+    }
+
+    /// Flushes, then frees everything queued so far; the gather can be filled again.
+    ///
+    /// # Context
+    /// No table lock is held; preemption points inside.
+    ///
+    /// # Source
+    /// Linux: tlb_flush_mmu, mm/mmu_gather.c.
+    #[doc(alias = "tlb_flush_mmu")]
+    pub fn flush_mmu(&mut self) {
+        self.flush_tlb_only();
+        self.release();
+    }
+
+    /// Completes the unmapping: when this returns, no CPU can use any address that was unmapped. Frees nothing yet.
+    ///
+    /// If another gather was open on the address space meanwhile, all of it is flushed, tables included: entries this one
+    /// found none may have been cleared by the other, which has not flushed yet (rule G6).
+    ///
+    /// # Context
+    /// The map lock is still held; it may be dropped as soon as this returns.
+    ///
+    /// # Source
+    /// Linux: the first half of tlb_finish_mmu, mm/mmu_gather.c.
+    #[doc(alias = "tlb_finish_mmu")]
+    #[must_use = "drop the locks, then free"]
+    pub fn flush(mut self) -> FlushedGather<'a, K> {
+        self.finish_flush();
+        FlushedGather(self)
+    }
+
+    /// Reclaim may have cleared entries here and not flushed yet; the next flush makes up for it.
+    #[inline]
+    pub(crate) fn note_deferred_flushes(&mut self) {
+        if let Some(deferred) = self.mm.context().deferred_flushes() {
+            self.state.deferred = Some(deferred);
+        }
+    }
+
+    /// The gather is full: flushes and frees, then it can go on.
+    pub(crate) fn forced_flush(&mut self) {
+        self.kernel.observe_gather(GatherEvent::ForcedFlush);
+        self.flush_mmu();
+    }
+
+    fn is_nested(&self) -> bool {
+        self.mm.open_gathers() > 1
+    }
+
+    fn finish_flush(&mut self) {
+        if self.is_nested() || (self.state.deferred.is_some() && self.state.range.is_empty()) {
+            if self.is_nested() {
+                self.kernel.observe_gather(GatherEvent::NestedFlush);
+            }
+            let receipt = flush_tlb_mm(self.kernel, self.mm.context());
+            self.note_flushed(receipt, Scope::Whole);
+        } else {
+            self.flush_tlb_only();
+        }
+        // INVARIANT: G6, the count goes down only after the flush.
+        self.mm.close_gather();
+        self.state.phase = Phase::Flushed;
+    }
+
+    fn note_flushed(&mut self, receipt: Flushed, scope: Scope) {
+        if scope == Scope::Whole
+            && let Some(deferred) = self.state.deferred.take()
+        {
+            self.mm.context().deferred_flushes_done(deferred, &receipt);
+        }
+        // INVARIANT: G2, the range is emptied together with the flush, nowhere else.
+        self.state.range.reset();
+        self.state.receipt = Some(receipt);
+    }
+
+    /// Frees everything queued, on the strength of the last flush.
+    fn release(&mut self) {
+        if self.state.pages.is_empty() && self.state.tables.is_empty() {
+            return;
+        }
+        let receipt = self.take_receipt();
+        self.free_pending(receipt);
+    }
+
+    /// The receipt of the last flush, which covers everything queued.
+    fn take_receipt(&mut self) -> Flushed {
+        debug_assert!(self.state.range.is_empty(), "G1: {:?} not flushed before freeing", self.state.range);
+        // Without a receipt nothing was flushed since something was queued. That cannot be; if it is, flush all.
+        self.state.receipt.take().unwrap_or_else(|| flush_tlb_mm(self.kernel, self.mm.context()))
+    }
+
+    /// The one way from pending to free. INVARIANT: G1, it takes a receipt.
+    fn free_pending(&mut self, _receipt: Flushed) {
+        let tables = self.state.tables.free_all(self.kernel);
+        let slots = self.state.pages.free_all(self.kernel, &self.state.limits);
+        self.kernel.observe_gather(GatherEvent::Released { slots, tables });
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    Range,
+    Whole,
+}
+
+impl<K: Platform> Drop for MmuGather<'_, K> {
+    fn drop(&mut self) {
+        if self.state.phase == Phase::Open {
+            self.finish_flush();
+        }
+        self.release();
+        self.state.pages.give_back(self.kernel);
+        self.state.tables.give_back(self.kernel);
+    }
+}
+
+/// A gather whose flush has completed: what it holds may be freed, and need not be yet.
+///
+/// Made to be freed after the locks are dropped; dropping it frees too.
+#[must_use = "drop the locks, then free"]
+pub struct FlushedGather<'a, K: Platform>(MmuGather<'a, K>);
+
+impl<K: Platform> FlushedGather<'_, K> {
+    /// Hands the pages and tables to the kernel, a slice at a time.
+    ///
+    /// # Context
+    /// No lock is held; preemption points inside.
+    ///
+    /// # Source
+    /// Linux: the second half of tlb_finish_mmu, mm/mmu_gather.c.
+    pub fn free(self) {
+        drop(self);
+    }
+}
+
+impl<K: Platform> fmt::Debug for MmuGather<'_, K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MmuGather")
+            .field("mode", &self.state.mode)
+            .field("range", &self.state.range)
+            .field("pages", &self.state.pages)
+            .field("tables", &self.state.tables)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<K: Platform> fmt::Debug for FlushedGather<'_, K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FlushedGather").field(&self.0).finish()
+    }
+}

@@ -1,0 +1,56 @@
+//! How much a gather may hold before it must flush.
+
+/// Capacities, all of them upper bounds of what one gather keeps unfreed.
+///
+/// The default is Linux's. Tests shrink them so that every boundary runs; a kernel short of memory may too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Slots used of the eight on the stack; 2 to 8. Linux: MMU_GATHER_BUNDLE.
+    pub bundle_slots: u16,
+    /// Slots used of the 510 in a batch page; 2 to 510. Linux: MAX_GATHER_BATCH.
+    pub batch_slots: u16,
+    /// Batch pages a gather takes at the most, one after the other: 19 pages are 9690 slots, "below 10 000 pages a
+    /// flush is safe without a preemption point". Linux: MAX_GATHER_BATCH_COUNT.
+    pub batch_pages: u16,
+    /// Tables used of the 511 in a table batch page; 1 to 511. Linux: MAX_TABLE_BATCH.
+    pub table_slots: u16,
+    /// Records handed to [`free_pages`](crate::Pages::free_pages) at a time, between preemption points; at least 1.
+    /// Linux: MAX_NR_FOLIOS_PER_FREE.
+    pub free_chunk: u16,
+}
+
+impl Limits {
+    /// Slots on the stack.
+    pub const BUNDLE_SLOTS: usize = 8;
+    /// Slots in a batch page: (4096 - 8 for the link - 8 for the length) / 8.
+    pub const BATCH_SLOTS: usize = 510;
+    /// Tables in a table batch page: (4096 - 8 for the length) / 8.
+    pub const TABLE_SLOTS: usize = 511;
+
+    /// Linux's capacities.
+    pub const DEFAULT: Self = Self {
+        bundle_slots: 8,
+        batch_slots: 510,
+        batch_pages: 10_000 / 510,
+        table_slots: 511,
+        free_chunk: 512,
+    };
+
+    /// The same limits with every value brought into its legal range.
+    #[must_use]
+    pub fn clamped(self) -> Self {
+        Self {
+            bundle_slots: self.bundle_slots.clamp(2, 8),
+            batch_slots: self.batch_slots.clamp(2, 510),
+            batch_pages: self.batch_pages,
+            table_slots: self.table_slots.clamp(1, 511),
+            free_chunk: self.free_chunk.max(1),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}

@@ -1,0 +1,152 @@
+//! Moving mapped pages to other addresses: what mremap and the exec stack move need.
+#![expect(unsafe_code, reason = "walking follows links between tables")]
+
+use mmu_pagetable::{Decoded, EntryValue, Level, MapError, TableView, VirtRange};
+
+use crate::gather::MmuGather;
+use crate::platform::{GatherEvent, Platform};
+
+impl<K: Platform> MmuGather<'_, K> {
+    /// Moves every last-level entry of `old` to the same offset from `new_start`, linking the tables it needs there first.
+    ///
+    /// The page keeps its frame, its counts, and its A/D bits. The old translations are noted in the gather's range; they
+    /// are flushed before the table locks drop if a dirty page was among them (its next owner may call it clean), and by
+    /// [`flush`](Self::flush) otherwise: until then this gather is open, so whoever unmaps the page at its new address
+    /// flushes the whole address space before freeing it (rule G6; the race of CVE-2018-18281).
+    ///
+    /// Ranges may overlap if `new_start` is below. Large leaves in `old` are left alone: split them first, all of them.
+    ///
+    /// # Context
+    /// The map lock is held for writing; no table lock is held. Sleeps if `allocate_table` does.
+    ///
+    /// # Errors
+    /// [`MapError`] if a table could not be linked or something is mapped at the new place; nothing was moved then.
+    ///
+    /// # Source
+    /// Linux: move_page_tables, mm/mremap.c.
+    pub fn move_page_tables(&mut self, old: VirtRange, new_start: u64) -> Result<(), MapError> {
+        let new_end = new_start.checked_add(old.len_bytes()).ok_or(MapError::NotUserSpace(new_start))?;
+        if new_end > self.mm.space().mode().user_end() {
+            return Err(MapError::NotUserSpace(new_end));
+        }
+        self.for_each_table(old, |gather, _, part| {
+            gather.prepare_place(part, part.start() - old.start() + new_start)
+        })?;
+        self.for_each_table(old, |gather, view, part| {
+            gather.move_entries(view, part, part.start() - old.start() + new_start);
+            Ok(())
+        })
+    }
+
+    /// Calls `visit` for every last-level table that `range` uses, with the part it covers.
+    fn for_each_table(
+        &mut self,
+        range: VirtRange,
+        mut visit: impl FnMut(&mut Self, TableView<'_>, VirtRange) -> Result<(), MapError>,
+    ) -> Result<(), MapError> {
+        let (kernel, mm) = (self.kernel, self.mm);
+        let mut address = range.start();
+        while address < range.end() {
+            let part = range.within_entry(Level::Pmd, address);
+            // SAFETY: the constructor's caller holds the map lock.
+            if let Some(view) = unsafe { mm.space().find_table(kernel, address, Level::Pte) } {
+                visit(self, view, part)?;
+            }
+            kernel.cond_resched();
+            address = part.end();
+        }
+        Ok(())
+    }
+
+    /// Links the one or two tables that the entries of `part` move into.
+    fn prepare_place(&mut self, part: VirtRange, new_start: u64) -> Result<(), MapError> {
+        let last = new_start + part.len_bytes() - Level::Pte.entry_span();
+        for address in [new_start, last] {
+            // SAFETY: the constructor's caller holds the map lock.
+            unsafe { self.mm.space().ensure_table(self.kernel, address, Level::Pte) }?;
+        }
+        Ok(())
+    }
+
+    fn move_entries(&mut self, old_table: TableView<'_>, part: VirtRange, new_start: u64) {
+        let mut from = part;
+        let mut to = new_start;
+        loop {
+            // As far as one table reaches on the new side, too.
+            let room = (to | (Level::Pmd.entry_span() - 1)) + 1 - to;
+            let stop = from.end().min(from.start() + room);
+            let Ok(stretch) = VirtRange::new(from.start(), stop) else { return };
+            self.move_stretch(old_table, stretch, to);
+            to += stretch.len_bytes();
+            match VirtRange::new(stop, from.end()) {
+                Ok(rest) => from = rest,
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Moves the entries of `stretch`, which one old and one new table cover.
+    fn move_stretch(&mut self, old_table: TableView<'_>, stretch: VirtRange, new_start: u64) {
+        let (kernel, mm) = (self.kernel, self.mm);
+        // SAFETY: the constructor's caller holds the map lock; `prepare_place` linked the table.
+        let Some(new_table) = (unsafe { mm.space().find_table(kernel, new_start, Level::Pte) }) else {
+            debug_assert!(false, "no table was prepared at {new_start:#x}");
+            return;
+        };
+        // Movers exclude each other by the map lock; everybody else takes one table lock at a time.
+        let old_locked = old_table.lock(kernel);
+        let new_locked = (new_table.frame() != old_table.frame()).then(|| new_table.lock(kernel));
+        self.note_deferred_flushes();
+        let mut dirty = false;
+        let mut leaves = 0;
+        for offset in (0..stretch.len_bytes()).step_by(4096) {
+            let entry = old_locked.entry(stretch.start() + offset);
+            if entry.load().is_none() {
+                continue;
+            }
+            let index = Level::Pte.index(new_start + offset);
+            let target = new_table.table().entry(index);
+            if !target.load().is_none() {
+                debug_assert!(false, "something is mapped at {:#x}", new_start + offset);
+                continue;
+            }
+            let value = entry.get_and_clear();
+            if value.is_present() {
+                dirty |= value.is_dirty();
+                leaves += 1;
+                self.state
+                    .range
+                    .cleared(VirtRange::of_entry(Level::Pte, stretch.start() + offset), Level::Pte);
+            }
+            target.store(value);
+        }
+        if dirty {
+            // The stated exception of G3.
+            kernel.observe_gather(GatherEvent::DirtyFlush);
+            self.flush_tlb_only();
+        }
+        drop(new_locked);
+        drop(old_locked);
+        kernel.observe_gather(GatherEvent::LockDropped { leaves });
+    }
+
+    /// The first address in `range` that a large leaf maps; [`move_page_tables`](Self::move_page_tables) moves none.
+    #[must_use]
+    pub fn find_large_leaf(&self, range: VirtRange) -> Option<u64> {
+        let mut address = range.start();
+        while address < range.end() {
+            // SAFETY: the constructor's caller holds the map lock.
+            let found = unsafe { self.mm.space().lookup(self.kernel, address) };
+            if found.level > Level::Pte && matches!(found.value.decode(found.level), Decoded::Leaf(_)) {
+                return Some(address);
+            }
+            let step = if found.level > Level::Pte && found.value == EntryValue::NONE {
+                found.level
+            } else {
+                Level::Pmd
+            };
+            address = range.within_entry(step, address).end();
+        }
+        None
+    }
+}

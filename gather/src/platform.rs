@@ -1,0 +1,183 @@
+//! What a kernel supplies about its pages, and the three traits together.
+#![expect(unsafe_code, reason = "a batch page is taken on trust")]
+
+use core::ptr::NonNull;
+
+use mmu_pagetable::{EntryValue, Level, NonPresent, TableMemory, VirtRange};
+use mmu_tlb::Cpus;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::slot::FreedPages;
+
+/// Everything a kernel supplies. Implemented for whatever implements the three traits; there is nothing to add.
+pub trait Platform: TableMemory + Cpus + Pages {}
+
+impl<K: TableMemory + Cpus + Pages> Platform for K {}
+
+/// One mapped area as the engine needs to know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vma<A> {
+    /// The addresses.
+    pub range: VirtRange,
+    /// Who owns the frames behind it.
+    pub kind: VmaKind,
+    /// The embedder's own word for the area, handed back with every page.
+    pub area: A,
+}
+
+/// Who decides when the frames behind an area may be used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmaKind {
+    /// Pages with counts, released through the gather.
+    Normal,
+    /// Frames without (or beyond) counts, such as a device's: nothing is queued, yet the translations must be gone before
+    /// the area can no longer be found, for its owner then frees the frames without asking (CVE-2022-39188).
+    /// Linux: VM_PFNMAP, VM_MIXEDMAP.
+    PfnMap,
+}
+
+/// A leaf that was just cleared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnmappedLeaf {
+    /// The first address it mapped.
+    pub address: u64,
+    /// Level of the table it was in: 4 KiB, 2 MiB or 1 GiB.
+    pub level: Level,
+    /// What the entry held at the instant it was cleared: the A/D bits are final but for writes through entries other
+    /// CPUs cached as writable and dirty.
+    pub value: EntryValue,
+    /// The (first) frame it mapped.
+    pub frame: PhysFrame,
+}
+
+/// What becomes of the page of a cleared leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disposition {
+    /// No page with counts is behind it (the zero page, a device's frame): flush only.
+    Keep,
+    /// Comes back through [`free_pages`](Pages::free_pages) after the flush.
+    Free,
+    /// As [`Free`](Self::Free), and before that through [`remove_rmaps`](Pages::remove_rmaps): for a dirty page of a file,
+    /// whose mapcount must not reach zero while another CPU may still write through an old entry. Forces a flush before
+    /// the table lock is dropped.
+    FreeAfterRmap,
+}
+
+/// What becomes of an entry that was not present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Cleared. No flush is needed for it.
+    Clear,
+    /// Left as it is; its table is then not empty.
+    Keep,
+}
+
+/// A page of memory lent to a gather for one batch.
+#[derive(Debug)]
+pub struct BatchPage(NonNull<[u8; 4096]>);
+
+impl BatchPage {
+    /// Lends the page at `page`.
+    ///
+    /// # Safety
+    /// 4096 bytes at `page` are aligned to 8 bytes, writable, and used by nobody else until the page is given back.
+    #[must_use]
+    pub const unsafe fn new(page: NonNull<[u8; 4096]>) -> Self {
+        Self(page)
+    }
+
+    /// Where the page is; for giving it back to where it came from.
+    #[must_use]
+    pub const fn into_inner(self) -> NonNull<[u8; 4096]> {
+        self.0
+    }
+}
+
+/// The pages: what a kernel supplies about unmapping and freeing them.
+///
+/// Everything but `unmap_page` and `unmap_non_present` is called for a batch at a time.
+pub trait Pages {
+    /// What the kernel attaches to an area: a reference to its own VMA, or nothing.
+    type Area: Copy;
+
+    /// The leaf was cleared: account for it (rmap, mapcount, dirty, accessed, rss) and say what becomes of the page.
+    ///
+    /// Other CPUs may still read and write the page through old entries.
+    ///
+    /// # Context
+    /// The table's lock is held. Called once per leaf, inlined. Must not free the page.
+    fn unmap_page(&self, area: Self::Area, leaf: &UnmappedLeaf) -> Disposition;
+
+    /// Releases references on pages: nothing can reach them through this address space any more.
+    ///
+    /// # Context
+    /// No table lock is held. At most [`free_chunk`](crate::Limits::free_chunk) slots (one more if a run would be cut)
+    /// between two calls of [`cond_resched`](Self::cond_resched).
+    fn free_pages(&self, pages: FreedPages<'_>);
+
+    /// A page for a batch, at once or not at all; `None` is no error, it makes the gather flush sooner.
+    ///
+    /// # Context
+    /// A table lock is held: must not sleep, nor wait for another CPU (Linux: GFP_NOWAIT).
+    fn allocate_batch(&self) -> Option<BatchPage>;
+
+    /// Takes back a page from [`allocate_batch`](Self::allocate_batch).
+    fn free_batch(&self, page: BatchPage);
+
+    /// Takes away the mapcount of pages answered [`FreeAfterRmap`](Disposition::FreeAfterRmap): the flush has completed.
+    ///
+    /// # Context
+    /// The lock of the table they were mapped in is still held.
+    fn remove_rmaps(&self, _pages: FreedPages<'_>) {}
+
+    /// An entry that is not present, and not none: account for it and say whether it goes.
+    ///
+    /// # Context
+    /// The table's lock is held.
+    fn unmap_non_present(&self, _area: Self::Area, _address: u64, _level: Level, _entry: NonPresent) -> Fate {
+        Fate::Clear
+    }
+
+    /// A large leaf was replaced by a table of 512 smaller ones that map the same memory: spread its counts over them.
+    ///
+    /// # Context
+    /// The lock of the table that held the leaf is held.
+    fn leaf_was_split(&self, _area: Self::Area, _leaf: &UnmappedLeaf) {}
+
+    /// A good moment to run something else. No lock is held.
+    fn cond_resched(&self) {}
+
+    /// Counts an event. Not called per page.
+    fn observe_gather(&self, _event: GatherEvent) {}
+}
+
+/// Something worth counting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GatherEvent {
+    /// A batch page was taken.
+    BatchTaken,
+    /// A batch page was wanted and could not be had.
+    BatchRefused,
+    /// The gather was full and flushed before it was done.
+    ForcedFlush,
+    /// Dirty pages made it flush under a table lock.
+    DirtyFlush,
+    /// Another gather was open on the same address space: the whole of it was flushed.
+    NestedFlush,
+    /// A table lock was dropped after this many leaves had been cleared under it.
+    LockDropped {
+        /// Leaves cleared.
+        leaves: u32,
+    },
+    /// A table of this level was unhooked.
+    TableUnhooked(Level),
+    /// No table batch page could be had: one table was flushed for and freed alone.
+    TableFallback,
+    /// A flush completed and this much is freed now.
+    Released {
+        /// Slots of pages: one a page, two a run.
+        slots: u64,
+        /// Tables.
+        tables: u64,
+    },
+}

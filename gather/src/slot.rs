@@ -1,0 +1,109 @@
+//! One page, or one run of pages, waiting in a batch.
+
+use core::fmt;
+
+use static_assertions::const_assert_eq;
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PhysFrame;
+
+/// 64 bits of a batch: a frame with flags in the low bits, or the length of the run whose frame is in the slot before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct Slot(u64);
+
+const_assert_eq!(size_of::<Slot>(), 8);
+
+/// The rmap of this page is taken away after the flush, still under the table lock.
+const DELAY_RMAP: u64 = 1 << 0;
+/// The next slot is the length of the run.
+const LENGTH_FOLLOWS: u64 = 1 << 1;
+
+impl Slot {
+    #[inline]
+    pub(crate) fn page(frame: PhysFrame) -> Self {
+        Self(frame.start_address().as_u64())
+    }
+
+    #[inline]
+    pub(crate) const fn delaying_rmap(self) -> Self {
+        Self(self.0 | DELAY_RMAP)
+    }
+
+    pub(crate) fn run(frame: PhysFrame, nr_pages: u32) -> [Self; 2] {
+        [Self(Self::page(frame).0 | LENGTH_FOLLOWS), Self(u64::from(nr_pages))]
+    }
+
+    pub(crate) const fn length_follows(self) -> bool {
+        self.0 & LENGTH_FOLLOWS != 0
+    }
+
+    fn frame(self) -> PhysFrame {
+        PhysFrame::containing_address(PhysAddr::new_truncate(self.0 & !0xfff))
+    }
+}
+
+/// Pages that go together: `nr_pages` references on the 4 KiB frames from `frame` on.
+///
+/// A large leaf is one page here (its first frame): one entry held one reference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// The first frame.
+    pub frame: PhysFrame,
+    /// How many frames in a row; at least 1.
+    pub nr_pages: u32,
+}
+
+/// A slice of the pages a gather collected.
+///
+/// [`free_pages`](crate::Pages::free_pages) gets one only after every CPU that may hold a translation of its pages has
+/// flushed. Runs are never cut in two.
+#[derive(Clone, Copy)]
+pub struct FreedPages<'a> {
+    slots: &'a [Slot],
+    which: Which,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Which {
+    All,
+    DelayedRmap,
+}
+
+impl<'a> FreedPages<'a> {
+    pub(crate) const fn new(slots: &'a [Slot], which: Which) -> Self {
+        Self { slots, which }
+    }
+
+    /// The runs, in the order they were unmapped.
+    #[inline]
+    pub fn iter(&self) -> impl Iterator<Item = PageRun> + 'a {
+        let mut slots = self.slots.iter();
+        let which = self.which;
+        core::iter::from_fn(move || {
+            loop {
+                let slot = *slots.next()?;
+                let nr_pages = if slot.length_follows() {
+                    // A run's length is a u32 when it goes in.
+                    (slots.next()?.0 & 0xffff_ffff) as u32
+                } else {
+                    1
+                };
+                if which == Which::All || slot.0 & DELAY_RMAP != 0 {
+                    return Some(PageRun { frame: slot.frame(), nr_pages });
+                }
+            }
+        })
+    }
+
+    /// How many slots the slice has: no fewer than there are runs, at most twice as many.
+    #[must_use]
+    pub const fn nr_slots(&self) -> usize {
+        self.slots.len()
+    }
+}
+
+impl fmt::Debug for FreedPages<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}

@@ -1,0 +1,113 @@
+//! Replacing a large leaf by a table of smaller ones.
+#![expect(unsafe_code, reason = "walking follows links between tables")]
+
+use core::fmt;
+
+use mmu_pagetable::{Decoded, EntryValue, Level, MigrationAccess, NonPresent, TableView, VirtRange};
+use mmu_tlb::{FreedTables, PageSpan, flush_tlb_mm_range};
+use x86_64::PhysAddr;
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+
+use crate::gather::MmuGather;
+use crate::platform::{Platform, UnmappedLeaf};
+
+/// Why a large leaf could not be split. It is still there, unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SplitError {
+    /// No memory for the table; carries the address at which the leaf was to be cut.
+    NoTable(u64),
+}
+
+impl fmt::Display for SplitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::NoTable(address) => {
+                write!(f, "no memory for a page table to split the large page at {address:#x}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for SplitError {}
+
+impl<K: Platform> MmuGather<'_, K> {
+    /// Makes sure that no large leaf reaches across `address`, splitting one (of 1 GiB, then of 2 MiB) if need be.
+    ///
+    /// Called for both ends of a range before the point of no return of an unmapping: that is the one place where teardown
+    /// needs memory, and where it may still fail.
+    ///
+    /// While a leaf is being split its entry holds a migration entry, so whoever faults waits; the old size is flushed from
+    /// every CPU before the new one appears (SDM 4.10.4.2), with no lock held meanwhile.
+    ///
+    /// # Context
+    /// No table lock is held.
+    ///
+    /// # Errors
+    /// [`SplitError::NoTable`] when memory is short; nothing has changed then, or only a larger leaf was split.
+    ///
+    /// # Source
+    /// Linux: __split_huge_pmd, mm/huge_memory.c.
+    #[doc(alias = "__split_huge_pmd")]
+    pub fn split_leaf(&mut self, area: K::Area, address: u64) -> Result<(), SplitError> {
+        for level in [Level::Pud, Level::Pmd] {
+            if address & (level.entry_span() - 1) != 0 {
+                self.split_at(area, address, level)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn split_at(&mut self, area: K::Area, address: u64, level: Level) -> Result<(), SplitError> {
+        let (kernel, mm) = (self.kernel, self.mm);
+        // SAFETY: the constructor's caller holds the map lock.
+        let Some(view) = (unsafe { mm.space().find_table(kernel, address, level) }) else { return Ok(()) };
+        if !matches!(view.load(address).decode(level), Decoded::Leaf(_)) {
+            return Ok(());
+        }
+        let Some(below) = level.below() else { return Ok(()) };
+        let table = kernel.allocate_table().ok_or(SplitError::NoTable(address))?;
+        let whole = VirtRange::of_entry(level, address);
+
+        let locked = view.lock(kernel);
+        let entry = locked.entry(address);
+        let value = entry.load();
+        let Decoded::Leaf(first) = value.decode(level) else {
+            drop(locked);
+            kernel.free_tables(&[table]);
+            return Ok(());
+        };
+        let access = if value.is_writable() { MigrationAccess::Writable } else { MigrationAccess::ReadOnly };
+        let frame = PhysFrame::containing_address(first);
+        let marker = NonPresent::Migration { frame, access }.encode();
+        let old = entry.exchange(marker);
+        kernel.leaf_was_split(area, &UnmappedLeaf { address: whole.start(), level, value: old, frame });
+        drop(locked);
+
+        let span = PageSpan { start: whole.start(), end: whole.end(), stride_shift: level.entry_shift() };
+        let _flushed = flush_tlb_mm_range(kernel, mm.context(), span, FreedTables::No);
+
+        // SAFETY: `allocate_table` returned this zeroed frame and nobody else knows it.
+        fill(unsafe { TableView::new(kernel, table, below) }, old, level, below);
+        // SAFETY: the view is live as above; the table is ours, of the level below.
+        let linked = unsafe { mm.space().link_table(kernel, view, address, marker, table) };
+        debug_assert!(linked.is_ok(), "somebody replaced the migration entry at {address:#x}: {linked:?}");
+        if linked.is_err() {
+            kernel.free_tables(&[table]);
+        }
+        Ok(())
+    }
+}
+
+/// Fills `table` with 512 leaves that map what `old` mapped.
+fn fill(table: TableView<'_>, old: EntryValue, level: Level, below: Level) {
+    let first = old.leaf_address(level);
+    // Bit 7 means "large" above the last level and PAT in it; bit 12 is PAT in a large leaf. Leaves with a PAT bit keep it
+    // between large sizes only, where its place does not change.
+    let mut flags = old.flags() - PageTableFlags::HUGE_PAGE;
+    flags.insert(PageTableFlags::PRESENT);
+    for (index, entry) in (0u64..).zip(table.table().entries()) {
+        let address = PhysAddr::new(first.as_u64() + index * below.entry_span());
+        entry.store(EntryValue::leaf(below, address, flags));
+    }
+}

@@ -1,0 +1,134 @@
+//! The drivers: whole operations in the order that is right.
+#![expect(unsafe_code, reason = "the map lock is taken on trust")]
+
+use mmu_pagetable::{Bounds, MapError, VirtRange};
+use mmu_tlb::flush_tlb_mm;
+
+use crate::gather::{FlushedGather, MmuGather};
+use crate::limits::Limits;
+use crate::mm::Mm;
+use crate::platform::{Platform, Vma};
+
+/// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of munmap.
+///
+/// What comes back has been flushed from every CPU; drop the map lock, then free it. `unlink` runs between the pages and
+/// the tables: there the embedder takes the areas out of its rmap (Linux: unlink_anon_vmas, unlink_file_vma), so that
+/// nobody finds an area whose tables are going.
+///
+/// Before detaching, [`split_leaf`](MmuGather::split_leaf) both ends of the range: afterwards nothing can fail.
+///
+/// # Safety
+/// As for [`MmuGather::new`] and [`MmuGather::free_pgtables`].
+///
+/// # Source
+/// Linux: unmap_region, mm/vma.c.
+pub unsafe fn unmap_region<'a, K, I>(
+    kernel: &'a K,
+    mm: &'a Mm<K::Bits>,
+    limits: &Limits,
+    vmas: I,
+    bounds: Bounds,
+    unlink: impl FnOnce(),
+) -> FlushedGather<'a, K>
+where
+    K: Platform,
+    I: IntoIterator<Item = Vma<K::Area>> + Clone,
+{
+    // SAFETY: passed on to our caller.
+    let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
+    gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+    unlink();
+    gather.free_pgtables(vmas, bounds);
+    gather.flush()
+}
+
+/// Removes the pages of `range` in one area and keeps its tables: madvise(MADV_DONTNEED), truncation.
+///
+/// # Safety
+/// As for [`MmuGather::new`]; the map lock for reading is enough, and several of these may run at once.
+///
+/// # Source
+/// Linux: zap_page_range_single, mm/memory.c.
+#[doc(alias = "zap_page_range_single")]
+pub unsafe fn zap_page_range<'a, K: Platform>(
+    kernel: &'a K,
+    mm: &'a Mm<K::Bits>,
+    limits: &Limits,
+    vma: &Vma<K::Area>,
+    range: VirtRange,
+) -> FlushedGather<'a, K> {
+    // SAFETY: passed on to our caller.
+    let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
+    if let Some(range) = range.intersect(vma.range) {
+        gather.zap_vma_range(vma, range);
+    }
+    gather.flush()
+}
+
+/// Unmaps everything: the last program has left the address space.
+///
+/// The CPU that runs this may have it loaded, lazily at most. When this returns no CPU has it loaded, lazy ones included,
+/// so the root table is the caller's to free, after the rest.
+///
+/// # Safety
+/// As for [`MmuGather::new_fullmm`]; no CPU switches to the address space any more.
+///
+/// # Source
+/// Linux: exit_mmap, mm/mmap.c.
+pub unsafe fn exit_mmap<'a, K, I>(
+    kernel: &'a K,
+    mm: &'a Mm<K::Bits>,
+    limits: &Limits,
+    vmas: I,
+    unlink: impl FnOnce(),
+) -> FlushedGather<'a, K>
+where
+    K: Platform,
+    I: IntoIterator<Item = Vma<K::Area>> + Clone,
+{
+    // SAFETY: passed on to our caller.
+    let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
+    gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+    unlink();
+    gather.free_pgtables(vmas, Bounds::whole());
+    let flushed = gather.flush();
+    if mm.context().is_loaded_somewhere(kernel) {
+        // Nothing was mapped, so nothing was flushed, and somebody is still here, lazily. Such a flush makes it leave.
+        let _left = flush_tlb_mm(kernel, mm.context());
+    }
+    flushed
+}
+
+/// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the tables left behind.
+///
+/// `old` is where the stack is, `next_area_start` the area above it, if any. The area itself already spans both places.
+///
+/// # Errors
+/// [`MapError`] if tables for the new place could not be had or `shift` leads out of user space; nothing was moved.
+///
+/// # Safety
+/// As for [`MmuGather::new`], the map lock being held for writing.
+///
+/// # Source
+/// Linux: shift_arg_pages, fs/exec.c (relocate_vma_down since 6.13).
+#[doc(alias = "relocate_vma_down")]
+pub unsafe fn shift_arg_pages<'a, K: Platform>(
+    kernel: &'a K,
+    mm: &'a Mm<K::Bits>,
+    limits: &Limits,
+    old: VirtRange,
+    shift: u64,
+    next_area_start: Option<u64>,
+) -> Result<FlushedGather<'a, K>, MapError> {
+    let new_start = old.start().checked_sub(shift).ok_or(MapError::NotUserSpace(old.start()))?;
+    let new = VirtRange::new(new_start, old.end() - shift).map_err(|_| MapError::NotUserSpace(new_start))?;
+    // SAFETY: passed on to our caller.
+    let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
+    gather.move_page_tables(old, new.start())?;
+    // Where the two places overlap only the part above the new one is given up.
+    let given_up = VirtRange::new(old.start().max(new.end()), old.end());
+    if let Ok(given_up) = given_up {
+        gather.free_pgd_range(given_up, Bounds::between(Some(new.end()), next_area_start));
+    }
+    Ok(gather.flush())
+}
