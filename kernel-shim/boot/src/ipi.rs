@@ -1,0 +1,114 @@
+//! Calls on other CPUs: run a function there, in an interrupt, and wait until all have.
+//!
+//! Each CPU has one slot for the call it makes, and an inbox with one bit for each CPU that has a call for it:
+//!
+//! ```text
+//! caller                                  called
+//! slot.function = f; slot.waiting = set
+//! inbox[called] |= me      (Release)      bits = inbox.swap(0)         (Acquire)
+//! send the interrupt                      for each bit: run slot[bit].function
+//! until slot.waiting is empty (Acquire):  slot[bit].waiting -= called  (Release)
+//!     serve own inbox
+//! ```
+//!
+//! Because the waiting CPU serves its own inbox, two CPUs that call each other cannot block each other, even with interrupts off.
+
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use x86_64::instructions::interrupts::without_interrupts;
+
+use crate::apic::{self, Delivery};
+use crate::percpu::{CpuIndex, CpuMask, cpu, online, this_cpu, this_index};
+use crate::trap::CALL_VECTOR;
+
+/// A function to be run on other CPUs, and who has not run it yet.
+pub(crate) struct CallSlot {
+    function: UnsafeCell<Option<&'static Function<'static>>>,
+    waiting: AtomicU64,
+}
+
+type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
+
+// SAFETY: the cell is written by its own CPU only, while `waiting` is empty, and read by others only while they are in
+// `waiting`; see the orderings in `call_on` and `serve`.
+unsafe impl Sync for CallSlot {}
+
+impl CallSlot {
+    pub(crate) const fn new() -> Self {
+        Self { function: UnsafeCell::new(None), waiting: AtomicU64::new(0) }
+    }
+
+    /// Returns who has still to run the call; to be printed.
+    pub(crate) fn waiting(&self) -> CpuMask {
+        CpuMask::from_bits(self.waiting.load(Ordering::Relaxed))
+    }
+}
+
+impl core::fmt::Debug for CallSlot {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("CallSlot").field("waiting", &self.waiting()).finish_non_exhaustive()
+    }
+}
+
+/// Runs `function` on every CPU in `targets`, the calling one too if it is a member, and returns when all have run it.
+///
+/// On another CPU it runs in an interrupt, in ring 0, with interrupts off, whatever that CPU was doing: it must not wait for
+/// anything that the interrupted code may hold, and must not make a call itself. Everything the caller wrote before is visible
+/// to it, and what it wrote is visible to the caller afterwards.
+///
+/// # Context
+///
+/// Interrupts on or off; no lock held that a `function` takes. While it waits, the CPU runs the calls of others.
+///
+/// # Panics
+///
+/// If a target is not online, or if called from a `function`.
+pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
+    assert!(targets.bits() & !online().bits() == 0, "a call for a CPU that is not online");
+    let me = this_cpu();
+    let others = targets.without(me.index());
+    if !others.is_empty() {
+        assert!(me.call.waiting().is_empty(), "a call made from within a call");
+        // SAFETY: only the lifetime changes. `wait` below returns after the last target has run the function, and there is no
+        // other way out of here: panics abort. So no target uses the reference after this function has returned.
+        let function = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
+        // SAFETY: `waiting` is empty, so nobody reads the cell, and it is this CPU's own.
+        unsafe { *me.call.function.get() = Some(function) };
+        me.call.waiting.store(others.bits(), Ordering::Relaxed);
+        for target in others.iter() {
+            // ORDERING: pairs with the swap in `serve`: who takes the bit sees the slot, and all that was written before.
+            cpu(target).inbox.fetch_or(CpuMask::only(me.index()).bits(), Ordering::Release);
+            apic::send(target, Delivery::Fixed(CALL_VECTOR));
+        }
+    }
+    if targets.contains(me.index()) {
+        without_interrupts(|| function(me.index()));
+    }
+    // ORDERING: pairs with the `fetch_and` in `serve`: what the function did there is visible here.
+    while me.call.waiting.load(Ordering::Acquire) != 0 {
+        without_interrupts(serve);
+        core::hint::spin_loop();
+    }
+}
+
+/// Runs the calls that other CPUs have for this one. Interrupts are off.
+pub(crate) fn serve() {
+    let me = this_cpu();
+    if me.inbox.load(Ordering::Relaxed) == 0 {
+        return;
+    }
+    // ORDERING: pairs with the `fetch_or` in `call_on`.
+    let callers = CpuMask::from_bits(me.inbox.swap(0, Ordering::Acquire));
+    for caller in callers.iter() {
+        let slot = &cpu(caller).call;
+        // SAFETY: the caller wrote the cell before it set the bit just taken, and writes it again only after this CPU has left
+        // `waiting`, below.
+        let function = unsafe { *slot.function.get() };
+        if let Some(function) = function {
+            function(this_index());
+        }
+        // ORDERING: pairs with the load in `call_on`.
+        slot.waiting.fetch_and(!CpuMask::only(me.index()).bits(), Ordering::Release);
+    }
+}

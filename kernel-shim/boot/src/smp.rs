@@ -1,0 +1,183 @@
+//! The other CPUs: starting them, and giving all CPUs work.
+//!
+//! Start: INIT, then a start-up IPI, to one CPU at a time (Intel SDM vol. 3A, 8.4.4.1); each finds in the start block what
+//! it needs until it has a GS base.
+
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use x86_64::PhysAddr;
+use x86_64::instructions::interrupts;
+
+use crate::apic::{self, Delivery};
+use crate::paging::{kernel_root, new_stack, phys_to_ptr};
+use crate::percpu::{self, Cpu, CpuIndex, MAX_CPUS, cpu, online, this_cpu, this_index};
+use crate::trap::WAKE_VECTOR;
+use crate::{asm, clock, descriptors, mmu};
+
+/// Physical address of the code that other CPUs start with: any page of the first megabyte that is RAM.
+pub(crate) const TRAMPOLINE: u64 = 0x8000;
+/// Pages of the stack on which a CPU runs the kernel.
+pub(crate) const KERNEL_STACK_PAGES: u64 = 32;
+/// How long a CPU may take to come up. Generous: an emulated CPU may wait for a slice of a busy host.
+const START_TIMEOUT_US: u64 = 10_000_000;
+
+/// What a starting CPU needs; read by `start.s`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct StartBlock {
+    pub(crate) root: AtomicU64,
+    pub(crate) stack_top: AtomicU64,
+    pub(crate) cpu: AtomicU64,
+}
+
+pub(crate) static START_BLOCK: StartBlock =
+    StartBlock { root: AtomicU64::new(0), stack_top: AtomicU64::new(0), cpu: AtomicU64::new(0) };
+
+/// The work that all CPUs do together.
+struct Job {
+    function: UnsafeCell<Option<&'static Function<'static>>>,
+    /// Counts the jobs; a CPU that has seen fewer has one to do.
+    number: AtomicU64,
+    /// CPUs that have not finished the current one.
+    running: AtomicU64,
+}
+
+type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
+
+// SAFETY: the cell is written by the first CPU only, while no CPU runs a job, and read by the others only after they have seen
+// a new number; see the orderings in `on_every_cpu` and `work`.
+unsafe impl Sync for Job {}
+
+static JOB: Job =
+    Job { function: UnsafeCell::new(None), number: AtomicU64::new(0), running: AtomicU64::new(0) };
+
+/// Starts the CPUs whose APICs are listed, except the one that runs this, and returns how many run afterwards.
+///
+/// # Panics
+///
+/// If one does not come up: it might still do so later, with the start block of another.
+pub(crate) fn start(apic_ids: &[u32]) -> u32 {
+    copy_trampoline();
+    let me = apic::id();
+    let others = apic_ids.iter().copied().filter(|id| *id != me).take(MAX_CPUS - 1);
+    for (index, apic_id) in (1..).map(CpuIndex::new).zip(others) {
+        start_one(index, apic_id);
+    }
+    online().count()
+}
+
+/// Runs `function` on every CPU in ordinary context (interrupts on, own stack), and returns when all have finished.
+///
+/// # Panics
+///
+/// If called on another CPU than the first, or from a `function`.
+pub fn on_every_cpu(function: &(dyn Fn(CpuIndex) + Sync)) {
+    assert!(this_index() == CpuIndex::FIRST, "only the first CPU gives out work");
+    assert!(JOB.running.load(Ordering::Relaxed) == 0, "work given out from within work");
+    // SAFETY: only the lifetime changes: this function returns after every CPU has finished, and panics abort.
+    let lasting = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
+    // SAFETY: no CPU runs a job, and none looks before the number changes.
+    unsafe { *JOB.function.get() = Some(lasting) };
+    let others = online().without(CpuIndex::FIRST);
+    JOB.running.store(others.bits(), Ordering::Relaxed);
+    // ORDERING: pairs with the load in `work`: who sees the number sees the function.
+    JOB.number.fetch_add(1, Ordering::Release);
+    others.iter().for_each(wake);
+    function(CpuIndex::FIRST);
+    loop {
+        interrupts::disable();
+        // ORDERING: pairs with the `fetch_and` in `work`: what the others did is visible here.
+        if JOB.running.load(Ordering::Acquire) == 0 {
+            interrupts::enable();
+            return;
+        }
+        // The last to finish wakes this CPU; interrupts come on together with the halt, so that is not missed.
+        interrupts::enable_and_hlt();
+    }
+}
+
+/// Wakes a CPU that has halted until the next interrupt.
+pub fn wake(target: CpuIndex) {
+    apic::send(target, Delivery::Fixed(WAKE_VECTOR));
+}
+
+/// Makes a CPU leave ring 3: [`crate::ring3::run`] returns there, now or when it is called next.
+pub fn kick(target: CpuIndex) {
+    // ORDERING: pairs with the swap in `ring3::run`, which must see the flag if it saw the interrupt, or nothing of it.
+    cpu(target).kicked.store(true, Ordering::Release);
+    wake(target);
+}
+
+/// Where `start.s` ends on every CPU but the first.
+#[cfg_attr(not(bare), expect(dead_code, reason = "called from assembly, which only the image has"))]
+pub(crate) extern "C" fn secondary_main(me: &'static Cpu) -> ! {
+    // SAFETY: `start_one` prepared it for this CPU alone, and `start.s` has loaded GS already.
+    unsafe { percpu::install(me) };
+    mmu::enable_features();
+    descriptors::load();
+    apic::init();
+    percpu::set_online(me.index());
+    work(me)
+}
+
+/// Does job after job, and halts in between.
+fn work(me: &'static Cpu) -> ! {
+    loop {
+        interrupts::disable();
+        let seen = me.job_seen.load(Ordering::Relaxed);
+        // ORDERING: pairs with the `fetch_add` in `on_every_cpu`.
+        if JOB.number.load(Ordering::Acquire) == seen {
+            interrupts::enable_and_hlt();
+            continue;
+        }
+        interrupts::enable();
+        me.job_seen.store(seen + 1, Ordering::Relaxed);
+        // SAFETY: the number has changed, so the function is there, and stays until this CPU leaves `running`.
+        if let Some(function) = unsafe { *JOB.function.get() } {
+            function(me.index());
+        }
+        let mine = percpu::CpuMask::only(me.index()).bits();
+        // ORDERING: pairs with the load in `on_every_cpu`.
+        if JOB.running.fetch_and(!mine, Ordering::AcqRel) == mine {
+            wake(CpuIndex::FIRST);
+        }
+    }
+}
+
+fn start_one(index: CpuIndex, apic_id: u32) {
+    let cpu = percpu::prepare(index, apic_id);
+    START_BLOCK.root.store(kernel_root().start_address().as_u64(), Ordering::Relaxed);
+    START_BLOCK.stack_top.store(new_stack(KERNEL_STACK_PAGES).as_u64(), Ordering::Relaxed);
+    // ORDERING: sent on by the IPI, which is not issued before earlier stores are visible (`apic::send_to_apic`).
+    START_BLOCK.cpu.store(core::ptr::from_ref(cpu).addr() as u64, Ordering::Release);
+    let is_up = || online().contains(index);
+    let page = u8::try_from(TRAMPOLINE >> 12).expect("the trampoline is in the first megabyte");
+    apic::send_to_apic(apic_id, Delivery::Init);
+    clock::wait_us(10_000);
+    apic::send_to_apic(apic_id, Delivery::StartUp(page));
+    if !clock::wait_until(200, is_up) {
+        // A CPU that has started ignores the second one.
+        apic::send_to_apic(apic_id, Delivery::StartUp(page));
+    }
+    assert!(
+        clock::wait_until(START_TIMEOUT_US, is_up),
+        "the CPU with APIC id {apic_id} did not start"
+    );
+}
+
+fn copy_trampoline() {
+    let code = asm::trampoline();
+    let length = usize::try_from(code.end - code.start).expect("usize has 64 bits");
+    assert!(length <= 4096, "the trampoline fits its page");
+    let from: *const u8 = phys_to_ptr(PhysAddr::new(code.start));
+    // SAFETY: the page lies in the first megabyte, which the frame allocator leaves alone; source and target are mapped (B3)
+    // and do not overlap, since the image begins at 2 MiB.
+    unsafe { phys_to_ptr::<u8>(PhysAddr::new(TRAMPOLINE)).copy_from_nonoverlapping(from, length) };
+}
+
+/// Returns the running CPU's count of IPIs sent.
+#[must_use]
+pub fn ipis_sent() -> u64 {
+    this_cpu().ipis_sent.load(Ordering::Relaxed)
+}
