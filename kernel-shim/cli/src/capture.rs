@@ -163,7 +163,7 @@ fn kind(map: &MemoryMap) -> VmaKind {
     } else {
         match &map.pathname {
             MMapPath::Vsys(_) => VmaKind::Shared(name),
-            MMapPath::Path(path) if is_shared_memory(path) => VmaKind::Shared(name),
+            MMapPath::Path(path) if is_in_memory_only(path) => VmaKind::Shared(name),
             MMapPath::Path(_) => VmaKind::File(name),
             _ if map.perms.contains(MMPermissions::SHARED) => VmaKind::Shared(name),
             _ => VmaKind::Anon,
@@ -171,17 +171,20 @@ fn kind(map: &MemoryMap) -> VmaKind {
     }
 }
 
-/// Whether the kernel keeps the file in memory only.
-fn is_shared_memory(path: &Path) -> bool {
-    path.starts_with("/dev/shm")
-        || path.starts_with("/dev/zero")
-        || path.to_string_lossy().starts_with("/memfd:")
+/// Whether the mapping is shared memory that the kernel shows as a file.
+fn is_in_memory_only(path: &Path) -> bool {
+    let path = path.to_string_lossy();
+    ["/dev/shm/", "/memfd:"].iter().any(|prefix| path.starts_with(prefix))
+        || without_deleted(&path) == "/dev/zero"
 }
 
 /// The last part of the path: directories would tell about the machine, and nobody needs them.
 fn file_name(path: &Path) -> String {
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-    name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned()
+    without_deleted(&path.file_name().unwrap_or(path.as_os_str()).to_string_lossy()).to_owned()
+}
+
+fn without_deleted(path: &str) -> &str {
+    path.strip_suffix(" (deleted)").unwrap_or(path)
 }
 
 /// The version without what distributions append.
@@ -213,6 +216,8 @@ fn from_io(pid: i32, error: &io::Error) -> CaptureError {
 #[cfg(test)]
 mod tests {
     use std::process::{Child, Command, Stdio};
+
+    use procfs::FromBufRead as _;
 
     use super::*;
 
@@ -258,6 +263,21 @@ mod tests {
         let process = Process::new(own).expect("own process");
         let areas = user_areas(process.maps().expect("own maps"));
         assert!(areas.iter().all(|map| map.address.1 <= USER_END));
+    }
+
+    #[test]
+    fn shared_memory_is_told_from_files_and_directories_are_dropped() {
+        let kind_of = |path: &str| {
+            let line = format!("7f0000000000-7f0000001000 rw-s 00000000 00:01 7 {path}\n");
+            let maps = MemoryMaps::from_buf_read(line.as_bytes()).expect("a line of maps");
+            kind(maps.iter().next().expect("one line"))
+        };
+        assert_eq!(kind_of("/dev/zero (deleted)"), VmaKind::Shared("zero".to_owned()));
+        assert_eq!(kind_of("/dev/shm/a b"), VmaKind::Shared("a b".to_owned()));
+        assert_eq!(kind_of("/memfd:x (deleted)"), VmaKind::Shared("memfd:x".to_owned()));
+        assert_eq!(kind_of("/home/somebody/zero"), VmaKind::File("zero".to_owned()));
+        assert_eq!(kind_of(""), VmaKind::Shared(String::new()));
+        assert_eq!(kind_of("[vdso]"), VmaKind::Pfn("vdso".to_owned()));
     }
 
     #[test]

@@ -4,5 +4,7 @@
 
 pub mod capture;
 pub mod layout;
+#[cfg(test)]
+mod layout_tests;
 mod layout_text;
 mod pagemap;
