@@ -25,7 +25,7 @@ const ENABLED: u32 = 1;
 pub(crate) unsafe fn apic_ids(rsdp: PhysAddr) -> ArrayVec<u32, MAX_CPUS> {
     // SAFETY: the caller vouches for the root pointer.
     let tables = unsafe { Tables::find(rsdp) };
-    tables.and_then(|tables| tables.madt()).map_or_else(ArrayVec::new, |madt| local_apics(madt))
+    tables.and_then(|tables| tables.madt()).map_or_else(ArrayVec::new, local_apics)
 }
 
 /// The root table: a list of addresses of other tables.

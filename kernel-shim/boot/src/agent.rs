@@ -18,8 +18,8 @@ pub enum Program {
     Check,
     /// Reads the first word again and again, at most `nr_words` times, and stops when it no longer holds `value`.
     Watch,
-    /// Runs until it is kicked.
-    Spin,
+    /// Writes 1, 2, 3, ... to the first word, until the CPU is kicked.
+    Count,
 }
 
 /// One run of the agent.
@@ -75,7 +75,7 @@ impl Task {
             Program::Write => entries.write,
             Program::Check => entries.check,
             Program::Watch => entries.watch,
-            Program::Spin => entries.spin,
+            Program::Count => entries.count,
         };
         let mut context = UserContext::new(text + entry);
         let frame = &mut context.frame;

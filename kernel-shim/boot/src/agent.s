@@ -56,12 +56,13 @@ agent_watch:
     dec rdx
     jmp agent_watch
 
-// Never ends by itself; the kernel takes the CPU back with an interrupt.
-.global agent_spin
-agent_spin:
+// Writes 1, 2, 3, ... to one word, and never ends by itself; the kernel takes the CPU back with an interrupt.
+.global agent_count
+agent_count:
     inc rbx
+    mov qword ptr [rdi], rbx
     pause
-    jmp agent_spin
+    jmp agent_count
 
 agent_done:
     xor eax, eax

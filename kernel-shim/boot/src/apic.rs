@@ -9,7 +9,7 @@ use x86_64::registers::model_specific::Msr;
 
 use crate::mmu::features;
 use crate::paging::phys_to_ptr;
-use crate::percpu::{CpuIndex, cpu, this_cpu};
+use crate::percpu::{CpuIndex, cpu};
 use crate::trap::SPURIOUS_VECTOR;
 
 /// IA32_APIC_BASE: bits 12 up address of the registers, 11 enable, 10 x2APIC.
@@ -126,7 +126,6 @@ pub(crate) fn end_of_interrupt() {
 
 /// Sends an IPI to one CPU.
 pub(crate) fn send(to: CpuIndex, delivery: Delivery) {
-    this_cpu().ipis_sent.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
     send_to_apic(cpu(to).apic_id(), delivery);
 }
 
@@ -171,7 +170,7 @@ fn read(register: Register) -> u32 {
     if features().x2apic {
         // SAFETY: x2APIC is on, and the register exists and is readable. Its upper half is 0 for those read here.
         let value = unsafe { Msr::new(X2APIC_MSRS + register as u32).read() };
-        return value as u32;
+        return u32::try_from(value & u64::from(u32::MAX)).unwrap_or(0);
     }
     // SAFETY: the page of registers is mapped, uncached, by `paging::init`.
     unsafe { page_register(register).read_volatile() }

@@ -57,7 +57,7 @@ unsafe extern "C" {
     static agent_write: u8;
     static agent_check: u8;
     static agent_watch: u8;
-    static agent_spin: u8;
+    static agent_count: u8;
     static agent_end: u8;
 
     /// Enters ring 3 with the registers of `context`; returns at the next trap from ring 3, which is stored there.
@@ -115,7 +115,7 @@ pub(crate) struct AgentEntries {
     pub(crate) write: u64,
     pub(crate) check: u64,
     pub(crate) watch: u64,
-    pub(crate) spin: u64,
+    pub(crate) count: u64,
 }
 
 /// Returns the position-independent code of the ring-3 agent.
@@ -134,7 +134,7 @@ pub(crate) fn agent_entries() -> AgentEntries {
         write: (&raw const agent_write).addr() as u64 - start,
         check: (&raw const agent_check).addr() as u64 - start,
         watch: (&raw const agent_watch).addr() as u64 - start,
-        spin: (&raw const agent_spin).addr() as u64 - start,
+        count: (&raw const agent_count).addr() as u64 - start,
     }
 }
 

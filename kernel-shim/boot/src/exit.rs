@@ -67,8 +67,14 @@ mod tests {
 
     #[test]
     fn every_verdict_has_its_own_status_unlike_those_of_qemu_itself() {
-        let verdicts =
-            [Verdict::Pass, Verdict::Violation, Verdict::Usage, Verdict::Panic, Verdict::Exception, Verdict::Hang];
+        let verdicts = [
+            Verdict::Pass,
+            Verdict::Violation,
+            Verdict::Usage,
+            Verdict::Panic,
+            Verdict::Exception,
+            Verdict::Hang,
+        ];
         let statuses = verdicts.map(Verdict::qemu_status);
         assert_eq!(statuses, [33, 35, 37, 39, 41, 43]);
     }

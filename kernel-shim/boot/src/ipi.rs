@@ -12,20 +12,29 @@
 //! ```
 //!
 //! Because the waiting CPU serves its own inbox, two CPUs that call each other cannot block each other, even with interrupts off.
+//! With interrupts on, it spins for a while and then halts until the last of the called CPUs wakes it: an emulator has more CPUs
+//! than its host, and a CPU that spins takes the host core that the called one needs.
 
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
-use x86_64::instructions::interrupts::without_interrupts;
+use x86_64::instructions::interrupts::{self, without_interrupts};
 
 use crate::apic::{self, Delivery};
 use crate::percpu::{CpuIndex, CpuMask, cpu, online, this_cpu, this_index};
 use crate::trap::CALL_VECTOR;
+use crate::{clock, smp};
+
+/// How long a caller spins before it halts, in cycles. A round trip between two CPUs that both run takes 10,000 to 20,000 emulated
+/// cycles; one that has to wait for a host core takes millions.
+const SPIN_CYCLES: u64 = 40_000;
 
 /// A function to be run on other CPUs, and who has not run it yet.
 pub(crate) struct CallSlot {
     function: UnsafeCell<Option<&'static Function<'static>>>,
     waiting: AtomicU64,
+    /// The caller has halted, or is about to.
+    halted: AtomicBool,
 }
 
 type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
@@ -36,7 +45,7 @@ unsafe impl Sync for CallSlot {}
 
 impl CallSlot {
     pub(crate) const fn new() -> Self {
-        Self { function: UnsafeCell::new(None), waiting: AtomicU64::new(0) }
+        Self { function: UnsafeCell::new(None), waiting: AtomicU64::new(0), halted: AtomicBool::new(false) }
     }
 
     /// Returns who has still to run the call; to be printed.
@@ -71,7 +80,7 @@ pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
     if !others.is_empty() {
         assert!(me.call.waiting().is_empty(), "a call made from within a call");
         // SAFETY: only the lifetime changes. `wait` below returns after the last target has run the function, and there is no
-        // other way out of here: panics abort. So no target uses the reference after this function has returned.
+        // other way out of here: panics end the run. So no target uses the reference after this function has returned.
         let function = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
         // SAFETY: `waiting` is empty, so nobody reads the cell, and it is this CPU's own.
         unsafe { *me.call.function.get() = Some(function) };
@@ -81,15 +90,49 @@ pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
             cpu(target).inbox.fetch_or(CpuMask::only(me.index()).bits(), Ordering::Release);
             apic::send(target, Delivery::Fixed(CALL_VECTOR));
         }
+        me.calls_sent.fetch_add(u64::from(others.count()), Ordering::Relaxed);
     }
     if targets.contains(me.index()) {
         without_interrupts(|| function(me.index()));
     }
+    wait(&me.call);
+}
+
+/// Returns how many calls a CPU has sent to others so far: one for each target.
+#[must_use]
+pub fn calls_sent(by: CpuIndex) -> u64 {
+    cpu(by).calls_sent.load(Ordering::Relaxed)
+}
+
+/// Waits until nobody has the call still to run.
+fn wait(slot: &CallSlot) {
+    let may_halt = interrupts::are_enabled();
+    let start = clock::cycles();
     // ORDERING: pairs with the `fetch_and` in `serve`: what the function did there is visible here.
-    while me.call.waiting.load(Ordering::Acquire) != 0 {
-        without_interrupts(serve);
-        core::hint::spin_loop();
+    while slot.waiting.load(Ordering::Acquire) != 0 {
+        if may_halt && clock::cycles().wrapping_sub(start) > SPIN_CYCLES {
+            halt_until_served(slot);
+        } else {
+            without_interrupts(serve);
+            core::hint::spin_loop();
+        }
     }
+}
+
+/// Halts until an interrupt arrives, unless the call is over.
+fn halt_until_served(slot: &CallSlot) {
+    interrupts::disable();
+    slot.halted.store(true, Ordering::Relaxed);
+    // ORDERING: pairs with the fence in `serve`; either the last of the called CPUs sees `halted`, or this one sees that nobody
+    // is left in `waiting`.
+    fence(Ordering::SeqCst);
+    if slot.waiting.load(Ordering::Relaxed) == 0 {
+        interrupts::enable();
+    } else {
+        // Interrupts come on together with the halt: one that is sent from now on ends it.
+        interrupts::enable_and_hlt();
+    }
+    slot.halted.store(false, Ordering::Relaxed);
 }
 
 /// Runs the calls that other CPUs have for this one. Interrupts are off.
@@ -108,7 +151,13 @@ pub(crate) fn serve() {
         if let Some(function) = function {
             function(this_index());
         }
-        // ORDERING: pairs with the load in `call_on`.
-        slot.waiting.fetch_and(!CpuMask::only(me.index()).bits(), Ordering::Release);
+        let mine = CpuMask::only(me.index()).bits();
+        // ORDERING: pairs with the load in `wait`.
+        let before = slot.waiting.fetch_and(!mine, Ordering::Release);
+        // ORDERING: pairs with the fence in `halt_until_served`.
+        fence(Ordering::SeqCst);
+        if before == mine && slot.halted.load(Ordering::Relaxed) {
+            smp::wake(caller);
+        }
     }
 }

@@ -36,7 +36,10 @@ pub mod agent;
 pub mod clock;
 #[expect(unsafe_code, reason = "the port of the exit device")]
 pub mod exit;
-#[expect(unsafe_code, reason = "the free list lives in the frames; whoever frees a frame proves that it is unreachable")]
+#[expect(
+    unsafe_code,
+    reason = "the free list lives in the frames; whoever frees a frame proves that it is unreachable"
+)]
 pub mod frames;
 #[expect(unsafe_code, reason = "a borrowed function is used by other CPUs while its owner waits")]
 pub mod ipi;

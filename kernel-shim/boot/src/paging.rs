@@ -54,7 +54,7 @@ pub fn phys_to_ptr<T>(address: PhysAddr) -> *mut T {
 ///
 /// # Panics
 ///
-/// Before [`init`].
+/// Before the machine is up.
 #[must_use]
 pub fn kernel_root() -> PhysFrame {
     KERNEL.lock().as_ref().expect("the kernel half exists before anyone asks for it").root

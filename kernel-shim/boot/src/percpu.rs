@@ -131,6 +131,7 @@ pub struct Cpu {
     user_context: AtomicPtr<UserContext>,
     /// The stack on which `enter_user` was called.
     kernel_stack: AtomicU64,
+    index: AtomicU32,
     apic_id: Once<u32>,
     /// One bit for each CPU that has a call for this one; see [`crate::ipi`].
     pub(crate) inbox: AtomicU64,
@@ -138,14 +139,12 @@ pub struct Cpu {
     pub(crate) call: CallSlot,
     /// Somebody wants this CPU out of ring 3.
     pub(crate) kicked: AtomicBool,
-    /// The number of the last job this CPU has seen; see [`crate::smp`].
-    pub(crate) job_seen: AtomicU64,
     /// Counts steps of work, for the watchdog.
     pub(crate) progress: AtomicU64,
     /// What this CPU says it is doing, for the watchdog.
     pub(crate) activity: Activity,
-    /// IPIs sent by this CPU.
-    pub(crate) ipis_sent: AtomicU64,
+    /// Calls that this CPU has sent to others.
+    pub(crate) calls_sent: AtomicU64,
 }
 
 impl Cpu {
@@ -160,23 +159,21 @@ impl Cpu {
             self_pointer: AtomicPtr::new(core::ptr::null_mut()),
             user_context: AtomicPtr::new(core::ptr::null_mut()),
             kernel_stack: AtomicU64::new(0),
+            index: AtomicU32::new(0),
             apic_id: Once::new(),
             inbox: AtomicU64::new(0),
             call: CallSlot::new(),
             kicked: AtomicBool::new(false),
-            job_seen: AtomicU64::new(0),
             progress: AtomicU64::new(0),
             activity: Activity::new(),
-            ipis_sent: AtomicU64::new(0),
+            calls_sent: AtomicU64::new(0),
         }
     }
 
     /// Returns the number of this CPU.
     #[must_use]
     pub fn index(&self) -> CpuIndex {
-        let offset = core::ptr::from_ref(self).addr() - CPUS.as_ptr().addr();
-        let index = u32::try_from(offset / size_of::<Self>()).expect("a `Cpu` lies in the array of all CPUs");
-        CpuIndex(index)
+        CpuIndex(self.index.load(Ordering::Relaxed))
     }
 
     /// Returns the id of this CPU's local APIC.
@@ -191,11 +188,7 @@ impl Cpu {
 }
 
 /// Returns the state of the CPU that runs this. Hold it only where the code cannot move to another CPU, which in this image
-/// is everywhere.
-///
-/// # Panics
-///
-/// Never, after [`install`]; before, GS points nowhere.
+/// is everywhere. It is there from the first Rust function on.
 #[inline]
 #[must_use]
 pub fn this_cpu() -> &'static Cpu {
@@ -229,6 +222,7 @@ pub fn online() -> CpuMask {
 pub(crate) fn prepare(index: CpuIndex, apic_id: u32) -> &'static Cpu {
     let cpu = cpu(index);
     cpu.self_pointer.store(core::ptr::from_ref(cpu).cast_mut(), Ordering::Relaxed);
+    cpu.index.store(index.0, Ordering::Relaxed);
     cpu.apic_id.call_once(|| apic_id);
     cpu
 }
@@ -264,7 +258,9 @@ mod tests {
         let members: Vec<usize> = mask.iter().map(CpuIndex::get).collect();
         assert_eq!(members, [0, 5, 63]);
         assert_eq!(mask.count(), 3);
-        assert!(mask.contains(CpuIndex::new(5)) && !mask.without(CpuIndex::new(5)).contains(CpuIndex::new(5)));
+        assert!(
+            mask.contains(CpuIndex::new(5)) && !mask.without(CpuIndex::new(5)).contains(CpuIndex::new(5))
+        );
     }
 
     #[test]

@@ -13,19 +13,24 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use crate::agent::{Outcome, Program, Stop, Task};
 use crate::exit::Verdict;
 use crate::percpu::{CpuIndex, CpuMask, MAX_CPUS, online};
-use crate::ring3::{Exit, UserContext, run as run_user};
-use crate::smp::{kick, on_every_cpu};
-use crate::test_space::{DATA, OLD, NEW, TEXT, TestSpace};
+use crate::ring3::{Exit, run as run_user};
+use crate::smp::{kick, on_cpus, on_every_cpu};
+use crate::test_space::{COUNTS, DATA, NEW, OLD, TEXT, TestSpace};
 use crate::{clock, ipi, mmu, paging, println, watchdog};
 
 /// Round trips measured for each pair of CPUs; the shortest one counts.
 const ROUND_TRIPS: u64 = 50;
 /// Calls that each CPU makes while all others call too.
 const STORM_CALLS: u64 = 500;
+/// One call in so many is made with interrupts off: that caller cannot halt, and spins away its share of the host.
+const MASKED_EVERY: u64 = 16;
 /// Reads through an entry that has changed, before the CPU is told.
 const STALE_READS: u64 = 100_000;
 /// Pages that each CPU's program faults in.
 const FAULT_PAGES: u64 = 64;
+
+/// How long a program may take to get going.
+const RING_3_TIMEOUT_US: u64 = 10_000_000;
 
 /// One test: `Ok` with what was measured, `Err` with what was wrong.
 type Test = fn() -> Result<String, String>;
@@ -92,26 +97,23 @@ fn floating_point() -> Result<String, String> {
 fn round_trips() -> Result<String, String> {
     let cpus = online();
     let shortest: Vec<AtomicU64> = (0..MAX_CPUS * MAX_CPUS).map(|_| AtomicU64::new(u64::MAX)).collect();
-    let turn = AtomicU64::new(0);
     let runs = AtomicU64::new(0);
-    on_every_cpu(&|me| {
-        // One caller at a time, so that the numbers are those of an idle machine.
-        while turn.load(Ordering::Acquire) != me.get() as u64 {
-            core::hint::spin_loop();
-        }
-        for to in cpus.without(me).iter() {
-            for _ in 0..ROUND_TRIPS {
-                let start = clock::cycles();
-                ipi::call_on(CpuMask::only(to), &|_| {
-                    runs.fetch_add(1, Ordering::Relaxed);
-                });
-                let cycles = clock::cycles() - start;
-                shortest[me.get() * MAX_CPUS + to.get()].fetch_min(cycles, Ordering::Relaxed);
+    for from in cpus.iter() {
+        // One caller at a time, the others halted: the numbers are those of an idle machine.
+        on_cpus(CpuMask::only(from), &|me| {
+            for to in cpus.without(me).iter() {
+                for _ in 0..ROUND_TRIPS {
+                    let start = clock::cycles();
+                    ipi::call_on(CpuMask::only(to), &|_| {
+                        runs.fetch_add(1, Ordering::Relaxed);
+                    });
+                    let cycles = clock::cycles() - start;
+                    shortest[me.get() * MAX_CPUS + to.get()].fetch_min(cycles, Ordering::Relaxed);
+                }
+                watchdog::progress();
             }
-            watchdog::progress();
-        }
-        turn.fetch_add(1, Ordering::Release);
-    });
+        });
+    }
     let others = u64::from(cpus.count()) - 1;
     let expected = u64::from(cpus.count()) * others * ROUND_TRIPS;
     let counted = runs.load(Ordering::Relaxed);
@@ -139,7 +141,7 @@ fn storm() -> Result<String, String> {
             let count = |_: CpuIndex| {
                 runs.fetch_add(1, Ordering::Relaxed);
             };
-            if call % 2 == 0 {
+            if call % MASKED_EVERY != 0 {
                 ipi::call_on(online().without(me), &count);
             } else {
                 // A caller that may not be interrupted serves its inbox while it waits.
@@ -153,7 +155,11 @@ fn storm() -> Result<String, String> {
     let cpus = u64::from(online().count());
     let expected = cpus * (cpus - 1) * STORM_CALLS;
     let counted = runs.load(Ordering::Relaxed);
-    if counted == expected { Ok(format!("{expected} calls")) } else { Err(format!("{counted} calls ran, not {expected}")) }
+    if counted == expected {
+        Ok(format!("{expected} calls"))
+    } else {
+        Err(format!("{counted} calls ran, not {expected}"))
+    }
 }
 
 /// A last-level entry is pointed at another frame; each CPU looks before and after its own INVLPG.
@@ -179,7 +185,9 @@ fn stale_entry() -> Result<String, String> {
     });
     none_of(&wrong, "reads were wrong before the change or after INVLPG")?;
     let stale = stale_cpus.load(Ordering::Relaxed);
-    Ok(format!("{stale} of {nr_cpus} CPUs read the old frame {STALE_READS} times, then the new one after INVLPG"))
+    Ok(format!(
+        "{stale} of {nr_cpus} CPUs read the old frame {STALE_READS} times, then the new one after INVLPG"
+    ))
 }
 
 /// A program on each CPU, all in one address space, writes pages that are mapped when it faults, checks them, and tries what
@@ -211,14 +219,16 @@ fn ring_3() -> Result<String, String> {
         let expected: u64 = (value..value + FAULT_PAGES).sum();
         let done = Outcome { stopped: None, nr_left: 0, sum: 0 };
         if wrote != Ok(done) || checked != Ok(done) || summed != Ok(Outcome { sum: expected, ..done }) {
-            *problem.lock() = Some(format!("cpu {me}: wrote {wrote:?}, checked {checked:?}, summed {summed:?}"));
+            *problem.lock() =
+                Some(format!("cpu {me}: wrote {wrote:?}, checked {checked:?}, summed {summed:?}"));
         }
         // The kernel half is mapped but not for ring 3.
         let kernel = Task { first: paging::PHYS_OFFSET.as_u64(), ..task(Program::Read) };
         let exit = run_user(&mut kernel.context(TEXT));
         let denied = PageFaultErrorCode::PROTECTION_VIOLATION | PageFaultErrorCode::USER_MODE;
         if exit != (Exit::PageFault { address: paging::PHYS_OFFSET, error: denied }) {
-            *problem.lock() = Some(format!("cpu {me}: reading the kernel half from ring 3 ended with {exit:?}"));
+            *problem.lock() =
+                Some(format!("cpu {me}: reading the kernel half from ring 3 ended with {exit:?}"));
         }
         TestSpace::leave();
         watchdog::progress();
@@ -231,7 +241,10 @@ fn ring_3() -> Result<String, String> {
     if faults != expected {
         return Err(format!("{faults} page faults, not {expected}"));
     }
-    Ok(format!("{faults} page faults, {} emulated cycles each, entry and return included", cycles.into_inner() / faults))
+    Ok(format!(
+        "{faults} page faults, {} emulated cycles each, entry and return included",
+        cycles.into_inner() / faults
+    ))
 }
 
 /// The other CPUs watch one word in ring 3; the first changes the entry, tells them, and they see it; then they are kicked out of
@@ -241,6 +254,8 @@ fn flush_in_ring_3() -> Result<String, String> {
     space.map_agent();
     let [old, new] = [space.frame_filled_with(OLD), space.frame_filled_with(NEW)];
     space.map(DATA, old, TestSpace::USER_DATA);
+    let counts = space.frame_filled_with(0);
+    space.map(COUNTS, counts, TestSpace::USER_DATA);
     let watch = |nr_words| Task {
         program: Program::Watch,
         first: DATA.as_u64(),
@@ -254,8 +269,7 @@ fn flush_in_ring_3() -> Result<String, String> {
         return Ok(String::from("one CPU, nobody to tell"));
     }
     let nr_cpus = u64::from(online().count());
-    let (steps, stale, saw_new, kicked, faults) =
-        (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let [steps, stale, saw_new, kicked, faults, late] = [const { AtomicU64::new(0) }; 6];
     on_every_cpu(&|me| {
         space.load();
         if me == CpuIndex::FIRST {
@@ -268,14 +282,20 @@ fn flush_in_ring_3() -> Result<String, String> {
             // They are in the second, endless watch now.
             ipi::call_on(others, &|_| mmu::invalidate_page(DATA));
             meet(&steps, 4 * nr_cpus);
-            clock::wait_us(20_000);
-            others.iter().for_each(kick);
+            // Each counts in a word of its own; when it moves, the program runs.
+            for cpu in others.iter() {
+                let running =
+                    clock::wait_until(RING_3_TIMEOUT_US, || TestSpace::word(counts, cpu.get()) != 0);
+                kick(cpu);
+                late.fetch_add(u64::from(!running), Ordering::Relaxed);
+            }
         } else {
             let untouched = space.run(&mut watch(1).context(TEXT), &faults);
             meet(&steps, nr_cpus);
             meet(&steps, 2 * nr_cpus);
             let unaware = space.run(&mut watch(STALE_READS).context(TEXT), &faults);
-            let not_stopped = |outcome: &Result<Outcome, Exit>| matches!(outcome, Ok(Outcome { stopped: None, .. }));
+            let not_stopped =
+                |outcome: &Result<Outcome, Exit>| matches!(outcome, Ok(Outcome { stopped: None, .. }));
             stale.fetch_add(u64::from(not_stopped(&untouched) && not_stopped(&unaware)), Ordering::Relaxed);
             meet(&steps, 3 * nr_cpus);
             let told = space.run(&mut watch(u64::MAX).context(TEXT), &faults);
@@ -283,18 +303,24 @@ fn flush_in_ring_3() -> Result<String, String> {
             let saw = matches!(told, Ok(Outcome { stopped, .. }) if stopped == expected);
             saw_new.fetch_add(u64::from(saw), Ordering::Relaxed);
             meet(&steps, 4 * nr_cpus);
-            let mut spinning: UserContext = Task { program: Program::Spin, ..watch(0) }.context(TEXT);
-            let left = run_user(&mut spinning) == Exit::Interrupted && spinning.frame.rbx > 0;
+            let first = COUNTS.as_u64() + 8 * me.get() as u64;
+            let mut counting = Task { program: Program::Count, first, ..watch(0) }.context(TEXT);
+            let left = run_user(&mut counting) == Exit::Interrupted;
             kicked.fetch_add(u64::from(left), Ordering::Relaxed);
         }
         TestSpace::leave();
     });
+    none_of(&late, "programs did not run in time")?;
     let expected = nr_cpus - 1;
     let (stale, saw_new, kicked) = (stale.into_inner(), saw_new.into_inner(), kicked.into_inner());
     if saw_new != expected || kicked != expected {
-        return Err(format!("of {expected} CPUs {saw_new} saw the new frame, {kicked} left the endless loop"));
+        return Err(format!(
+            "of {expected} CPUs {saw_new} saw the new frame, {kicked} left the endless loop"
+        ));
     }
-    Ok(format!("{stale} of {expected} programs read the old frame {STALE_READS} times, {saw_new} the new one once told"))
+    Ok(format!(
+        "{stale} of {expected} programs read the old frame {STALE_READS} times, {saw_new} the new one once told"
+    ))
 }
 
 fn none_of(failures: &AtomicU64, what: &str) -> Result<(), String> {

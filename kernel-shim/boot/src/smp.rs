@@ -11,7 +11,7 @@ use x86_64::instructions::interrupts;
 
 use crate::apic::{self, Delivery};
 use crate::paging::{kernel_root, new_stack, phys_to_ptr};
-use crate::percpu::{self, Cpu, CpuIndex, MAX_CPUS, cpu, online, this_cpu, this_index};
+use crate::percpu::{self, Cpu, CpuIndex, CpuMask, MAX_CPUS, cpu, online, this_index};
 use crate::trap::WAKE_VECTOR;
 use crate::{asm, clock, descriptors, mmu};
 
@@ -34,23 +34,20 @@ pub(crate) struct StartBlock {
 pub(crate) static START_BLOCK: StartBlock =
     StartBlock { root: AtomicU64::new(0), stack_top: AtomicU64::new(0), cpu: AtomicU64::new(0) };
 
-/// The work that all CPUs do together.
+/// Work for a set of CPUs.
 struct Job {
     function: UnsafeCell<Option<&'static Function<'static>>>,
-    /// Counts the jobs; a CPU that has seen fewer has one to do.
-    number: AtomicU64,
-    /// CPUs that have not finished the current one.
+    /// CPUs that have it still to do.
     running: AtomicU64,
 }
 
 type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
 
-// SAFETY: the cell is written by the first CPU only, while no CPU runs a job, and read by the others only after they have seen
-// a new number; see the orderings in `on_every_cpu` and `work`.
+// SAFETY: the cell is written by the first CPU only, while no CPU runs a job, and read by the others only while they are
+// in `running`; see the orderings in `on_cpus` and `work`.
 unsafe impl Sync for Job {}
 
-static JOB: Job =
-    Job { function: UnsafeCell::new(None), number: AtomicU64::new(0), running: AtomicU64::new(0) };
+static JOB: Job = Job { function: UnsafeCell::new(None), running: AtomicU64::new(0) };
 
 /// Starts the CPUs whose APICs are listed, except the one that runs this, and returns how many run afterwards.
 ///
@@ -67,24 +64,32 @@ pub(crate) fn start(apic_ids: &[u32]) -> u32 {
     online().count()
 }
 
-/// Runs `function` on every CPU in ordinary context (interrupts on, own stack), and returns when all have finished.
+/// Runs `function` on every CPU; see [`on_cpus`].
+pub fn on_every_cpu(function: &(dyn Fn(CpuIndex) + Sync)) {
+    on_cpus(online(), function);
+}
+
+/// Runs `function` on the CPUs of `set` in ordinary context (interrupts on, own stack), and returns when all have finished.
+/// CPUs without work halt.
 ///
 /// # Panics
 ///
-/// If called on another CPU than the first, or from a `function`.
-pub fn on_every_cpu(function: &(dyn Fn(CpuIndex) + Sync)) {
+/// If called on another CPU than the first, or from a `function`, or if a member is not online.
+pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
+    assert!(set.bits() & !online().bits() == 0, "work for a CPU that is not online");
     assert!(this_index() == CpuIndex::FIRST, "only the first CPU gives out work");
     assert!(JOB.running.load(Ordering::Relaxed) == 0, "work given out from within work");
     // SAFETY: only the lifetime changes: this function returns after every CPU has finished, and panics abort.
     let lasting = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
-    // SAFETY: no CPU runs a job, and none looks before the number changes.
+    // SAFETY: no CPU runs a job, and none looks before it is in `running`.
     unsafe { *JOB.function.get() = Some(lasting) };
-    let others = online().without(CpuIndex::FIRST);
-    JOB.running.store(others.bits(), Ordering::Relaxed);
-    // ORDERING: pairs with the load in `work`: who sees the number sees the function.
-    JOB.number.fetch_add(1, Ordering::Release);
+    let others = set.without(CpuIndex::FIRST);
+    // ORDERING: pairs with the load in `work`: who finds itself in the set sees the function.
+    JOB.running.store(others.bits(), Ordering::Release);
     others.iter().for_each(wake);
-    function(CpuIndex::FIRST);
+    if set.contains(CpuIndex::FIRST) {
+        function(CpuIndex::FIRST);
+    }
     loop {
         interrupts::disable();
         // ORDERING: pairs with the `fetch_and` in `work`: what the others did is visible here.
@@ -123,22 +128,20 @@ pub(crate) extern "C" fn secondary_main(me: &'static Cpu) -> ! {
 
 /// Does job after job, and halts in between.
 fn work(me: &'static Cpu) -> ! {
+    let mine = CpuMask::only(me.index()).bits();
     loop {
         interrupts::disable();
-        let seen = me.job_seen.load(Ordering::Relaxed);
-        // ORDERING: pairs with the `fetch_add` in `on_every_cpu`.
-        if JOB.number.load(Ordering::Acquire) == seen {
+        // ORDERING: pairs with the store in `on_cpus`.
+        if JOB.running.load(Ordering::Acquire) & mine == 0 {
             interrupts::enable_and_hlt();
             continue;
         }
         interrupts::enable();
-        me.job_seen.store(seen + 1, Ordering::Relaxed);
-        // SAFETY: the number has changed, so the function is there, and stays until this CPU leaves `running`.
+        // SAFETY: this CPU is in `running`, so the function is there, and stays until this CPU leaves.
         if let Some(function) = unsafe { *JOB.function.get() } {
             function(me.index());
         }
-        let mine = percpu::CpuMask::only(me.index()).bits();
-        // ORDERING: pairs with the load in `on_every_cpu`.
+        // ORDERING: pairs with the load in `on_cpus`.
         if JOB.running.fetch_and(!mine, Ordering::AcqRel) == mine {
             wake(CpuIndex::FIRST);
         }
@@ -160,10 +163,7 @@ fn start_one(index: CpuIndex, apic_id: u32) {
         // A CPU that has started ignores the second one.
         apic::send_to_apic(apic_id, Delivery::StartUp(page));
     }
-    assert!(
-        clock::wait_until(START_TIMEOUT_US, is_up),
-        "the CPU with APIC id {apic_id} did not start"
-    );
+    assert!(clock::wait_until(START_TIMEOUT_US, is_up), "the CPU with APIC id {apic_id} did not start");
 }
 
 fn copy_trampoline() {
@@ -174,10 +174,4 @@ fn copy_trampoline() {
     // SAFETY: the page lies in the first megabyte, which the frame allocator leaves alone; source and target are mapped (B3)
     // and do not overlap, since the image begins at 2 MiB.
     unsafe { phys_to_ptr::<u8>(PhysAddr::new(TRAMPOLINE)).copy_from_nonoverlapping(from, length) };
-}
-
-/// Returns the running CPU's count of IPIs sent.
-#[must_use]
-pub fn ipis_sent() -> u64 {
-    this_cpu().ipis_sent.load(Ordering::Relaxed)
 }

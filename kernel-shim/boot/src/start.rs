@@ -9,7 +9,9 @@ use crate::options::Options;
 use crate::percpu::{self, CpuIndex};
 use crate::pvh::BootInfo;
 use crate::smp::KERNEL_STACK_PAGES;
-use crate::{acpi, apic, asm, clock, descriptors, frames, heap, mmu, paging, println, serial, smp, watchdog, workload};
+use crate::{
+    acpi, apic, asm, clock, descriptors, frames, heap, mmu, paging, println, serial, smp, watchdog, workload,
+};
 
 /// What the loader said; read once, kept for the whole run.
 static BOOT_INFO: Once<BootInfo> = Once::new();

@@ -10,14 +10,16 @@ use x86_64::structures::paging::{Mapper, Page, PageTableFlags, PhysFrame, Size4K
 
 use crate::agent::{self, Outcome};
 use crate::frames::{self, TableFrames};
+use crate::mmu;
 use crate::paging::{self, FRAME_BYTES, kernel_root, phys_to_ptr};
 use crate::ring3::{self, Exit, UserContext};
-use crate::mmu;
 
 /// Where the agent's code is mapped.
 pub(crate) const TEXT: VirtAddr = VirtAddr::new(0x40_0000_0000);
 /// Where test data is mapped.
 pub(crate) const DATA: VirtAddr = VirtAddr::new(0x50_0000_0000);
+/// Where programs count.
+pub(crate) const COUNTS: VirtAddr = VirtAddr::new(0x60_0000_0000);
 /// What fills the frame that an entry pointed to first,
 pub(crate) const OLD: u64 = 0x01d0_1d01_d01d_01d0;
 /// and the one it points to afterwards.
@@ -71,6 +73,14 @@ impl TestSpace {
         frame
     }
 
+    /// Reads a word of a frame, wherever it is mapped.
+    pub(crate) fn word(frame: PhysFrame, index: usize) -> u64 {
+        assert!(index < FRAME_WORDS);
+        let words: *const u64 = phys_to_ptr(frame.start_address());
+        // SAFETY: inside the frame, which belongs to the self-test and is mapped (B3); volatile, since ring 3 writes there.
+        unsafe { words.wrapping_add(index).read_volatile() }
+    }
+
     /// Maps a page that was not mapped before.
     pub(crate) fn map(&self, address: VirtAddr, frame: PhysFrame, flags: PageTableFlags) {
         let _tables = self.tables.lock();
@@ -89,7 +99,9 @@ impl TestSpace {
         let text = agent::text();
         assert!(text.len() as u64 <= FRAME_BYTES, "the agent fits one page");
         // SAFETY: the frame is new, mapped (B3), and large enough.
-        unsafe { phys_to_ptr::<u8>(frame.start_address()).copy_from_nonoverlapping(text.as_ptr(), text.len()) };
+        unsafe {
+            phys_to_ptr::<u8>(frame.start_address()).copy_from_nonoverlapping(text.as_ptr(), text.len())
+        };
         self.map(TEXT, frame, Self::USER_TEXT);
     }
 
@@ -122,7 +134,9 @@ impl TestSpace {
         loop {
             match ring3::run(context) {
                 Exit::Syscall => return Ok(Outcome::of(context)),
-                Exit::PageFault { address, error } if !error.contains(PageFaultErrorCode::PROTECTION_VIOLATION) => {
+                Exit::PageFault { address, error }
+                    if !error.contains(PageFaultErrorCode::PROTECTION_VIOLATION) =>
+                {
                     faults.fetch_add(1, Ordering::Relaxed);
                     let frame = paging::zeroed_frame().expect("the self-test needs little memory");
                     self.map(address.align_down(FRAME_BYTES), frame, Self::USER_DATA);

@@ -59,7 +59,7 @@ pub struct TrapFrame {
 }
 
 // The stack of a gate is aligned before the frame is pushed, and FXSAVE wants 16 bytes below it.
-const _: () = assert!(size_of::<TrapFrame>() % 16 == 0);
+const _: () = assert!(size_of::<TrapFrame>().is_multiple_of(16));
 
 impl fmt::Display for TrapFrame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
