@@ -1,0 +1,119 @@
+//! What a checker asks: can this CPU still come to a frame, and through what.
+
+use mmu_hosted::arch::{Level, PageSize};
+use mmu_hosted::features::{Features, LargePages};
+use mmu_hosted::invalidate::Cr3Load;
+use mmu_hosted::walk::Depth;
+use mmu_hosted::watch::{Reach, Tag, Use};
+use x86_64::structures::paging::PhysFrame;
+
+use crate::rig::{G, PCID_ON, PWU, Rig, VA, after, frame, pcid};
+
+#[test]
+fn a_frame_is_reached_now_later_or_not_at_all() {
+    let mut rig = Rig::intel();
+    rig.map_page(VA, 7, PWU);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::Nowhere, "memory leads there, but nothing cached does");
+    rig.read(VA);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::Now);
+    let (root, other) = (rig.mmu.cr3().0, rig.ram.table());
+    rig.load(other, 1, Cr3Load::Keep);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::OtherPcid);
+    rig.load(root, 0, Cr3Load::Keep);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::Now);
+    rig.invlpg(VA);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::Nowhere);
+}
+
+#[test]
+fn a_global_entry_reaches_its_frame_under_every_pcid() {
+    let mut rig = Rig::intel();
+    rig.map_page(VA, 7, PWU | G);
+    rig.read(VA);
+    let other = rig.ram.table();
+    rig.load(other, 1, Cr3Load::Flush);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::Now);
+}
+
+#[test]
+fn a_structure_entry_reaches_its_table() {
+    let mut rig = Rig::intel();
+    let leaf = rig.map_page(VA, 7, PWU);
+    let table = PhysFrame::containing_address(leaf);
+    rig.speculate(VA, Depth::Structure(Level::Pdpt));
+    assert_eq!(rig.mmu.reach(table), Reach::Nowhere);
+    rig.speculate(VA, Depth::Structure(Level::Pd));
+    assert_eq!(rig.mmu.reach(table), Reach::Now);
+    let entries: Vec<_> = rig.mmu.entries_reaching(table).collect();
+    assert_eq!(entries.len(), 1);
+    assert_eq!(entries[0].held.as_a, Use::Table(Level::Pt));
+    assert_eq!(entries[0].held.tag, Tag::Pcid(pcid(0)));
+    assert_eq!((entries[0].address.as_u64(), entries[0].span_shift), (VA.as_u64() & !0x1f_ffff, 21));
+}
+
+#[test]
+fn the_loaded_root_is_in_reach_though_nothing_is_cached() {
+    let mut rig = Rig::intel();
+    let (old, new) = (rig.mmu.cr3().0, rig.ram.table());
+    assert_eq!(rig.mmu.reach(old), Reach::Now);
+    rig.load(new, 1, Cr3Load::Flush);
+    assert_eq!((rig.mmu.reach(old), rig.mmu.reach(new)), (Reach::Nowhere, Reach::Now));
+}
+
+#[test]
+fn a_large_page_reaches_every_frame_of_it() {
+    for (size, frames) in [(PageSize::Size2MiB, 512), (PageSize::Size1GiB, 512 * 512)] {
+        let mut rig = Rig::intel();
+        rig.map(size, VA, 0x80000, PWU);
+        rig.read(VA);
+        for (number, reach) in [
+            (0x80000 - 1, Reach::Nowhere),
+            (0x80000, Reach::Now),
+            (0x80000 + frames - 1, Reach::Now),
+            (0x80000 + frames, Reach::Nowhere),
+        ] {
+            assert_eq!(rig.mmu.reach(frame(number)), reach, "{size} {number:#x}");
+            assert_eq!(rig.mmu.entries_reaching(frame(number)).count(), usize::from(reach == Reach::Now));
+        }
+    }
+}
+
+#[test]
+fn a_piece_of_a_large_page_reaches_its_own_frame_only() {
+    let mut rig = Rig::new(Features { large_pages: LargePages::InPieces, ..Features::INTEL }, PCID_ON);
+    rig.map(PageSize::Size2MiB, VA, 0x80000, PWU);
+    let reached = frame(rig.read(VA));
+    assert_eq!(reached, frame(0x80000 + 0x189));
+    assert_eq!(rig.mmu.reach(reached), Reach::Now);
+    assert_eq!(rig.mmu.reach(frame(0x80000)), Reach::Nowhere);
+}
+
+#[test]
+fn a_frame_named_twice_stays_in_reach_until_both_are_gone() {
+    let mut rig = Rig::intel();
+    let alias = after(VA, 1 << 30);
+    rig.map_page(VA, 7, PWU);
+    rig.map_page(alias, 7, PWU);
+    rig.read(VA);
+    rig.read(alias);
+    rig.invlpg(VA);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::Now);
+    let entry = rig.mmu.entries_reaching(frame(7)).next().expect("the alias");
+    assert_eq!(entry.to_string(), "TLB entry (PCID 0) 0x123496789000 -> 4 KiB page at 0x7000, writable");
+    rig.invlpg(alias);
+    assert_eq!(rig.mmu.reach(frame(7)), Reach::Nowhere);
+}
+
+#[test]
+fn entries_in_use_now_leave_out_other_pcids() {
+    let mut rig = Rig::intel();
+    rig.map_page(VA, 7, PWU);
+    rig.map_page(after(VA, 0x1000), 8, PWU | G);
+    rig.read(VA);
+    rig.read(after(VA, 0x1000));
+    let other = rig.ram.table();
+    rig.load(other, 1, Cr3Load::Keep);
+    let frames: Vec<PhysFrame> = rig.mmu.usable_entries().map(|entry| entry.frame).collect();
+    assert_eq!(frames, [other, frame(8)]);
+    assert_eq!(rig.mmu.entries().count(), 6);
+}
