@@ -1,7 +1,7 @@
 //! Physical memory: which frames are RAM, and who owns them.
 //!
 //! A simple allocator for what this half of the image needs itself (page tables, stacks, the heap, the self-test). A kernel that
-//! has an allocator of its own takes whole ranges with [`allocate_contiguous`] and keeps them.
+//! has an allocator of its own takes whole ranges with [`hand_over`] and keeps them.
 //!
 //! Frames never used come from the regions of the memory map, lowest first, which keeps early page tables inside the 4 GiB that
 //! the boot tables map. Frames given back form a list through their first word.
@@ -58,6 +58,20 @@ pub fn allocate() -> Option<PhysFrame> {
 pub fn allocate_contiguous(nr_frames: u64) -> Option<PhysFrameRange> {
     let start = take_contiguous(&mut FRAMES.lock().unused, nr_frames)?;
     Some(PhysFrame::range(start, start + nr_frames))
+}
+
+/// Hands over all of the largest unused range, except `nr_kept` frames at its bottom, to an allocator of the kernel's own.
+///
+/// What this allocator has given out, or keeps, lies outside the range.
+#[must_use]
+pub fn hand_over(nr_kept: u64) -> Option<PhysFrameRange> {
+    let mut frames = FRAMES.lock();
+    let range = frames.unused.iter_mut().max_by_key(|range| range.end - range.start)?;
+    let start =
+        range.start.checked_add(nr_kept.checked_mul(FRAME_BYTES)?).filter(|start| *start < range.end)?;
+    let end = core::mem::replace(&mut range.end, start);
+    let frame_at = |address| PhysFrame::containing_address(PhysAddr::new(address));
+    Some(PhysFrame::range(frame_at(start), frame_at(end)))
 }
 
 /// Returns how many frames are left, and how many of them lie side by side in the largest unused range.

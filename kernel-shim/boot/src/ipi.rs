@@ -18,6 +18,7 @@
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
+use spin::RelaxStrategy;
 use x86_64::instructions::interrupts::{self, without_interrupts};
 
 use crate::apic::{self, Delivery};
@@ -74,6 +75,16 @@ impl core::fmt::Debug for CallSlot {
 ///
 /// If a target is not online, or if called from a `function`.
 pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
+    call_on_meanwhile(targets, function, || ());
+}
+
+/// As [`call_on`], and does something else here between sending the interrupts and waiting: a CPU that flushes itself while the
+/// others do hides one cost behind the other.
+///
+/// # Panics
+///
+/// As [`call_on`]. `meanwhile` must not make a call.
+pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync), meanwhile: impl FnOnce()) {
     assert!(targets.bits() & !online().bits() == 0, "a call for a CPU that is not online");
     let me = this_cpu();
     let others = targets.without(me.index());
@@ -92,10 +103,26 @@ pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
         }
         me.calls_sent.fetch_add(u64::from(others.count()), Ordering::Relaxed);
     }
+    meanwhile();
     if targets.contains(me.index()) {
         without_interrupts(|| function(me.index()));
     }
     wait(&me.call);
+}
+
+/// How a CPU of this image waits for a lock: with interrupts off it runs the calls of others, or the holder, waiting for this CPU
+/// to flush, would wait for ever.
+#[derive(Debug)]
+pub struct ServeCalls;
+
+impl RelaxStrategy for ServeCalls {
+    #[inline]
+    fn relax() {
+        if !interrupts::are_enabled() {
+            serve();
+        }
+        core::hint::spin_loop();
+    }
 }
 
 /// Returns how many calls a CPU has sent to others so far: one for each target.

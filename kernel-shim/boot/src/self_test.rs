@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use x86_64::structures::idt::PageFaultErrorCode;
+use x86_64::structures::paging::PhysFrame;
 
 use crate::agent::{Outcome, Program, Stop, Task};
 use crate::exit::Verdict;
@@ -16,7 +17,7 @@ use crate::percpu::{CpuIndex, CpuMask, MAX_CPUS, online};
 use crate::ring3::{Exit, run as run_user};
 use crate::smp::{kick, on_cpus, on_every_cpu};
 use crate::test_space::{COUNTS, DATA, NEW, OLD, TEXT, TestSpace};
-use crate::{clock, ipi, mmu, paging, println, watchdog};
+use crate::{clock, frames, ipi, mmu, paging, println, watchdog};
 
 /// Round trips measured for each pair of CPUs; the shortest one counts.
 const ROUND_TRIPS: u64 = 50;
@@ -29,6 +30,8 @@ const STALE_READS: u64 = 100_000;
 /// Pages that each CPU's program faults in.
 const FAULT_PAGES: u64 = 64;
 
+/// Frames that are not handed over in the last test.
+const KEPT_FRAMES: u64 = 16;
 /// How long a program may take to get going.
 const RING_3_TIMEOUT_US: u64 = 10_000_000;
 
@@ -37,7 +40,7 @@ type Test = fn() -> Result<String, String>;
 
 /// Runs all tests, prints a line for each, and says whether all passed.
 pub(crate) fn run() -> Verdict {
-    let tests: [(&str, Test); 7] = [
+    let tests: [(&str, Test); 8] = [
         ("the heap hands out what it gets back", heap),
         ("floating point survives interrupts", floating_point),
         ("a call reaches every CPU from every CPU", round_trips),
@@ -45,6 +48,7 @@ pub(crate) fn run() -> Verdict {
         ("a stale entry is used until the CPU is told", stale_entry),
         ("ring 3 faults, goes on, and ends", ring_3),
         ("a flush reaches a CPU that is in ring 3", flush_in_ring_3),
+        ("all memory left is there", memory),
     ];
     let mut verdict = Verdict::Pass;
     for (name, test) in tests {
@@ -321,6 +325,20 @@ fn flush_in_ring_3() -> Result<String, String> {
     Ok(format!(
         "{stale} of {expected} programs read the old frame {STALE_READS} times, {saw_new} the new one once told"
     ))
+}
+
+/// Writes to every frame that nobody uses, and reads it back. The last test: it takes the memory and keeps it.
+fn memory() -> Result<String, String> {
+    let range = frames::hand_over(KEPT_FRAMES).ok_or("no memory left to hand over")?;
+    for frame in range {
+        TestSpace::set_word(frame, 0, frame.start_address().as_u64());
+    }
+    let kept = |frame: &PhysFrame| TestSpace::word(*frame, 0) == frame.start_address().as_u64();
+    let wrong = range.filter(|frame| !kept(frame)).count();
+    if wrong > 0 {
+        return Err(format!("{wrong} frames did not keep what was written"));
+    }
+    Ok(format!("{} frames from {:#x} on", range.count(), range.start.start_address()))
 }
 
 fn none_of(failures: &AtomicU64, what: &str) -> Result<(), String> {

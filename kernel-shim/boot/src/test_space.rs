@@ -81,6 +81,14 @@ impl TestSpace {
         unsafe { words.wrapping_add(index).read_volatile() }
     }
 
+    /// Writes a word of a frame that belongs to the self-test.
+    pub(crate) fn set_word(frame: PhysFrame, index: usize, value: u64) {
+        assert!(index < FRAME_WORDS);
+        let words: *mut u64 = phys_to_ptr(frame.start_address());
+        // SAFETY: inside the frame, which belongs to the self-test and is mapped (B3); volatile, since ring 3 may read there.
+        unsafe { words.wrapping_add(index).write_volatile(value) };
+    }
+
     /// Maps a page that was not mapped before.
     pub(crate) fn map(&self, address: VirtAddr, frame: PhysFrame, flags: PageTableFlags) {
         let _tables = self.tables.lock();
