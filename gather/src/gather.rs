@@ -147,6 +147,19 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.state.mode
     }
 
+    /// Notes that entries of `level` tables covering `range` lost rights, or changed otherwise in a way that CPUs must not
+    /// miss; for mprotect and its like, which queue no page.
+    ///
+    /// # Context
+    /// The lock of the table is still held.
+    ///
+    /// # Source
+    /// Linux: tlb_flush_pte_range, include/asm-generic/tlb.h.
+    #[doc(alias = "tlb_flush_pte_range")]
+    pub fn changed(&mut self, range: VirtRange, level: Level) {
+        self.state.range.cleared(range, level);
+    }
+
     /// Queues the page at `frame`, whose `level` entry covering `cleared` the caller has just cleared. Flushes and frees if
     /// that fills the gather.
     ///

@@ -1,1 +1,41 @@
+//! A small kernel that embeds the engine: what `asm/` and `mm_struct` are to Linux's mm/.
+//!
+//! Written once, generic over its [`Machine`]: the hosted one, which is a model, and the bare one, which is not.
+//!
+//! | file | what a kernel has to have |
+//! |---|---|
+//! | machine | CPUs, interrupts, physical memory: supplied by the machine |
+//! | frame | 32 bytes of metadata a frame: references, mappings, the table lock |
+//! | vma, mm | areas, address spaces, the map lock |
+//! | embed | the engine's three traits, implemented: **the part to copy from** |
+//! | fault | demand faults |
+//! | kernel | munmap, madvise, mprotect, mremap, exit, context switch, lazy CPUs |
+//! | counters | what happened, for the report |
+//!
+//! It allocates areas from the heap (`alloc`); the engine below it allocates nothing.
 #![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+
+mod counters;
+mod embed;
+mod fault;
+mod frame;
+mod kernel;
+mod machine;
+mod mm;
+mod populate;
+mod protect;
+mod remap;
+mod vma;
+
+pub use counters::{Counters, Snapshot};
+pub use embed::EngineArea;
+pub use fault::{FaultError, UserAccess};
+pub use frame::{FrameKind, FrameMeta, Frames};
+pub use kernel::{BatchSupply, Config, Error, Kernel, Misbehaviour};
+pub use machine::{FrameRole, Machine, Note, Seam};
+pub use mm::Mm;
+pub use populate::PageContent;
+pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};

@@ -1,0 +1,147 @@
+//! What happened: counted where it happens, read for the report.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use mmu_gather::GatherEvent;
+use mmu_gather::pagetable::Level;
+use mmu_gather::tlb::TlbEvent;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// Counters of one kernel, shared by its CPUs. None is touched once per page.
+        #[derive(Debug, Default)]
+        pub struct Counters { $($(#[$doc])* pub(crate) $name: AtomicU64,)* }
+
+        /// The counters at one moment.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Snapshot { $($(#[$doc])* pub $name: u64,)* }
+
+        impl Counters {
+            /// The counters now.
+            #[must_use]
+            pub fn snapshot(&self) -> Snapshot {
+                Snapshot { $($name: self.$name.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Flushes asked for that named pages.
+    flushes_ranged,
+    /// Flushes asked for that named a whole address space.
+    flushes_full,
+    /// Times a CPU was asked to flush and had nothing to do.
+    flushes_skipped,
+    /// Pages invalidated one by one, over all CPUs.
+    invlpgs,
+    /// Whole contexts dropped, over all CPUs.
+    contexts_dropped,
+    /// Interrupts sent for flushes.
+    ipis_sent,
+    /// CPUs not interrupted because they were lazy.
+    ipis_saved_lazy,
+    /// CPUs not interrupted because they ran something else and would compare generations.
+    ipis_saved_elsewhere,
+    /// Lazy CPUs that left for the kernel's own address space when asked.
+    lazy_left,
+    /// Batch pages taken.
+    batches,
+    /// Batch pages wanted and not had.
+    batches_refused,
+    /// Flushes because a gather was full.
+    forced_flushes,
+    /// Flushes under a table lock, for dirty pages.
+    dirty_flushes,
+    /// Whole flushes because another gather was open.
+    nested_flushes,
+    /// PTE tables unhooked.
+    pte_tables,
+    /// PMD tables unhooked.
+    pmd_tables,
+    /// PUD tables unhooked.
+    pud_tables,
+    /// P4D tables unhooked (five levels only).
+    p4d_tables,
+    /// Tables freed alone, for want of a batch page.
+    table_fallbacks,
+    /// Leaves cleared.
+    leaves,
+    /// Most leaves cleared under one lock.
+    max_leaves_per_lock,
+    /// Slots of pages freed.
+    released_slots,
+    /// Tables freed.
+    released_tables,
+    /// Most slots of pages waiting at one flush.
+    max_deferred_slots,
+    /// Most tables waiting at one flush.
+    max_deferred_tables,
+    /// Frames freed that were free already, or whose counts were wrong.
+    double_frees,
+    /// Faults answered by mapping a page.
+    faults,
+    /// Large leaves split.
+    splits,
+}
+
+fn add(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+impl Counters {
+    pub(crate) fn tlb(&self, event: TlbEvent) {
+        match event {
+            TlbEvent::Requested { pages: Some(_), .. } => add(&self.flushes_ranged, 1),
+            TlbEvent::Requested { pages: None, .. } => add(&self.flushes_full, 1),
+            TlbEvent::IpisSent(sent) => add(&self.ipis_sent, u64::from(sent)),
+            TlbEvent::IpisSaved { lazy, elsewhere } => {
+                add(&self.ipis_saved_lazy, u64::from(lazy));
+                add(&self.ipis_saved_elsewhere, u64::from(elsewhere));
+            }
+            TlbEvent::FlushedPages(pages) => add(&self.invlpgs, pages),
+            TlbEvent::FlushedAll => add(&self.contexts_dropped, 1),
+            TlbEvent::AlreadyCurrent => add(&self.flushes_skipped, 1),
+            TlbEvent::LeftLazyMm => add(&self.lazy_left, 1),
+        }
+    }
+
+    pub(crate) fn gather(&self, event: GatherEvent) {
+        match event {
+            GatherEvent::BatchTaken => add(&self.batches, 1),
+            GatherEvent::BatchRefused => add(&self.batches_refused, 1),
+            GatherEvent::ForcedFlush => add(&self.forced_flushes, 1),
+            GatherEvent::DirtyFlush => add(&self.dirty_flushes, 1),
+            GatherEvent::NestedFlush => add(&self.nested_flushes, 1),
+            GatherEvent::TableFallback => add(&self.table_fallbacks, 1),
+            GatherEvent::LockDropped { leaves } => {
+                add(&self.leaves, u64::from(leaves));
+                self.max_leaves_per_lock.fetch_max(u64::from(leaves), Ordering::Relaxed);
+            }
+            GatherEvent::TableUnhooked(level) => match level {
+                Level::Pte => add(&self.pte_tables, 1),
+                Level::Pmd => add(&self.pmd_tables, 1),
+                Level::Pud => add(&self.pud_tables, 1),
+                Level::P4d | Level::Pgd => add(&self.p4d_tables, 1),
+            },
+            GatherEvent::Released { slots, tables } => {
+                add(&self.released_slots, slots);
+                add(&self.released_tables, tables);
+                self.max_deferred_slots.fetch_max(slots, Ordering::Relaxed);
+                self.max_deferred_tables.fetch_max(tables, Ordering::Relaxed);
+            }
+        }
+    }
+
+    pub(crate) fn double_free(&self) {
+        add(&self.double_frees, 1);
+    }
+
+    pub(crate) fn fault(&self) {
+        add(&self.faults, 1);
+    }
+
+    pub(crate) fn split(&self) {
+        add(&self.splits, 1);
+    }
+}

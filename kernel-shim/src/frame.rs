@@ -1,0 +1,362 @@
+//! Frames: their metadata and who has them.
+
+use alloc::boxed::Box;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use mmu_gather::pagetable::TableLock;
+use spin::RelaxStrategy;
+use spin::mutex::SpinMutex;
+use static_assertions::const_assert_eq;
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PhysFrame;
+
+/// Frames in a block of 2 MiB.
+pub(crate) const BLOCK: u32 = 512;
+
+/// What a frame is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// Nothing.
+    Free = 0,
+    /// Not this kernel's to give out: firmware, devices, the zero page.
+    Reserved = 1,
+    /// A page table.
+    Table = 2,
+    /// A batch page of a gather.
+    Batch = 3,
+    /// A program's page, counted.
+    Page = 4,
+    /// The first frame of a program's 2 MiB page, counted for all 512.
+    Block = 5,
+    /// A later frame of a block.
+    Tail = 6,
+}
+
+impl FrameKind {
+    const fn from_raw(raw: u8) -> Self {
+        match raw {
+            1 => Self::Reserved,
+            2 => Self::Table,
+            3 => Self::Batch,
+            4 => Self::Page,
+            5 => Self::Block,
+            6 => Self::Tail,
+            _ => Self::Free,
+        }
+    }
+}
+
+/// What the kernel keeps of one frame: 32 bytes.
+#[derive(Debug)]
+#[repr(C, align(32))]
+pub struct FrameMeta<R> {
+    /// Users: mappings, the page cache.
+    refs: AtomicU32,
+    /// Entries that map it.
+    maps: AtomicU32,
+    /// The next free frame, if this one is free.
+    next: AtomicU32,
+    kind: AtomicU8,
+    dirty: AtomicU8,
+    lock: TableLock<R>,
+    /// Which page of which file it is, so that the page cache can let go of it; 0 for none.
+    owner: AtomicU64,
+}
+
+const_assert_eq!(size_of::<FrameMeta<spin::Spin>>(), 32);
+
+impl<R: RelaxStrategy> FrameMeta<R> {
+    fn new(kind: FrameKind) -> Self {
+        Self {
+            refs: AtomicU32::new(0),
+            maps: AtomicU32::new(0),
+            next: AtomicU32::new(NO_FRAME),
+            kind: AtomicU8::new(kind as u8),
+            dirty: AtomicU8::new(0),
+            lock: TableLock::new(()),
+            owner: AtomicU64::new(0),
+        }
+    }
+
+    /// What it is used for.
+    #[must_use]
+    #[inline]
+    pub fn kind(&self) -> FrameKind {
+        FrameKind::from_raw(self.kind.load(Ordering::Relaxed))
+    }
+
+    /// How many entries map it.
+    #[must_use]
+    pub fn maps(&self) -> u32 {
+        self.maps.load(Ordering::Relaxed)
+    }
+
+    /// How many users it has.
+    #[must_use]
+    pub fn refs(&self) -> u32 {
+        self.refs.load(Ordering::Relaxed)
+    }
+
+    /// Whether its content must be written back.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Relaxed) != 0
+    }
+
+    pub(crate) fn mark_dirty(&self) {
+        self.dirty.store(1, Ordering::Relaxed);
+    }
+
+    pub(crate) const fn table_lock(&self) -> &TableLock<R> {
+        &self.lock
+    }
+
+    /// One more mapping, and the reference that it holds.
+    pub(crate) fn add_mapping(&self) {
+        self.refs.fetch_add(1, Ordering::Relaxed);
+        self.maps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One mapping less; its reference stays until the flush.
+    #[inline]
+    pub(crate) fn remove_mapping(&self) -> Result<(), CountError> {
+        if self.maps.fetch_sub(1, Ordering::AcqRel) == 0 {
+            self.maps.store(0, Ordering::Relaxed);
+            return Err(CountError);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn add_ref(&self) {
+        self.refs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One reference less; whether it was the last.
+    #[inline]
+    pub(crate) fn drop_ref(&self) -> Result<Last, CountError> {
+        match self.refs.fetch_sub(1, Ordering::AcqRel) {
+            0 => {
+                self.refs.store(0, Ordering::Relaxed);
+                Err(CountError)
+            }
+            1 => Ok(Last::Yes),
+            _ => Ok(Last::No),
+        }
+    }
+
+    pub(crate) fn set_owner(&self, owner: u64) {
+        self.owner.store(owner, Ordering::Relaxed);
+    }
+
+    pub(crate) fn owner(&self) -> u64 {
+        self.owner.load(Ordering::Relaxed)
+    }
+}
+
+/// A count went below zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CountError;
+
+/// Whether a reference was the last one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Last {
+    Yes,
+    No,
+}
+
+/// Ends the free lists; no machine has this frame.
+const NO_FRAME: u32 = u32::MAX;
+
+/// All frames, and the free ones last in, first out: a frame freed too early is in other hands at once.
+#[derive(Debug)]
+pub struct Frames<R> {
+    metas: Box<[FrameMeta<R>]>,
+    free: SpinMutex<FreeLists, R>,
+}
+
+#[derive(Debug)]
+struct FreeLists {
+    frames: u32,
+    blocks: u32,
+    nr_free: u64,
+    /// Frames from here to `fresh_end` were never used: single ones are taken from below, blocks from above.
+    fresh: u32,
+    fresh_end: u32,
+}
+
+impl<R: RelaxStrategy> Frames<R> {
+    /// Metadata for `nr_frames` frames, of which the first `nr_reserved` are not to be given out.
+    ///
+    /// # Panics
+    /// If there are 2^32 - 1 frames (16 TiB) or more.
+    #[must_use]
+    pub fn new(nr_frames: u64, nr_reserved: u64) -> Self {
+        let nr_frames = u32::try_from(nr_frames).expect("less than 16 TiB of memory");
+        let reserved = u32::try_from(nr_reserved).expect("less than 16 TiB of memory").min(nr_frames);
+        let kind = |number| if number < reserved { FrameKind::Reserved } else { FrameKind::Free };
+        Self {
+            metas: (0..nr_frames).map(|number| FrameMeta::new(kind(number))).collect(),
+            free: SpinMutex::new(FreeLists {
+                frames: NO_FRAME,
+                blocks: NO_FRAME,
+                nr_free: u64::from(nr_frames - reserved),
+                fresh: reserved,
+                fresh_end: nr_frames,
+            }),
+        }
+    }
+
+    /// The metadata of a frame.
+    ///
+    /// # Panics
+    /// If the machine has no such frame.
+    #[must_use]
+    #[inline]
+    pub fn meta(&self, frame: PhysFrame) -> &FrameMeta<R> {
+        &self.metas[index_of(frame)]
+    }
+
+    /// The metadata of a frame, if the machine has it.
+    #[must_use]
+    pub fn get(&self, frame: PhysFrame) -> Option<&FrameMeta<R>> {
+        self.metas.get(index_of(frame))
+    }
+
+    /// How many frames are free now.
+    #[must_use]
+    pub fn nr_free(&self) -> u64 {
+        self.free.lock().nr_free
+    }
+
+    /// How many frames are used for `kind` now. Looks at all of them.
+    #[must_use]
+    pub fn count(&self, kind: FrameKind) -> u64 {
+        self.metas.iter().filter(|meta| meta.kind() == kind).count() as u64
+    }
+
+    /// Takes a frame.
+    pub fn allocate(&self, kind: FrameKind) -> Option<PhysFrame> {
+        let mut free = self.free.lock();
+        let number = if free.frames != NO_FRAME {
+            let number = free.frames;
+            free.frames = self.metas[number as usize].next.load(Ordering::Relaxed);
+            number
+        } else if free.fresh < free.fresh_end {
+            free.fresh += 1;
+            free.fresh - 1
+        } else {
+            return None;
+        };
+        free.nr_free -= 1;
+        drop(free);
+        self.metas[number as usize].kind.store(kind as u8, Ordering::Relaxed);
+        Some(frame_of(number))
+    }
+
+    /// Takes 512 frames in a row, aligned to 2 MiB; the first carries the counts.
+    pub fn allocate_block(&self) -> Option<PhysFrame> {
+        let mut free = self.free.lock();
+        let number = if free.blocks != NO_FRAME {
+            let number = free.blocks;
+            free.blocks = self.metas[number as usize].next.load(Ordering::Relaxed);
+            number
+        } else {
+            let number = free.fresh_end.checked_sub(BLOCK)? & !(BLOCK - 1);
+            if number < free.fresh {
+                return None;
+            }
+            // What lies between the block and the last one goes to the single frames.
+            for spare in number + BLOCK..free.fresh_end {
+                self.metas[spare as usize].next.store(free.frames, Ordering::Relaxed);
+                free.frames = spare;
+            }
+            free.fresh_end = number;
+            number
+        };
+        free.nr_free -= u64::from(BLOCK);
+        drop(free);
+        for tail in number..number + BLOCK {
+            self.metas[tail as usize].kind.store(FrameKind::Tail as u8, Ordering::Relaxed);
+        }
+        self.metas[number as usize].kind.store(FrameKind::Block as u8, Ordering::Relaxed);
+        Some(frame_of(number))
+    }
+
+    pub(crate) fn set_kind(&self, frame: PhysFrame, kind: FrameKind) {
+        self.meta(frame).kind.store(kind as u8, Ordering::Relaxed);
+    }
+
+    /// Makes 512 single pages of a block, each with the counts that the block had.
+    pub(crate) fn split_block(&self, first: PhysFrame) {
+        let number = index_of(first);
+        let (refs, maps) = (self.metas[number].refs(), self.metas[number].maps());
+        let dirty = self.metas[number].is_dirty();
+        for meta in &self.metas[number..number + BLOCK as usize] {
+            meta.refs.store(refs, Ordering::Relaxed);
+            meta.maps.store(maps, Ordering::Relaxed);
+            meta.kind.store(FrameKind::Page as u8, Ordering::Relaxed);
+            if dirty {
+                meta.mark_dirty();
+            }
+        }
+    }
+
+    /// Gives frames back. A list is made of them first, so the lock is taken once.
+    pub fn free(&self, frames: impl IntoIterator<Item = PhysFrame>) {
+        let (mut first, mut last, mut count) = (NO_FRAME, NO_FRAME, 0);
+        for frame in frames {
+            let meta = self.meta(frame);
+            meta.reset();
+            meta.next.store(first, Ordering::Relaxed);
+            first = number_of(frame);
+            if last == NO_FRAME {
+                last = first;
+            }
+            count += 1;
+        }
+        if last != NO_FRAME {
+            let mut free = self.free.lock();
+            self.metas[last as usize].next.store(free.frames, Ordering::Relaxed);
+            free.frames = first;
+            free.nr_free += count;
+        }
+    }
+
+    /// Gives a block back.
+    pub(crate) fn free_block(&self, first: PhysFrame) {
+        let number = index_of(first);
+        for meta in &self.metas[number..number + BLOCK as usize] {
+            meta.reset();
+        }
+        let mut free = self.free.lock();
+        self.metas[number].next.store(free.blocks, Ordering::Relaxed);
+        free.blocks = number_of(first);
+        free.nr_free += u64::from(BLOCK);
+    }
+}
+
+impl<R> FrameMeta<R> {
+    fn reset(&self) {
+        self.refs.store(0, Ordering::Relaxed);
+        self.maps.store(0, Ordering::Relaxed);
+        self.dirty.store(0, Ordering::Relaxed);
+        self.owner.store(0, Ordering::Relaxed);
+        self.kind.store(FrameKind::Free as u8, Ordering::Relaxed);
+    }
+}
+
+fn frame_of(number: u32) -> PhysFrame {
+    PhysFrame::containing_address(PhysAddr::new_truncate(u64::from(number) << 12))
+}
+
+#[inline]
+fn index_of(frame: PhysFrame) -> usize {
+    // Frame numbers have at most 40 bits; usize has 64 on the only architecture this is for.
+    (frame.start_address().as_u64() >> 12) as usize
+}
+
+fn number_of(frame: PhysFrame) -> u32 {
+    // Frames come from this allocator, which has fewer than 2^32 of them.
+    u32::try_from(index_of(frame)).unwrap_or(NO_FRAME)
+}

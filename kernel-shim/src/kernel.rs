@@ -1,0 +1,394 @@
+//! The kernel: its CPUs, and the calls that take address spaces down.
+#![expect(unsafe_code, reason = "the engine takes the map lock and the CPU on trust")]
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
+use core::fmt;
+use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
+use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
+use mmu_gather::tlb::{CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, init_cpu, switch_mm};
+use mmu_gather::{Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region, zap_page_range};
+use spin::mutex::SpinMutex;
+use spin::rwlock::RwLock;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::counters::Counters;
+use crate::frame::{FrameKind, Frames};
+use crate::machine::{Machine, Note};
+use crate::mm::Mm;
+use crate::vma::{Vma, VmaTree};
+
+/// The kernel.
+pub struct Kernel<M: Machine> {
+    pub(crate) machine: M,
+    pub(crate) frames: Frames<M::Relax>,
+    pub(crate) cpus: Box<[Cpu<M>]>,
+    pub(crate) init_root: PhysFrame,
+    pub(crate) config: Config,
+    pub(crate) counters: Counters,
+    /// Pages of files: the cache holds one reference on each.
+    pub(crate) page_cache: SpinMutex<BTreeMap<(u32, u64), PhysFrame>, M::Relax>,
+    /// The 2 MiB page of zeroes, once it was needed.
+    pub(crate) zero_block: SpinMutex<Option<PhysFrame>, M::Relax>,
+    /// Places in swap that entries name.
+    pub(crate) swap_slots: AtomicI64,
+    ids: CtxIds,
+    batch_requests: AtomicU64,
+}
+
+/// What the kernel keeps of one CPU.
+pub(crate) struct Cpu<M: Machine> {
+    pub(crate) tlb: CpuTlb<M::Bits>,
+    /// Keeps the address space alive that the CPU may have loaded, lazily perhaps. Linux: active_mm, mm_count.
+    active: SpinMutex<Option<Arc<Mm<M>>>, M::Relax>,
+}
+
+/// How this kernel is to behave.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// Capacities of every gather.
+    pub limits: Limits,
+    /// Whether gathers get batch pages.
+    pub batches: BatchSupply,
+    /// More pages than this are not invalidated one by one.
+    pub flush_ceiling: u64,
+    /// What it does wrong, on purpose.
+    pub misbehaviour: Misbehaviour,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            limits: Limits::DEFAULT,
+            batches: BatchSupply::Always,
+            flush_ceiling: mmu_gather::tlb::SINGLE_PAGE_FLUSH_CEILING,
+            misbehaviour: Misbehaviour::None,
+        }
+    }
+}
+
+/// When a gather that asks for a batch page gets one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchSupply {
+    /// While there is memory.
+    Always,
+    /// Never.
+    Never,
+    /// Not every so many requests (1 means never).
+    ExceptEvery(u64),
+}
+
+/// What the kernel does wrong, on purpose, so that a checker can be seen to notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misbehaviour {
+    /// Nothing.
+    None,
+    /// It frees pages when their entries are cleared, as half of the kernels looked at do.
+    FreeBeforeFlush,
+}
+
+/// Why a call was refused. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// No memory for a table, a page or a split.
+    NoMemory,
+    /// Nothing is mapped at this address.
+    NoArea(u64),
+    /// Something is mapped there already.
+    Overlap(VirtRange),
+    /// Outside user space.
+    NotUserSpace(u64),
+    /// A CPU still runs programs in the address space.
+    Busy(CpuId),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::NoMemory => f.write_str("out of memory"),
+            Self::NoArea(address) => write!(f, "nothing is mapped at {address:#x}"),
+            Self::Overlap(range) => write!(f, "{range} overlaps an area"),
+            Self::NotUserSpace(address) => write!(f, "{address:#x} is outside user space"),
+            Self::Busy(cpu) => write!(f, "{cpu} still runs programs there"),
+        }
+    }
+}
+
+impl core::error::Error for Error {}
+
+impl<M: Machine> Kernel<M> {
+    /// Boots on `machine`: every CPU starts on the kernel's own address space.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] if the machine has no frame for the root table.
+    ///
+    /// # Safety
+    /// Runs before any CPU does anything else; `start_cpu` is then called on each.
+    pub unsafe fn boot(machine: M, config: Config) -> Result<Self, Error> {
+        let frames = Frames::new(machine.nr_frames(), machine.nr_reserved_frames());
+        let cpus = (0..machine.nr_cpus()).map(|_| Cpu { tlb: CpuTlb::new(), active: SpinMutex::new(None) });
+        let mut kernel = Self {
+            cpus: cpus.collect(),
+            frames,
+            machine,
+            init_root: PhysFrame::containing_address(x86_64::PhysAddr::zero()),
+            config,
+            counters: Counters::default(),
+            page_cache: SpinMutex::new(BTreeMap::new()),
+            zero_block: SpinMutex::new(None),
+            swap_slots: AtomicI64::new(0),
+            ids: CtxIds::new(),
+            batch_requests: AtomicU64::new(0),
+        };
+        kernel.init_root = kernel.allocate_table().ok_or(Error::NoMemory)?;
+        kernel.machine.prepare_root(kernel.init_root);
+        Ok(kernel)
+    }
+
+    /// Starts the CPU it runs on: drops all it may have cached and loads the kernel's own address space.
+    pub fn start_cpu(&self) {
+        self.machine.pinned(|cpu| {
+            // SAFETY: pinned, interrupts off, and the CPU has loaded nothing yet.
+            self.machine.without_interrupts(|| unsafe { init_cpu(self, cpu) });
+        });
+    }
+
+    /// The machine.
+    pub const fn machine(&self) -> &M {
+        &self.machine
+    }
+
+    /// The frames.
+    pub const fn frames(&self) -> &Frames<M::Relax> {
+        &self.frames
+    }
+
+    /// What happened so far.
+    pub const fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// How it was told to behave.
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Places in swap that entries name now.
+    pub fn swap_slots(&self) -> i64 {
+        self.swap_slots.load(Ordering::Relaxed)
+    }
+
+    /// A new address space without areas.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn new_mm(&self) -> Result<Arc<Mm<M>>, Error> {
+        let root = self.allocate_table().ok_or(Error::NoMemory)?;
+        self.machine.prepare_root(root);
+        // SAFETY: a fresh table whose lower half is zero; it is freed in `exit` only, when every CPU has left it.
+        let engine = unsafe { mmu_gather::Mm::new(&self.ids, root, PagingMode::FourLevel) };
+        Ok(Arc::new(Mm { engine, vmas: RwLock::new(VmaTree::new()) }))
+    }
+
+    /// Adds an area.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`], [`Error::NotUserSpace`].
+    pub fn mmap(&self, mm: &Mm<M>, vma: Vma) -> Result<(), Error> {
+        if !mm.engine.space().user_range().covers(vma.range) {
+            return Err(Error::NotUserSpace(vma.range.end()));
+        }
+        mm.vmas.write().insert(vma).map_err(|vma| Error::Overlap(vma.range))
+    }
+
+    /// Takes down whatever lies in `range`. Nothing mapped there is no error.
+    ///
+    /// The areas are detached under the map lock held for writing; the long part runs with it held for reading, and the pages
+    /// are freed with no lock at all.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was unmapped then.
+    pub fn munmap(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
+        let mut vmas = mm.vmas.write();
+        self.split_ends(mm, &vmas, range)?;
+        let detached = vmas.detach(range);
+        if detached.is_empty() {
+            return Ok(());
+        }
+        let bounds = vmas.bounds_around(range);
+        let vmas = vmas.downgrade();
+        let limits = &self.config.limits;
+        let going = detached.iter().map(Vma::going_away);
+        // SAFETY: the map lock is held, for reading, until the flush is done. The areas are detached: no fault finds them, and
+        // neighbours grow only under the lock held for writing.
+        let flushed = unsafe { unmap_region(self, &mm.engine, limits, going, bounds, || {}) };
+        self.machine.note(Note::Unmapped { root: mm.root(), range });
+        drop(vmas);
+        flushed.free();
+        Ok(())
+    }
+
+    /// Drops the pages in `range` and keeps the areas: madvise(MADV_DONTNEED).
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was dropped then.
+    pub fn madvise_dontneed(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
+        let vmas = mm.vmas.write();
+        self.split_ends(mm, &vmas, range)?;
+        let vmas = vmas.downgrade();
+        for vma in vmas.iter().filter(|vma| vma.range.intersect(range).is_some()) {
+            // SAFETY: the map lock is held for reading until the flush is done; other calls like this one may run too.
+            let flushed =
+                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), range) };
+            flushed.free();
+        }
+        Ok(())
+    }
+
+    /// Takes the whole address space down: the last program has left it.
+    ///
+    /// This CPU and others may still have it loaded lazily.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if a CPU still has it loaded and is not lazy.
+    pub fn exit(&self, mm: &Mm<M>) -> Result<(), Error> {
+        let context = mm.engine.context();
+        for (number, cpu) in (0u32..).zip(&self.cpus) {
+            if cpu.tlb.has_loaded(context) && cpu.tlb.laziness() == Laziness::Active {
+                return Err(Error::Busy(CpuId::new(number)));
+            }
+        }
+        let mut vmas = mm.vmas.write();
+        let all = mm.engine.space().user_range();
+        let detached = vmas.detach(all);
+        let going = detached.iter().map(Vma::going_away);
+        // SAFETY: the map lock is held for writing; no program runs here and none can come back.
+        let flushed = unsafe { exit_mmap(self, &mm.engine, &self.config.limits, going, || {}) };
+        self.machine.note(Note::Unmapped { root: mm.root(), range: all });
+        drop(vmas);
+        flushed.free();
+        // Every CPU has left the address space: `exit_mmap` says so.
+        self.free_tables(&[mm.root()]);
+        Ok(())
+    }
+
+    /// Moves the stack of a new program down by `shift` bytes; exec does.
+    ///
+    /// # Errors
+    /// [`Error::NoArea`] if no area starts at `stack`; [`Error::NoMemory`], [`Error::Overlap`] otherwise.
+    pub fn move_stack(&self, mm: &Mm<M>, stack: VirtRange, shift: u64) -> Result<(), Error> {
+        let Some(new) = stack
+            .start()
+            .checked_sub(shift)
+            .and_then(|start| VirtRange::new(start, stack.end() - shift).ok())
+        else {
+            return Err(Error::NotUserSpace(stack.start()));
+        };
+        let mut vmas = mm.vmas.write();
+        let Some(vma) = vmas.find(stack.start()).copied().filter(|vma| vma.range == stack) else {
+            return Err(Error::NoArea(stack.start()));
+        };
+        vmas.detach(stack);
+        if let Err(moved) = vmas.insert(Vma { range: new, ..vma }) {
+            // The place was the stack's own a moment ago.
+            let _ = vmas.insert(vma);
+            return Err(Error::Overlap(moved.range));
+        }
+        let next = vmas.find_from(stack.end()).map(|vma| vma.range.start());
+        // SAFETY: the map lock is held for writing.
+        let result = unsafe { shift_arg_pages(self, &mm.engine, &self.config.limits, stack, shift, next) };
+        match result {
+            Ok(flushed) => {
+                drop(vmas);
+                flushed.free();
+                Ok(())
+            }
+            Err(_) => {
+                vmas.detach(new);
+                let _ = vmas.insert(vma);
+                Err(Error::NoMemory)
+            }
+        }
+    }
+
+    /// Runs programs of `mm` (`None`: the kernel's own address space) on this CPU from now on.
+    pub fn switch_to(&self, mm: Option<&Arc<Mm<M>>>) {
+        let left = self.machine.pinned(|cpu| {
+            let active = &self.cpus[cpu.index()].active;
+            self.machine.without_interrupts(|| {
+                // SAFETY: pinned, interrupts off; `active` keeps the address space until this CPU has switched away, and its
+                // root is freed by `exit` only, which makes every CPU leave first.
+                unsafe { switch_mm(self, cpu, mm.map(|mm| mm.engine.context())) };
+                core::mem::replace(&mut *active.lock(), mm.cloned())
+            })
+        });
+        // The last one out drops the structure, with interrupts on.
+        drop(left);
+    }
+
+    /// Runs only kernel threads on this CPU from now on; the address space stays in CR3.
+    pub fn go_lazy(&self) {
+        self.machine.pinned(|cpu| {
+            // SAFETY: pinned; the caller uses no user address before `switch_to`.
+            self.machine.without_interrupts(|| unsafe { enter_lazy_tlb(self, cpu) });
+        });
+    }
+
+    /// Gives up the page cache and the page of zeroes: what is left afterwards was lost.
+    pub fn drop_caches(&self) {
+        let cached = core::mem::take(&mut *self.page_cache.lock());
+        for frame in cached.into_values() {
+            self.drop_reference(frame);
+        }
+        if let Some(block) = self.zero_block.lock().take() {
+            self.frames.free_block(block);
+        }
+    }
+
+    /// Frames that are not free although nothing is mapped any more, and tables among them. The kernel's root is neither.
+    pub fn lost(&self) -> (u64, u64) {
+        let tables = self.frames.count(FrameKind::Table).saturating_sub(1);
+        let pages = [FrameKind::Page, FrameKind::Block, FrameKind::Tail, FrameKind::Batch];
+        (pages.into_iter().map(|kind| self.frames.count(kind)).sum(), tables)
+    }
+
+    pub(crate) fn batch_is_granted(&self) -> bool {
+        match self.config.batches {
+            BatchSupply::Always => true,
+            BatchSupply::Never => false,
+            BatchSupply::ExceptEvery(every) => {
+                let request = self.batch_requests.fetch_add(1, Ordering::Relaxed);
+                !(request + 1).is_multiple_of(every.max(1))
+            }
+        }
+    }
+
+    /// Splits the large pages that the ends of `range` cut. The map lock is held for writing.
+    pub(crate) fn split_ends(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange) -> Result<(), Error> {
+        for end in [range.start(), range.end()] {
+            let Some(vma) = vmas.find(end) else { continue };
+            // SAFETY: the map lock is held for writing.
+            let mut gather = unsafe { MmuGather::new(self, &mm.engine) };
+            gather.split_leaf(vma.going_away().area, end).map_err(|_| Error::NoMemory)?;
+        }
+        Ok(())
+    }
+
+    /// This kernel is all that the engine asks for.
+    const fn _is_a_platform(&self) -> &impl Platform {
+        self
+    }
+}
+
+impl<M: Machine> fmt::Debug for Kernel<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernel")
+            .field("config", &self.config)
+            .field("nr_free", &self.frames.nr_free())
+            .field("cpus", &self.cpus.iter().map(|cpu| &cpu.tlb).collect::<alloc::vec::Vec<_>>())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,126 @@
+//! What a machine supplies to this kernel.
+#![expect(unsafe_code, reason = "a machine is believed about its memory and its CPUs")]
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_gather::tlb::{CachedTranslations, CpuBits, CpuId, CpuSet, OnlineCpus, PcidSupport};
+use spin::RelaxStrategy;
+use x86_64::instructions::tlb::Pcid;
+use x86_64::structures::paging::{PageTable, PhysFrame};
+
+/// CPUs, interrupts and physical memory.
+///
+/// # Safety
+/// - `frame_to_pointer` of any frame below `nr_frames` points to its 4096 bytes, valid as long as the machine;
+/// - `pinned` names the CPU it runs on and does not move; `without_interrupts` does what it says;
+/// - `run_on` returns only after `work` has run on every target, with interrupts off there;
+/// - `invlpg` and `load_cr3` do what the instructions do.
+pub unsafe trait Machine: Sync {
+    /// What a CPU does while it waits for a lock; it keeps answering interrupts.
+    type Relax: RelaxStrategy;
+    /// Storage for a set of CPUs.
+    type Bits: CpuBits;
+
+    /// How many CPUs there are, all of them online.
+    fn nr_cpus(&self) -> u32;
+
+    /// Frames of physical memory, numbered from 0.
+    fn nr_frames(&self) -> u64;
+
+    /// Frames at the bottom that are not the kernel's to give out.
+    fn nr_reserved_frames(&self) -> u64;
+
+    /// The bytes of a frame.
+    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable;
+
+    /// The frame whose bytes start at `pointer`, which [`frame_to_pointer`](Self::frame_to_pointer) returned.
+    fn pointer_to_frame(&self, pointer: *const PageTable) -> PhysFrame;
+
+    /// Runs `f` on one CPU without being moved.
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R;
+
+    /// Runs `f` with interrupts off on this CPU.
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R;
+
+    /// Interrupts every CPU in `targets` to run `work`, calls `meanwhile` here, and waits for all of them. Interrupts are on.
+    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce());
+
+    /// INVLPG on this CPU.
+    fn invlpg(&self, address: u64);
+
+    /// MOV to CR3 on this CPU.
+    ///
+    /// # Safety
+    /// As for [`Cpus::load_cr3`](mmu_gather::tlb::Cpus::load_cr3).
+    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations);
+
+    /// Fills a new root table's upper half, so that the kernel stays mapped in it.
+    fn prepare_root(&self, _root: PhysFrame) {}
+
+    /// Whether more than one CPU may run.
+    fn online_cpus(&self) -> OnlineCpus {
+        if self.nr_cpus() == 1 { OnlineCpus::One } else { OnlineCpus::Many }
+    }
+
+    /// Whether PCIDs are on.
+    fn pcid_support(&self) -> PcidSupport {
+        PcidSupport::Off
+    }
+
+    /// A preemption point.
+    fn cond_resched(&self) {}
+
+    /// A moment at which something else may happen on other CPUs. The hosted machine lets it.
+    #[inline]
+    fn seam(&self, _seam: Seam) {}
+
+    /// Something a checker wants to know.
+    #[inline]
+    fn note(&self, _note: Note) {}
+}
+
+/// The moments at which a machine may interleave other CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seam {
+    /// A leaf was cleared; its table is locked.
+    Cleared,
+    /// A table lock is about to be taken.
+    Lock,
+    /// Pages or tables are about to be freed.
+    Free,
+    /// A frame was allocated.
+    Allocate,
+}
+
+/// What a frame is given out for, or was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameRole {
+    /// A page of a program.
+    Page,
+    /// The first of 512 frames of one.
+    Block,
+    /// A page table.
+    Table,
+}
+
+/// What a checker wants to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// The frame is in use from now on.
+    Allocated(PhysFrame, FrameRole),
+    /// The frame is free from now on; another use may follow at once.
+    Freed(PhysFrame, FrameRole),
+    /// The entry for this address was cleared in the address space with this root.
+    Cleared {
+        /// The root table.
+        root: PhysFrame,
+        /// The address.
+        address: u64,
+    },
+    /// An unmapping is about to return: no program may use these addresses of the address space any more.
+    Unmapped {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+    },
+}

@@ -1,0 +1,57 @@
+//! An address space: areas, paging structures, the map lock.
+
+use core::fmt;
+
+use mmu_gather::pagetable::Level;
+use spin::rwlock::RwLock;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::machine::Machine;
+use crate::vma::VmaTree;
+
+/// An address space. Linux: mm_struct.
+///
+/// CPUs that have it loaded keep it alive (by `Arc`); its tables go when [`Kernel::exit`](crate::Kernel::exit) is called.
+pub struct Mm<M: Machine> {
+    pub(crate) engine: mmu_gather::Mm<M::Bits>,
+    /// The map lock. Linux: mmap_lock.
+    pub(crate) vmas: RwLock<VmaTree, M::Relax>,
+}
+
+impl<M: Machine> Mm<M> {
+    /// The engine's part.
+    #[must_use]
+    pub const fn engine(&self) -> &mmu_gather::Mm<M::Bits> {
+        &self.engine
+    }
+
+    /// The frame that CR3 points to.
+    #[must_use]
+    pub const fn root(&self) -> PhysFrame {
+        self.engine.space().root()
+    }
+
+    /// How many areas it has.
+    #[must_use]
+    pub fn nr_vmas(&self) -> usize {
+        self.vmas.read().len()
+    }
+
+    /// A copy of its areas.
+    #[must_use]
+    pub fn vmas(&self) -> VmaTree {
+        self.vmas.read().clone()
+    }
+
+    /// Tables linked, by level: PTE, PMD, PUD.
+    #[must_use]
+    pub fn nr_tables(&self) -> [u64; 3] {
+        [Level::Pte, Level::Pmd, Level::Pud].map(|level| self.engine.space().nr_tables(level))
+    }
+}
+
+impl<M: Machine> fmt::Debug for Mm<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mm").field("engine", &self.engine).finish_non_exhaustive()
+    }
+}

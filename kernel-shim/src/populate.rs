@@ -1,0 +1,147 @@
+//! Filling areas without faulting page by page: for layouts taken from real processes.
+#![expect(unsafe_code, reason = "walks tables under the map lock")]
+
+use core::sync::atomic::Ordering;
+
+use mmu_gather::pagetable::{EntryValue, Level, NonPresent, VirtRange};
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+
+use crate::fault::{leaf, leaf_at};
+use crate::frame::FrameKind;
+use crate::kernel::{Error, Kernel};
+use crate::machine::{FrameRole, Machine, Note};
+use crate::mm::Mm;
+use crate::vma::{Area, AreaKind, Protection, Vma};
+
+/// What a stretch of an area holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageContent {
+    /// Pages of the program's own.
+    Anon,
+    /// Pages of the area's file, clean.
+    File,
+    /// Pages of the area's file, written to through this mapping.
+    FileDirty,
+    /// The page of zeroes.
+    Zero,
+    /// Frames that are not counted.
+    Pfn,
+    /// 2 MiB pages of the program's own; the stretch is made of whole ones.
+    AnonBlock,
+    /// 2 MiB pages of a file.
+    FileBlock,
+    /// The 2 MiB page of zeroes.
+    ZeroBlock,
+    /// Nothing present: a place in swap.
+    Swap,
+}
+
+impl PageContent {
+    const fn level(self) -> Level {
+        match self {
+            Self::AnonBlock | Self::FileBlock | Self::ZeroBlock => Level::Pmd,
+            _ => Level::Pte,
+        }
+    }
+}
+
+impl<M: Machine> Kernel<M> {
+    /// Fills `range`, which lies in one area and holds nothing yet, as if it had been used.
+    ///
+    /// # Errors
+    /// [`Error::NoArea`] if the range is not inside one area; [`Error::NoMemory`]; what was filled so far stays.
+    pub fn populate(&self, mm: &Mm<M>, range: VirtRange, content: PageContent) -> Result<(), Error> {
+        let vmas = mm.vmas.read();
+        let vma = vmas
+            .find(range.start())
+            .copied()
+            .filter(|vma| vma.range.covers(range))
+            .ok_or(Error::NoArea(range.start()))?;
+        let level = content.level();
+        let mut address = range.start();
+        while address < range.end() {
+            let Some(above) = level.above() else { break };
+            let part = range.within_entry(above, address);
+            self.populate_table(mm, vma, part, content)?;
+            address = part.end();
+        }
+        Ok(())
+    }
+
+    /// Fills entries of one table.
+    fn populate_table(
+        &self,
+        mm: &Mm<M>,
+        vma: Vma,
+        part: VirtRange,
+        content: PageContent,
+    ) -> Result<(), Error> {
+        let level = content.level();
+        // SAFETY: the map lock is held for reading, and the area is not detached.
+        let view = unsafe { mm.engine.space().ensure_table(self, part.start(), level) }
+            .map_err(|_| Error::NoMemory)?;
+        let locked = view.lock(self);
+        let mut address = part.start();
+        while address < part.end() {
+            let entry = locked.entry(address);
+            if entry.load().is_none() {
+                entry.store(self.entry_for(vma.area, address, content).ok_or(Error::NoMemory)?);
+            }
+            address += level.entry_span();
+        }
+        Ok(())
+    }
+
+    fn entry_for(&self, area: Area, address: u64, content: PageContent) -> Option<EntryValue> {
+        let used = PageTableFlags::ACCESSED;
+        let written = used | PageTableFlags::DIRTY;
+        let private = match area.kind {
+            AreaKind::FileShared(_) => area.protection,
+            AreaKind::Anon | AreaKind::FilePrivate(_) | AreaKind::Pfn => match area.protection {
+                Protection::Write => Protection::Read,
+                other => other,
+            },
+        };
+        let file = match area.kind {
+            AreaKind::FilePrivate(file) | AreaKind::FileShared(file) => file,
+            AreaKind::Anon | AreaKind::Pfn => 0,
+        };
+        Some(match content {
+            PageContent::Anon => with(leaf(self.new_page()?, area.protection), written),
+            PageContent::File => with(leaf(self.file_page(file, area.file_page(address))?, private), used),
+            PageContent::FileDirty => {
+                with(leaf(self.file_page(file, area.file_page(address))?, private), written)
+            }
+            PageContent::Zero => with(leaf(self.zero_page(), Protection::Read), used),
+            PageContent::Pfn => with(leaf(self.zero_page(), area.protection), used),
+            PageContent::AnonBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), written),
+            PageContent::FileBlock => with(leaf_at(Level::Pmd, self.new_block()?, private), used),
+            PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, Protection::Read), used),
+            PageContent::Swap => {
+                let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed);
+                NonPresent::Swap { device: 0, slot: slot.unsigned_abs() }.encode()
+            }
+        })
+    }
+
+    fn new_block(&self) -> Option<PhysFrame> {
+        let block = self.frames.allocate_block()?;
+        self.frames.meta(block).add_mapping();
+        self.machine.note(Note::Allocated(block, FrameRole::Block));
+        Some(block)
+    }
+
+    fn zero_block(&self) -> Option<PhysFrame> {
+        let mut block = self.zero_block.lock();
+        if block.is_none() {
+            let new = self.frames.allocate_block()?;
+            self.frames.set_kind(new, FrameKind::Reserved);
+            *block = Some(new);
+        }
+        *block
+    }
+}
+
+fn with(value: EntryValue, flags: PageTableFlags) -> EntryValue {
+    EntryValue::from_bits(value.bits() | flags.bits())
+}

@@ -1,0 +1,94 @@
+//! Changing what programs may do with an area: mprotect.
+#![expect(unsafe_code, reason = "walks tables under the map lock")]
+
+use mmu_gather::MmuGather;
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, TableView, VirtRange};
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+
+use crate::kernel::{Error, Kernel};
+use crate::machine::Machine;
+use crate::mm::Mm;
+use crate::vma::{Area, Protection, Vma};
+
+impl<M: Machine> Kernel<M> {
+    /// Sets the protection of every area in `range`; mprotect(2).
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was changed then.
+    pub fn mprotect(&self, mm: &Mm<M>, range: VirtRange, protection: Protection) -> Result<(), Error> {
+        let mut vmas = mm.vmas.write();
+        self.split_ends(mm, &vmas, range)?;
+        vmas.cut(range.start());
+        vmas.cut(range.end());
+        vmas.update(range, |area| area.protection = protection);
+        // SAFETY: the map lock is held for writing until the gather is finished.
+        let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+        for vma in vmas.iter() {
+            if let Some(part) = vma.range.intersect(range) {
+                // SAFETY: the map lock is held for writing.
+                let root = unsafe { mm.engine.space().root_table(self) };
+                self.protect_table(&mut gather, vma, root, part);
+            }
+        }
+        let flushed = gather.flush();
+        drop(vmas);
+        flushed.free();
+        Ok(())
+    }
+
+    fn protect_table(
+        &self,
+        gather: &mut MmuGather<'_, Self>,
+        vma: &Vma,
+        view: TableView<'_>,
+        range: VirtRange,
+    ) {
+        let level = view.level();
+        let mut address = range.start();
+        while address < range.end() {
+            let part = range.within_entry(level, address);
+            match view.load(address).decode(level) {
+                Decoded::Table(_) => {
+                    // SAFETY: the map lock is held for writing.
+                    if let Some(child) = unsafe { view.child(self, address) } {
+                        self.protect_table(gather, vma, child, part);
+                    }
+                }
+                Decoded::Leaf(_) => self.protect_leaf(gather, vma.area, view, address),
+                Decoded::None | Decoded::NonPresent(_) => {}
+            }
+            address = part.end();
+        }
+    }
+
+    fn protect_leaf(&self, gather: &mut MmuGather<'_, Self>, area: Area, view: TableView<'_>, address: u64) {
+        let level = view.level();
+        let locked = view.lock(self);
+        let entry = locked.entry(address);
+        let mut old = entry.load();
+        while let Decoded::Leaf(page) = old.decode(level) {
+            let rights = PageTableFlags::USER_ACCESSIBLE | PageTableFlags::WRITABLE;
+            let frame = PhysFrame::containing_address(page);
+            let wanted = match area.protection {
+                Protection::None => PageTableFlags::empty(),
+                Protection::Write if self.may_write_in_place(area, frame) => rights,
+                Protection::Read | Protection::Write => PageTableFlags::USER_ACCESSIBLE,
+            };
+            let new = EntryValue::from_bits(old.bits() & !rights.bits() | wanted.bits());
+            // Hardware may set A/D meanwhile; then look again.
+            match entry.compare_exchange(old, new) {
+                Ok(()) => {
+                    let lost = old.bits() & !new.bits() & rights.bits();
+                    if lost != 0 {
+                        gather.changed(VirtRange::of_entry(level, address), level);
+                    }
+                    return;
+                }
+                Err(found) => old = found,
+            }
+        }
+    }
+}
+
+/// The last level of every walk here is one that has leaves.
+const _: () = assert!(Level::Pte.may_be_leaf());

@@ -1,0 +1,88 @@
+//! Resizing and moving areas: mremap.
+#![expect(unsafe_code, reason = "the engine takes the map lock on trust")]
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_gather::{MmuGather, unmap_region};
+
+use crate::kernel::{Error, Kernel};
+use crate::machine::{Machine, Note};
+use crate::mm::Mm;
+use crate::vma::{Area, Vma};
+
+impl<M: Machine> Kernel<M> {
+    /// Moves what is mapped in `old`, which lies in one area, to `new`, unmapping what was there; mremap(2) with
+    /// MREMAP_FIXED. A shorter `new` drops the rest, a longer one adds an empty tail.
+    ///
+    /// # Errors
+    /// [`Error::NoArea`] if `old` is not inside one area; [`Error::Overlap`] if the two overlap; [`Error::NoMemory`]. The
+    /// target may be unmapped already in the last case.
+    pub fn mremap(&self, mm: &Mm<M>, old: VirtRange, new: VirtRange) -> Result<(), Error> {
+        if old.intersect(new).is_some() {
+            return Err(Error::Overlap(new));
+        }
+        if !mm.engine.space().user_range().covers(new) {
+            return Err(Error::NotUserSpace(new.end()));
+        }
+        self.munmap(mm, new)?;
+        let mut vmas = mm.vmas.write();
+        let vma = vmas
+            .find(old.start())
+            .copied()
+            .filter(|vma| vma.range.covers(old))
+            .ok_or(Error::NoArea(old.start()))?;
+        if vmas.overlaps(new) {
+            return Err(Error::Overlap(new));
+        }
+        self.split_ends(mm, &vmas, old)?;
+        // SAFETY: the map lock is held for writing until the gather has flushed.
+        let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+        while let Some(address) = gather.find_large_leaf(old) {
+            // One page further is inside the leaf, so cutting there splits it.
+            gather.split_leaf(vma.going_away().area, address + 4096).map_err(|_| Error::NoMemory)?;
+        }
+        let moved_bytes = old.len_bytes().min(new.len_bytes());
+        let moving =
+            VirtRange::new(old.start(), old.start() + moved_bytes).map_err(|_| Error::NoArea(old.start()))?;
+        gather.move_page_tables(moving, new.start()).map_err(|_| Error::NoMemory)?;
+        drop(gather.flush());
+
+        let detached = vmas.detach(old);
+        let shift = (old.start() >> 12).wrapping_sub(new.start() >> 12);
+        let area = Area { file_base: vma.area.file_base.wrapping_add(shift), ..vma.area };
+        let inserted = vmas.insert(Vma { range: new, area });
+        debug_assert!(inserted.is_ok(), "nothing was mapped at {new}");
+        let bounds = vmas.bounds_around(old);
+        let vmas = vmas.downgrade();
+        let going = detached.iter().map(Vma::going_away);
+        // SAFETY: as in `munmap`: the areas are detached, and the map lock is held, for reading, until the flush is done.
+        let flushed = unsafe { unmap_region(self, &mm.engine, &self.config.limits, going, bounds, || {}) };
+        self.machine.note(Note::Unmapped { root: mm.root(), range: old });
+        drop(vmas);
+        flushed.free();
+        Ok(())
+    }
+
+    /// Lets an area that ends at `old_end` end at `new_end` instead, if nothing is in the way; brk(2), mremap(2) in place.
+    ///
+    /// # Errors
+    /// [`Error::NoArea`], [`Error::Overlap`]; [`Error::NoMemory`] if a large page at the new end cannot be split.
+    pub fn resize(&self, mm: &Mm<M>, old_end: u64, new_end: u64) -> Result<(), Error> {
+        if let Ok(tail) = VirtRange::new(new_end, old_end) {
+            return self.munmap(mm, tail);
+        }
+        let Ok(more) = VirtRange::new(old_end, new_end) else { return Ok(()) };
+        if !mm.engine.space().user_range().covers(more) {
+            return Err(Error::NotUserSpace(new_end));
+        }
+        let mut vmas = mm.vmas.write();
+        let below = old_end.checked_sub(4096).and_then(|last| vmas.find(last).copied());
+        let vma = below.filter(|vma| vma.range.end() == old_end).ok_or(Error::NoArea(old_end))?;
+        if vmas.overlaps(more) {
+            return Err(Error::Overlap(more));
+        }
+        vmas.detach(vma.range);
+        let inserted = vmas.insert(Vma { range: vma.range.union(more), ..vma });
+        debug_assert!(inserted.is_ok(), "nothing was mapped at {more}");
+        Ok(())
+    }
+}
