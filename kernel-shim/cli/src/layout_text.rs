@@ -228,7 +228,7 @@ impl fmt::Display for Quoted<'_> {
 }
 
 /// The rest of a line as an error shows it: short, and never nothing.
-fn shown(rest: &str) -> String {
+pub(crate) fn shown(rest: &str) -> String {
     const SHOWN_CHARS: usize = 60;
     match rest.char_indices().nth(SHOWN_CHARS) {
         _ if rest.is_empty() => "the end of the line".to_owned(),

@@ -8,3 +8,7 @@ pub mod layout;
 mod layout_tests;
 mod layout_text;
 mod pagemap;
+pub mod strace;
+mod strace_lex;
+#[cfg(test)]
+mod strace_tests;
