@@ -1,6 +1,6 @@
 //! Takes a [`Layout`] from a live Linux process.
 //!
-//! `/proc/PID/smaps` says which areas there are, [`crate::pagemap`] what their pages hold. The process is not stopped: its
+//! `/proc/PID/smaps` says which areas there are, `/proc/PID/pagemap` what their pages hold. The process is not stopped: its
 //! list of areas is read before and after, and the whole is repeated when the two differ. Pages that come or go
 //! meanwhile are missed or kept, one by one; stop the process first where that matters.
 
@@ -215,6 +215,7 @@ fn from_io(pid: i32, error: &io::Error) -> CaptureError {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
     use std::process::{Child, Command, Stdio};
 
     use procfs::FromBufRead as _;
@@ -225,13 +226,16 @@ mod tests {
     struct Waiting(Child);
 
     impl Waiting {
-        fn start() -> Self {
-            let child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
-            Self(child.expect("every Linux has cat"))
+        fn start() -> io::Result<Self> {
+            let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+            // Its answer says that it is past its start.
+            child.stdin.as_mut().expect("piped").write_all(b"?")?;
+            child.stdout.as_mut().expect("piped").read_exact(&mut [0])?;
+            Ok(Self(child))
         }
 
-        fn capture(&self) -> Layout {
-            capture(i32::try_from(self.0.id()).expect("process ids fit")).expect("a child may be read")
+        fn pid(&self) -> i32 {
+            i32::try_from(self.0.id()).expect("process ids fit")
         }
     }
 
@@ -244,17 +248,18 @@ mod tests {
     }
 
     #[test]
-    fn a_live_process_is_captured_and_reads_back() {
-        let waiting = Waiting::start();
-        // Between fork and exec the child still shows our own areas.
-        let layout = core::iter::repeat_with(|| waiting.capture())
-            .find(|layout| layout.name == "cat" && layout.vmas.iter().any(|vma| vma.kind == VmaKind::Stack))
-            .expect("the iterator never ends");
-        assert!(layout.nr_tables > 0 && layout.nr_threads == 1);
+    fn a_live_process_is_captured_page_for_page_and_reads_back() {
+        let waiting = Waiting::start().expect("every Linux has cat");
+        let layout = capture(waiting.pid()).expect("a child may be read");
+        assert_eq!((layout.name.as_str(), layout.nr_threads), ("cat", 1));
         let totals = layout.totals();
         assert!(totals.nr_anon > 0 && totals.nr_file > 0, "{totals:?}");
-        let text = layout.to_string();
-        assert_eq!(Layout::parse("cat", &text).expect("a captured layout parses"), layout);
+        let smaps =
+            Process::new(waiting.pid()).and_then(|process| process.smaps()).expect("a child may be read");
+        let rss_bytes = smaps.iter().filter_map(|map| map.extension.map.get("Rss")).sum::<u64>();
+        // The kernel counts the vdso as resident.
+        assert_eq!(totals.nr_resident() + totals.nr_pfn, rss_bytes / PAGE_BYTES);
+        assert_eq!(Layout::parse("cat", &layout.to_string()), Ok(layout));
     }
 
     #[test]

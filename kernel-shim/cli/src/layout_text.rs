@@ -491,7 +491,7 @@ fn check_vma(start: u64, end: u64, previous_end: u64) -> Result<(), LayoutProble
         if !address.is_multiple_of(PAGE_BYTES) {
             return Err(LayoutProblem::Unaligned { address });
         }
-        // Bits 47 to 63 of an address must be equal; the end of an area may be the first byte of the hole at most.
+        // Bits 47 to 63 of an address are equal, and clear in the user half.
         match address >> 47 {
             0 if address <= USER_END => {}
             0 | 0x1_ffff => return Err(LayoutProblem::NotUser { address }),
