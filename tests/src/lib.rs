@@ -1,1 +1,35 @@
-//! .
+//! A kernel on paper: the smallest platform that embeds the engine, and what holds the engine to its rules.
+//!
+//! [`PaperKernel`] implements the three traits over an ordinary heap arena, on one thread. Its pretend CPUs keep every
+//! translation they ever filled until something invalidates it, everything that happens is written down in order, and a
+//! checker objects when a page or a table is freed that some CPU could still reach.
+//!
+//! ```text
+//!  platform.rs   what an embedder writes: three impls, about 100 lines without the note-taking
+//!  kernel.rs     the kernel's data, and which memory can be had
+//!  program.rs    what programs and schedulers do: map, touch, switch, go lazy
+//!  cpu.rs        one CPU's TLB and structure cache
+//!  ledger.rs     the counts of every page: who may be freed, once
+//!  check.rs      what is a violation
+//!  log.rs        events in order, and hooks on them
+//! ```
+//!
+//! A hook runs at an event, in the middle of the engine's work. That is how one thread plays the part of two: the second
+//! CPU acts exactly where a race would let it.
+#![deny(unsafe_code)]
+
+mod check;
+mod cpu;
+mod kernel;
+mod ledger;
+mod log;
+mod platform;
+mod program;
+
+pub use check::Violation;
+pub use cpu::{Access, Fault, Translation};
+pub use kernel::{Bits, Options, PaperKernel, PaperMm, Supply};
+pub use ledger::PageAccount;
+pub use log::{Event, Noted};
+pub use platform::Backing;
+pub use program::{GIB, KIB, MIB, TIB, area, range};

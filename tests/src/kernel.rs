@@ -1,0 +1,275 @@
+//! The kernel's data: an arena that plays memory, pretend CPUs, and the address spaces.
+
+use core::cell::{Cell, OnceCell, RefCell, RefMut};
+use core::fmt;
+use core::sync::atomic::AtomicU64;
+use std::collections::BTreeSet;
+
+use bumpalo::Bump;
+use mmu_gather::pagetable::{PagingMode, TableLock};
+use mmu_gather::tlb::{CpuId, CtxIds, OnlineCpus, PcidSupport, SINGLE_PAGE_FLUSH_CEILING};
+use mmu_gather::{BatchArena, BatchPage, Mm};
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::check::Violation;
+use crate::cpu::PaperCpu;
+use crate::ledger::Ledger;
+use crate::log::Log;
+use crate::platform::Deadlock;
+
+/// A set of up to 64 CPUs.
+pub type Bits = [AtomicU64; 1];
+
+/// An address space of this kernel.
+pub type PaperMm = Mm<Bits>;
+
+/// A table and, beside it, its lock: what a kernel finds in its `struct page`.
+#[repr(C, align(4096))]
+pub(crate) struct TablePage {
+    entries: [u64; 512],
+    pub(crate) lock: TableLock<Deadlock>,
+}
+
+/// What machine the kernel runs on.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How many CPUs there are, 64 at most.
+    pub cpus: u32,
+    /// How many the kernel says are online.
+    pub online: OnlineCpus,
+    /// Whether translations are tagged.
+    pub pcid: PcidSupport,
+    /// Four levels of tables, or five.
+    pub mode: PagingMode,
+    /// More pages than this become a full flush.
+    pub flush_ceiling: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            cpus: 4,
+            online: OnlineCpus::Many,
+            pcid: PcidSupport::On,
+            mode: PagingMode::FourLevel,
+            flush_ceiling: SINGLE_PAGE_FLUSH_CEILING,
+        }
+    }
+}
+
+/// How much memory of one kind can still be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Supply {
+    /// Always.
+    Unlimited,
+    /// This many more times.
+    Left(u32),
+    /// The lowest bit says whether the next attempt succeeds; the bits rotate.
+    Pattern(u64),
+}
+
+impl Supply {
+    /// One attempt: whether it succeeds.
+    pub(crate) const fn take(&mut self) -> bool {
+        match self {
+            Self::Unlimited => true,
+            Self::Left(0) => false,
+            Self::Left(left) => {
+                *left -= 1;
+                true
+            }
+            Self::Pattern(bits) => {
+                let granted = *bits & 1 == 1;
+                *bits = bits.rotate_right(1);
+                granted
+            }
+        }
+    }
+}
+
+/// A kernel that exists on paper: one thread that plays every CPU.
+///
+/// Dropped with violations that nobody [took](Self::take_violations), it panics and names them.
+pub struct PaperKernel {
+    options: Options,
+    arena: Bump,
+    tables: RefCell<BTreeSet<PhysFrame>>,
+    kernel_root: PhysFrame,
+    ids: CtxIds,
+    mms: [OnceCell<Box<PaperMm>>; 16],
+    cpus: Vec<PaperCpu>,
+    here: Cell<CpuId>,
+    table_supply: RefCell<Supply>,
+    batches: BatchArena,
+    batches_lent: Cell<u32>,
+    batch_supply: RefCell<Supply>,
+    ledger: RefCell<Ledger>,
+    pub(crate) log: Log,
+    pub(crate) locks_asked: RefCell<Vec<PhysFrame>>,
+    pub(crate) dirty_flush: Cell<bool>,
+    pub(crate) violations: RefCell<Vec<Violation>>,
+}
+
+impl PaperKernel {
+    /// A kernel on a machine as `options` say. CPU 0 plays first; no CPU has an address space loaded.
+    #[must_use]
+    pub fn new(options: Options) -> Self {
+        let arena = Bump::new();
+        let kernel_root = table_in(&arena);
+        Self {
+            options,
+            tables: RefCell::new(BTreeSet::from([kernel_root])),
+            arena,
+            kernel_root,
+            ids: CtxIds::new(),
+            mms: core::array::from_fn(|_| OnceCell::new()),
+            cpus: (0..options.cpus).map(|_| PaperCpu::new(kernel_root)).collect(),
+            here: Cell::new(CpuId::new(0)),
+            table_supply: RefCell::new(Supply::Unlimited),
+            batches: BatchArena::new(None),
+            batches_lent: Cell::new(0),
+            batch_supply: RefCell::new(Supply::Unlimited),
+            ledger: RefCell::new(Ledger::new()),
+            log: Log::new(),
+            locks_asked: RefCell::new(Vec::new()),
+            dirty_flush: Cell::new(false),
+            violations: RefCell::new(Vec::new()),
+        }
+    }
+
+    /// The machine.
+    #[must_use]
+    pub const fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// A new address space; up to 16 of them.
+    ///
+    /// # Panics
+    /// At the seventeenth.
+    #[expect(unsafe_code, reason = "a root table is taken on trust")]
+    pub fn new_mm(&self) -> &PaperMm {
+        let free = self.mms.iter().find(|cell| cell.get().is_none()).expect("no more than 16 address spaces");
+        // SAFETY: the root is a zeroed table of this kernel's memory, and the arena is never reset.
+        free.get_or_init(|| Box::new(unsafe { Mm::new(&self.ids, self.new_table(), self.options.mode) }))
+    }
+
+    /// The address space made as number `index`; hooks, which can borrow nothing, find theirs this way.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn mm(&self, index: usize) -> &PaperMm {
+        self.mms[index].get().expect("made before")
+    }
+
+    pub(crate) fn mms(&self) -> impl Iterator<Item = &PaperMm> {
+        self.mms.iter().filter_map(|cell| cell.get().map(|mm| &**mm))
+    }
+
+    /// Says how many tables can be had from now on.
+    pub fn supply_tables(&self, supply: Supply) {
+        *self.table_supply.borrow_mut() = supply;
+    }
+
+    /// Says how many batch pages can be had from now on.
+    pub fn supply_batches(&self, supply: Supply) {
+        *self.batch_supply.borrow_mut() = supply;
+    }
+
+    /// Batch pages that gathers hold now.
+    #[must_use]
+    pub const fn batches_lent(&self) -> u32 {
+        self.batches_lent.get()
+    }
+
+    /// The counts of every page.
+    pub fn ledger(&self) -> RefMut<'_, Ledger> {
+        self.ledger.borrow_mut()
+    }
+
+    /// The CPU being played.
+    #[must_use]
+    pub const fn here(&self) -> CpuId {
+        self.here.get()
+    }
+
+    /// Plays `cpu` while `f` runs.
+    pub fn on<R>(&self, cpu: CpuId, f: impl FnOnce() -> R) -> R {
+        let before = self.here.replace(cpu);
+        let result = f();
+        self.here.set(before);
+        result
+    }
+
+    /// Every CPU of the machine.
+    pub fn cpu_ids(&self) -> impl Iterator<Item = CpuId> + use<> {
+        (0..self.options.cpus).map(CpuId::new)
+    }
+
+    pub(crate) fn cpu(&self, cpu: CpuId) -> &PaperCpu {
+        &self.cpus[cpu.index()]
+    }
+
+    pub(crate) const fn kernel_root(&self) -> PhysFrame {
+        self.kernel_root
+    }
+
+    pub(crate) fn table_supply(&self) -> RefMut<'_, Supply> {
+        self.table_supply.borrow_mut()
+    }
+
+    pub(crate) fn batch_supply(&self) -> RefMut<'_, Supply> {
+        self.batch_supply.borrow_mut()
+    }
+
+    pub(crate) fn lend_batch(&self) -> Option<BatchPage> {
+        self.batches_lent.set(self.batches_lent.get() + 1);
+        self.batches.allocate()
+    }
+
+    pub(crate) fn take_batch_back(&self, page: BatchPage) {
+        self.batches_lent.set(self.batches_lent.get() - 1);
+        self.batches.free(page);
+    }
+
+    pub(crate) fn new_table(&self) -> PhysFrame {
+        let frame = table_in(&self.arena);
+        self.tables.borrow_mut().insert(frame);
+        frame
+    }
+
+    /// Tables that were allocated and not freed.
+    #[must_use]
+    pub fn is_live_table(&self, frame: PhysFrame) -> bool {
+        self.tables.borrow().contains(&frame)
+    }
+
+    /// Takes `frame` out of the live tables; false if it was not one.
+    pub(crate) fn forget_table(&self, frame: PhysFrame) -> bool {
+        self.tables.borrow_mut().remove(&frame)
+    }
+}
+
+impl Drop for PaperKernel {
+    fn drop(&mut self) {
+        let violations = self.violations.borrow();
+        if !std::thread::panicking() {
+            assert!(violations.is_empty(), "the engine broke its rules: {violations:#?}");
+        }
+    }
+}
+
+impl fmt::Debug for PaperKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PaperKernel").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+/// A zeroed table in `arena`; its frame number is its address.
+fn table_in(arena: &Bump) -> PhysFrame {
+    let page: *mut TablePage = arena.alloc(TablePage { entries: [0; 512], lock: TableLock::new(()) });
+    let address = page.expose_provenance() as u64;
+    PhysFrame::from_start_address(PhysAddr::new(address)).expect("a table page is aligned to 4096")
+}

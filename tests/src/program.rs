@@ -1,0 +1,313 @@
+//! What programs, schedulers and reclaim do around the engine: map, touch, switch, go lazy, unmap.
+#![expect(unsafe_code, reason = "the engine's entry points take the map lock and the CPU on trust")]
+
+use mmu_gather::pagetable::{
+    Bounds, Decoded, EntryValue, Level, Mapping, NonPresent, Table, TableView, VirtRange,
+};
+use mmu_gather::tlb::{CpuId, CpuTlb, Laziness, UnmapBatch, enter_lazy_tlb, init_cpu, leave_mm, switch_mm};
+use mmu_gather::{FlushedGather, Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region, zap_page_range};
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+
+use crate::check::Violation;
+use crate::cpu::{Access, Fault, Translation};
+use crate::kernel::{Bits, PaperKernel, PaperMm};
+use crate::platform::Backing;
+
+/// 1024 bytes.
+pub const KIB: u64 = 1 << 10;
+/// 1024 KiB.
+pub const MIB: u64 = 1 << 20;
+/// 1024 MiB.
+pub const GIB: u64 = 1 << 30;
+/// 1024 GiB.
+pub const TIB: u64 = 1 << 40;
+
+/// The range `start..end`.
+///
+/// # Panics
+/// If that is no range of user pages.
+#[must_use]
+pub fn range(start: u64, end: u64) -> VirtRange {
+    VirtRange::new(start, end).expect("a range of user pages")
+}
+
+/// The area `start..end` with `backing` behind it.
+#[must_use]
+pub fn area(start: u64, end: u64, backing: Backing) -> Vma<Backing> {
+    let kind = if backing == Backing::Device { VmaKind::PfnMap } else { VmaKind::Normal };
+    Vma { range: range(start, end), kind, area: backing }
+}
+
+/// Mapping and looking.
+impl PaperKernel {
+    /// Maps a new page of the size that entries of `level` map.
+    ///
+    /// # Panics
+    /// If no table can be had, or something is there.
+    pub fn map(&self, mm: &PaperMm, address: u64, level: Level) -> PhysFrame {
+        let frame = self.ledger().new_page(level.entry_span());
+        self.map_page(mm, address, level, frame, PageTableFlags::WRITABLE);
+        frame
+    }
+
+    /// Maps a new 4 KiB page at each address of `range`.
+    pub fn map_range(&self, mm: &PaperMm, range: VirtRange) -> Vec<PhysFrame> {
+        let pages = (range.start()..range.end()).step_by(4096);
+        pages.map(|address| self.map(mm, address, Level::Pte)).collect()
+    }
+
+    /// Maps the page at `frame`, which may be mapped elsewhere already.
+    ///
+    /// # Panics
+    /// If no table can be had, or something is there.
+    pub fn map_page(
+        &self,
+        mm: &PaperMm,
+        address: u64,
+        level: Level,
+        frame: PhysFrame,
+        flags: PageTableFlags,
+    ) {
+        self.ledger().add_mapping(frame);
+        let flags = flags | PageTableFlags::USER_ACCESSIBLE;
+        self.put(mm, address, level, EntryValue::leaf(level, frame.start_address(), flags));
+    }
+
+    /// Leaves a meaning where nothing is mapped.
+    pub fn put_non_present(&self, mm: &PaperMm, address: u64, level: Level, meaning: NonPresent) {
+        self.put(mm, address, level, meaning.encode());
+    }
+
+    fn put(&self, mm: &PaperMm, address: u64, level: Level, value: EntryValue) {
+        // SAFETY: one thread; nobody frees tables meanwhile. Pages have no memory behind them.
+        let put = unsafe { mm.space().map(self, address, level, value) };
+        put.expect("room for an entry");
+    }
+
+    /// The lowest entry on the path to `address`.
+    #[must_use]
+    pub fn lookup(&self, mm: &PaperMm, address: u64) -> Mapping {
+        // SAFETY: one thread; nobody frees tables meanwhile.
+        unsafe { mm.space().lookup(self, address) }
+    }
+
+    /// Tables linked below the root: PTE, PMD, PUD and P4D tables.
+    #[must_use]
+    pub fn nr_tables(&self, mm: &PaperMm) -> [u64; 4] {
+        [Level::Pte, Level::Pmd, Level::Pud, Level::P4d].map(|level| mm.space().nr_tables(level))
+    }
+
+    /// The table of `level` on the path to `address`.
+    #[must_use]
+    pub fn find_table(&self, mm: &PaperMm, address: u64, level: Level) -> Option<TableView<'_>> {
+        // SAFETY: one thread; nobody frees tables meanwhile.
+        unsafe { mm.space().find_table(self, address, level) }
+    }
+
+    /// Level and address of every table linked below the root.
+    #[must_use]
+    pub fn tables(&self, mm: &PaperMm) -> Vec<(Level, PhysFrame)> {
+        let mut tables = Vec::new();
+        self.for_each_table(mm, &mut |view| tables.push((view.level(), view.frame())));
+        tables
+    }
+
+    pub(crate) fn root_of(&self, mm: &PaperMm) -> TableView<'_> {
+        // SAFETY: one thread; nobody frees tables meanwhile.
+        unsafe { mm.space().root_table(self) }
+    }
+
+    pub(crate) fn child_of<'m>(&'m self, view: TableView<'m>, address: u64) -> Option<TableView<'m>> {
+        // SAFETY: one thread; nobody frees tables meanwhile. The arena keeps even freed ones readable.
+        unsafe { view.child(self, address) }
+    }
+
+    pub(crate) fn table(&self, frame: PhysFrame) -> &Table {
+        // SAFETY: a frame of the arena; the level is not used.
+        unsafe { TableView::new(self, frame, Level::Pte) }.table()
+    }
+}
+
+/// Programs and the scheduler.
+impl PaperKernel {
+    /// The engine's state of one CPU, as a test looks at it: nothing is noted.
+    #[must_use]
+    pub fn state(&self, cpu: CpuId) -> &CpuTlb<Bits> {
+        &self.cpu(cpu).state
+    }
+
+    /// Runs a program of `mm` on `cpu`.
+    pub fn run(&self, cpu: CpuId, mm: &PaperMm) {
+        // SAFETY: this thread is that CPU while `on` runs; address spaces live as long as the kernel.
+        self.on(cpu, || unsafe { switch_mm(self, cpu, Some(mm.context())) });
+        self.check_what_was_kept(cpu);
+    }
+
+    /// Runs nothing on `cpu`, with the kernel's own address space.
+    pub fn stop(&self, cpu: CpuId) {
+        // SAFETY: as in `run`.
+        self.on(cpu, || unsafe { switch_mm(self, cpu, None) });
+    }
+
+    /// Runs a kernel thread on `cpu`, which borrows the address space that is loaded.
+    pub fn go_lazy(&self, cpu: CpuId) {
+        // SAFETY: as in `run`.
+        self.on(cpu, || unsafe { enter_lazy_tlb(self, cpu) });
+    }
+
+    /// Lets `cpu` give back what it borrowed.
+    pub fn leave_mm(&self, cpu: CpuId) {
+        // SAFETY: as in `run`.
+        self.on(cpu, || unsafe { leave_mm(self, cpu) });
+    }
+
+    /// Starts `cpu` again after it was off.
+    pub fn restart(&self, cpu: CpuId) {
+        // SAFETY: as in `run`.
+        self.on(cpu, || unsafe { init_cpu(self, cpu) });
+    }
+
+    /// What `cpu` could use for `address` without looking at the tables.
+    #[must_use]
+    pub fn cached(&self, cpu: CpuId, address: u64) -> Option<Translation> {
+        self.cpu(cpu).tlb.borrow().leaf(address)
+    }
+
+    /// A program on `cpu` reads or writes at `address`, through whatever the CPU remembers.
+    ///
+    /// # Errors
+    /// [`Fault`], as the hardware would raise it.
+    ///
+    /// # Panics
+    /// If no program may run there: the CPU is lazy.
+    pub fn touch(&self, cpu: CpuId, address: u64, access: Access) -> Result<PhysFrame, Fault> {
+        assert_eq!(self.state(cpu).laziness(), Laziness::Active, "{cpu} runs no program");
+        self.walk_if_need_be(cpu, address, access)
+    }
+
+    /// Speculation on `cpu`, lazy or not, follows `address`: it fills the TLB like a read.
+    pub fn speculate(&self, cpu: CpuId, address: u64) {
+        let _ = self.walk_if_need_be(cpu, address, Access::Read);
+    }
+
+    fn walk_if_need_be(&self, cpu: CpuId, address: u64, access: Access) -> Result<PhysFrame, Fault> {
+        let cached = self.cached(cpu, address);
+        if let Some(leaf) = cached.filter(|leaf| access == Access::Read || (leaf.writable && leaf.dirty)) {
+            self.check_use(cpu, &leaf, address);
+            return Ok(leaf.frame);
+        }
+        self.cpu(cpu).tlb.borrow_mut().forget_leaf(address);
+        let remembered = self.cpu(cpu).tlb.borrow().table(address);
+        let root = self.cpu(cpu).tlb.borrow().root();
+        let (table, level) = remembered.unwrap_or((root, self.options().mode.root_level()));
+        self.check_walk(cpu, table, address);
+        // SAFETY: the arena keeps tables readable, even freed ones.
+        let mut view = unsafe { TableView::new(self, table, level) };
+        loop {
+            let value = self.walker_reads(view, address, access)?;
+            let mut tlb = self.cpu(cpu).tlb.borrow_mut();
+            let Some(below) = self.child_of(view, address) else {
+                let level = view.level();
+                let leaf = Translation {
+                    frame: PhysFrame::containing_address(value.leaf_address(level)),
+                    len_bytes: level.entry_span(),
+                    address: VirtRange::of_entry(level, address).start(),
+                    writable: value.is_writable(),
+                    dirty: value.is_dirty(),
+                };
+                tlb.remember_leaf(level, leaf);
+                drop(tlb);
+                self.check_use(cpu, &leaf, address);
+                return Ok(leaf.frame);
+            };
+            tlb.remember_link(view.level(), address, below.frame());
+            view = below;
+        }
+    }
+
+    /// Reads one entry as the page walker does: sets A, and D in a leaf that is written.
+    fn walker_reads(&self, view: TableView<'_>, address: u64, access: Access) -> Result<EntryValue, Fault> {
+        let entry = view.table().entry(view.level().index(address));
+        let value = entry.load();
+        let mut set = PageTableFlags::ACCESSED;
+        match value.decode(view.level()) {
+            Decoded::None | Decoded::NonPresent(_) => return Err(Fault::NotPresent),
+            Decoded::Leaf(_) if access == Access::Write && !value.is_writable() => {
+                return Err(Fault::ReadOnly);
+            }
+            Decoded::Leaf(_) if access == Access::Write => set |= PageTableFlags::DIRTY,
+            Decoded::Leaf(_) | Decoded::Table(_) => {}
+        }
+        let new = EntryValue::from_bits(value.bits() | set.bits());
+        entry.compare_exchange(value, new).map_or(Err(Fault::NotPresent), |()| Ok(new))
+    }
+}
+
+/// Unmapping, by the shortest way.
+impl PaperKernel {
+    /// A gather on `mm`.
+    #[must_use]
+    pub fn gather<'a>(&'a self, mm: &'a PaperMm) -> MmuGather<'a, Self> {
+        // SAFETY: one thread stands in for the map lock.
+        unsafe { MmuGather::new(self, mm) }
+    }
+
+    /// A gather for all of `mm`, which is dying.
+    #[must_use]
+    pub fn gather_fullmm<'a>(&'a self, mm: &'a PaperMm) -> MmuGather<'a, Self> {
+        // SAFETY: as in `gather`.
+        unsafe { MmuGather::new_fullmm(self, mm) }
+    }
+
+    /// Unmaps `vmas` and the tables only they used; munmap.
+    pub fn unmap(&self, mm: &PaperMm, limits: &Limits, vmas: &[Vma<Backing>], bounds: Bounds) {
+        let vmas = vmas.iter().copied();
+        // SAFETY: as in `gather`; no table lock is held, and the areas are the caller's to name.
+        unsafe { unmap_region(self, mm, limits, vmas, bounds, || {}) }.free();
+    }
+
+    /// Drops the pages of `range` in `vma` and keeps the tables; madvise(MADV_DONTNEED).
+    pub fn zap<'a>(
+        &'a self,
+        mm: &'a PaperMm,
+        vma: &Vma<Backing>,
+        range: VirtRange,
+    ) -> FlushedGather<'a, Self> {
+        // SAFETY: as in `gather`.
+        unsafe { zap_page_range(self, mm, &Limits::DEFAULT, vma, range) }
+    }
+
+    /// Unmaps everything; exit.
+    pub fn exit(&self, mm: &PaperMm, limits: &Limits, vmas: &[Vma<Backing>]) {
+        // SAFETY: as in `gather`; no CPU runs a program of `mm` any more, by the caller's word.
+        unsafe { exit_mmap(self, mm, limits, vmas.iter().copied(), || {}) }.free();
+    }
+
+    /// Reclaim takes the page at `address` out of `mm`; its flush comes with the batch. Gives the frame, unreleased.
+    ///
+    /// # Panics
+    /// If no 4 KiB page is mapped there.
+    pub fn reclaim(&self, batch: &mut UnmapBatch<Self>, mm: &PaperMm, address: u64) -> PhysFrame {
+        let view = self.find_table(mm, address, Level::Pte).expect("a mapped page");
+        let locked = view.lock(self);
+        let old = locked.entry(address).get_and_clear();
+        batch.add_mm(mm.context());
+        drop(locked);
+        let frame = PhysFrame::containing_address(old.leaf_address(Level::Pte));
+        self.ledger().remove_rmap(frame);
+        frame
+    }
+
+    fn check_use(&self, cpu: CpuId, leaf: &Translation, address: u64) {
+        let used = leaf.frame + ((address - leaf.address) >> 12);
+        if self.ledger().is_freed(used, 4096) {
+            self.violation(Violation::FreedPageUsed(used, cpu, address));
+        }
+    }
+
+    fn check_walk(&self, cpu: CpuId, table: PhysFrame, address: u64) {
+        if !self.is_live_table(table) {
+            self.violation(Violation::FreedTableWalked(table, cpu, address));
+        }
+    }
+}
