@@ -9,7 +9,7 @@ use mmu_hosted::watch::{Tag, Use};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
-use crate::rig::{A, D, G, P, PCID_OFF, PCID_ON, PWU, Rig, U, VA, W, XD, after, la57, pcid};
+use crate::rig::{A, D, G, P, PCID_OFF, PCID_ON, PS, PWU, Rig, U, VA, W, XD, after, la57, pcid};
 
 #[test]
 fn any_present_path_may_be_cached_at_any_time() {
@@ -90,9 +90,9 @@ fn nothing_is_cached_from_an_entry_with_a_reserved_bit() {
         (Level::Pd, ABOVE_MAXPHYADDR),
         (Level::Pdpt, ABOVE_MAXPHYADDR),
         (Level::Pml4, ABOVE_MAXPHYADDR),
-        (Level::Pml4, crate::rig::PS),
-        (Level::Pd, crate::rig::PS | (1 << 13)),
-        (Level::Pdpt, crate::rig::PS | (1 << 29)),
+        (Level::Pml4, PS),
+        (Level::Pd, PS | (1 << 13)),
+        (Level::Pdpt, PS | (1 << 29)),
     ] {
         let mut rig = Rig::intel();
         rig.map_page(VA, 7, PWU);
@@ -107,21 +107,43 @@ fn nothing_is_cached_from_an_entry_with_a_reserved_bit() {
 }
 
 #[test]
+fn a_pml4e_never_maps_a_page_and_bit_12_of_a_large_page_is_no_address() {
+    let mut rig = Rig::intel();
+    rig.ram.poke(rig.slot(Level::Pml4, VA), PWU | PS);
+    assert_eq!(rig.fault(VA, AccessKind::Read).code.bits(), 0b1101, "P, U/S and RSVD");
+    const PAT: u64 = 1 << 12;
+    for size in [PageSize::Size2MiB, PageSize::Size1GiB] {
+        let mut rig = Rig::intel();
+        rig.map(size, VA, 0x80000, PWU | PAT);
+        assert_eq!(rig.read(VA), 0x80000 + (VA.offset_in(size) >> 12));
+    }
+}
+
+#[test]
 fn entries_may_vanish_at_any_time() {
     let mut rig = Rig::intel();
     let mut rng = SmallRng::seed_from_u64(1);
-    for page in 0..100 {
-        rig.map_page(after(VA, page * 0x1000), 7, PWU | if page % 2 == 0 { G } else { 0 });
-        rig.read(after(VA, page * 0x1000));
+    let large = after(VA, 1 << 30);
+    let roots = [rig.ram.table(), rig.ram.table()];
+    for (number, root) in (1..).zip(roots) {
+        rig.load(root, number, Cr3Load::Flush);
+        for page in 0..50 {
+            rig.map_page(after(VA, page * 0x1000), 7, PWU | if page == 0 { G } else { 0 });
+            rig.read(after(VA, page * 0x1000));
+        }
+        for (size, address) in [(PageSize::Size2MiB, large), (PageSize::Size1GiB, after(large, 1 << 30))] {
+            rig.map(size, address, 0x80000, PWU);
+            rig.read(address);
+        }
     }
     let held = rig.mmu.tlb_len() + rig.mmu.structures_len();
-    assert_eq!(held, 103);
+    assert_eq!(held, 1 + 2 * (51 + 4));
     for left in (0..held).rev() {
         rig.mmu.forget_random(&mut rng, &mut rig.counts);
         assert_eq!(rig.mmu.tlb_len() + rig.mmu.structures_len(), left);
     }
     rig.mmu.forget_random(&mut rng, &mut rig.counts);
-    rig.read(VA);
+    assert_eq!(rig.read(VA), 7);
     rig.mmu.forget_everything(&mut rig.counts);
     assert_eq!((rig.mmu.tlb_len(), rig.mmu.structures_len()), (0, 0));
     assert_eq!(rig.read(VA), 7);

@@ -100,6 +100,28 @@ fn an_entry_replaced_during_the_walk_is_read_again() {
 }
 
 #[test]
+fn an_older_structure_entry_is_not_displaced_by_a_walk_from_above() {
+    // Two walks begin at CR3. The first caches the PDE, which then changes; the second reads the new one and goes on with it.
+    let mut rig = Rig::intel();
+    rig.map_page(VA, 7, PWU);
+    let pde = rig.slot(Level::Pd, VA);
+    let mut walks = [rig.begin(AccessKind::Read), rig.begin(AccessKind::Read)];
+    for _ in 0..3 {
+        assert_eq!(rig.step(&mut walks[0]), Step::Continue);
+    }
+    rig.ram.poke(pde, 0);
+    rig.map_page(VA, 8, PWU);
+    for _ in 0..3 {
+        assert_eq!(rig.step(&mut walks[1]), Step::Continue);
+    }
+    let Step::Translated(access) = rig.step(&mut walks[1]) else { panic!("one read is left") };
+    assert_eq!(access.address.as_u64() >> 12, 8);
+    // The next page is mapped in the new page table only, and the cached PDE still leads to the old one.
+    rig.map_page(after(VA, 0x1000), 10, PWU);
+    assert!(rig.fault(after(VA, 0x1000), AccessKind::Read).source.was_cached());
+}
+
+#[test]
 fn an_invalidation_ends_the_walks_before_it() {
     // Invalidating instructions are serializing: what the walk had read of the old path is not used after one.
     let mut rig = Rig::intel();
