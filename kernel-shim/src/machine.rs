@@ -109,13 +109,6 @@ pub enum Note {
     Allocated(PhysFrame, FrameRole),
     /// The frame is free from now on; another use may follow at once.
     Freed(PhysFrame, FrameRole),
-    /// The entry for this address was cleared in the address space with this root.
-    Cleared {
-        /// The root table.
-        root: PhysFrame,
-        /// The address.
-        address: u64,
-    },
     /// An unmapping is about to return: no program may use these addresses of the address space any more.
     Unmapped {
         /// The root table.
@@ -123,4 +116,78 @@ pub enum Note {
         /// The addresses.
         range: VirtRange,
     },
+}
+
+// SAFETY: every method passes on to the machine behind the `Arc`, whose contract it is.
+unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
+    type Relax = M::Relax;
+    type Bits = M::Bits;
+
+    fn nr_cpus(&self) -> u32 {
+        (**self).nr_cpus()
+    }
+
+    fn nr_frames(&self) -> u64 {
+        (**self).nr_frames()
+    }
+
+    fn nr_reserved_frames(&self) -> u64 {
+        (**self).nr_reserved_frames()
+    }
+
+    #[inline]
+    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
+        (**self).frame_to_pointer(frame)
+    }
+
+    fn pointer_to_frame(&self, pointer: *const PageTable) -> PhysFrame {
+        (**self).pointer_to_frame(pointer)
+    }
+
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        (**self).pinned(f)
+    }
+
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        (**self).without_interrupts(f)
+    }
+
+    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
+        (**self).run_on(targets, work, meanwhile);
+    }
+
+    fn invlpg(&self, address: u64) {
+        (**self).invlpg(address);
+    }
+
+    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
+        // SAFETY: passed on to our caller.
+        unsafe { (**self).load_cr3(root, pcid, cached) };
+    }
+
+    fn prepare_root(&self, root: PhysFrame) {
+        (**self).prepare_root(root);
+    }
+
+    fn online_cpus(&self) -> OnlineCpus {
+        (**self).online_cpus()
+    }
+
+    fn pcid_support(&self) -> PcidSupport {
+        (**self).pcid_support()
+    }
+
+    fn cond_resched(&self) {
+        (**self).cond_resched();
+    }
+
+    #[inline]
+    fn seam(&self, seam: Seam) {
+        (**self).seam(seam);
+    }
+
+    #[inline]
+    fn note(&self, note: Note) {
+        (**self).note(note);
+    }
 }

@@ -15,6 +15,12 @@ impl CpuId {
         Self(id)
     }
 
+    /// The number.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
     /// The number as an index.
     #[must_use]
     #[inline]

@@ -1,13 +1,43 @@
-//! .
+//! The hosted machine: N virtual CPUs in an ordinary process, each with an MMU that keeps every stale translation the
+//! architecture allows, and a checker that holds the engine against it.
+//!
+//! ```text
+//!  schedule    one coroutine a CPU, the next one chosen by the seed at every seam
+//!  machine     CPUs, interrupts, memory: what the small kernel runs on
+//!  mmu ...     the software MMU: arch, features, tlb_cache, structure_cache, walk, invalidate, broadcast
+//!  oversight   at every seam other CPUs run and speculate; at every free the checker looks who may still reach the frame
+//!  checker     frames, who holds them, violations        story      the last events, to tell one
+//! ```
+//!
+//! Everything is determined by the [`Options`] and the work: the same seed does the same.
+#![deny(unsafe_code)]
 
 pub mod arch;
 pub mod broadcast;
+mod checker;
 pub mod features;
 pub mod invalidate;
+mod machine;
+mod memory;
 pub mod mmu;
+mod options;
+mod oversight;
 pub mod physical;
+mod program;
+mod random;
+mod schedule;
 mod spaces;
+mod story;
 pub mod structure_cache;
 pub mod tlb_cache;
 pub mod walk;
 pub mod watch;
+
+pub use checker::{Found, Violation, ViolationKind};
+pub use machine::{GiveWay, HostedMachine};
+pub use memory::Memory;
+pub use options::{Adversary, Checking, MachineFault, Options};
+pub use program::{HostedKernel, Touched, touch};
+pub use random::Choices;
+pub use schedule::{Schedule, give_way, is_scheduled};
+pub use story::{Event, Kept, What};

@@ -1,0 +1,278 @@
+//! Holds what CPUs may still reach against what is free.
+//!
+//! A frame is *stale on a CPU* when it was freed while the CPU's caches named it. That is a violation at once if the CPU can
+//! use the entry without running any more software: a page, while it runs a program; a table, always (speculation walks on
+//! lazy CPUs too). Otherwise it becomes one when the CPU enters user mode, or loads the PCID, with the entry still there.
+
+use core::fmt;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mmu_gather::tlb::CpuId;
+use mmu_kernel_shim::FrameRole;
+use rustc_hash::FxHashMap;
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::arch::PageSize;
+use crate::memory::index;
+use crate::story::Event;
+use crate::watch::{CachedEntry, FrameWatch, Held, Tag, Use};
+
+/// Something that must never happen.
+#[derive(Clone, Debug)]
+pub struct Violation {
+    /// What kind.
+    pub kind: ViolationKind,
+    /// The CPU whose caches are stale.
+    pub cpu: CpuId,
+    /// The address through which the frame can be reached.
+    pub address: u64,
+    /// The frame.
+    pub frame: PhysFrame,
+    /// When it was freed, if it was: the step, and the CPU that freed it.
+    pub freed: Option<(u64, CpuId)>,
+    /// The cached entry that reaches it, if it is still known.
+    pub entry: Option<CachedEntry>,
+    /// The last events that matter.
+    pub story: Vec<Event>,
+}
+
+/// What can go wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ViolationKind {
+    /// A program can reach a page that was freed, or did.
+    PageReachableAfterFree,
+    /// A page walk can reach a table that was freed, or did.
+    TableReachableAfterFree,
+    /// An unmapping returned while a CPU could still use an address.
+    AddressUsableAfterUnmap,
+    /// A page that is free is mapped.
+    FreePageMapped,
+}
+
+impl fmt::Display for ViolationKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PageReachableAfterFree => "a program can still reach a page that was freed",
+            Self::TableReachableAfterFree => "a page walk can still reach a table that was freed",
+            Self::AddressUsableAfterUnmap => {
+                "an address can still be used although its unmapping has returned"
+            }
+            Self::FreePageMapped => "a free page is mapped",
+        })
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "violation: {}", self.kind)?;
+        writeln!(f, "  {} address {:#x} frame {:#x}", self.cpu, self.address, self.frame.start_address())?;
+        if let Some((step, cpu)) = self.freed {
+            writeln!(f, "  freed at step {step} by {cpu}")?;
+        }
+        if let Some(entry) = &self.entry {
+            writeln!(f, "  through its {entry}")?;
+        }
+        for event in &self.story {
+            writeln!(f, "    {event}")?;
+        }
+        Ok(())
+    }
+}
+
+/// How many violations are told in full; the others are counted.
+const TOLD: usize = 8;
+
+/// The truth about frames, and the violations found.
+#[derive(Debug)]
+pub(crate) struct Checker {
+    /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed, plus one, and in the low 8
+    /// bits by which CPU.
+    freed_at: Box<[AtomicU64]>,
+    holders: Arc<Holders>,
+    found: Mutex<Found>,
+}
+
+/// The violations of one machine.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// How many.
+    pub count: u64,
+    /// The first few.
+    pub told: Vec<Violation>,
+}
+
+/// How many cached things name each frame, over all CPUs.
+#[derive(Debug)]
+pub(crate) struct Holders {
+    pages: Box<[AtomicU32]>,
+    blocks: Box<[AtomicU32]>,
+    gigabytes: AtomicU32,
+}
+
+impl Holders {
+    fn new(nr_frames: u64) -> Self {
+        let zeroes = |count: u64| (0..count).map(|_| AtomicU32::new(0)).collect();
+        Self { pages: zeroes(nr_frames), blocks: zeroes((nr_frames >> 9) + 1), gigabytes: AtomicU32::new(0) }
+    }
+
+    fn counter(&self, first: PhysFrame, held: Held) -> Option<&AtomicU32> {
+        let number = number(first);
+        match held.as_a {
+            Use::Page(PageSize::Size2MiB) => self.blocks.get(number >> 9),
+            Use::Page(PageSize::Size1GiB) => Some(&self.gigabytes),
+            Use::Page(PageSize::Size4KiB) | Use::Table(_) | Use::Root => self.pages.get(number),
+        }
+    }
+
+    /// Whether anything cached anywhere may name one of `count` frames from `first` on.
+    fn any(&self, first: PhysFrame, count: usize) -> bool {
+        let number = number(first);
+        let used = |counter: &AtomicU32| counter.load(Ordering::Relaxed) != 0;
+        used(&self.gigabytes)
+            || self.blocks.get(number >> 9).is_some_and(used)
+            || self.pages.iter().skip(number).take(count).any(used)
+    }
+}
+
+impl Checker {
+    /// A checker for a machine of `nr_frames`.
+    #[must_use]
+    pub(crate) fn new(nr_frames: u64) -> Self {
+        Self {
+            freed_at: (0..nr_frames).map(|_| AtomicU64::new(0)).collect(),
+            holders: Arc::new(Holders::new(nr_frames)),
+            found: Mutex::new(Found::default()),
+        }
+    }
+
+    /// The watch of one CPU's caches.
+    #[must_use]
+    pub(crate) fn watch(&self) -> CpuWatch {
+        CpuWatch { holders: Arc::clone(&self.holders), stale: FxHashMap::default() }
+    }
+
+    /// The frame is in use from now on.
+    pub(crate) fn allocated(&self, frame: PhysFrame, role: FrameRole) {
+        for number in frames_of(frame, role) {
+            if let Some(freed) = self.freed_at.get(number) {
+                freed.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The frame is free from now on, since `step`. Whether any cache may still name it.
+    #[must_use]
+    pub(crate) fn freed(&self, frame: PhysFrame, role: FrameRole, step: u64, by: CpuId) -> bool {
+        let mark = (step + 1) << 8 | u64::from(by.number() & 0xff);
+        for number in frames_of(frame, role) {
+            if let Some(freed) = self.freed_at.get(number) {
+                freed.store(mark, Ordering::Relaxed);
+            }
+        }
+        self.holders.any(frame, frames_of(frame, role).len())
+    }
+
+    /// If the frame is free: the step at which that happened, and the CPU.
+    #[must_use]
+    pub(crate) fn when_freed(&self, frame: PhysFrame) -> Option<(u64, CpuId)> {
+        let mark = self.freed_at.get(number(frame))?.load(Ordering::Relaxed);
+        let cpu = CpuId::new((mark & 0xff) as u32);
+        (mark != 0).then(|| ((mark >> 8) - 1, cpu))
+    }
+
+    /// Notes a violation.
+    pub(crate) fn report(&self, tell: impl FnOnce() -> Violation) {
+        let mut found = self.lock();
+        found.count += 1;
+        if found.told.len() < TOLD {
+            let violation = tell();
+            found.told.push(violation);
+        }
+    }
+
+    /// What was found so far.
+    #[must_use]
+    pub(crate) fn found(&self) -> Found {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Found> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Watches the caches of one CPU: counts what they name, and remembers what is stale there.
+#[derive(Debug)]
+pub(crate) struct CpuWatch {
+    holders: Arc<Holders>,
+    /// Frames freed while named under a tag, and how many entries still name them.
+    stale: FxHashMap<(PhysFrame, Tag), u32>,
+}
+
+impl CpuWatch {
+    /// An entry is stale from now on.
+    pub(crate) fn mark_stale(&mut self, entry: &CachedEntry) {
+        *self.stale.entry((entry.frame, entry.held.tag)).or_insert(0) += 1;
+    }
+
+    /// Frames that may be stale here, with the tags they are named under.
+    pub(crate) fn stale(&self) -> impl Iterator<Item = (PhysFrame, Tag)> + '_ {
+        self.stale.keys().copied()
+    }
+
+    /// Whether nothing is stale here.
+    #[must_use]
+    #[inline]
+    pub(crate) fn is_clean(&self) -> bool {
+        self.stale.is_empty()
+    }
+
+    /// Forgets what was stale: it has been reported.
+    pub(crate) fn forget_stale(&mut self) {
+        self.stale.clear();
+    }
+}
+
+impl FrameWatch for CpuWatch {
+    #[inline]
+    fn hold(&mut self, first: PhysFrame, held: Held) {
+        if let Some(counter) = self.holders.counter(first, held) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[inline]
+    fn release(&mut self, first: PhysFrame, held: Held) {
+        if let Some(counter) = self.holders.counter(first, held) {
+            counter.fetch_sub(1, Ordering::Relaxed);
+        }
+        if !self.stale.is_empty()
+            && let Some(left) = self.stale.get_mut(&(first, held.tag))
+        {
+            *left -= 1;
+            if *left == 0 {
+                self.stale.remove(&(first, held.tag));
+            }
+        }
+    }
+}
+
+fn number(frame: PhysFrame) -> usize {
+    index(frame.start_address().as_u64() >> 12)
+}
+
+/// The numbers of the frames that go with `frame` in this role.
+pub(crate) fn frames_of(frame: PhysFrame, role: FrameRole) -> core::ops::Range<usize> {
+    let count = match role {
+        FrameRole::Page | FrameRole::Table => 1,
+        FrameRole::Block => 512,
+    };
+    number(frame)..number(frame) + count
+}
+
+/// The frame with this number.
+pub(crate) fn frame_numbered(number: usize) -> PhysFrame {
+    PhysFrame::containing_address(PhysAddr::new_truncate((number as u64) << 12))
+}

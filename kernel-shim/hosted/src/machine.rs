@@ -1,0 +1,386 @@
+//! The hosted machine: CPUs, interrupts and memory in an ordinary process.
+#![expect(unsafe_code, reason = "implements the machine's contract; requests travel by pointer")]
+
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, PcidSupport};
+use mmu_kernel_shim::{Machine, Note, Seam};
+use spin::RelaxStrategy;
+use x86_64::instructions::tlb::Pcid;
+use x86_64::registers::control::Cr4Flags;
+use x86_64::structures::paging::{PageTable, PhysFrame};
+
+use crate::arch::LinearAddress;
+use crate::checker::{Checker, CpuWatch, Found};
+use crate::invalidate::Cr3Load;
+use crate::memory::Memory;
+use crate::mmu::Mmu;
+use crate::options::{Checking, MachineFault, Options};
+use crate::random::Choices;
+use crate::schedule::{self, Schedule};
+use crate::story::{Kept, Story, What};
+
+/// A machine of up to 64 CPUs.
+pub struct HostedMachine {
+    pub(crate) options: Options,
+    pub(crate) memory: Memory,
+    pub(crate) choices: Choices,
+    pub(crate) cpus: Box<[VirtualCpu]>,
+    current: AtomicU32,
+    pub(crate) checked: Option<Checked>,
+    /// Addresses that something just happened at: where a speculating CPU is most likely to look.
+    hot: [AtomicU64; 64],
+    next_hot: AtomicU32,
+}
+
+/// What only a checked machine has.
+#[derive(Debug)]
+pub(crate) struct Checked {
+    pub(crate) checker: Checker,
+    pub(crate) story: Story,
+}
+
+/// One CPU.
+#[derive(Debug)]
+pub(crate) struct VirtualCpu {
+    pub(crate) id: CpuId,
+    pub(crate) caches: Mutex<Option<Caches>>,
+    /// Requests not yet answered.
+    mailbox: Mutex<Vec<Mail>>,
+    has_mail: AtomicBool,
+    interrupts_off: AtomicU32,
+    in_user_mode: AtomicBool,
+    /// Whether it has a coroutine, which answers its mail when it is chosen.
+    has_turns: AtomicBool,
+}
+
+/// A software MMU and the watch over what it holds.
+#[derive(Debug)]
+pub(crate) struct Caches {
+    pub(crate) mmu: Mmu,
+    pub(crate) watch: CpuWatch,
+}
+
+/// A request in flight, on the stack of the CPU that waits for it.
+struct Request<'a> {
+    work: &'a dyn Fn(CpuId),
+    unanswered: AtomicU32,
+}
+
+/// A pointer to a request, in a mailbox.
+#[derive(Debug)]
+struct Mail {
+    request: *const Request<'static>,
+    from: CpuId,
+}
+
+// SAFETY: the request is read-only but for its atomic counter; the sender keeps it alive until the counter is zero.
+unsafe impl Send for Mail {}
+
+/// How a CPU of this machine waits for a lock: it lets the others run.
+#[derive(Debug)]
+pub struct GiveWay;
+
+impl RelaxStrategy for GiveWay {
+    fn relax() {
+        // Requests are answered when this CPU is chosen again: see `HostedMachine::run`.
+        if schedule::is_scheduled() {
+            schedule::wait();
+        } else {
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl HostedMachine {
+    /// A machine whose CPUs have just been switched on.
+    ///
+    /// # Errors
+    /// If the host refuses to reserve the address space for its memory.
+    pub fn new(options: Options) -> std::io::Result<Self> {
+        let memory = Memory::reserve(options.nr_frames)?;
+        let checked = match options.checking {
+            Checking::On => {
+                Some(Checked { checker: Checker::new(options.nr_frames), story: Story::default() })
+            }
+            Checking::Off => None,
+        };
+        let cr4 = match options.pcid {
+            PcidSupport::On => Cr4Flags::PCID | Cr4Flags::PAGE_GLOBAL,
+            PcidSupport::Off => Cr4Flags::PAGE_GLOBAL,
+        };
+        let nothing = PhysFrame::containing_address(x86_64::PhysAddr::zero());
+        let cpus = (0..options.nr_cpus.clamp(1, 64)).map(|number| {
+            let caches = checked.as_ref().map(|checked| {
+                let mut watch = checked.checker.watch();
+                Caches { mmu: Mmu::new(options.features, cr4, nothing, &mut watch), watch }
+            });
+            VirtualCpu {
+                id: CpuId::new(number),
+                caches: Mutex::new(caches),
+                mailbox: Mutex::new(Vec::new()),
+                has_mail: AtomicBool::new(false),
+                interrupts_off: AtomicU32::new(0),
+                in_user_mode: AtomicBool::new(false),
+                has_turns: AtomicBool::new(false),
+            }
+        });
+        Ok(Self {
+            options,
+            memory,
+            choices: Choices::new(options.seed),
+            cpus: cpus.collect(),
+            current: AtomicU32::new(0),
+            checked,
+            hot: [const { AtomicU64::new(0) }; 64],
+            next_hot: AtomicU32::new(0),
+        })
+    }
+
+    /// How it was made.
+    #[must_use]
+    pub const fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The choices that depend on the seed.
+    #[must_use]
+    pub const fn choices(&self) -> &Choices {
+        &self.choices
+    }
+
+    /// The CPU that runs now.
+    #[must_use]
+    #[inline]
+    pub fn current(&self) -> CpuId {
+        CpuId::new(self.current.load(Ordering::Relaxed))
+    }
+
+    /// The violations found so far; none if nothing is checked.
+    #[must_use]
+    pub fn violations(&self) -> Found {
+        self.checked.as_ref().map(|checked| checked.checker.found()).unwrap_or_default()
+    }
+
+    /// Runs `f` as if it were code on `cpu`.
+    pub fn on_cpu<R>(&self, cpu: CpuId, f: impl FnOnce() -> R) -> R {
+        let before = self.become_cpu(cpu);
+        let result = f();
+        self.current.store(before, Ordering::Relaxed);
+        result
+    }
+
+    /// This thread is `cpu` from now on; for a schedule.
+    pub(crate) fn become_cpu(&self, cpu: CpuId) -> u32 {
+        self.current.swap(cpu.number(), Ordering::Relaxed)
+    }
+
+    pub(crate) fn tell(&self, what: What) -> u64 {
+        self.checked.as_ref().map_or(0, |checked| checked.story.add(self.current(), what))
+    }
+
+    pub(crate) fn cpu(&self) -> &VirtualCpu {
+        &self.cpus[self.current().index()]
+    }
+
+    /// Remembers an address at which something happens: the adversary looks there.
+    #[inline]
+    pub fn point_at(&self, address: u64) {
+        let place = self.next_hot.fetch_add(1, Ordering::Relaxed) as usize % self.hot.len();
+        self.hot[place].store(address, Ordering::Relaxed);
+    }
+
+    pub(crate) fn hot_address(&self) -> u64 {
+        self.hot[self.choices.pick(self.hot.len())].load(Ordering::Relaxed)
+    }
+
+    /// Runs what `schedule` holds until all of it is done.
+    pub fn run(self: &Arc<Self>, schedule: Schedule) {
+        for cpu in schedule.cpus() {
+            self.cpus[cpu.index()].has_turns.store(true, Ordering::Relaxed);
+        }
+        let machine = Arc::clone(self);
+        let on_return = move || machine.answer_mail();
+        let becomes = |cpu| {
+            self.become_cpu(cpu);
+        };
+        let is_done = |cpu: CpuId| self.cpus[cpu.index()].has_turns.store(false, Ordering::Relaxed);
+        schedule.run(&self.choices, becomes, is_done, &on_return);
+        self.become_cpu(CpuId::new(0));
+    }
+
+    /// Carries out the requests in this CPU's mailbox, if interrupts are on.
+    pub fn answer_mail(&self) {
+        let cpu = self.cpu();
+        if !cpu.has_mail.load(Ordering::Acquire) || cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
+            return;
+        }
+        let was_user = cpu.in_user_mode.swap(false, Ordering::Relaxed);
+        cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
+        cpu.has_mail.store(false, Ordering::Relaxed);
+        let mail = core::mem::take(&mut *lock(&cpu.mailbox));
+        let here = self.current();
+        for Mail { request, from } in mail {
+            // SAFETY: the sender waits, and keeps the request, until `unanswered` is zero; this answer is not given yet.
+            let request = unsafe { &*request };
+            (request.work)(here);
+            self.tell(What::Answered(from));
+            request.unanswered.fetch_sub(1, Ordering::Release);
+        }
+        cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
+        if was_user {
+            self.enter_user_mode();
+        }
+    }
+
+    /// This CPU runs a program from now on. The checker looks whether it could reach anything it must not.
+    pub fn enter_user_mode(&self) {
+        self.cpu().in_user_mode.store(true, Ordering::Relaxed);
+        self.check_stale();
+    }
+
+    /// This CPU runs kernel code from now on.
+    pub fn leave_user_mode(&self) {
+        self.cpu().in_user_mode.store(false, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_in_user_mode(&self, cpu: CpuId) -> bool {
+        self.cpus[cpu.index()].in_user_mode.load(Ordering::Relaxed)
+    }
+
+    fn send(&self, to: CpuId, request: &Request<'_>) {
+        let here = self.current();
+        if self.options.fault == MachineFault::DropIpi && self.choices.one_in(4) {
+            self.on_cpu(to, || self.tell(What::Lost(here)));
+            request.unanswered.fetch_sub(1, Ordering::Release);
+            return;
+        }
+        self.tell(What::Sent(to));
+        // SAFETY: only the lifetime changes; `run_on` does not return before every answer was given.
+        let request = unsafe { core::mem::transmute::<*const Request<'_>, *const Request<'static>>(request) };
+        let cpu = &self.cpus[to.index()];
+        lock(&cpu.mailbox).push(Mail { request, from: here });
+        cpu.has_mail.store(true, Ordering::Release);
+    }
+}
+
+// SAFETY: frames are parts of one reservation that lives as long as the machine. Code runs as one CPU until it gives way, and
+// comes back as the same one. A request leaves `run_on` only when every target has run it, with its interrupts off. INVLPG and
+// CR3 loads do to the software MMU what the SDM says, unless a fault was planted.
+unsafe impl Machine for HostedMachine {
+    type Relax = GiveWay;
+    type Bits = [AtomicU64; 1];
+
+    fn nr_cpus(&self) -> u32 {
+        self.options.nr_cpus.clamp(1, 64)
+    }
+
+    fn nr_frames(&self) -> u64 {
+        self.memory.nr_frames()
+    }
+
+    fn nr_reserved_frames(&self) -> u64 {
+        Options::RESERVED_FRAMES
+    }
+
+    #[inline]
+    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
+        self.memory.pointer(frame)
+    }
+
+    fn pointer_to_frame(&self, pointer: *const PageTable) -> PhysFrame {
+        self.memory.frame_at(pointer)
+    }
+
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        f(self.current())
+    }
+
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        let cpu = self.cpu();
+        cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
+        let result = f();
+        cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
+        self.answer_mail();
+        result
+    }
+
+    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
+        let request = Request { work, unanswered: AtomicU32::new(targets.len()) };
+        for target in targets.iter() {
+            self.send(target, &request);
+        }
+        meanwhile();
+        while request.unanswered.load(Ordering::Acquire) > 0 {
+            // A CPU that has nothing else to do takes the interrupt at once.
+            for target in targets.iter() {
+                if !self.cpus[target.index()].has_turns.load(Ordering::Relaxed) {
+                    self.on_cpu(target, || self.answer_mail());
+                }
+            }
+            if request.unanswered.load(Ordering::Acquire) > 0 {
+                schedule::wait();
+            }
+        }
+    }
+
+    fn invlpg(&self, address: u64) {
+        self.seam(Seam::Lock);
+        if self.options.fault == MachineFault::SkipFlush {
+            return;
+        }
+        if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
+            mmu.invlpg(LinearAddress::new(address), watch);
+        }
+        self.tell(What::Invlpg(address));
+    }
+
+    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
+        let keep = cached == CachedTranslations::Keep;
+        if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
+            let skip = self.options.fault == MachineFault::SkipFlush && self.options.pcid == PcidSupport::On;
+            let load = if keep || skip { Cr3Load::Keep } else { Cr3Load::Flush };
+            let loaded = mmu.load_cr3(root, pcid, load, watch);
+            debug_assert!(loaded.is_ok(), "the kernel loads PCID {} with PCIDs off", pcid.value());
+        }
+        self.tell(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
+        self.check_stale();
+    }
+
+    fn pcid_support(&self) -> PcidSupport {
+        self.options.pcid
+    }
+
+    fn cond_resched(&self) {
+        self.seam(Seam::Lock);
+    }
+
+    #[inline]
+    fn seam(&self, seam: Seam) {
+        if self.checked.is_some() {
+            self.cross(seam);
+        }
+    }
+
+    #[inline]
+    fn note(&self, note: Note) {
+        if let Some(checked) = &self.checked {
+            self.check_note(checked, note);
+        }
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl fmt::Debug for HostedMachine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostedMachine")
+            .field("options", &self.options)
+            .field("current", &self.current())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,78 @@
+//! How a hosted machine is made.
+
+use crate::features::{Capacity, Features};
+use mmu_gather::tlb::PcidSupport;
+
+/// Everything that decides what a machine does, but for what runs on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How many CPUs; 1 to 64.
+    pub nr_cpus: u32,
+    /// How many frames of 4 KiB.
+    pub nr_frames: u64,
+    /// Decides every choice the machine makes: two machines with the same options and the same work do the same.
+    pub seed: u64,
+    /// Whether CR4.PCIDE is set.
+    pub pcid: PcidSupport,
+    /// What each CPU's MMU may do.
+    pub features: Features,
+    /// Whether the software MMUs and the checker run.
+    pub checking: Checking,
+    /// What the machine does wrong, on purpose.
+    pub fault: MachineFault,
+    /// How the MMUs treat what they need not keep.
+    pub adversary: Adversary,
+}
+
+/// Whether the machine models translation caches and watches over them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checking {
+    /// Every CPU has a software MMU, CPUs interleave at every seam, and the checker holds all of it against the truth.
+    On,
+    /// Flushes are counted and requests delivered at once; nothing is cached. For timing and for large layouts.
+    Off,
+}
+
+/// What a machine does wrong, on purpose, so that the checker can be seen to notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineFault {
+    /// Nothing.
+    None,
+    /// INVLPG and the flush of a CR3 load do nothing.
+    SkipFlush,
+    /// One interrupt in four is lost, and acknowledged all the same.
+    DropIpi,
+}
+
+/// How an MMU treats what it may keep and may forget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Adversary {
+    /// Never forgets unless told, and fills at any moment.
+    Keeper,
+    /// Also forgets now and then.
+    Forgetter,
+}
+
+impl Options {
+    /// Frames at the bottom of memory that are not given out: frame 0, and the page of zeroes.
+    pub const RESERVED_FRAMES: u64 = 2;
+
+    /// A checked machine with PCIDs and Intel-like MMUs of realistic size.
+    #[must_use]
+    pub const fn new(nr_cpus: u32, nr_frames: u64, seed: u64) -> Self {
+        Self {
+            nr_cpus,
+            nr_frames,
+            seed,
+            pcid: PcidSupport::On,
+            features: Features {
+                tlb_capacity: Capacity::AtMost(4096),
+                structure_capacity: Capacity::AtMost(1024),
+                ..Features::INTEL
+            },
+            checking: Checking::On,
+            fault: MachineFault::None,
+            adversary: Adversary::Keeper,
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! What the machine does at seams and with notes: other CPUs get their chance, and the checker looks.
+
+use core::cell::Cell;
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_gather::tlb::CpuId;
+use mmu_kernel_shim::{FrameRole, Note, Seam, UserAccess};
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::arch::{Level, LinearAddress, PageSize};
+use crate::checker::{Checker, Violation, ViolationKind, frame_numbered, frames_of};
+use crate::machine::{Caches, Checked, HostedMachine, lock};
+use crate::memory::Memory;
+use crate::mmu::{AccessKind, AccessMode, Fault};
+use crate::options::Adversary;
+use crate::physical::PhysicalMemory;
+use crate::schedule;
+use crate::story::What;
+use crate::walk::Depth;
+use crate::watch::{CachedEntry, Tag, Use};
+
+/// Events told with a violation.
+const STORY_LENGTH: usize = 24;
+
+/// Memory as a walk reads it, with an eye on walks through tables that are free.
+struct WatchedMemory<'a> {
+    memory: &'a Memory,
+    checker: &'a Checker,
+    freed_table: Cell<Option<PhysFrame>>,
+}
+
+impl PhysicalMemory for WatchedMemory<'_> {
+    fn read(&self, address: PhysAddr) -> u64 {
+        let frame = PhysFrame::containing_address(address);
+        if self.checker.when_freed(frame).is_some() {
+            self.freed_table.set(Some(frame));
+        }
+        self.memory.read(address)
+    }
+
+    fn fetch_or(&self, address: PhysAddr, bits: u64, expected: u64) -> Result<(), u64> {
+        self.memory.fetch_or(address, bits, expected)
+    }
+}
+
+impl HostedMachine {
+    /// Kernel code crosses a seam: other CPUs may run, and any CPU may speculate.
+    pub(crate) fn cross(&self, seam: Seam) {
+        schedule::progress();
+        let choice = self.choices.bits();
+        // A page cleared is the commonest seam by far: one in eight is enough there.
+        let rarely = match seam {
+            Seam::Cleared => choice & 0b111 != 0,
+            Seam::Lock | Seam::Free | Seam::Allocate => false,
+        };
+        if rarely {
+            return;
+        }
+        if choice >> 8 & 0b11 == 0 {
+            self.speculate_on(self.choices.pick(self.cpus.len()));
+        }
+        if choice >> 16 & 0b1 == 0 {
+            schedule::give_way();
+        }
+    }
+
+    /// Lets a CPU fill its caches through whatever it has loaded, or forget something.
+    fn speculate_on(&self, index: usize) {
+        let Some(checked) = &self.checked else { return };
+        let memory =
+            WatchedMemory { memory: &self.memory, checker: &checked.checker, freed_table: Cell::new(None) };
+        let near = self.choices.below(8) << 12;
+        let address = LinearAddress::new(self.hot_address().wrapping_add(near));
+        let depth = match self.choices.below(4) {
+            0 => Depth::Structure(Level::Pdpt),
+            1 => Depth::Structure(Level::Pd),
+            _ => Depth::Page,
+        };
+        let Some(cpu) = self.cpus.get(index) else { return };
+        if let Some(Caches { mmu, watch }) = &mut *lock(&cpu.caches) {
+            mmu.speculate(address, depth, &memory, watch);
+            if self.options.adversary == Adversary::Forgetter && self.choices.one_in(8) {
+                // Which one goes matters little; a capacity bound displaces the same way.
+                mmu.forget_everything(watch);
+            }
+        }
+        if let Some(frame) = memory.freed_table.get() {
+            self.report_walk(checked, cpu.id, address.as_u64(), frame);
+        }
+    }
+
+    fn report_walk(&self, checked: &Checked, cpu: CpuId, address: u64, frame: PhysFrame) {
+        self.report(checked, ViolationKind::TableReachableAfterFree, cpu, address, frame, None);
+    }
+
+    fn report(
+        &self,
+        checked: &Checked,
+        kind: ViolationKind,
+        cpu: CpuId,
+        address: u64,
+        frame: PhysFrame,
+        entry: Option<CachedEntry>,
+    ) {
+        checked.checker.report(|| Violation {
+            kind,
+            cpu,
+            address,
+            frame,
+            freed: checked.checker.when_freed(frame),
+            entry,
+            story: checked.story.about(cpu, frame, address, STORY_LENGTH),
+        });
+    }
+
+    /// The program on this CPU uses an address. The frame it reaches, or the fault it takes.
+    ///
+    /// # Errors
+    /// The fault; nothing was reached.
+    pub fn user_access(&self, address: u64, access: UserAccess) -> Result<Option<PhysFrame>, Fault> {
+        self.point_at(address);
+        let Some(checked) = &self.checked else { return Ok(None) };
+        let memory =
+            WatchedMemory { memory: &self.memory, checker: &checked.checker, freed_table: Cell::new(None) };
+        let kind = match access {
+            UserAccess::Read => AccessKind::Read,
+            UserAccess::Write => AccessKind::Write,
+        };
+        let result = match &mut *lock(&self.cpu().caches) {
+            Some(Caches { mmu, watch }) => {
+                mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch)
+            }
+            None => return Ok(None),
+        };
+        let here = self.current();
+        if let Some(frame) = memory.freed_table.get() {
+            self.report_walk(checked, here, address, frame);
+        }
+        let reached = result?;
+        let frame = PhysFrame::containing_address(reached.address);
+        self.tell(What::Accessed(address, frame));
+        if checked.checker.when_freed(frame).is_some() {
+            let kind = if reached.source.was_cached() {
+                ViolationKind::PageReachableAfterFree
+            } else {
+                ViolationKind::FreePageMapped
+            };
+            self.report(checked, kind, here, address, frame, None);
+        }
+        Ok(Some(frame))
+    }
+
+    pub(crate) fn check_note(&self, checked: &Checked, note: Note) {
+        match note {
+            Note::Allocated(frame, role) => {
+                self.tell(What::Allocated(frame));
+                checked.checker.allocated(frame, role);
+            }
+            Note::Freed(frame, role) => self.check_freed(checked, frame, role),
+            Note::Unmapped { root, range } => {
+                self.tell(What::Unmapped(range.start(), range.end()));
+                self.check_unmapped(checked, root, range);
+            }
+        }
+    }
+
+    /// A frame is free from now on: looks for CPUs that may still reach it.
+    fn check_freed(&self, checked: &Checked, frame: PhysFrame, role: FrameRole) {
+        let step = self.tell(What::Freed(frame));
+        if !checked.checker.freed(frame, role, step, self.current()) {
+            return;
+        }
+        let freed = frames_of(frame, role);
+        for cpu in &self.cpus {
+            let id = cpu.id;
+            let mut caches = lock(&cpu.caches);
+            let Some(Caches { mmu, watch }) = &mut *caches else { continue };
+            let pcid = mmu.cr3().1;
+            let mut usable = None;
+            for entry in mmu.entries().filter(|entry| overlaps(entry, &freed)) {
+                let now = entry.held.tag == Tag::Global || entry.held.tag == Tag::Pcid(pcid);
+                let at_any_time = !matches!(entry.held.as_a, Use::Page(_));
+                if now && (at_any_time || self.is_in_user_mode(id)) {
+                    usable = Some(entry);
+                } else {
+                    watch.mark_stale(&entry);
+                }
+            }
+            drop(caches);
+            if let Some(entry) = usable {
+                self.report_entry(checked, id, &freed, entry);
+            }
+        }
+    }
+
+    /// This CPU enters user mode, or has loaded CR3: what is stale here and now can be used is a violation.
+    pub(crate) fn check_stale(&self) {
+        let Some(checked) = &self.checked else { return };
+        let here = self.current();
+        let mut caches = lock(&self.cpu().caches);
+        let Some(Caches { mmu, watch }) = &mut *caches else { return };
+        if watch.is_clean() {
+            return;
+        }
+        let pcid = mmu.cr3().1;
+        let user = self.is_in_user_mode(here);
+        let usable = watch
+            .stale()
+            .filter(|(_, tag)| *tag == Tag::Global || *tag == Tag::Pcid(pcid))
+            .find_map(|(frame, tag)| {
+                mmu.entries_reaching(frame)
+                    .find(|entry| entry.held.tag == tag && (user || !matches!(entry.held.as_a, Use::Page(_))))
+            });
+        if let Some(entry) = usable {
+            watch.forget_stale();
+            drop(caches);
+            let number = frames_of(entry.frame, FrameRole::Page);
+            self.report_entry(checked, here, &number, entry);
+        }
+    }
+
+    fn report_entry(
+        &self,
+        checked: &Checked,
+        cpu: CpuId,
+        freed: &core::ops::Range<usize>,
+        entry: CachedEntry,
+    ) {
+        let kind = match entry.held.as_a {
+            Use::Page(_) => ViolationKind::PageReachableAfterFree,
+            Use::Table(_) | Use::Root => ViolationKind::TableReachableAfterFree,
+        };
+        // Of a large page, the part that was freed.
+        let first = frames_of(entry.frame, FrameRole::Page).start;
+        let inside = freed.start.saturating_sub(first) as u64;
+        let address = entry.address.as_u64() + (inside << 12);
+        let frame = frame_numbered(first.max(freed.start));
+        self.report(checked, kind, cpu, address, frame, Some(entry));
+    }
+
+    /// An unmapping is about to return: no CPU that runs the address space may use the addresses any more.
+    fn check_unmapped(&self, checked: &Checked, root: PhysFrame, range: VirtRange) {
+        for cpu in &self.cpus {
+            let id = cpu.id;
+            if !self.is_in_user_mode(id) && id != self.current() {
+                continue;
+            }
+            let caches = lock(&cpu.caches);
+            let Some(Caches { mmu, .. }) = &*caches else { continue };
+            if mmu.cr3().0 != root {
+                continue;
+            }
+            let is_inside = |entry: &CachedEntry| {
+                let start = entry.address.as_u64();
+                matches!(entry.held.as_a, Use::Page(_))
+                    && start < range.end()
+                    && start + (1 << entry.span_shift) > range.start()
+            };
+            let found = if range.nr_pages() <= 16 {
+                (range.start()..range.end()).step_by(4096).find_map(|address| {
+                    mmu.lookup(LinearAddress::new(address)).and_then(|_| mmu.usable_entries().find(is_inside))
+                })
+            } else {
+                mmu.usable_entries().find(is_inside)
+            };
+            drop(caches);
+            if let Some(entry) = found {
+                let address = entry.address.as_u64();
+                let kind = ViolationKind::AddressUsableAfterUnmap;
+                self.report(checked, kind, id, address, entry.frame, Some(entry));
+            }
+        }
+    }
+}
+
+/// Whether an entry names one of these frames.
+fn overlaps(entry: &CachedEntry, frames: &core::ops::Range<usize>) -> bool {
+    let first = frames_of(entry.frame, FrameRole::Page).start;
+    let count = match entry.held.as_a {
+        Use::Page(PageSize::Size2MiB) => 512,
+        Use::Page(PageSize::Size1GiB) => 512 * 512,
+        Use::Page(PageSize::Size4KiB) | Use::Table(_) | Use::Root => 1,
+    };
+    first < frames.end && frames.start < first + count
+}

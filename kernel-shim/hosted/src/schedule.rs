@@ -1,0 +1,134 @@
+//! Who runs: one coroutine a CPU, all on one thread, the next one chosen by the seed.
+#![expect(unsafe_code, reason = "a coroutine finds its way out by pointer")]
+
+use core::cell::Cell;
+use core::fmt;
+use core::ptr;
+
+use corosensei::{Coroutine, CoroutineResult, Yielder};
+use mmu_gather::tlb::CpuId;
+
+use crate::random::Choices;
+
+type Way = Yielder<(), ()>;
+
+thread_local! {
+    /// The way out of the coroutine that runs on this thread now; null outside of any.
+    static WAY_OUT: Cell<*const Way> = const { Cell::new(ptr::null()) };
+    /// What a CPU does first when it is chosen again: answer interrupts. Set while a schedule runs.
+    static ON_RETURN: Cell<Option<*const dyn Fn()>> = const { Cell::new(None) };
+    /// Times in a row that a CPU gave way because it waits for another.
+    static WAITS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// So many waits in a row without anybody doing something else are a deadlock.
+const MOST_WAITS: u64 = 20_000_000;
+
+/// As [`give_way`], for a CPU that waits for another.
+///
+/// # Panics
+/// If all CPUs have been waiting for one another for very long.
+pub(crate) fn wait() {
+    let waits = WAITS.get() + 1;
+    assert!(waits < MOST_WAITS, "deadlock: every CPU waits for another");
+    WAITS.set(waits);
+    give_way();
+}
+
+/// Something was done: nobody is deadlocked.
+pub(crate) fn progress() {
+    WAITS.set(0);
+}
+
+/// Gives the other CPUs a chance, if this code runs in a schedule. Returns when this CPU is chosen again.
+#[inline]
+pub fn give_way() {
+    let way = WAY_OUT.get();
+    if way.is_null() {
+        return;
+    }
+    // SAFETY: `run` sets the pointer before it resumes a coroutine, to the yielder that coroutine was given and that lives
+    // on its stack until it returns; and clears it when the coroutine is suspended or done.
+    unsafe { &*way }.suspend(());
+    if let Some(on_return) = ON_RETURN.get() {
+        // SAFETY: `run`, which is further up on this thread, set the pointer to a closure of its caller's that outlives it,
+        // and clears it before it returns.
+        let on_return = unsafe { &*on_return };
+        on_return();
+    }
+}
+
+/// Whether this code runs in a schedule.
+#[must_use]
+pub fn is_scheduled() -> bool {
+    !WAY_OUT.get().is_null()
+}
+
+/// What a CPU does.
+struct Task {
+    cpu: CpuId,
+    coroutine: Coroutine<(), (), ()>,
+    way_out: *const Way,
+}
+
+/// CPUs with something to do, interleaved until all are done.
+#[derive(Default)]
+pub struct Schedule {
+    tasks: Vec<Task>,
+}
+
+impl Schedule {
+    /// Nothing to do.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives `cpu` something to do.
+    pub fn spawn(&mut self, cpu: CpuId, work: impl FnOnce() + 'static) {
+        let coroutine = Coroutine::new(move |way: &Way, ()| {
+            WAY_OUT.set(way);
+            work();
+        });
+        self.tasks.push(Task { cpu, coroutine, way_out: ptr::null() });
+    }
+
+    /// The CPUs that have something to do.
+    pub(crate) fn cpus(&self) -> impl Iterator<Item = CpuId> + '_ {
+        self.tasks.iter().map(|task| task.cpu)
+    }
+
+    /// Runs until all are done.
+    ///
+    /// `becomes` is told which CPU runs from now on; `is_done` which has nothing left to do; `on_return` runs on a CPU whenever
+    /// it is chosen again, and does not give way.
+    pub(crate) fn run(
+        mut self,
+        choices: &Choices,
+        becomes: impl Fn(CpuId),
+        is_done: impl Fn(CpuId),
+        on_return: &(dyn Fn() + 'static),
+    ) {
+        progress();
+        ON_RETURN.set(Some(ptr::from_ref(on_return)));
+        while !self.tasks.is_empty() {
+            let place = choices.pick(self.tasks.len());
+            let task = &mut self.tasks[place];
+            becomes(task.cpu);
+            WAY_OUT.set(task.way_out);
+            let result = task.coroutine.resume(());
+            task.way_out = WAY_OUT.replace(ptr::null());
+            if matches!(result, CoroutineResult::Return(())) {
+                let done = self.tasks.swap_remove(place);
+                is_done(done.cpu);
+            }
+        }
+        ON_RETURN.set(None);
+    }
+}
+
+impl fmt::Debug for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.tasks.iter().map(|task| task.cpu)).finish()
+    }
+}
