@@ -32,4 +32,4 @@ pub use kernel::{Bits, Options, PaperKernel, PaperMm, Supply};
 pub use ledger::PageAccount;
 pub use log::{Event, Noted};
 pub use platform::Backing;
-pub use program::{GIB, KIB, MIB, TIB, area, range};
+pub use program::{CPU, GIB, KIB, MIB, TIB, area, range};

@@ -22,6 +22,17 @@ pub const GIB: u64 = 1 << 30;
 /// 1024 GiB.
 pub const TIB: u64 = 1 << 40;
 
+/// The first eight CPUs.
+pub const CPU: [CpuId; 8] = {
+    let mut cpus = [CpuId::new(0); 8];
+    let mut id = 0;
+    while id < 8 {
+        cpus[id as usize] = CpuId::new(id);
+        id += 1;
+    }
+    cpus
+};
+
 /// The range `start..end`.
 ///
 /// # Panics

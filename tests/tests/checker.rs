@@ -3,12 +3,9 @@
 //! Every other test relies on these: a checker that sees nothing would let everything pass.
 
 use mmu_gather::pagetable::{Bounds, EntryValue, Level, TableMemory};
-use mmu_gather::tlb::{CpuId, Cpus};
+use mmu_gather::tlb::Cpus;
 use mmu_gather::{Limits, Pages};
-use mmu_tests::{Access, Backing, Fault, GIB, Options, PaperKernel, PaperMm, Violation, area};
-
-const CPU0: CpuId = CpuId::new(0);
-const CPU1: CpuId = CpuId::new(1);
+use mmu_tests::{Access, Backing, CPU, Fault, GIB, Options, PaperKernel, PaperMm, Violation, area};
 
 /// Clears the entry at `address`, as the engine would, and tells nobody.
 fn clear_and_tell_nobody(kernel: &PaperKernel, mm: &PaperMm, address: u64) {
@@ -21,14 +18,14 @@ fn a_page_freed_while_a_cpu_can_reach_it_is_seen() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     let frame = kernel.map(mm, GIB, Level::Pte);
-    kernel.run(CPU1, mm);
-    assert_eq!(kernel.touch(CPU1, GIB, Access::Write), Ok(frame));
+    kernel.run(CPU[1], mm);
+    assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Ok(frame));
     clear_and_tell_nobody(&kernel, mm, GIB);
     kernel.ledger().remove_rmap(frame);
     kernel.release(frame, 1);
-    assert_eq!(kernel.take_violations(), [Violation::PageFreedTooEarly(frame, CPU1, GIB)]);
-    assert_eq!(kernel.touch(CPU1, GIB, Access::Write), Ok(frame), "the CPU still believes");
-    assert_eq!(kernel.take_violations(), [Violation::FreedPageUsed(frame, CPU1, GIB)]);
+    assert_eq!(kernel.take_violations(), [Violation::PageFreedTooEarly(frame, CPU[1], GIB)]);
+    assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Ok(frame), "the CPU still believes");
+    assert_eq!(kernel.take_violations(), [Violation::FreedPageUsed(frame, CPU[1], GIB)]);
 }
 
 #[test]
@@ -36,17 +33,17 @@ fn a_lazy_cpu_that_wakes_without_looking_is_seen() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     let frame = kernel.map(mm, GIB, Level::Pte);
-    kernel.run(CPU1, mm);
-    kernel.speculate(CPU1, GIB);
-    kernel.go_lazy(CPU1);
+    kernel.run(CPU[1], mm);
+    kernel.speculate(CPU[1], GIB);
+    kernel.go_lazy(CPU[1]);
     clear_and_tell_nobody(&kernel, mm, GIB);
     kernel.ledger().remove_rmap(frame);
     kernel.release(frame, 1);
     assert_eq!(kernel.take_violations(), [], "lazy CPUs may keep leaves");
-    kernel.run(CPU1, mm);
+    kernel.run(CPU[1], mm);
     assert_eq!(
         kernel.take_violations(),
-        [Violation::FreedPageUsed(frame, CPU1, GIB)],
+        [Violation::FreedPageUsed(frame, CPU[1], GIB)],
         "no generation was raised"
     );
 }
@@ -56,9 +53,9 @@ fn a_table_freed_while_even_a_lazy_cpu_can_walk_on_from_it_is_seen() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     let _page = kernel.map(mm, GIB, Level::Pte);
-    kernel.run(CPU1, mm);
-    kernel.speculate(CPU1, GIB);
-    kernel.go_lazy(CPU1);
+    kernel.run(CPU[1], mm);
+    kernel.speculate(CPU[1], GIB);
+    kernel.go_lazy(CPU[1]);
     let table = kernel.find_table(mm, GIB, Level::Pte).expect("linked").frame();
     kernel.free_tables(&[table]);
     assert_eq!(
@@ -66,13 +63,13 @@ fn a_table_freed_while_even_a_lazy_cpu_can_walk_on_from_it_is_seen() {
         [
             Violation::TableFreedFull(table),
             Violation::TableFreedWhileLinked(table),
-            Violation::TableFreedTooEarly(table, CPU1, GIB)
+            Violation::TableFreedTooEarly(table, CPU[1], GIB)
         ]
     );
     kernel.free_tables(&[table]);
     assert!(kernel.take_violations().contains(&Violation::TableFreedTwice(table)));
-    kernel.speculate(CPU1, GIB + 0x1000);
-    assert_eq!(kernel.take_violations(), [Violation::FreedTableWalked(table, CPU1, GIB + 0x1000)]);
+    kernel.speculate(CPU[1], GIB + 0x1000);
+    assert_eq!(kernel.take_violations(), [Violation::FreedTableWalked(table, CPU[1], GIB + 0x1000)]);
 }
 
 #[test]
@@ -126,10 +123,10 @@ fn a_cpu_outside_the_cpumask_of_what_it_has_loaded_is_seen() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     let _page = kernel.map(mm, GIB, Level::Pte);
-    kernel.run(CPU1, mm);
-    mm.context().cpumask().clear(CPU1);
+    kernel.run(CPU[1], mm);
+    mm.context().cpumask().clear(CPU[1]);
     kernel.unmap(mm, &Limits::DEFAULT, &[area(GIB, GIB + 4096, Backing::Anonymous)], Bounds::whole());
-    assert!(kernel.take_violations().contains(&Violation::LoadedButNotInCpumask(CPU1)));
+    assert!(kernel.take_violations().contains(&Violation::LoadedButNotInCpumask(CPU[1])));
 }
 
 #[test]
@@ -137,18 +134,18 @@ fn a_pretend_tlb_keeps_everything_until_it_is_told() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     let first = kernel.map(mm, GIB, Level::Pte);
-    kernel.run(CPU0, mm);
-    assert_eq!(kernel.touch(CPU0, GIB, Access::Read), Ok(first));
-    assert_eq!(kernel.touch(CPU0, GIB + 0x1000, Access::Read), Err(Fault::NotPresent));
-    assert_eq!(kernel.cached(CPU0, GIB).map(|leaf| leaf.dirty), Some(false));
-    assert_eq!(kernel.touch(CPU0, GIB, Access::Write), Ok(first));
-    assert_eq!(kernel.cached(CPU0, GIB).map(|leaf| leaf.dirty), Some(true));
+    kernel.run(CPU[0], mm);
+    assert_eq!(kernel.touch(CPU[0], GIB, Access::Read), Ok(first));
+    assert_eq!(kernel.touch(CPU[0], GIB + 0x1000, Access::Read), Err(Fault::NotPresent));
+    assert_eq!(kernel.cached(CPU[0], GIB).map(|leaf| leaf.dirty), Some(false));
+    assert_eq!(kernel.touch(CPU[0], GIB, Access::Write), Ok(first));
+    assert_eq!(kernel.cached(CPU[0], GIB).map(|leaf| leaf.dirty), Some(true));
     assert!(kernel.lookup(mm, GIB).value.is_dirty() && kernel.lookup(mm, GIB).value.is_accessed());
 
     clear_and_tell_nobody(&kernel, mm, GIB);
-    assert_eq!(kernel.touch(CPU0, GIB, Access::Write), Ok(first));
+    assert_eq!(kernel.touch(CPU[0], GIB, Access::Write), Ok(first));
     kernel.invlpg(GIB);
-    assert_eq!(kernel.touch(CPU0, GIB, Access::Write), Err(Fault::NotPresent));
+    assert_eq!(kernel.touch(CPU[0], GIB, Access::Write), Err(Fault::NotPresent));
 
     // The link to the table is remembered too, so an entry put back is found without a walk from the root.
     let view = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
@@ -157,6 +154,6 @@ fn a_pretend_tlb_keeps_everything_until_it_is_told() {
         first.start_address(),
         x86_64::structures::paging::PageTableFlags::USER_ACCESSIBLE,
     ));
-    assert_eq!(kernel.touch(CPU0, GIB, Access::Write), Err(Fault::ReadOnly));
-    assert_eq!(kernel.touch(CPU0, GIB, Access::Read), Ok(first));
+    assert_eq!(kernel.touch(CPU[0], GIB, Access::Write), Err(Fault::ReadOnly));
+    assert_eq!(kernel.touch(CPU[0], GIB, Access::Read), Ok(first));
 }
