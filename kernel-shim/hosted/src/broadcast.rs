@@ -34,9 +34,9 @@ pub struct Broadcast {
 pub struct Pages {
     /// The first.
     pub first: LinearAddress,
-    /// How many more follow it (ECX[15:0]).
+    /// How many more follow it (ECX bits 15:0).
     pub more: u16,
-    /// Bytes between them (ECX[31]): 4 KiB or 2 MiB.
+    /// Bytes between them (ECX bit 31): 4 KiB or 2 MiB.
     pub stride: Stride,
 }
 
@@ -49,7 +49,7 @@ pub enum Stride {
     Large,
 }
 
-/// Whether an INVLPGB includes global translations (rAX[3]).
+/// Whether an INVLPGB includes global translations (rAX bit 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Globals {
     /// They stay.
@@ -58,7 +58,7 @@ pub enum Globals {
     Included,
 }
 
-/// What an INVLPGB does to paging-structure caches (rAX[4], "final translation only").
+/// What an INVLPGB does to paging-structure caches (rAX bit 4, "final translation only").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Uppers {
     /// Nothing: not enough where a table was freed.

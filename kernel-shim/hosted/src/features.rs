@@ -21,7 +21,7 @@ pub struct Features {
     pub structure_capacity: Capacity,
     /// Physical-address width in bits (MAXPHYADDR), 32 to 52; bits above are reserved in every entry.
     pub physical_bits: u32,
-    /// Most pages one INVLPGB may name after the first (CPUID 8000_0008h EDX[15:0]).
+    /// Most pages one INVLPGB may name after the first (CPUID 8000_0008h EDX, bits 15:0).
     pub invlpgb_count_max: u16,
 }
 

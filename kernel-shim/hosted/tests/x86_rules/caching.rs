@@ -373,6 +373,21 @@ fn after_a_page_size_change_either_translation_may_be_used() {
 }
 
 #[test]
+fn a_global_entry_and_one_of_the_pcid_may_both_be_cached() {
+    for (coexisting, served) in [(Coexisting::SmallestFirst, 8), (Coexisting::LargestFirst, 7)] {
+        let mut rig = Rig::new(Features { coexisting, ..Features::INTEL }, PCID_ON);
+        rig.map_page(VA, 7, PWU | G);
+        rig.read(VA);
+        rig.map_page(VA, 8, PWU);
+        rig.speculate(VA, Depth::Page);
+        assert_eq!(rig.mmu.tlb_len(), 2);
+        assert_eq!(rig.read(VA), served);
+        rig.invlpg(VA);
+        assert_eq!(rig.mmu.tlb_len(), 0);
+    }
+}
+
+#[test]
 fn until_flushed_the_old_translation_may_be_used() {
     for kind in [AccessKind::Read, AccessKind::Write, AccessKind::Execute] {
         let mut rig = Rig::intel();

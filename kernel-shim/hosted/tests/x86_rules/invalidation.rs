@@ -170,6 +170,19 @@ fn pieces_are_dropped_though_the_large_page_is_already_gone_from_memory() {
 }
 
 #[test]
+fn a_small_page_among_the_pieces_of_a_large_one_is_no_piece() {
+    let mut rig = pieces(PageSize::Size2MiB);
+    let slot = rig.slot(Level::Pd, VA);
+    let small = after(VA, 0x3000);
+    rig.ram.poke(slot, 0);
+    rig.map_page(small, 7, PWU);
+    rig.read(small);
+    rig.invlpg(VA);
+    assert!(rig.in_tlb(small));
+    assert_eq!(rig.mmu.tlb_len(), 2, "it and the piece of the neighbour");
+}
+
+#[test]
 fn invpcid_type_0_drops_one_address_and_its_path_under_one_pcid() {
     let mut rig = two_spaces(Features::INTEL);
     rig.mmu.invpcid(Invpcid::Address(pcid(2), VA), &mut rig.counts).expect("allowed");

@@ -1,13 +1,17 @@
 //! What a checker asks: can this CPU still come to a frame, and through what.
 
-use mmu_hosted::arch::{Level, PageSize};
-use mmu_hosted::features::{Features, LargePages};
-use mmu_hosted::invalidate::Cr3Load;
+use mmu_hosted::arch::{Level, LinearAddress, PageSize};
+use mmu_hosted::broadcast::{Broadcast, Globals, Issuer, Pages, Stride, Uppers};
+use mmu_hosted::features::{Capacity, Features, LargePages};
+use mmu_hosted::invalidate::{Cr3Load, Invpcid};
+use mmu_hosted::mmu::{AccessKind, AccessMode, Mmu};
 use mmu_hosted::walk::Depth;
 use mmu_hosted::watch::{Reach, Tag, Use};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::rig::{G, PCID_ON, PWU, Rig, VA, after, frame, pcid};
+use crate::rig::{G, P, PCID_ON, PWU, Rig, U, VA, after, frame, pcid};
 
 #[test]
 fn a_frame_is_reached_now_later_or_not_at_all() {
@@ -116,4 +120,87 @@ fn entries_in_use_now_leave_out_other_pcids() {
     let frames: Vec<PhysFrame> = rig.mmu.usable_entries().map(|entry| entry.frame).collect();
     assert_eq!(frames, [other, frame(8)]);
     assert_eq!(rig.mmu.entries().count(), 6);
+}
+
+#[test]
+fn whatever_happens_the_watcher_knows_what_is_held() {
+    for seed in 0..64 {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut features = if seed % 2 == 0 { Features::INTEL } else { Features::AMD };
+        if seed % 3 == 0 {
+            features.large_pages = LargePages::InPieces;
+        }
+        if seed % 5 == 0 {
+            features.tlb_capacity = Capacity::AtMost(6);
+            features.structure_capacity = Capacity::AtMost(3);
+        }
+        let mut rig = Rig::new(features, PCID_ON);
+        let roots = [rig.mmu.cr3().0, rig.ram.table(), rig.ram.table()];
+        for _ in 0..400 {
+            any_operation(&mut rig, &mut rng, &roots);
+        }
+        rig.check();
+        // With nothing cached the MMU agrees with one that never caches.
+        let bare = Features {
+            tlb_capacity: Capacity::AtMost(0),
+            structure_capacity: Capacity::AtMost(0),
+            ..features
+        };
+        let mut bare = Mmu::new(bare, PCID_ON, rig.mmu.cr3().0, &mut ());
+        for place in 0..32 {
+            rig.mmu.forget_everything(&mut rig.counts);
+            let address = somewhere(place);
+            let seen = rig.user(address, AccessKind::Read).map(|access| access.address);
+            let truth = bare.access(address, AccessKind::Read, AccessMode::User, &rig.ram, &mut ());
+            assert_eq!(seen.is_ok(), truth.is_ok(), "seed {seed}");
+            assert_eq!(seen.ok(), truth.ok().map(|access| access.address), "seed {seed}");
+        }
+    }
+}
+
+/// One of 32 addresses under two PML4Es, two PDPTEs, two PDEs and four PTEs.
+fn somewhere(place: u64) -> LinearAddress {
+    after(
+        VA,
+        ((place & 3) << 12) + ((place >> 2 & 1) << 21) + ((place >> 3 & 1) << 30) + ((place >> 4 & 1) << 39),
+    )
+}
+
+fn any_operation(rig: &mut Rig, rng: &mut SmallRng, roots: &[PhysFrame]) {
+    let address = somewhere(rng.random_range(0..32));
+    let pcid_number = rng.random_range(0..3u16);
+    let root = roots[usize::from(pcid_number)];
+    match rng.random_range(0..14) {
+        0..3 => {
+            let flags = [0, P, PWU, PWU | G, P | U][rng.random_range(0..5)];
+            rig.map_page(address, rng.random_range(1..20), flags);
+        }
+        3 => {
+            rig.map(PageSize::Size2MiB, address, rng.random_range(1..8) << 9, PWU);
+        }
+        4 => {
+            let slot = rig.slot(Level::Pdpt, address);
+            rig.ram.poke(slot, 0);
+        }
+        5..8 => {
+            let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Execute][rng.random_range(0..3)];
+            let _ = rig.user(address, kind);
+        }
+        8 => {
+            rig.speculate(address, [Depth::Page, Depth::Structure(Level::Pd)][rng.random_range(0..2)]);
+        }
+        9 => rig.invlpg(address),
+        10 => rig.load(root, pcid_number, [Cr3Load::Keep, Cr3Load::Flush][rng.random_range(0..2)]),
+        11 => rig.mmu.forget_random(rng, &mut rig.counts),
+        12 => {
+            let what = [Invpcid::Context(pcid(pcid_number)), Invpcid::Address(pcid(pcid_number), address)];
+            rig.mmu.invpcid(what[rng.random_range(0..2)], &mut rig.counts).expect("PCIDs are on");
+        }
+        _ => {
+            let pages = Some(Pages { first: address, more: 3, stride: Stride::Small });
+            let request = Broadcast { pcid: None, pages, globals: Globals::Included, uppers: Uppers::Kept };
+            rig.mmu.post_broadcast(Issuer(0), request);
+            rig.mmu.complete_broadcasts(Issuer(0), &mut rig.counts);
+        }
+    }
 }

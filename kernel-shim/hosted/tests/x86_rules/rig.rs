@@ -8,7 +8,7 @@ use mmu_hosted::features::Features;
 use mmu_hosted::mmu::{Access, AccessKind, AccessMode, Fault, Mmu, PageFault};
 use mmu_hosted::physical::PhysicalMemory;
 use mmu_hosted::walk::{Depth, Speculation};
-use mmu_hosted::watch::{FrameWatch, Held};
+use mmu_hosted::watch::{FrameWatch, Held, Reach};
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::Cr4Flags;
@@ -234,11 +234,9 @@ impl Rig {
     }
 }
 
-impl Drop for Rig {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            return;
-        }
+impl Rig {
+    /// What the watcher was told, the caches and the questions about them agree.
+    pub(crate) fn check(&self) {
         let mut held = Counts::default();
         for entry in self.mmu.entries() {
             held.hold(entry.frame, entry.held);
@@ -246,10 +244,18 @@ impl Drop for Rig {
         assert_eq!(self.counts, held, "the watcher was told something else than what the caches hold");
         for entry in self.mmu.entries() {
             assert!(self.mmu.entries_reaching(entry.frame).any(|found| found == entry));
-            assert_ne!(self.mmu.reach(entry.frame), mmu_hosted::watch::Reach::Nowhere);
+            assert_ne!(self.mmu.reach(entry.frame), Reach::Nowhere);
         }
         for entry in self.mmu.usable_entries() {
-            assert_eq!(self.mmu.reach(entry.frame), mmu_hosted::watch::Reach::Now);
+            assert_eq!(self.mmu.reach(entry.frame), Reach::Now);
+        }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.check();
         }
     }
 }
