@@ -99,15 +99,25 @@ impl<K: Platform> MmuGather<'_, K> {
     }
 }
 
+/// The PAT bit of a leaf above the last level; SDM vol. 3A tables 4-17 and 4-19.
+const LARGE_PAT: u64 = 1 << 12;
+/// The PAT bit of a 4 KiB leaf; SDM vol. 3A table 4-20.
+const SMALL_PAT: u64 = 1 << 7;
+
 /// Fills `table` with 512 leaves that map what `old` mapped.
 fn fill(table: TableView<'_>, old: EntryValue, level: Level, below: Level) {
     let first = old.leaf_address(level);
-    // Bit 7 means "large" above the last level and PAT in it; bit 12 is PAT in a large leaf. Leaves with a PAT bit keep it
-    // between large sizes only, where its place does not change.
     let mut flags = old.flags() - PageTableFlags::HUGE_PAGE;
     flags.insert(PageTableFlags::PRESENT);
+    // The memory type must stay: two types for one page are undefined behaviour of the hardware. Its PAT bit is 12 in a
+    // large leaf and 7 in the last level, where bit 7 means nothing else.
+    let pat = match (old.bits() & LARGE_PAT, below) {
+        (0, _) => 0,
+        (_, Level::Pte) => SMALL_PAT,
+        _ => LARGE_PAT,
+    };
     for (index, entry) in (0u64..).zip(table.table().entries()) {
         let address = PhysAddr::new(first.as_u64() + index * below.entry_span());
-        entry.store(EntryValue::leaf(below, address, flags));
+        entry.store(EntryValue::from_bits(EntryValue::leaf(below, address, flags).bits() | pat));
     }
 }
