@@ -20,6 +20,15 @@ struct Visit {
     room: Room,
 }
 
+/// What stood, under the lock, where a large leaf had been seen.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// The leaf, or whatever else needs no second look.
+    Entry,
+    /// A table: to be looked into.
+    Table,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum DelayedRmaps {
     None,
@@ -74,14 +83,21 @@ impl<K: Platform> MmuGather<'_, K> {
         let mut address = range.start();
         while address < range.end() {
             let part = range.within_entry(level, address);
-            match view.load(address).decode(level) {
-                Decoded::None => {}
-                Decoded::Table(frame) => {
-                    // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
-                    let child = unsafe { TableView::new(kernel, frame, below) };
-                    self.zap_table(vma, child, part);
+            loop {
+                match view.load(address).decode(level) {
+                    Decoded::None => break,
+                    Decoded::Table(frame) => {
+                        // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
+                        let child = unsafe { TableView::new(kernel, frame, below) };
+                        self.zap_table(vma, child, part);
+                        break;
+                    }
+                    Decoded::Leaf(_) | Decoded::NonPresent(_) => {
+                        if self.zap_large(vma, view, part) == Found::Entry {
+                            break;
+                        }
+                    }
                 }
-                Decoded::Leaf(_) | Decoded::NonPresent(_) => self.zap_large(vma, view, part),
             }
             address = part.end();
         }
@@ -191,19 +207,20 @@ impl<K: Platform> MmuGather<'_, K> {
     /// Clears a 2 MiB or 1 GiB leaf, or a non-present meaning in its place, if `part` covers all of it.
     #[doc(alias = "zap_huge_pmd")]
     #[doc(alias = "zap_huge_pud")]
-    fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, part: VirtRange) {
+    fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, part: VirtRange) -> Found {
         let kernel = self.kernel;
         let level = view.level();
         let whole = VirtRange::of_entry(level, part.start());
         if part != whole {
             debug_assert!(false, "{part} cuts the leaf at {whole}: split it first");
-            return;
+            return Found::Entry;
         }
         let locked = view.lock(kernel);
         self.note_deferred_flushes();
         let entry = locked.entry(part.start());
         let mut room = Room::Left;
         let mut rmaps = DelayedRmaps::None;
+        let mut found = Found::Entry;
         match entry.load().decode(level) {
             Decoded::Leaf(_) => {
                 let old = match self.state.mode {
@@ -230,12 +247,15 @@ impl<K: Platform> MmuGather<'_, K> {
                     entry.store(EntryValue::NONE);
                 }
             }
-            // It became a table, or nothing, before we had the lock; a table would be new and its pages not ours.
-            Decoded::None | Decoded::Table(_) => {}
+            // Somebody else took the page before we had the lock.
+            Decoded::None => {}
+            // Somebody split it before we had the lock: its pages are still to go.
+            Decoded::Table(_) => found = Found::Table,
         }
         drop(locked);
         kernel.observe_gather(GatherEvent::LockDropped { leaves: 1 });
         self.carry_on(room, rmaps);
+        found
     }
 }
 
