@@ -66,6 +66,12 @@ impl PaperKernel {
         !asked.is_empty()
     }
 
+    /// Whether any table lock is held now.
+    #[must_use]
+    pub fn is_locked_now(&self) -> bool {
+        self.is_a_lock_held()
+    }
+
     pub(crate) fn check_no_lock_is_held(&self, what: &'static str) {
         if self.is_a_lock_held() {
             self.violation(Violation::UnderALock(what));

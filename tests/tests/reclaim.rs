@@ -160,7 +160,6 @@ fn what_reclaim_adds_during_a_flush_stays_outstanding() {
             let frame = kernel.reclaim(&mut late, kernel.mm(0), GIB + 5 * PAGE);
             // Never flushed by this batch; the page is kept.
             kernel.ledger().add_mapping(frame);
-            drop(late);
         },
     );
     flush_tlb_batched_pending(&kernel, mm.context());

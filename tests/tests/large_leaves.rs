@@ -1,0 +1,247 @@
+//! Pages of 2 MiB and 1 GiB: unmapped whole, split at the ends of a range, and what failing to split leaves.
+
+use mmu_gather::pagetable::{Bounds, EntryValue, Level, MigrationAccess, NonPresent};
+use mmu_gather::tlb::PageSpan;
+use mmu_gather::{Limits, SplitError};
+use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, MIB, Options, PaperKernel, Supply, area, range};
+use x86_64::structures::paging::PageTableFlags;
+
+const PAGE: u64 = 4096;
+const AT: u64 = 4 * GIB;
+
+/// A page of the size of `level` entries at 4 GiB, which CPU 1 runs and has written to.
+fn kernel_with_large_page(level: Level) -> PaperKernel {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    kernel.map(mm, AT, level);
+    kernel.run(CPU[1], mm);
+    kernel.touch(CPU[1], AT, Access::Write).expect("mapped");
+    kernel.touch(CPU[1], AT + level.entry_span() - 1, Access::Write).expect("mapped");
+    kernel.take_events();
+    kernel
+}
+
+#[test]
+fn a_large_page_goes_with_one_invlpg_and_its_tables() {
+    for (level, tables) in [(Level::Pmd, [0, 1, 1, 0]), (Level::Pud, [0, 0, 1, 0])] {
+        let kernel = kernel_with_large_page(level);
+        let mm = kernel.mm(0);
+        assert_eq!(kernel.nr_tables(mm), tables);
+        let vma = area(AT, AT + level.entry_span(), Backing::Anonymous);
+        kernel.zap(mm, &vma, vma.range).free();
+        assert_eq!(
+            kernel.count(|event| matches!(event, Event::Invlpg { address: AT, .. })),
+            1,
+            "{level:?}: one stride is the whole page"
+        );
+        assert_eq!(kernel.touch(CPU[1], AT + PAGE, Access::Read), Err(Fault::NotPresent));
+        assert_eq!(kernel.ledger().nr_held(), 0);
+        kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());
+        assert_eq!(kernel.nr_tables(mm), [0; 4]);
+    }
+}
+
+/// With small pages beside it the stride is theirs, and the large page's span still counts in full.
+#[test]
+fn a_large_page_beside_small_ones_is_flushed_at_the_small_stride() {
+    let kernel = kernel_with_large_page(Level::Pmd);
+    let mm = kernel.mm(0);
+    kernel.map_range(mm, range(AT + 2 * MIB, AT + 2 * MIB + PAGE));
+    kernel.touch(CPU[1], AT + 2 * MIB, Access::Write).expect("mapped");
+    let vma = area(AT, AT + 2 * MIB + PAGE, Backing::Anonymous);
+    kernel.zap(mm, &vma, vma.range).free();
+    assert_eq!(kernel.touch(CPU[1], AT + MIB, Access::Read), Err(Fault::NotPresent));
+    assert_eq!(kernel.touch(CPU[1], AT + 2 * MIB, Access::Read), Err(Fault::NotPresent));
+}
+
+#[test]
+fn splitting_maps_the_same_memory_in_smaller_pages() {
+    for (level, cut, tables) in [
+        (Level::Pmd, AT + 7 * PAGE, [1, 1, 1, 0]),
+        (Level::Pud, AT + 6 * MIB, [0, 1, 1, 0]),
+        (Level::Pud, AT + 6 * MIB + PAGE, [1, 1, 1, 0]),
+    ] {
+        let kernel = kernel_with_large_page(level);
+        let mm = kernel.mm(0);
+        let before = kernel.lookup(mm, AT).translate(AT).expect("mapped");
+        let mut gather = kernel.gather(mm);
+        gather.split_leaf(Backing::Anonymous, cut).expect("memory");
+        gather.flush().free();
+        assert_eq!(kernel.nr_tables(mm), tables, "{level:?} cut at {cut:#x}");
+        for address in [AT, AT + 5 * PAGE, cut - PAGE, cut, AT + level.entry_span() - PAGE] {
+            let found = kernel.lookup(mm, address);
+            assert_eq!(found.translate(address), Some(before + (address - AT)), "{address:#x}");
+            assert!(found.value.is_writable() && found.value.is_dirty() && found.value.is_accessed());
+            kernel.touch(CPU[1], address, Access::Write).expect("still mapped");
+        }
+    }
+}
+
+#[test]
+fn splitting_at_the_edge_of_a_large_page_does_nothing() {
+    let kernel = kernel_with_large_page(Level::Pmd);
+    let mm = kernel.mm(0);
+    let mut gather = kernel.gather(mm);
+    for edge in [AT, AT + 2 * MIB, AT + 4 * MIB, AT + GIB] {
+        gather.split_leaf(Backing::Anonymous, edge).expect("nothing to do");
+    }
+    drop(gather);
+    assert_eq!(kernel.nr_tables(mm), [0, 1, 1, 0]);
+    assert_eq!(kernel.count(|event| matches!(event, Event::LeafSplit(_) | Event::Ipi { .. })), 0);
+}
+
+#[test]
+fn unmapping_the_middle_splits_both_ends_and_frees_only_the_middle() {
+    for level in [Level::Pmd, Level::Pud] {
+        let kernel = kernel_with_large_page(level);
+        let mm = kernel.mm(0);
+        let (start, end) = (AT + 3 * PAGE, AT + level.entry_span() - 5 * PAGE);
+        let mut gather = kernel.gather(mm);
+        gather.split_leaf(Backing::Anonymous, start).expect("memory");
+        gather.split_leaf(Backing::Anonymous, end).expect("memory");
+        drop(gather);
+        let held = kernel.ledger().nr_held();
+        let vma = area(start, end, Backing::Anonymous);
+        kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::between(Some(start), Some(end)));
+        assert_eq!(kernel.ledger().nr_held(), 3 + 5, "{held} before");
+        for address in [start, start + MIB, end - PAGE] {
+            assert_eq!(kernel.touch(CPU[1], address, Access::Read), Err(Fault::NotPresent), "{address:#x}");
+        }
+        for address in [AT, start - PAGE, end, AT + level.entry_span() - PAGE] {
+            assert!(kernel.touch(CPU[1], address, Access::Write).is_ok(), "{address:#x}");
+        }
+    }
+}
+
+/// Zircon's rule: an unmapping that cannot finish must not have begun.
+#[test]
+fn a_split_without_memory_changes_nothing() {
+    for level in [Level::Pmd, Level::Pud] {
+        let kernel = kernel_with_large_page(level);
+        let mm = kernel.mm(0);
+        let before = kernel.lookup(mm, AT);
+        kernel.supply_tables(Supply::Left(0));
+        let mut gather = kernel.gather(mm);
+        let cut = AT + 3 * PAGE;
+        assert_eq!(gather.split_leaf(Backing::Anonymous, cut), Err(SplitError::NoTable(cut)));
+        drop(gather);
+        assert_eq!(kernel.lookup(mm, AT), before, "{level:?}");
+        assert_eq!(kernel.count(|event| matches!(event, Event::LeafSplit(_) | Event::Ipi { .. })), 0);
+        assert_eq!(kernel.ledger().nr_held(), 1);
+        assert!(kernel.cached(CPU[1], AT).is_some(), "nothing was flushed either");
+    }
+}
+
+/// One table is enough to split 1 GiB into 2 MiB and no further: what is left maps the same memory.
+#[test]
+fn a_split_that_stops_half_way_still_maps_the_same_memory() {
+    let kernel = kernel_with_large_page(Level::Pud);
+    let mm = kernel.mm(0);
+    let before = kernel.lookup(mm, AT).translate(AT).expect("mapped");
+    kernel.supply_tables(Supply::Left(1));
+    let mut gather = kernel.gather(mm);
+    let cut = AT + 3 * PAGE;
+    assert_eq!(gather.split_leaf(Backing::Anonymous, cut), Err(SplitError::NoTable(cut)));
+    drop(gather);
+    assert_eq!(kernel.lookup(mm, cut).level, Level::Pmd);
+    for address in [AT, cut, AT + 5 * MIB, AT + GIB - PAGE] {
+        assert_eq!(kernel.lookup(mm, address).translate(address), Some(before + (address - AT)));
+    }
+    kernel.supply_tables(Supply::Unlimited);
+    kernel.gather(mm).split_leaf(Backing::Anonymous, cut).expect("memory now");
+    assert_eq!(kernel.lookup(mm, cut).translate(cut), Some(before + (cut - AT)));
+}
+
+/// Both sizes cached at once is undefined on real CPUs: the old one is gone everywhere before the new one appears.
+#[test]
+fn while_a_leaf_is_split_its_entry_holds_a_migration_entry_and_the_old_size_is_flushed() {
+    let kernel = kernel_with_large_page(Level::Pmd);
+    let mm = kernel.mm(0);
+    let frame = kernel.touch(CPU[1], AT, Access::Read).expect("mapped");
+    kernel.once(
+        |event| matches!(event, Event::Ipi { .. }),
+        move |kernel| {
+            let entry = kernel.lookup(kernel.mm(0), AT);
+            assert_eq!(entry.level, Level::Pmd);
+            let meanwhile = NonPresent::Migration { frame, access: MigrationAccess::Writable };
+            assert_eq!(entry.value, meanwhile.encode());
+            assert!(!kernel.is_locked_now(), "no lock is held while CPUs are waited for");
+        },
+    );
+    let mut gather = kernel.gather(mm);
+    gather.split_leaf(Backing::Anonymous, AT + PAGE).expect("memory");
+    assert_eq!(kernel.nr_hooks_waiting(), 0);
+    assert_eq!(kernel.cached(CPU[1], AT), None, "flushed before the table was linked");
+    drop(gather);
+    kernel.touch(CPU[1], AT, Access::Write).expect("in 4 KiB pages now");
+    assert_eq!(kernel.cached(CPU[1], AT).map(|leaf| leaf.len_bytes), Some(PAGE));
+}
+
+/// A leaf turns into a table between the zapper's look and its lock: the pages in it are to go all the same.
+#[test]
+fn a_leaf_that_is_split_under_the_zappers_eyes_is_zapped_in_pieces() {
+    let kernel = kernel_with_large_page(Level::Pmd);
+    let mm = kernel.mm(0);
+    let pmd = kernel.find_table(mm, AT, Level::Pmd).expect("linked").frame();
+    kernel.once(
+        move |event| *event == Event::LockAsked(pmd),
+        |kernel| {
+            let mut other = kernel.gather(kernel.mm(0));
+            other.split_leaf(Backing::Anonymous, AT + PAGE).expect("memory");
+        },
+    );
+    let vma = area(AT, AT + 2 * MIB, Backing::Anonymous);
+    kernel.zap(mm, &vma, vma.range).free();
+    assert_eq!(kernel.ledger().nr_held(), 0);
+    assert_eq!(kernel.touch(CPU[1], AT, Access::Read), Err(Fault::NotPresent));
+}
+
+/// The memory type is part of the mapping: a device's memory must not become cacheable by being split.
+#[test]
+fn splitting_keeps_the_memory_type() {
+    let large_pat = 1 << 12;
+    let small_pat = PageTableFlags::HUGE_PAGE.bits();
+    for (level, cut) in [(Level::Pmd, AT + PAGE), (Level::Pud, AT + 2 * MIB), (Level::Pud, AT + PAGE)] {
+        for pat in [0, large_pat] {
+            let kernel = PaperKernel::new(Options::default());
+            let mm = kernel.new_mm();
+            kernel.map(mm, AT, level);
+            let view = kernel.find_table(mm, AT, level).expect("linked");
+            let entry = view.table().entry(level.index(AT));
+            entry.store(EntryValue::from_bits(entry.load().bits() | pat));
+            let first = kernel.lookup(mm, AT).translate(AT).expect("mapped");
+            kernel.gather(mm).split_leaf(Backing::Anonymous, cut).expect("memory");
+            for address in [AT, AT + 2 * MIB - PAGE, cut] {
+                let found = kernel.lookup(mm, address);
+                assert_eq!(found.translate(address), Some(first + (address - AT)));
+                let here = if found.level == Level::Pte { small_pat } else { large_pat };
+                assert_eq!(
+                    found.value.bits() & here != 0,
+                    pat != 0,
+                    "{level:?}, {:?} at {address:#x}",
+                    found
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn many_large_pages_are_flushed_in_few_steps_or_all_at_once() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    for page in 0..40u64 {
+        kernel.map(mm, AT + page * 2 * MIB, Level::Pmd);
+    }
+    kernel.run(CPU[1], mm);
+    let few = area(AT, AT + 33 * 2 * MIB, Backing::Anonymous);
+    kernel.zap(mm, &few, few.range).free();
+    assert_eq!(kernel.count(|event| matches!(event, Event::Invlpg { .. })), 33);
+    kernel.take_events();
+    let rest = area(AT, AT + 40 * 2 * MIB, Backing::Anonymous);
+    kernel.map(mm, AT, Level::Pmd);
+    kernel.zap(mm, &rest, rest.range).free();
+    assert_eq!(kernel.count(|event| matches!(event, Event::Invlpg { .. })), 0, "40 are above the ceiling");
+    let span = PageSpan { start: AT, end: AT + 40 * 2 * MIB, stride_shift: 21 };
+    assert_eq!(span.nr_pages(), 40);
+}
