@@ -125,9 +125,8 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoMemory`] if the machine has no frame for the root table.
     ///
-    /// # Safety
-    /// Runs before any CPU does anything else; `start_cpu` is then called on each.
-    pub unsafe fn boot(machine: M, config: Config) -> Result<Self, Error> {
+    /// [`start_cpu`](Self::start_cpu) is then called on each CPU, before it does anything else.
+    pub fn boot(machine: M, config: Config) -> Result<Self, Error> {
         let frames = Frames::new(machine.nr_frames(), machine.nr_reserved_frames());
         let cpus = (0..machine.nr_cpus()).map(|_| Cpu { tlb: CpuTlb::new(), active: SpinMutex::new(None) });
         let mut kernel = Self {

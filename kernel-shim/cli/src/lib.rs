@@ -2,12 +2,16 @@
 
 #![deny(unsafe_code)]
 
+pub mod bundled;
 pub mod capture;
 pub mod layout;
 #[cfg(test)]
 mod layout_tests;
 mod layout_text;
 mod pagemap;
+pub mod process;
+pub mod report;
+pub mod run;
 pub mod strace;
 mod strace_lex;
 #[cfg(test)]

@@ -1,1 +1,219 @@
-fn main(){}
+//! The command `teardown`.
+
+use std::io::{self, BufWriter, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use mmu_cli::bundled::LAYOUTS;
+use mmu_cli::capture;
+use mmu_cli::layout::Layout;
+use mmu_cli::report::Report;
+use mmu_cli::run::{RunOptions, run_layout};
+use mmu_gather::Limits;
+use mmu_hosted::{Checking, MachineFault};
+use mmu_kernel_shim::Misbehaviour;
+
+/// Takes page tables of real processes down, on a machine that checks every step.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "Exit code: 0 good, 1 a violation was found, 2 bad usage or input.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Builds layouts as page tables, lets CPUs use them, tears them down, and reports (the default).
+    #[command(after_help = "Example: teardown run --layout tests/layouts/redis-server.layout --cpus 8")]
+    Run(RunArgs),
+    /// Writes the layout of a live Linux process.
+    #[command(
+        after_help = "Example: teardown capture --pid 4321 -o mine.layout && teardown run --layout mine.layout"
+    )]
+    Capture(CaptureArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+struct RunArgs {
+    /// A layout file; may be given several times. Default: all that are bundled.
+    #[arg(long, value_name = "FILE")]
+    layout: Vec<PathBuf>,
+    /// A live process, captured first.
+    #[arg(long, value_name = "N")]
+    pid: Option<i32>,
+    /// CPUs of the machine, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
+    /// Batch pages a gather may take, 0 to 19; 0 leaves it the eight slots on the stack.
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.batch_pages,
+          value_parser = clap::value_parser!(u16).range(0..=19))]
+    batch_pages: u16,
+    /// Whether software MMUs and the checker run.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    checker: Switch,
+    /// Something the machine or the kernel does wrong, on purpose: the checker must notice.
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
+    /// Decides every choice: the same seed does the same.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+#[derive(Clone, Debug, Args)]
+struct CaptureArgs {
+    /// The process.
+    #[arg(long, value_name = "N")]
+    pid: i32,
+    /// Where to write the layout. Default: standard output.
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Fault {
+    /// Invalidations do nothing.
+    SkipFlush,
+    /// Pages are freed when their entries are cleared.
+    FreeBeforeFlush,
+    /// One flush request in four is lost, and acknowledged.
+    DropIpi,
+}
+
+/// What the process says when it ends.
+enum Verdict {
+    Good,
+    Violation,
+}
+
+/// One line for the person, exit code 2.
+type Failure = String;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        None => run(&cli.run),
+        Some(Command::Run(args)) => run(args),
+        Some(Command::Capture(args)) => capture_layout(args),
+    };
+    match result {
+        Ok(Verdict::Good) => ExitCode::SUCCESS,
+        Ok(Verdict::Violation) => ExitCode::from(1),
+        Err(failure) => {
+            // If even this cannot be written, the exit code still tells.
+            let _ = writeln!(io::stderr(), "teardown: {failure}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: &RunArgs) -> Result<Verdict, Failure> {
+    // All input is read before anything runs.
+    let layouts = layouts(args)?;
+    let options = RunOptions {
+        nr_cpus: args.cpus,
+        seed: args.seed,
+        limits: Limits { batch_pages: args.batch_pages, ..Limits::DEFAULT },
+        checking: if args.checker == Switch::On { Checking::On } else { Checking::Off },
+        misbehaviour: match args.fault {
+            Some(Fault::FreeBeforeFlush) => Misbehaviour::FreeBeforeFlush,
+            _ => Misbehaviour::None,
+        },
+        fault: match args.fault {
+            Some(Fault::SkipFlush) => MachineFault::SkipFlush,
+            Some(Fault::DropIpi) => MachineFault::DropIpi,
+            _ => MachineFault::None,
+        },
+        ..RunOptions::default()
+    };
+    let mut report = Report::default();
+    let progress = progress_bar(layouts.len() as u64);
+    for layout in &layouts {
+        progress.set_message(layout.name.clone());
+        run_layout(layout, &options, &mut report).map_err(|error| error.to_string())?;
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    let out = BufWriter::new(io::stdout().lock());
+    let written = match args.format {
+        Format::Text => report.write_text(out),
+        Format::Json => report.write_json(out),
+    };
+    written.map_err(|error| format!("cannot write the report: {error}"))?;
+    Ok(if report.is_clean() { Verdict::Good } else { Verdict::Violation })
+}
+
+fn layouts(args: &RunArgs) -> Result<Vec<Layout>, Failure> {
+    let mut layouts = Vec::new();
+    for path in &args.layout {
+        layouts.push(read_layout(path)?);
+    }
+    if let Some(pid) = args.pid {
+        layouts.push(capture::capture(pid).map_err(|error| error.to_string())?);
+    }
+    if layouts.is_empty() {
+        for bundled in LAYOUTS {
+            layouts.push(Layout::parse(bundled.name, bundled.text).map_err(|error| error.to_string())?);
+        }
+    }
+    Ok(layouts)
+}
+
+fn read_layout(path: &Path) -> Result<Layout, Failure> {
+    let name = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {name}: {error}"))?;
+    Layout::parse(&name, &text).map_err(|error| error.to_string())
+}
+
+fn capture_layout(args: &CaptureArgs) -> Result<Verdict, Failure> {
+    let layout = capture::capture(args.pid).map_err(|error| error.to_string())?;
+    match &args.output {
+        None => {
+            let mut out = BufWriter::new(io::stdout().lock());
+            let written = layout.write_to(&mut out).and_then(|()| out.flush());
+            written.map_err(|error| format!("cannot write the layout: {error}"))?;
+        }
+        Some(path) => {
+            // A file cut short would be read as another layout: write it whole, then move it into place.
+            let mut temporary = path.clone().into_os_string();
+            temporary.push(".part");
+            let temporary = PathBuf::from(temporary);
+            let written = std::fs::write(&temporary, layout.to_string())
+                .and_then(|()| std::fs::rename(&temporary, path));
+            if let Err(error) = written {
+                let _ = std::fs::remove_file(&temporary);
+                return Err(format!("cannot write {}: {error}", path.display()));
+            }
+        }
+    }
+    Ok(Verdict::Good)
+}
+
+fn progress_bar(length: u64) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(length);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}") {
+        bar.set_style(style);
+    }
+    bar
+}

@@ -1,0 +1,271 @@
+//! What a run found, as text and as JSON.
+
+use std::io;
+
+use mmu_hosted::Found;
+use mmu_kernel_shim::Snapshot;
+use serde::Serialize;
+
+/// Everything a run found.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// One entry a layout (or log), in the order they ran.
+    pub layouts: Vec<LayoutReport>,
+    /// Accesses, walks or cached entries that reached a frame after it was freed, and the like; 0 if nothing was checked.
+    pub violations: u64,
+    /// Frames that nothing uses and nobody freed.
+    pub leaked_frames: u64,
+    /// Tables among them.
+    pub leaked_tables: u64,
+    /// Frames freed twice, or freed while still mapped.
+    pub double_frees: u64,
+    /// The first violations of each layout, told in full; not part of the JSON.
+    #[serde(skip)]
+    pub stories: Vec<String>,
+    /// Whether the checker ran.
+    #[serde(skip)]
+    pub checked: bool,
+}
+
+/// What happened to one address space.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct LayoutReport {
+    /// Its name.
+    pub name: String,
+    /// Areas.
+    pub vmas: u64,
+    /// Base pages that were mapped when the teardown began: 512 for each 2 MiB leaf.
+    pub pages: u64,
+    /// Tables freed.
+    pub tables: Tables,
+    /// Batch pages taken, over all gathers.
+    pub batches: u64,
+    /// Times a gather was full and flushed before it was done.
+    pub forced_flushes: u64,
+    /// Flush requests.
+    pub flushes: Flushes,
+    /// Interrupts for flushes.
+    pub ipis: Ipis,
+    /// Most pages waiting for one flush.
+    pub max_deferred_pages: u64,
+    /// Most tables waiting for one flush.
+    pub max_deferred_tables: u64,
+    /// Most leaves cleared while one table lock was held.
+    pub max_pages_per_lock: u64,
+    /// Time of the munmaps and the exit on a machine that models no caches, per base page; not of the checked run.
+    pub ns_per_page: f64,
+}
+
+/// Tables freed, by level.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Tables {
+    /// Last-level tables.
+    pub pte: u64,
+    /// Tables of 2 MiB entries.
+    pub pmd: u64,
+    /// Tables of 1 GiB entries.
+    pub pud: u64,
+}
+
+/// Flush requests, by what came of them.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Flushes {
+    /// Asked for pages.
+    pub ranged: u64,
+    /// Asked for a whole address space.
+    pub full: u64,
+    /// Reached a CPU that had nothing to do: another flush had brought it far enough.
+    pub skipped: u64,
+}
+
+/// Interrupts sent for flushes, and those that need not be.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Ipis {
+    /// Sent.
+    pub sent: u64,
+    /// Saved: the CPU was lazy, or ran something else, and compares generations before it comes back.
+    pub saved: u64,
+}
+
+impl LayoutReport {
+    /// The report of what happened between two snapshots of a kernel's counters.
+    #[must_use]
+    pub fn between(name: &str, vmas: u64, pages: u64, before: &Snapshot, after: &Snapshot) -> Self {
+        Self {
+            name: name.to_owned(),
+            vmas,
+            pages,
+            tables: Tables {
+                pte: after.pte_tables - before.pte_tables,
+                pmd: after.pmd_tables - before.pmd_tables,
+                pud: after.pud_tables - before.pud_tables,
+            },
+            batches: after.batches - before.batches,
+            forced_flushes: after.forced_flushes - before.forced_flushes,
+            flushes: Flushes {
+                ranged: after.flushes_ranged - before.flushes_ranged,
+                full: after.flushes_full - before.flushes_full,
+                skipped: after.flushes_skipped - before.flushes_skipped,
+            },
+            ipis: Ipis {
+                sent: after.ipis_sent - before.ipis_sent,
+                saved: after.ipis_saved_lazy - before.ipis_saved_lazy + after.ipis_saved_elsewhere
+                    - before.ipis_saved_elsewhere,
+            },
+            max_deferred_pages: after.max_deferred_slots,
+            max_deferred_tables: after.max_deferred_tables,
+            max_pages_per_lock: after.max_leaves_per_lock,
+            ns_per_page: 0.0,
+        }
+    }
+}
+
+impl Report {
+    /// Adds one address space, and what its checker said.
+    pub fn add(&mut self, layout: LayoutReport, found: &Found, lost: Lost) {
+        for violation in &found.told {
+            self.stories.push(format!("{}: {violation}", layout.name));
+        }
+        self.layouts.push(layout);
+        self.violations += found.count;
+        self.leaked_frames += lost.frames;
+        self.leaked_tables += lost.tables;
+        self.double_frees += lost.double_frees;
+    }
+
+    /// Whether nothing was wrong.
+    #[must_use]
+    pub const fn is_clean(&self) -> bool {
+        self.violations == 0 && self.leaked_frames == 0 && self.leaked_tables == 0 && self.double_frees == 0
+    }
+
+    /// Writes the JSON form.
+    ///
+    /// # Errors
+    /// What `out` returns.
+    pub fn write_json(&self, mut out: impl io::Write) -> io::Result<()> {
+        serde_json::to_writer(&mut out, self)?;
+        writeln!(out)?;
+        out.flush()
+    }
+
+    /// Writes the table, the totals, the stories of violations, and the verdict.
+    ///
+    /// # Errors
+    /// What `out` returns.
+    pub fn write_text(&self, mut out: impl io::Write) -> io::Result<()> {
+        let width = self.layouts.iter().map(|layout| layout.name.len()).chain([6]).max().unwrap_or(6);
+        writeln!(
+            out,
+            "{:width$} {:>6} {:>9}  {:>18}  {:>7} {:>6}  {:>20}  {:>13}  {:>11} {:>5} {:>7}",
+            "",
+            "",
+            "",
+            "tables freed",
+            "batch",
+            "forced",
+            "flush requests",
+            "IPIs",
+            "max waiting",
+            "max/",
+            "ns/"
+        )?;
+        writeln!(
+            out,
+            "{:width$} {:>6} {:>9}  {:>8} {:>4} {:>4}  {:>7} {:>6}  {:>7} {:>5} {:>6}  {:>6} {:>6}  {:>5} {:>5} {:>5} {:>7}",
+            "layout",
+            "VMAs",
+            "pages",
+            "pte",
+            "pmd",
+            "pud",
+            "pages",
+            "flush",
+            "ranged",
+            "full",
+            "skip",
+            "sent",
+            "saved",
+            "pages",
+            "tabs",
+            "lock",
+            "page"
+        )?;
+        for layout in &self.layouts {
+            row(&mut out, width, layout)?;
+        }
+        if self.layouts.len() > 1 {
+            row(&mut out, width, &self.total())?;
+        }
+        for story in &self.stories {
+            write!(out, "\n{story}")?;
+        }
+        let checked = if self.checked { "" } else { " (the checker was off)" };
+        writeln!(
+            out,
+            "\n{}: violations {}{checked}, leaked frames {}, leaked tables {}, double frees {}",
+            if self.is_clean() { "clean" } else { "NOT CLEAN" },
+            self.violations,
+            self.leaked_frames,
+            self.leaked_tables,
+            self.double_frees,
+        )?;
+        out.flush()
+    }
+
+    fn total(&self) -> LayoutReport {
+        let mut total = LayoutReport { name: "total".to_owned(), ..LayoutReport::default() };
+        let mut ns = 0.0;
+        for one in &self.layouts {
+            total.vmas += one.vmas;
+            total.pages += one.pages;
+            total.tables.pte += one.tables.pte;
+            total.tables.pmd += one.tables.pmd;
+            total.tables.pud += one.tables.pud;
+            total.batches += one.batches;
+            total.forced_flushes += one.forced_flushes;
+            total.flushes.ranged += one.flushes.ranged;
+            total.flushes.full += one.flushes.full;
+            total.flushes.skipped += one.flushes.skipped;
+            total.ipis.sent += one.ipis.sent;
+            total.ipis.saved += one.ipis.saved;
+            total.max_deferred_pages = total.max_deferred_pages.max(one.max_deferred_pages);
+            total.max_deferred_tables = total.max_deferred_tables.max(one.max_deferred_tables);
+            total.max_pages_per_lock = total.max_pages_per_lock.max(one.max_pages_per_lock);
+            ns += one.ns_per_page * one.pages as f64;
+        }
+        total.ns_per_page = if total.pages == 0 { 0.0 } else { ns / total.pages as f64 };
+        total
+    }
+}
+
+fn row(out: &mut impl io::Write, width: usize, layout: &LayoutReport) -> io::Result<()> {
+    let LayoutReport { name, vmas, pages, tables, batches, forced_flushes, flushes, ipis, .. } = layout;
+    writeln!(
+        out,
+        "{name:width$} {vmas:>6} {pages:>9}  {:>8} {:>4} {:>4}  {batches:>7} {forced_flushes:>6}  {:>7} {:>5} {:>6}  {:>6} {:>6}  {:>5} {:>5} {:>5} {:>7.2}",
+        tables.pte,
+        tables.pmd,
+        tables.pud,
+        flushes.ranged,
+        flushes.full,
+        flushes.skipped,
+        ipis.sent,
+        ipis.saved,
+        layout.max_deferred_pages,
+        layout.max_deferred_tables,
+        layout.max_pages_per_lock,
+        layout.ns_per_page,
+    )
+}
+
+/// What was lost or given back twice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// Frames nobody uses and nobody freed.
+    pub frames: u64,
+    /// Tables among the frames of tables.
+    pub tables: u64,
+    /// Frames freed twice, or while mapped.
+    pub double_frees: u64,
+}
