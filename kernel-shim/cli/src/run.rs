@@ -259,10 +259,10 @@ impl Shared {
         let choices = machine.choices();
         kernel.switch_to(Some(&self.process.mm));
         while !self.stop.load(Ordering::Relaxed) {
-            match choices.below(64) {
+            match choices.below(48) {
                 0 => {
                     kernel.go_lazy();
-                    for _ in 0..choices.below(32) {
+                    for _ in 0..choices.below(256) {
                         machine.seam(Seam::Lock);
                     }
                     kernel.switch_to(Some(&self.process.mm));
@@ -293,7 +293,6 @@ impl Shared {
         if mapped.is_empty() {
             return;
         }
-        // Half of the touches stay near the last one: programs do, and so stale entries are used again.
         let run = mapped[choices.pick(mapped.len())];
         let page = run.start() + (choices.below(run.nr_pages()) << 12);
         let access = if choices.one_in(2) { UserAccess::Read } else { UserAccess::Write };

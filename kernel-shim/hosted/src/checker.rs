@@ -38,8 +38,8 @@ pub struct Violation {
     pub story: Vec<Event>,
 }
 
-/// What can go wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What can go wrong, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ViolationKind {
     /// A program can reach a page that was freed, or did.
     PageReachableAfterFree,
@@ -68,8 +68,9 @@ impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "violation: {}", self.kind)?;
         writeln!(f, "  {} address {:#x} frame {:#x}", self.cpu, self.address, self.frame.start_address())?;
-        if let Some((step, cpu)) = self.freed {
-            writeln!(f, "  freed at step {step} by {cpu}")?;
+        match self.freed {
+            Some((step, cpu)) => writeln!(f, "  freed at step {step} by {cpu}")?,
+            None => writeln!(f, "  not freed yet")?,
         }
         if let Some(entry) = &self.entry {
             writeln!(f, "  through its {entry}")?;
@@ -81,8 +82,8 @@ impl fmt::Display for Violation {
     }
 }
 
-/// How many violations are told in full; the others are counted.
-const TOLD: usize = 8;
+/// How many violations of one kind are told in full; the others are counted.
+const TOLD: usize = 2;
 
 /// The truth about frames, and the violations found.
 #[derive(Debug)]
@@ -183,19 +184,20 @@ impl Checker {
     }
 
     /// Notes a violation.
-    pub(crate) fn report(&self, tell: impl FnOnce() -> Violation) {
+    pub(crate) fn report(&self, kind: ViolationKind, tell: impl FnOnce() -> Violation) {
         let mut found = self.lock();
         found.count += 1;
-        if found.told.len() < TOLD {
-            let violation = tell();
-            found.told.push(violation);
+        if found.told.iter().filter(|told| told.kind == kind).count() < TOLD {
+            found.told.push(tell());
         }
     }
 
-    /// What was found so far.
+    /// What was found so far, the worst kind first.
     #[must_use]
     pub(crate) fn found(&self) -> Found {
-        self.lock().clone()
+        let mut found = self.lock().clone();
+        found.told.sort_by_key(|violation| violation.kind);
+        found
     }
 
     fn lock(&self) -> MutexGuard<'_, Found> {

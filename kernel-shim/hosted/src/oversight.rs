@@ -20,9 +20,6 @@ use crate::story::What;
 use crate::walk::Depth;
 use crate::watch::{CachedEntry, Tag, Use};
 
-/// Events told with a violation.
-const STORY_LENGTH: usize = 24;
-
 /// Memory as a walk reads it, with an eye on walks through tables that are free.
 struct WatchedMemory<'a> {
     memory: &'a Memory,
@@ -103,14 +100,14 @@ impl HostedMachine {
         frame: PhysFrame,
         entry: Option<CachedEntry>,
     ) {
-        checked.checker.report(|| Violation {
+        checked.checker.report(kind, || Violation {
             kind,
             cpu,
             address,
             frame,
             freed: checked.checker.when_freed(frame),
             entry,
-            story: checked.story.about(cpu, frame, address, STORY_LENGTH),
+            story: checked.story.about(cpu, frame, address),
         });
     }
 

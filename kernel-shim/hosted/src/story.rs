@@ -9,6 +9,8 @@ use x86_64::structures::paging::PhysFrame;
 
 /// How many events are kept.
 const KEPT: usize = 8192;
+/// How many events of one sort are told.
+const MOST_OF_A_SORT: usize = 5;
 
 /// One thing that happened, in the order of steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +34,7 @@ pub enum What {
     Accessed(u64, PhysFrame),
     /// INVLPG.
     Invlpg(u64),
-    /// CR3 was loaded with this root under this PCID; `true` if what was cached under it was kept.
+    /// CR3 was loaded with this root under this PCID.
     LoadedCr3(PhysFrame, u16, Kept),
     /// A request was sent to this CPU.
     Sent(CpuId),
@@ -42,10 +44,6 @@ pub enum What {
     Lost(CpuId),
     /// An unmapping of these addresses was about to return.
     Unmapped(u64, u64),
-    /// The CPU went lazy, or runs kernel code.
-    LeftUserMode,
-    /// The CPU runs a program.
-    EnteredUserMode,
 }
 
 /// Whether a CR3 load kept what was cached.
@@ -82,20 +80,31 @@ impl Story {
         step
     }
 
-    /// The last events that have to do with `frame`, `address` or the caches of `cpu`, oldest first, at most `most`.
+    /// The last events that explain how `cpu` came to reach `frame` at `address`, oldest first.
+    ///
+    /// All that happened to the frame and to the address; of what the CPU itself did, the last few of each sort.
     #[must_use]
-    pub(crate) fn about(&self, cpu: CpuId, frame: PhysFrame, address: u64, most: usize) -> Vec<Event> {
+    pub(crate) fn about(&self, cpu: CpuId, frame: PhysFrame, address: u64) -> Vec<Event> {
         let events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let matters = |event: &&Event| match event.what {
-            What::Allocated(other) | What::Freed(other) => other == frame,
-            What::Accessed(page, other) => other == frame || page >> 12 == address >> 12,
-            What::Invlpg(page) => event.cpu == cpu && page >> 12 == address >> 12,
-            What::Unmapped(start, end) => start <= address && address < end,
-            What::Sent(to) => to == cpu,
-            What::LoadedCr3(..) | What::Answered(_) | What::Lost(_) => event.cpu == cpu,
-            What::LeftUserMode | What::EnteredUserMode => event.cpu == cpu,
-        };
-        let mut chosen: Vec<Event> = events.kept.iter().rev().filter(matters).take(most).copied().collect();
+        let mut left = [MOST_OF_A_SORT; 4];
+        let mut chosen = Vec::new();
+        for event in events.kept.iter().rev() {
+            let here = event.cpu == cpu;
+            let sort = match event.what {
+                What::Allocated(other) | What::Freed(other) if other == frame => 0,
+                What::Unmapped(start, end) if start <= address && address < end => 0,
+                What::Invlpg(page) if here && page >> 12 == address >> 12 => 0,
+                What::Accessed(page, _) if here && page >> 12 == address >> 12 => 1,
+                What::Sent(to) if to == cpu => 2,
+                What::Answered(_) | What::Lost(_) if here => 2,
+                What::LoadedCr3(..) if here => 3,
+                _ => continue,
+            };
+            if left[sort] > 0 {
+                left[sort] -= 1;
+                chosen.push(*event);
+            }
+        }
         chosen.reverse();
         chosen
     }
@@ -122,8 +131,6 @@ impl fmt::Display for Event {
             What::Answered(from) => write!(f, "flush request of {from} carried out"),
             What::Lost(from) => write!(f, "flush request of {from} lost, and acknowledged (a planted fault)"),
             What::Unmapped(start, end) => write!(f, "unmapping of {start:#x}..{end:#x} returns"),
-            What::LeftUserMode => f.write_str("leaves user mode"),
-            What::EnteredUserMode => f.write_str("enters user mode"),
         }
     }
 }
