@@ -12,8 +12,7 @@ impl<K: Platform> MmuGather<'_, K> {
     /// `vmas` comes in ascending order, all its leaves are gone, and `bounds` are the neighbours that stay: end of the area
     /// below, start of the area above. Areas that lie closer together than 2 MiB are taken in one walk.
     ///
-    /// Areas of device frames are flushed for first: after this call the embedder makes them impossible to find, and their
-    /// frames' owner no longer waits for us.
+    /// Areas of device frames are flushed for first, if [`flush_pfn_maps`](Self::flush_pfn_maps) was not called.
     ///
     /// # Context
     /// The areas are detached: nobody faults in them, and the neighbours do not grow into `bounds` before
@@ -22,10 +21,7 @@ impl<K: Platform> MmuGather<'_, K> {
     /// # Source
     /// Linux: free_pgtables, mm/memory.c.
     pub fn free_pgtables(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, bounds: Bounds) {
-        if self.state.pfn_maps == PfnMaps::Seen {
-            self.flush_tlb_only();
-            self.state.pfn_maps = PfnMaps::NotSeen;
-        }
+        self.flush_pfn_maps();
         let mut vmas = vmas.into_iter().map(|vma| vma.range).peekable();
         while let Some(first) = vmas.next() {
             let mut run = first;
@@ -34,6 +30,24 @@ impl<K: Platform> MmuGather<'_, K> {
             }
             let ceiling = vmas.peek().map_or(u64::MAX, |next| next.start());
             self.free_pgd_range(run, bounds.below(ceiling));
+        }
+    }
+
+    /// Makes every CPU forget the device frames unmapped so far, if there were any; frees nothing.
+    ///
+    /// Called before the areas are made impossible to find: from then on the frames' owner, who looks for areas to unmap
+    /// before it frees, finds none and no longer waits for us (CVE-2022-39188).
+    ///
+    /// # Context
+    /// As for [`flush_tlb_only`](Self::flush_tlb_only), no table lock held.
+    ///
+    /// # Source
+    /// Linux: tlb_free_vmas, include/asm-generic/tlb.h.
+    #[doc(alias = "tlb_free_vmas")]
+    pub fn flush_pfn_maps(&mut self) {
+        if self.state.pfn_maps == PfnMaps::Seen {
+            self.flush_tlb_only();
+            self.state.pfn_maps = PfnMaps::NotSeen;
         }
     }
 

@@ -13,7 +13,7 @@ use crate::platform::{Platform, Vma};
 ///
 /// What comes back has been flushed from every CPU; drop the map lock, then free it. `unlink` runs between the pages and
 /// the tables: there the embedder takes the areas out of its rmap (Linux: unlink_anon_vmas, unlink_file_vma), so that
-/// nobody finds an area whose tables are going.
+/// nobody finds an area whose tables are going. Device frames have been flushed for by then.
 ///
 /// Before detaching, [`split_leaf`](MmuGather::split_leaf) both ends of the range: afterwards nothing can fail.
 ///
@@ -37,6 +37,7 @@ where
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
     gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+    gather.flush_pfn_maps();
     unlink();
     gather.free_pgtables(vmas, bounds);
     gather.flush()
@@ -89,6 +90,7 @@ where
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
     gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+    gather.flush_pfn_maps();
     unlink();
     gather.free_pgtables(vmas, Bounds::whole());
     let flushed = gather.flush();
