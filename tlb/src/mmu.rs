@@ -1,7 +1,8 @@
 //! What a kernel supplies about its CPUs: who am I, whom can I interrupt, and the few privileged instructions.
 #![expect(unsafe_code, reason = "the one place of this crate with privileged instructions")]
 
-use x86_64::VirtAddr;
+use core::arch::asm;
+
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::Cr3;
 use x86_64::structures::paging::PhysFrame;
@@ -133,7 +134,9 @@ pub unsafe trait Cpus {
     /// Drops this CPU's translation of the page at `address` under the current PCID, whatever the page's size, and the
     /// paging-structure entries that lead to it.
     fn invlpg(&self, address: u64) {
-        x86_64::instructions::tlb::flush(VirtAddr::new_truncate(address));
+        // Not the x86_64 crate's `flush`: its `VirtAddr` has 48 bits, and with five levels of tables a user address has 56.
+        // SAFETY: invalidating a translation is always legal; an address that is not canonical is a no-op.
+        unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack, preserves_flags)) };
     }
 
     /// Makes `root` this CPU's top table under `pcid`.
