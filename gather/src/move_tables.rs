@@ -30,7 +30,7 @@ impl<K: Platform> MmuGather<'_, K> {
             return Err(MapError::NotUserSpace(new_end));
         }
         self.for_each_table(old, |gather, _, part| {
-            gather.prepare_place(part, part.start() - old.start() + new_start)
+            gather.prepare_place(old, part, part.start() - old.start() + new_start)
         })?;
         self.for_each_table(old, |gather, view, part| {
             gather.move_entries(view, part, part.start() - old.start() + new_start);
@@ -58,12 +58,22 @@ impl<K: Platform> MmuGather<'_, K> {
         Ok(())
     }
 
-    /// Links the one or two tables that the entries of `part` move into.
-    fn prepare_place(&mut self, part: VirtRange, new_start: u64) -> Result<(), MapError> {
-        let last = new_start + part.len_bytes() - Level::Pte.entry_span();
-        for address in [new_start, last] {
+    /// Links the one or two tables that the entries of `part` move into, and sees that nothing is in their way there but
+    /// what is itself to move.
+    fn prepare_place(&mut self, old: VirtRange, part: VirtRange, new_start: u64) -> Result<(), MapError> {
+        let page = Level::Pte.entry_span();
+        let mut address = new_start;
+        while address < new_start + part.len_bytes() {
             // SAFETY: the constructor's caller holds the map lock.
-            unsafe { self.mm.space().ensure_table(self.kernel, address, Level::Pte) }?;
+            let view = unsafe { self.mm.space().ensure_table(self.kernel, address, Level::Pte) }?;
+            let stop = (address | (Level::Pmd.entry_span() - 1)) + 1;
+            while address < stop.min(new_start + part.len_bytes()) {
+                let found = view.load(address);
+                if !found.is_none() && !old.contains(address) {
+                    return Err(MapError::Occupied(address, Level::Pte, found));
+                }
+                address += page;
+            }
         }
         Ok(())
     }
