@@ -123,6 +123,12 @@ impl PaperKernel {
         tables
     }
 
+    /// Whether the table in `frame` has an entry that is not none.
+    #[must_use]
+    pub fn has_entries(&self, table: PhysFrame) -> bool {
+        !self.table(table).is_empty()
+    }
+
     pub(crate) fn root_of(&self, mm: &PaperMm) -> TableView<'_> {
         // SAFETY: one thread; nobody frees tables meanwhile.
         unsafe { mm.space().root_table(self) }

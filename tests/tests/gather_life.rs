@@ -1,0 +1,234 @@
+//! From the first entry cleared to the last page freed: modes, nesting, and gathers that end early.
+
+use mmu_gather::pagetable::{Bounds, Level};
+use mmu_gather::tlb::{OnlineCpus, PcidSupport, TlbEvent};
+use mmu_gather::{GatherEvent, GatherMode, Limits};
+use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, Options, PaperKernel, area, range};
+
+const PAGE: u64 = 4096;
+
+fn kernel_with_pages(options: Options, nr_pages: u64) -> PaperKernel {
+    let kernel = PaperKernel::new(options);
+    let mm = kernel.new_mm();
+    kernel.map_range(mm, range(GIB, GIB + nr_pages * PAGE));
+    for cpu in kernel.cpu_ids() {
+        kernel.run(cpu, mm);
+        for page in 0..nr_pages {
+            kernel.touch(cpu, GIB + page * PAGE, Access::Write).expect("mapped");
+        }
+    }
+    kernel.take_events();
+    kernel
+}
+
+#[test]
+fn an_unfinished_gather_finishes_itself_when_dropped() {
+    let kernel = kernel_with_pages(Options::default(), 600);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + 600 * PAGE, Backing::Anonymous);
+    let mut gather = kernel.gather(mm);
+    gather.unmap_vmas([vma], vma.range);
+    gather.free_pgtables([vma], Bounds::whole());
+    assert_eq!(mm.open_gathers(), 1);
+    assert!(kernel.batches_lent() > 0);
+    drop(gather);
+    assert_eq!(mm.open_gathers(), 0);
+    assert_eq!(kernel.batches_lent(), 0);
+    assert_eq!(kernel.ledger().nr_held(), 0);
+    assert_eq!(kernel.nr_tables(mm), [0; 4]);
+    for cpu in kernel.cpu_ids() {
+        assert_eq!(kernel.touch(cpu, GIB, Access::Read), Err(Fault::NotPresent), "{cpu}");
+    }
+}
+
+#[test]
+fn a_flushed_gather_frees_as_well_when_dropped_as_when_told() {
+    for told in [false, true] {
+        let kernel = kernel_with_pages(Options::default(), 20);
+        let vma = area(GIB, GIB + 20 * PAGE, Backing::Anonymous);
+        let flushed = kernel.zap(kernel.mm(0), &vma, vma.range);
+        assert_eq!(kernel.ledger().nr_held(), 20, "flushed, not freed");
+        assert_eq!(kernel.mm(0).open_gathers(), 0, "the flush is what others wait for");
+        assert_eq!(kernel.cached(CPU[1], GIB), None);
+        if told {
+            flushed.free();
+        } else {
+            drop(flushed);
+        }
+        assert_eq!(kernel.ledger().nr_held(), 0);
+        assert_eq!(kernel.batches_lent(), 0);
+    }
+}
+
+/// Empty gathers happen all the time; one that flushed everything would be slow, and nobody would notice (DragonOS).
+#[test]
+fn an_empty_gather_flushes_nothing_and_frees_nothing() {
+    let kernel = kernel_with_pages(Options::default(), 1);
+    let mm = kernel.mm(0);
+    drop(kernel.gather(mm));
+    kernel.gather(mm).flush().free();
+    let vma = area(2 * GIB, 3 * GIB, Backing::Anonymous);
+    kernel.zap(mm, &vma, vma.range).free();
+    kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::between(Some(GIB + PAGE), None));
+    assert_eq!(kernel.count(|event| matches!(event, Event::Tlb(TlbEvent::Requested { .. }))), 0);
+    assert_eq!(mm.context().tlb_gen().get(), 0);
+}
+
+#[test]
+fn a_gather_can_be_filled_again_after_a_flush() {
+    let kernel = kernel_with_pages(Options::default(), 30);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + 30 * PAGE, Backing::Anonymous);
+    let mut gather = kernel.gather(mm);
+    for part in 0..3 {
+        let start = GIB + part * 10 * PAGE;
+        gather.zap_vma_range(&vma, range(start, start + 10 * PAGE));
+        gather.flush_mmu();
+        assert_eq!(kernel.ledger().nr_held() as u64, 20 - part * 10);
+        assert_eq!(kernel.cached(CPU[1], start), None);
+    }
+    gather.flush_mmu();
+    drop(gather);
+    assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { to } if *to == CPU[1])), 3);
+}
+
+#[test]
+fn a_tlb_only_flush_frees_nothing_and_what_it_covered_is_freed_without_another() {
+    let kernel = kernel_with_pages(Options::default(), 5);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + 5 * PAGE, Backing::Anonymous);
+    let mut gather = kernel.gather(mm);
+    gather.zap_vma_range(&vma, vma.range);
+    gather.flush_tlb_only();
+    assert_eq!(kernel.ledger().nr_held(), 5);
+    gather.flush_tlb_only();
+    gather.flush().free();
+    assert_eq!(kernel.ledger().nr_held(), 0);
+    assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { to } if *to == CPU[1])), 1);
+}
+
+#[test]
+fn two_gathers_on_one_mm_both_flush_all_of_it() {
+    let kernel = kernel_with_pages(Options::default(), 8);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + 8 * PAGE, Backing::Anonymous);
+    let mut first = kernel.gather(mm);
+    first.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE));
+    // The second finds the first's pages gone already, and must not return while they are usable.
+    let second = kernel.zap(mm, &vma, vma.range);
+    assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::NestedFlush)), 1);
+    for cpu in kernel.cpu_ids() {
+        assert_eq!(kernel.cached(cpu, GIB), None, "{cpu}");
+    }
+    second.free();
+    first.flush().free();
+    assert_eq!(kernel.ledger().nr_held(), 0);
+}
+
+/// The first to finish sees the second still open, and covers what the second cleared.
+#[test]
+fn the_gather_that_finishes_first_covers_what_the_other_cleared() {
+    let kernel = kernel_with_pages(Options::default(), 8);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + 8 * PAGE, Backing::Anonymous);
+    let mut first = kernel.gather(mm);
+    let mut second = kernel.gather(mm);
+    second.zap_vma_range(&vma, vma.range);
+    first.zap_vma_range(&vma, vma.range);
+    first.flush().free();
+    assert_eq!(kernel.cached(CPU[2], GIB + 7 * PAGE), None);
+    assert_eq!(kernel.ledger().nr_held(), 8, "the second holds them still");
+    second.flush().free();
+    assert_eq!(kernel.ledger().nr_held(), 0);
+}
+
+#[test]
+fn gathers_on_different_address_spaces_do_not_disturb_each_other() {
+    let kernel = kernel_with_pages(Options::default(), 2);
+    let (mm, other) = (kernel.mm(0), kernel.new_mm());
+    let open = kernel.gather(other);
+    let vma = area(GIB, GIB + 2 * PAGE, Backing::Anonymous);
+    kernel.zap(mm, &vma, vma.range).free();
+    assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::NestedFlush)), 0);
+    drop(open);
+}
+
+#[test]
+fn a_forced_flush_of_a_nested_gather_is_whole_too() {
+    let kernel = kernel_with_pages(Options::default(), 40);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + 40 * PAGE, Backing::Anonymous);
+    let mut first = kernel.gather(mm);
+    first.zap_vma_range(&vma, range(GIB + 39 * PAGE, GIB + 40 * PAGE));
+    let small = Limits { bundle_slots: 4, batch_pages: 0, ..Limits::DEFAULT };
+    let mut second = kernel.gather(mm).with_limits(&small);
+    second.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE));
+    assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::ForcedFlush)), 1);
+    assert_eq!(kernel.cached(CPU[1], GIB + 39 * PAGE), None, "the first's page too");
+    drop(second);
+    drop(first);
+}
+
+#[test]
+fn with_one_cpu_online_the_flush_is_local_and_pages_still_wait_for_it() {
+    let options = Options { cpus: 1, online: OnlineCpus::One, ..Options::default() };
+    let kernel = kernel_with_pages(options, 20);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + 20 * PAGE, Backing::Anonymous);
+    let mut gather = kernel.gather(mm);
+    assert_eq!(gather.mode(), GatherMode::SingleCpu);
+    gather.unmap_vmas([vma], vma.range);
+    assert!(kernel.cached(CPU[0], GIB).is_some(), "cleared, not flushed");
+    assert_eq!(kernel.ledger().nr_held(), 20, "nothing is freed before the flush");
+    gather.free_pgtables([vma], Bounds::whole());
+    gather.flush().free();
+    assert_eq!(kernel.cached(CPU[0], GIB), None);
+    assert_eq!(kernel.ledger().nr_held(), 0);
+    assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. } | Event::StateRead(_))), 2);
+}
+
+#[test]
+fn a_whole_address_space_goes_with_one_flush_of_everything() {
+    for pcid in [PcidSupport::Off, PcidSupport::On] {
+        let kernel = kernel_with_pages(Options { pcid, ..Options::default() }, 20);
+        let mm = kernel.mm(0);
+        for cpu in kernel.cpu_ids() {
+            kernel.go_lazy(cpu);
+        }
+        let vma = area(GIB, GIB + 20 * PAGE, Backing::Anonymous);
+        let mut gather = kernel.gather_fullmm(mm);
+        assert_eq!(gather.mode(), GatherMode::FullMm);
+        gather.unmap_vmas([vma], vma.range);
+        gather.free_pgtables([vma], Bounds::whole());
+        gather.flush().free();
+        let requests = kernel.count(|event| matches!(event, Event::Tlb(TlbEvent::Requested { .. })));
+        assert_eq!(requests, 1);
+        assert_eq!(
+            kernel.count(|event| matches!(event, Event::Tlb(TlbEvent::Requested { pages: None, .. }))),
+            1
+        );
+        assert!(!mm.context().is_loaded_somewhere(&kernel));
+        assert_eq!(kernel.ledger().nr_held(), 0);
+        assert_eq!(kernel.nr_tables(mm), [0; 4]);
+    }
+}
+
+#[test]
+fn a_table_queued_by_hand_is_flushed_and_freed_like_any_other() {
+    let kernel = kernel_with_pages(Options::default(), 1);
+    let mm = kernel.mm(0);
+    let vma = area(GIB, GIB + PAGE, Backing::Anonymous);
+    kernel.zap(mm, &vma, vma.range).free();
+    kernel.go_lazy(CPU[1]);
+    let pmd = kernel.find_table(mm, GIB, Level::Pmd).expect("linked");
+    let locked = pmd.lock(&kernel);
+    let unhooked = locked.entry(GIB).get_and_clear();
+    drop(locked);
+    let frame = unhooked.as_table(Level::Pmd).expect("a table");
+    let mut gather = kernel.gather(mm);
+    let span = mmu_gather::pagetable::VirtRange::of_entry(Level::Pmd, GIB);
+    gather.remove_table(mmu_gather::pagetable::FreedTable { frame, level: Level::Pte, span }, GIB);
+    gather.flush().free();
+    assert!(!kernel.is_live_table(frame));
+    assert!(!kernel.state(CPU[1]).has_loaded(mm.context()), "lazy CPUs were told");
+}
