@@ -1,0 +1,84 @@
+//! The engine on a space.
+#![expect(unsafe_code, reason = "the engine takes the map lock on trust")]
+
+use mmu_gather::pagetable::{Bounds, Level, VirtRange};
+use mmu_gather::{Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region};
+
+use crate::machine::{Counting, Machine};
+use crate::space::Space;
+
+/// The area at `range`, of pages with counts.
+#[must_use]
+#[inline]
+pub const fn vma(range: VirtRange) -> Vma<()> {
+    Vma { range, kind: VmaKind::Normal, area: () }
+}
+
+/// Exit: everything goes at once, nobody runs in the space.
+#[inline(never)]
+pub fn exit<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
+    let vmas = space.shape.areas.iter().copied().map(vma);
+    // SAFETY: this thread alone knows the space, and its CPUs are lazy.
+    unsafe { exit_mmap(machine, &space.mm, limits, vmas, || {}) }.free();
+}
+
+/// One munmap over all areas, while programs run in the space.
+#[inline(never)]
+pub fn munmap<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
+    let vmas = space.shape.areas.iter().copied().map(vma);
+    // SAFETY: this thread alone changes the space; nothing else is mapped.
+    unsafe { unmap_region(machine, &space.mm, limits, vmas, Bounds::whole(), || {}) }.free();
+}
+
+/// One munmap an area. `bounds` are the neighbours: the next areas, or the pages that stay.
+#[inline(never)]
+pub fn munmap_each<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
+    if space.shape.is_one_by_one() {
+        for area in &space.shape.areas {
+            let bounds = Bounds::between(Some(area.start()), Some(area.end()));
+            unmap_one(machine, space, limits, *area, bounds);
+        }
+        return;
+    }
+    let mut areas = space.shape.areas.iter().peekable();
+    while let Some(area) = areas.next() {
+        // Those below are gone already.
+        let bounds = Bounds::between(None, areas.peek().map(|next| next.start()));
+        unmap_one(machine, space, limits, *area, bounds);
+    }
+}
+
+fn unmap_one<C: Counting>(
+    machine: &Machine<'_, C>,
+    space: &Space<'_>,
+    limits: &Limits,
+    area: VirtRange,
+    bounds: Bounds,
+) {
+    // SAFETY: this thread alone changes the space, and nothing else is mapped between the bounds.
+    unsafe { unmap_region(machine, &space.mm, limits, [vma(area)], bounds, || {}) }.free();
+}
+
+/// A gather that is begun, finds nothing, and is finished: the fixed cost.
+#[inline(never)]
+pub fn nothing<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
+    // SAFETY: this thread alone changes the space.
+    unsafe { MmuGather::new(machine, &space.mm) }.flush().free();
+}
+
+/// Looks every leaf up, from the root; returns how many were found.
+///
+/// # Panics
+/// If one is missing.
+#[inline(never)]
+#[must_use]
+pub fn look_up<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) -> u64 {
+    let mut sum = 0;
+    for leaf in &space.shape.leaves {
+        // SAFETY: nobody frees tables meanwhile.
+        let found = unsafe { space.mm.space().lookup(machine, leaf.address) };
+        assert!(found.level <= Level::Pmd, "{leaf:?} is not mapped");
+        sum += found.value.leaf_address(found.level).as_u64() >> 12;
+    }
+    sum
+}

@@ -1,0 +1,348 @@
+//! The engine's three traits, as an embedder who cares for speed would implement them.
+#![expect(unsafe_code, reason = "implements the engine's unsafe traits")]
+
+use core::cell::Cell;
+use core::marker::PhantomData;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::time::Duration;
+use std::time::Instant;
+
+use mmu_gather::pagetable::{TableLock, TableMemory};
+use mmu_gather::tlb::{
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, flush_tlb_func, switch_mm,
+};
+use mmu_gather::{BatchArena, BatchPage, Disposition, FreedPages, GatherEvent, Mm, Pages, UnmappedLeaf};
+use x86_64::instructions::tlb::Pcid;
+use x86_64::structures::paging::mapper::PageTableFrameMapping;
+use x86_64::structures::paging::{PageTable, PhysFrame};
+
+use crate::memory::{Frame, Memory, pointer};
+
+/// Room for 64 CPUs.
+pub type Bits = [AtomicU64; 1];
+
+/// How a kernel counts references and mappings of a frame.
+pub trait Counting {
+    /// For the row in the table.
+    const NAME: &'static str;
+    /// An entry was cleared; the table lock is held.
+    fn unmapped(frame: &Frame);
+    /// The flush has completed; says whether that was the last reference.
+    fn released(frame: &Frame) -> bool;
+}
+
+/// Both counts dropped together after the flush, plainly: they are guarded by something held anyway.
+#[derive(Debug)]
+pub struct Batched;
+/// The map count dropped as the entry is cleared, the reference after the flush, plainly.
+#[derive(Debug)]
+pub struct AtUnmap;
+/// One count for both, dropped after the flush, plainly.
+#[derive(Debug)]
+pub struct Combined;
+/// As [`AtUnmap`], with two locked instructions: what Linux does.
+#[derive(Debug)]
+pub struct Locked;
+
+#[inline]
+fn plain_decrement(count: &AtomicU32) -> u32 {
+    let left = count.load(Ordering::Relaxed) - 1;
+    count.store(left, Ordering::Relaxed);
+    left
+}
+
+impl Counting for Batched {
+    const NAME: &'static str = "both counts after the flush";
+    #[inline]
+    fn unmapped(_frame: &Frame) {}
+    #[inline]
+    fn released(frame: &Frame) -> bool {
+        plain_decrement(&frame.mapcount);
+        plain_decrement(&frame.refcount) == 0
+    }
+}
+
+impl Counting for AtUnmap {
+    const NAME: &'static str = "map count at the entry";
+    #[inline]
+    fn unmapped(frame: &Frame) {
+        plain_decrement(&frame.mapcount);
+    }
+    #[inline]
+    fn released(frame: &Frame) -> bool {
+        plain_decrement(&frame.refcount) == 0
+    }
+}
+
+impl Counting for Combined {
+    const NAME: &'static str = "one combined count";
+    #[inline]
+    fn unmapped(_frame: &Frame) {}
+    #[inline]
+    fn released(frame: &Frame) -> bool {
+        plain_decrement(&frame.refcount) == 0
+    }
+}
+
+impl Counting for Locked {
+    const NAME: &'static str = "two locked counts";
+    #[inline]
+    fn unmapped(frame: &Frame) {
+        frame.mapcount.fetch_sub(1, Ordering::Relaxed);
+    }
+    #[inline]
+    fn released(frame: &Frame) -> bool {
+        frame.refcount.fetch_sub(1, Ordering::Release) == 1
+    }
+}
+
+/// What the hardware was asked to do.
+#[derive(Debug, Default)]
+pub struct FlushCounts {
+    /// Single pages invalidated, by all CPUs together.
+    pub invlpgs: Cell<u64>,
+    /// CR3 loads that dropped a context, by all CPUs together.
+    pub full: Cell<u64>,
+    /// Interrupts to other CPUs.
+    pub ipis: Cell<u64>,
+    /// Batch pages taken.
+    pub batch_pages: Cell<u64>,
+    /// Flushes forced by a full gather.
+    pub forced: Cell<u64>,
+}
+
+#[inline]
+fn add(counter: &Cell<u64>, more: u64) {
+    counter.set(counter.get() + more);
+}
+
+/// How many of its pages ahead of the one it releases the machine fetches metadata.
+const PREFETCH: usize = 16;
+
+/// One CPU that runs the benches, and others that merely have an address space loaded.
+#[derive(Debug)]
+pub struct Machine<'m, C> {
+    memory: &'m Memory,
+    cpus: Vec<CpuTlb<Bits>>,
+    online: OnlineCpus,
+    ipi_cost: Duration,
+    batches: BatchArena,
+    ceiling: u64,
+    /// What was counted so far.
+    pub counts: FlushCounts,
+    counting: PhantomData<C>,
+}
+
+impl<'m, C: Counting> Machine<'m, C> {
+    /// A machine that says it has `online` CPUs.
+    #[must_use]
+    pub fn new(memory: &'m Memory, online: OnlineCpus) -> Self {
+        Self {
+            memory,
+            cpus: vec![CpuTlb::new()],
+            online,
+            ipi_cost: Duration::ZERO,
+            batches: BatchArena::new(None),
+            ceiling: mmu_gather::tlb::SINGLE_PAGE_FLUSH_CEILING,
+            counts: FlushCounts::default(),
+            counting: PhantomData,
+        }
+    }
+
+    /// The same machine with `others` more CPUs, each of which takes `cost` to interrupt.
+    #[must_use]
+    pub fn with_others(mut self, others: usize, cost: Duration) -> Self {
+        self.cpus.extend((0..others).map(|_| CpuTlb::new()));
+        self.ipi_cost = cost;
+        self
+    }
+
+    /// The same machine without batch pages: a gather has its eight slots only.
+    #[must_use]
+    pub fn without_batches(mut self) -> Self {
+        self.batches = BatchArena::new(Some(0));
+        self
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub const fn memory(&self) -> &'m Memory {
+        self.memory
+    }
+
+    /// Puts `mm` into CR3 of every CPU.
+    ///
+    /// # Safety
+    /// `mm` stays where it is, and its root a table, until [`leave`](Self::leave).
+    pub unsafe fn load(&self, mm: &Mm<Bits>) {
+        for cpu in self.numbers() {
+            // SAFETY: CPUs are only played: whoever runs this is each of them, one after the other; passed on to our
+            // caller.
+            unsafe { switch_mm(self, cpu, Some(mm.context())) };
+        }
+    }
+
+    /// Puts the kernel's own address space into CR3 of every CPU.
+    pub fn leave(&self) {
+        for cpu in self.numbers() {
+            // SAFETY: as in `load`.
+            unsafe { switch_mm(self, cpu, None) };
+        }
+    }
+
+    /// Ends the program of every CPU: they go lazy.
+    pub fn go_lazy(&self) {
+        for cpu in self.numbers() {
+            // SAFETY: as in `load`; nobody uses user addresses here.
+            unsafe { mmu_gather::tlb::enter_lazy_tlb(self, cpu) };
+        }
+    }
+
+    /// Waits as long as one interrupt to `others` CPUs takes, and counts it; for peers that flush by themselves.
+    pub fn pay_for_flush(&self, others: u32) {
+        add(&self.counts.ipis, u64::from(others));
+        let until = Instant::now() + self.ipi_cost * others;
+        while !self.ipi_cost.is_zero() && Instant::now() < until {
+            core::hint::spin_loop();
+        }
+    }
+
+    fn numbers(&self) -> impl Iterator<Item = CpuId> + use<C> {
+        (0u32..).take(self.cpus.len()).map(CpuId::new)
+    }
+}
+
+// SAFETY: `memory::pointer` names the frame's 4096 bytes in a mapping that lives as long as the process; they are used
+// through `&Table` or, by peers that run alone, through `PageTable`. `allocate_table` takes a frame off the free list and
+// zeroes it. The lock is in the frame's own metadata, so locks of different frames are distinct.
+unsafe impl<C: Counting> TableMemory for Machine<'_, C> {
+    type Relax = spin::Spin;
+
+    #[inline]
+    fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
+        self.memory.frame(frame.start_address().as_u64()).lock()
+    }
+
+    fn allocate_table(&self) -> Option<PhysFrame> {
+        self.memory.allocate_table()
+    }
+
+    fn free_tables(&self, tables: &[PhysFrame]) {
+        for table in tables {
+            self.memory.free_table(table.start_address().as_u64());
+        }
+    }
+}
+
+// SAFETY: every frame of the memory is mapped at `pointer`.
+unsafe impl<C> PageTableFrameMapping for Machine<'_, C> {
+    #[inline]
+    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
+        pointer(frame.start_address().as_u64())
+    }
+}
+
+// SAFETY: one thread plays every CPU. `cpu_state` indexes a vector that never changes; `pinned` names CPU 0, which is the
+// one that runs; `flush_others` runs `flush_tlb_func` for each target before it returns; there are no translations to drop.
+unsafe impl<C: Counting> Cpus for Machine<'_, C> {
+    type Bits = Bits;
+
+    #[inline]
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        f(CpuId::new(0))
+    }
+
+    #[inline]
+    fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<Bits> {
+        &self.cpus[cpu.index()]
+    }
+
+    fn init_root(&self) -> PhysFrame {
+        PhysFrame::containing_address(x86_64::PhysAddr::zero())
+    }
+
+    fn flush_others(
+        &self,
+        targets: &CpuSet<Bits>,
+        request: &FlushRequest<'_, Bits>,
+        meanwhile: impl FnOnce(),
+    ) {
+        meanwhile();
+        for cpu in targets.iter() {
+            // SAFETY: this thread is that CPU for the moment, and nothing interrupts it.
+            unsafe { flush_tlb_func(self, cpu, request) };
+        }
+        self.pay_for_flush(targets.len());
+    }
+
+    #[inline]
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    #[inline]
+    fn online_cpus(&self) -> OnlineCpus {
+        self.online
+    }
+
+    #[inline]
+    fn single_page_flush_ceiling(&self) -> u64 {
+        self.ceiling
+    }
+
+    #[inline]
+    fn invlpg(&self, _address: u64) {
+        add(&self.counts.invlpgs, 1);
+    }
+
+    unsafe fn load_cr3(&self, _root: PhysFrame, _pcid: Pcid, cached: CachedTranslations) {
+        if cached == CachedTranslations::Flush {
+            add(&self.counts.full, 1);
+        }
+    }
+}
+
+impl<C: Counting> Pages for Machine<'_, C> {
+    type Area = ();
+
+    #[inline]
+    fn unmap_page(&self, _area: (), leaf: &UnmappedLeaf) -> Disposition {
+        C::unmapped(self.memory.frame(leaf.frame.start_address().as_u64()));
+        Disposition::Free
+    }
+
+    fn free_pages(&self, pages: FreedPages<'_>) {
+        let mut ahead = pages.iter();
+        for run in ahead.by_ref().take(PREFETCH) {
+            self.memory.prefetch(run.frame.start_address().as_u64());
+        }
+        for run in pages.iter() {
+            if let Some(later) = ahead.next() {
+                self.memory.prefetch(later.frame.start_address().as_u64());
+            }
+            // The engine never makes runs; `remove_pages` would.
+            debug_assert_eq!(run.nr_pages, 1, "{run:?}");
+            let physical = run.frame.start_address().as_u64();
+            if C::released(self.memory.frame(physical)) {
+                self.memory.free_page(physical);
+            }
+        }
+    }
+
+    fn allocate_batch(&self) -> Option<BatchPage> {
+        self.batches.allocate()
+    }
+
+    fn free_batch(&self, page: BatchPage) {
+        self.batches.free(page);
+    }
+
+    #[inline]
+    fn observe_gather(&self, event: GatherEvent) {
+        match event {
+            GatherEvent::BatchTaken => add(&self.counts.batch_pages, 1),
+            GatherEvent::ForcedFlush => add(&self.counts.forced, 1),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Other crates on the same tables: `x86_64` and `page_table_multiarch`.
+#![expect(unsafe_code, reason = "both crates free frames on trust")]
+
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, Ordering};
+
+use memory_addr::{PhysAddr as AxPhysAddr, VirtAddr as AxVirtAddr};
+use mmu_gather::pagetable::{Level, VirtRange};
+use page_table_entry::x86_64::X64PTE;
+use page_table_multiarch::{PageTable64, PagingHandler, PagingMetaData};
+use x86_64::structures::paging::mapper::{CleanUp, OffsetPageTable};
+use x86_64::structures::paging::{FrameDeallocator, Mapper, Page, PageSize, PhysFrame, Size2MiB, Size4KiB};
+use x86_64::{PhysAddr, VirtAddr};
+
+use crate::machine::{Batched, Counting, Machine};
+use crate::memory::{Memory, PHYS_OFFSET, pointer};
+use crate::shape::Shape;
+use crate::space::{self, Space};
+
+/// What a crate that works page by page is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The areas: it tries each page of them.
+    Areas,
+    /// Which pages exist.
+    Pages,
+}
+
+/// Whether tables that have become empty are looked for and freed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// After each area.
+    Freed,
+    /// Left where they are.
+    Kept,
+}
+
+#[inline]
+fn release(memory: &Memory, physical: u64) {
+    if Batched::released(memory.frame(physical)) {
+        memory.free_page(physical);
+    }
+}
+
+/// Calls `page` for the address of every page that may be mapped, and `area` after each area.
+#[inline(always)]
+fn for_each(shape: &Shape, told: Told, mut page: impl FnMut(u64), mut area: impl FnMut(VirtRange)) {
+    if told == Told::Pages {
+        shape.leaves.iter().for_each(|leaf| page(leaf.address));
+        shape.areas.iter().for_each(|range| area(*range));
+        return;
+    }
+    let step = shape.level.entry_span();
+    for range in &shape.areas {
+        let mut address = range.start();
+        while address < range.end() {
+            page(address);
+            address += step;
+        }
+        area(*range);
+    }
+}
+
+struct Deallocator<'m>(&'m Memory);
+
+impl FrameDeallocator<Size4KiB> for Deallocator<'_> {
+    #[inline]
+    unsafe fn deallocate_frame(&mut self, frame: PhysFrame<Size4KiB>) {
+        self.0.free_table(frame.start_address().as_u64());
+    }
+}
+
+/// `OffsetPageTable::unmap` for each page, the flush ignored, then `clean_up_addr_range` for each area.
+#[inline(never)]
+pub fn x86_64<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, told: Told, tables: Tables) {
+    x86_64_flushing(machine, space, told, tables, 0);
+}
+
+/// As [`x86_64()`], paying for an interrupt to `others` CPUs before each page is freed: its flush is a page's.
+#[inline(never)]
+pub fn x86_64_flushing<C: Counting>(
+    machine: &Machine<'_, C>,
+    space: &Space<'_>,
+    told: Told,
+    tables: Tables,
+    others: u32,
+) {
+    match space.shape.level {
+        Level::Pte => unmap_with_x86_64::<Size4KiB, C>(machine, space, told, tables, others),
+        _ => unmap_with_x86_64::<Size2MiB, C>(machine, space, told, tables, others),
+    }
+}
+
+#[inline(always)]
+fn unmap_with_x86_64<S: PageSize, C: Counting>(
+    machine: &Machine<'_, C>,
+    space: &Space<'_>,
+    told: Told,
+    tables: Tables,
+    others: u32,
+) where
+    for<'t> OffsetPageTable<'t>: Mapper<S>,
+{
+    let memory = machine.memory();
+    let root = pointer(space.mm.space().root().start_address().as_u64());
+    // SAFETY: the root of a space that this thread alone uses while a peer runs.
+    let root = unsafe { &mut *root };
+    // SAFETY: all tables are mapped at this offset.
+    let table = unsafe { OffsetPageTable::new(root, VirtAddr::new(PHYS_OFFSET)) };
+    let table = core::cell::RefCell::new(table);
+    let page = |address| {
+        let page = Page::<S>::containing_address(VirtAddr::new(address));
+        if let Ok((frame, flush)) = table.borrow_mut().unmap(page) {
+            flush.ignore();
+            if others > 0 {
+                machine.pay_for_flush(others);
+            }
+            release(memory, frame.start_address().as_u64());
+        }
+    };
+    let area = |range: VirtRange| {
+        if tables == Tables::Freed {
+            let first = Page::<Size4KiB>::containing_address(VirtAddr::new(range.start()));
+            let last = Page::<Size4KiB>::containing_address(VirtAddr::new(range.end() - 1));
+            let mut deallocator = Deallocator(memory);
+            // SAFETY: the tables came from this memory, and nobody else uses them.
+            unsafe {
+                table.borrow_mut().clean_up_addr_range(Page::range_inclusive(first, last), &mut deallocator);
+            };
+        }
+    };
+    for_each(space.shape, told, page, area);
+}
+
+/// Where `page_table_multiarch` gets and frees frames; its hooks are functions without a receiver.
+static CURRENT: AtomicPtr<Memory> = AtomicPtr::new(ptr::null_mut());
+
+fn current<'m>() -> &'m Memory {
+    let memory = CURRENT.load(Ordering::Relaxed);
+    assert!(!memory.is_null(), "a Multiarch lives while its page table does");
+    // SAFETY: `Multiarch::new` stored it from a reference that outlives the page table, the only caller of the hooks, on
+    // the same thread (`Memory` is not `Sync`, and a `Multiarch` holds a reference to it).
+    unsafe { &*memory }
+}
+
+struct FourLevels;
+struct Hooks;
+
+impl PagingMetaData for FourLevels {
+    const LEVELS: usize = 4;
+    const PA_MAX_BITS: usize = 52;
+    const VA_MAX_BITS: usize = 48;
+    type VirtAddr = AxVirtAddr;
+    // Only called when the target has no operating system.
+    fn flush_tlb(_address: Option<AxVirtAddr>) {}
+}
+
+impl PagingHandler for Hooks {
+    fn alloc_frames(_num: usize, _align: usize) -> Option<AxPhysAddr> {
+        let table = current().allocate_table()?;
+        Some(AxPhysAddr::from_usize(to_usize(table.start_address().as_u64())))
+    }
+    fn dealloc_frames(address: AxPhysAddr, _num: usize) {
+        current().free_table(address.as_usize() as u64);
+    }
+    #[inline]
+    fn phys_to_virt(address: AxPhysAddr) -> AxVirtAddr {
+        AxVirtAddr::from_usize(to_usize(PHYS_OFFSET) + address.as_usize())
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "x86_64: usize has 64 bits")]
+const fn to_usize(number: u64) -> usize {
+    number as usize
+}
+
+/// A space whose root belongs to `page_table_multiarch`.
+pub struct Multiarch<'m, 's> {
+    /// The space.
+    pub space: Space<'s>,
+    memory: &'m Memory,
+    table: PageTable64<FourLevels, X64PTE, Hooks>,
+}
+
+impl core::fmt::Debug for Multiarch<'_, '_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Multiarch").field("root", &self.table.root_paddr()).finish_non_exhaustive()
+    }
+}
+
+impl<'m, 's> Multiarch<'m, 's> {
+    /// Maps `shape` below a root that the crate allocates.
+    ///
+    /// # Panics
+    /// If memory is short.
+    #[must_use]
+    pub fn new<C: Counting>(machine: &Machine<'m, C>, shape: &'s Shape) -> Self {
+        space::reset(machine, shape);
+        let memory = machine.memory();
+        CURRENT.store(ptr::from_ref(memory).cast_mut(), Ordering::Relaxed);
+        let table = PageTable64::try_new().expect("memory was just reset");
+        let root = PhysFrame::containing_address(PhysAddr::new(table.root_paddr().as_usize() as u64));
+        Self { space: Space::below(machine, shape, root), memory, table }
+    }
+
+    /// `cursor().unmap` for each page, with one cursor for all: its flush is not compiled in here.
+    #[inline(never)]
+    pub fn unmap(&mut self, told: Told) {
+        let memory = self.memory;
+        let one_by_one = self.space.shape.is_one_by_one();
+        let table = core::cell::RefCell::new(&mut self.table);
+        if one_by_one {
+            let page = |address| {
+                let unmapped = table.borrow_mut().cursor().unmap(AxVirtAddr::from_usize(to_usize(address)));
+                if let Ok((frame, _, _)) = unmapped {
+                    release(memory, frame.as_usize() as u64);
+                }
+            };
+            for_each(self.space.shape, told, page, |_| {});
+            return;
+        }
+        let mut table = table.borrow_mut();
+        let mut cursor = table.cursor();
+        let page = |address| {
+            if let Ok((frame, _, _)) = cursor.unmap(AxVirtAddr::from_usize(to_usize(address))) {
+                release(memory, frame.as_usize() as u64);
+            }
+        };
+        for_each(self.space.shape, told, page, |_| {});
+    }
+
+    /// Drops the page table, the only way it frees tables; the space that is left can only be checked.
+    #[inline(never)]
+    #[must_use]
+    pub fn drop_tables(self) -> Space<'s> {
+        drop(self.table);
+        self.space
+    }
+}

@@ -1,0 +1,233 @@
+//! The workloads: which addresses are mapped, to which frames.
+
+use mmu_gather::pagetable::{Level, VirtRange};
+use rand::rngs::SmallRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+
+use crate::memory::{DATA_BYTES, Memory, Order};
+
+/// Every run of every bench sees the same layouts.
+const SEED: u64 = 0x6d6d_755f_6761_7468;
+const START: u64 = 0x10_0000_0000;
+const MIB: u64 = 1 << 20;
+
+/// How large the workloads are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// As the table in README.md says.
+    Full,
+    /// A quarter, where memory is short.
+    Quarter,
+    /// A few thousand leaves: for counting instructions and for trying whether everything runs.
+    Small,
+}
+
+impl Size {
+    /// The largest size for which this machine has the memory: full workloads touch about 3 GiB at the same time.
+    #[must_use]
+    pub fn for_this_machine() -> Self {
+        let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        });
+        if available.unwrap_or(0) > 6 << 20 { Self::Full } else { Self::Quarter }
+    }
+}
+
+/// A workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workload {
+    /// 1 GiB of 4 KiB pages, frames in order.
+    W1Dense,
+    /// 64 MiB of 4 KiB pages, frames in order.
+    W2Dense64,
+    /// One page in each 2 MiB, over 128 GiB.
+    W3Sparse,
+    /// 10,000 areas of 4 to 64 pages, one at a random place in each 1 MiB.
+    W4Areas,
+    /// 64 GiB of 2 MiB leaves.
+    W5Huge,
+    /// As W1, frames a random sample in random order, tables in random order.
+    W6Shuffled,
+    /// One page at a time, in random order: the odd pages of 2 MiB whose even pages stay; 100,000 times.
+    W7OnePage,
+}
+
+impl Workload {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::W1Dense,
+        Self::W2Dense64,
+        Self::W3Sparse,
+        Self::W4Areas,
+        Self::W5Huge,
+        Self::W6Shuffled,
+        Self::W7OnePage,
+    ];
+
+    /// Its short name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::W1Dense => "W1",
+            Self::W2Dense64 => "W2",
+            Self::W3Sparse => "W3",
+            Self::W4Areas => "W4",
+            Self::W5Huge => "W5",
+            Self::W6Shuffled => "W6",
+            Self::W7OnePage => "W7",
+        }
+    }
+
+    /// Its layout.
+    #[must_use]
+    pub fn shape(self, size: Size) -> Shape {
+        let pick = |full: u64, small: u64| match size {
+            Size::Full => full,
+            Size::Quarter => full / 4,
+            Size::Small => small,
+        };
+        match self {
+            Self::W1Dense => Shape::dense(self, pick(1024 * MIB, 8 * MIB), Order::Ascending),
+            Self::W2Dense64 => Shape::dense(self, pick(64 * MIB, 8 * MIB), Order::Ascending),
+            Self::W3Sparse => Shape::sparse(self, pick(65536, 16)),
+            Self::W4Areas => Shape::areas(self, pick(10_000, 40)),
+            Self::W5Huge => Shape::huge(self, pick(32768, 1024)),
+            Self::W6Shuffled => Shape::dense(self, pick(1024 * MIB, 8 * MIB), Order::Shuffled),
+            Self::W7OnePage => Shape::one_page(self, pick(100_000 / 256 + 1, 1)),
+        }
+    }
+}
+
+/// One page of a layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// Where it is mapped.
+    pub address: u64,
+    /// Physical address of its (first) frame.
+    pub physical: u64,
+}
+
+/// What is unmapped, and what stays.
+#[derive(Debug)]
+pub struct Shape {
+    /// Which workload it is.
+    pub workload: Workload,
+    /// Level of the tables that hold the leaves.
+    pub level: Level,
+    /// The areas that go, ascending.
+    pub areas: Vec<VirtRange>,
+    /// Their pages; ascending, but for W7, which unmaps one after the other in this order.
+    pub leaves: Vec<Leaf>,
+    /// Pages that stay.
+    pub staying: Vec<Leaf>,
+    /// The order in which the allocator hands out tables.
+    pub tables: Order,
+    /// How often the leaves are mapped again and unmapped again, for one sample.
+    pub repeats: u64,
+}
+
+impl Shape {
+    /// Whether each leaf goes by a call of its own.
+    #[must_use]
+    pub const fn is_one_by_one(&self) -> bool {
+        !self.staying.is_empty()
+    }
+
+    /// Leaves torn down for one sample.
+    #[must_use]
+    pub const fn nr_leaves(&self) -> u64 {
+        self.leaves.len() as u64 * self.repeats
+    }
+
+    fn new(workload: Workload, level: Level) -> Self {
+        Self {
+            workload,
+            level,
+            areas: Vec::new(),
+            leaves: Vec::new(),
+            staying: Vec::new(),
+            tables: Order::Ascending,
+            repeats: 1,
+        }
+    }
+
+    fn dense(workload: Workload, bytes: u64, order: Order) -> Self {
+        let pages = bytes >> 12;
+        let mut frames: Vec<u64> = (0..pages).map(frame).collect();
+        if order == Order::Shuffled {
+            // A random sample of 64 times as many, in random order.
+            let sample = rand::seq::index::sample(&mut random(), frames.len() * 64, frames.len());
+            frames = sample.into_iter().map(|number| frame(number as u64)).collect();
+        }
+        Self {
+            areas: vec![area(START, bytes)],
+            leaves: (0..pages)
+                .zip(frames)
+                .map(|(page, physical)| Leaf { address: START + (page << 12), physical })
+                .collect(),
+            tables: order,
+            ..Self::new(workload, Level::Pte)
+        }
+    }
+
+    fn sparse(workload: Workload, tables: u64) -> Self {
+        let mut random = random();
+        let leaves = (0..tables).map(|table| Leaf {
+            address: START + (table << 21) + (random.random_range(0..512) << 12),
+            physical: frame(table),
+        });
+        let leaves = leaves.collect();
+        Self { areas: vec![area(START, tables << 21)], leaves, ..Self::new(workload, Level::Pte) }
+    }
+
+    fn areas(workload: Workload, count: u64) -> Self {
+        let mut random = random();
+        let mut shape = Self::new(workload, Level::Pte);
+        for slot in 0..count {
+            let pages: u64 = random.random_range(4..=64);
+            let first = random.random_range(0..=256 - pages);
+            let start = START + slot * MIB + (first << 12);
+            shape.areas.push(area(start, pages << 12));
+            for page in 0..pages {
+                let physical = frame(shape.leaves.len() as u64);
+                shape.leaves.push(Leaf { address: start + (page << 12), physical });
+            }
+        }
+        shape
+    }
+
+    fn huge(workload: Workload, blocks: u64) -> Self {
+        let leaves =
+            (0..blocks).map(|block| Leaf { address: START + (block << 21), physical: frame(block << 9) });
+        let leaves = leaves.collect();
+        Self { areas: vec![area(START, blocks << 21)], leaves, ..Self::new(workload, Level::Pmd) }
+    }
+
+    fn one_page(workload: Workload, repeats: u64) -> Self {
+        let all = (0..512).map(|page| Leaf { address: START + (page << 12), physical: frame(page) });
+        let (staying, mut leaves): (Vec<Leaf>, Vec<Leaf>) = all.partition(|leaf| leaf.address & 0x1000 == 0);
+        shuffle(&mut leaves);
+        let areas = leaves.iter().map(|leaf| area(leaf.address, 4096)).collect();
+        Self { areas, leaves, staying, repeats, ..Self::new(workload, Level::Pte) }
+    }
+}
+
+/// Shuffles the same way every time.
+pub fn shuffle<T>(items: &mut [T]) {
+    items.shuffle(&mut random());
+}
+
+fn random() -> SmallRng {
+    SmallRng::seed_from_u64(SEED)
+}
+
+fn frame(number: u64) -> u64 {
+    debug_assert!(number < DATA_BYTES >> 12, "frame {number} is beyond memory");
+    Memory::data_start() + (number << 12)
+}
+
+fn area(start: u64, bytes: u64) -> VirtRange {
+    VirtRange::new(start, start + bytes).expect("workloads lie in user space")
+}
