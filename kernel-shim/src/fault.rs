@@ -189,6 +189,9 @@ impl<M: Machine> Kernel<M> {
     }
 
     /// Whether a private page may simply be made writable: it is nobody else's.
+    ///
+    /// One mapping is not enough. Another address space may have unmapped the page just now, and its gather holds a reference
+    /// until every CPU has flushed: until then programs there can still read what would be written here.
     pub(crate) fn may_write_in_place(&self, area: Area, frame: PhysFrame) -> bool {
         let meta = self.frames.meta(frame);
         match area.kind {
@@ -197,6 +200,7 @@ impl<M: Machine> Kernel<M> {
                 matches!(meta.kind(), FrameKind::Page | FrameKind::Block)
                     && meta.owner() == 0
                     && meta.maps() == 1
+                    && meta.refs() == 1
             }
         }
     }

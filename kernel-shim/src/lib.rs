@@ -9,6 +9,7 @@
 //! | vma, mm | areas, address spaces, the map lock |
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
 //! | fault | demand faults |
+//! | fork | copies of address spaces, pages shared until written |
 //! | kernel | munmap, madvise, mprotect, mremap, exit, context switch, lazy CPUs |
 //! | counters | what happened, for the report |
 //!
@@ -21,6 +22,7 @@ extern crate alloc;
 mod counters;
 mod embed;
 mod fault;
+mod fork;
 mod frame;
 mod kernel;
 mod machine;

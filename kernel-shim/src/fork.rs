@@ -1,0 +1,164 @@
+//! Copying an address space: fork.
+#![expect(unsafe_code, reason = "walks tables under the map lock")]
+
+use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
+
+use mmu_gather::MmuGather;
+use mmu_gather::pagetable::{Decoded, Entry, EntryValue, Level, NonPresent, TableView, VirtRange};
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+
+use crate::frame::FrameKind;
+use crate::kernel::{Error, Kernel};
+use crate::machine::Machine;
+use crate::mm::Mm;
+use crate::vma::{AreaKind, Vma};
+
+impl<M: Machine> Kernel<M> {
+    /// A new address space with the areas of `parent`, but for what lies in `left_out` (madvise(MADV_DONTFORK)); fork(2).
+    ///
+    /// Private pages are shared until one side writes: both sides lose the right to, and every CPU has forgotten that the
+    /// parent had it when this returns. Pages of shared files are left to faults. Large pages of private areas are split
+    /// first.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`]; the parent may have lost rights to pages, which its next writes get back.
+    ///
+    /// # Source
+    /// Linux: dup_mmap, kernel/fork.c, and copy_page_range, mm/memory.c.
+    #[doc(alias = "dup_mmap")]
+    #[doc(alias = "copy_page_range")]
+    pub fn fork(
+        &self,
+        parent: &Mm<M>,
+        left_out: impl IntoIterator<Item = VirtRange>,
+    ) -> Result<Arc<Mm<M>>, Error> {
+        let child = self.new_mm()?;
+        let vmas = parent.vmas.write();
+        let mut copied = vmas.clone();
+        for range in left_out {
+            copied.detach(range);
+        }
+        *child.vmas.write() = copied.clone();
+        // SAFETY: the parent's map lock is held for writing until the gather has flushed.
+        let mut gather = unsafe { MmuGather::new(self, &parent.engine) }.with_limits(&self.config.limits);
+        let result = copied.iter().try_for_each(|vma| self.copy_area(&mut gather, parent, &child, vma));
+        // The child does not run yet: no page that both have is written to before every CPU has flushed.
+        let flushed = gather.flush();
+        drop(vmas);
+        flushed.free();
+        match result {
+            Ok(()) => Ok(child),
+            Err(error) => {
+                // It was never loaded, so no CPU is in the way.
+                let _gone = self.exit(&child);
+                Err(error)
+            }
+        }
+    }
+
+    fn copy_area(
+        &self,
+        gather: &mut MmuGather<'_, Self>,
+        parent: &Mm<M>,
+        child: &Mm<M>,
+        vma: &Vma,
+    ) -> Result<(), Error> {
+        if matches!(vma.area.kind, AreaKind::FileShared(_)) {
+            return Ok(());
+        }
+        while let Some(address) = gather.find_large_leaf(vma.range) {
+            // One page further is inside the leaf, so cutting there splits it.
+            gather.split_leaf(vma.going_away().area, address + 4096).map_err(|_| Error::NoMemory)?;
+        }
+        // SAFETY: the parent's map lock is held for writing.
+        let root = unsafe { parent.engine.space().root_table(self) };
+        self.copy_tables(gather, child, vma, root, vma.range)
+    }
+
+    /// Copies what lies below `view` in `range`.
+    fn copy_tables(
+        &self,
+        gather: &mut MmuGather<'_, Self>,
+        child: &Mm<M>,
+        vma: &Vma,
+        view: TableView<'_>,
+        range: VirtRange,
+    ) -> Result<(), Error> {
+        let level = view.level();
+        if level == Level::Pte {
+            return self.copy_table(gather, child, vma, view, range);
+        }
+        let mut address = range.start();
+        while address < range.end() {
+            let part = range.within_entry(level, address);
+            // SAFETY: the parent's map lock is held for writing.
+            if let Some(below) = unsafe { view.child(self, address) } {
+                self.copy_tables(gather, child, vma, below, part)?;
+            }
+            address = part.end();
+        }
+        self.machine.cond_resched();
+        Ok(())
+    }
+
+    /// Copies the entries of `range`, which one last-level table covers.
+    fn copy_table(
+        &self,
+        gather: &mut MmuGather<'_, Self>,
+        child: &Mm<M>,
+        vma: &Vma,
+        view: TableView<'_>,
+        range: VirtRange,
+    ) -> Result<(), Error> {
+        let addresses = || (range.start()..range.end()).step_by(4096);
+        if addresses().all(|address| view.load(address).is_none()) {
+            return Ok(());
+        }
+        // SAFETY: the child's areas are in place and nobody else knows it.
+        let target = unsafe { child.engine.space().ensure_table(self, range.start(), Level::Pte) }
+            .map_err(|_| Error::NoMemory)?;
+        // Nobody else takes a lock of the child's, so the order of the two is nobody's concern.
+        let source = view.lock(self);
+        let target = target.lock(self);
+        for address in addresses() {
+            let entry = source.entry(address);
+            match entry.load().decode(Level::Pte) {
+                Decoded::Leaf(page) => {
+                    let value = self.share(gather, vma, entry, address);
+                    let frame = PhysFrame::containing_address(page);
+                    if vma.area.kind != AreaKind::Pfn && self.frames.meta(frame).kind() == FrameKind::Page {
+                        self.frames.meta(frame).add_mapping();
+                    }
+                    target.entry(address).store(value);
+                }
+                Decoded::NonPresent(meaning @ NonPresent::Swap { .. }) => {
+                    self.swap_slots.fetch_add(1, Ordering::Relaxed);
+                    target.entry(address).store(meaning.encode());
+                }
+                Decoded::NonPresent(meaning @ NonPresent::Marker(_)) => {
+                    target.entry(address).store(meaning.encode());
+                }
+                Decoded::None | Decoded::Table(_) | Decoded::NonPresent(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the right to write from the parent's `entry`. What the child's is to be.
+    fn share(&self, gather: &mut MmuGather<'_, Self>, vma: &Vma, entry: &Entry, address: u64) -> EntryValue {
+        let mut old = entry.load();
+        while vma.area.kind != AreaKind::Pfn && old.is_writable() {
+            let new = EntryValue::from_bits(old.bits() & !PageTableFlags::WRITABLE.bits());
+            // Hardware may set A/D meanwhile; then look again.
+            match entry.compare_exchange(old, new) {
+                Ok(()) => {
+                    gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte);
+                    old = new;
+                }
+                Err(found) => old = found,
+            }
+        }
+        EntryValue::from_bits(old.bits() & !PageTableFlags::ACCESSED.bits())
+    }
+}
