@@ -17,7 +17,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::arch::PageSize;
 use crate::memory::index;
 use crate::story::Event;
-use crate::watch::{CachedEntry, FrameWatch, Held, Tag, Use};
+use crate::watch::{CachedEntry, FrameWatch, Held, Use};
 
 /// Something that must never happen.
 #[derive(Clone, Debug)]
@@ -209,18 +209,25 @@ impl Checker {
 #[derive(Debug)]
 pub(crate) struct CpuWatch {
     holders: Arc<Holders>,
-    /// Frames freed while named under a tag, and how many entries still name them.
-    stale: FxHashMap<(PhysFrame, Tag), u32>,
+    /// What named a frame when it was freed: first frame named, how, and how many such entries there are still.
+    stale: FxHashMap<(PhysFrame, Held), u32>,
 }
 
 impl CpuWatch {
-    /// An entry is stale from now on.
-    pub(crate) fn mark_stale(&mut self, entry: &CachedEntry) {
-        *self.stale.entry((entry.frame, entry.held.tag)).or_insert(0) += 1;
+    /// These entries, which are all that name a frame just freed, are stale from now on.
+    ///
+    /// Some may be already: the frame was freed before and given out in between, or another part of a large page was freed.
+    /// Each still goes only once, so they are counted anew.
+    pub(crate) fn mark_stale(&mut self, entries: impl IntoIterator<Item = CachedEntry>) {
+        let mut counts = FxHashMap::default();
+        for entry in entries {
+            *counts.entry((entry.frame, entry.held)).or_insert(0) += 1;
+        }
+        self.stale.extend(counts);
     }
 
-    /// Frames that may be stale here, with the tags they are named under.
-    pub(crate) fn stale(&self) -> impl Iterator<Item = (PhysFrame, Tag)> + '_ {
+    /// Frames that may be stale here, with how they are named.
+    pub(crate) fn stale(&self) -> impl Iterator<Item = (PhysFrame, Held)> + '_ {
         self.stale.keys().copied()
     }
 
@@ -251,11 +258,11 @@ impl FrameWatch for CpuWatch {
             counter.fetch_sub(1, Ordering::Relaxed);
         }
         if !self.stale.is_empty()
-            && let Some(left) = self.stale.get_mut(&(first, held.tag))
+            && let Some(left) = self.stale.get_mut(&(first, held))
         {
             *left -= 1;
             if *left == 0 {
-                self.stale.remove(&(first, held.tag));
+                self.stale.remove(&(first, held));
             }
         }
     }
@@ -277,4 +284,53 @@ pub(crate) fn frames_of(frame: PhysFrame, role: FrameRole) -> core::ops::Range<u
 /// The frame with this number.
 pub(crate) fn frame_numbered(number: usize) -> PhysFrame {
     PhysFrame::containing_address(PhysAddr::new_truncate((number as u64) << 12))
+}
+
+#[cfg(test)]
+mod tests {
+    use x86_64::instructions::tlb::Pcid;
+
+    use super::*;
+    use crate::arch::{LinearAddress, Rights};
+    use crate::watch::Tag;
+
+    fn entry(first: usize, size: PageSize) -> CachedEntry {
+        let tag = Tag::Pcid(Pcid::new(2).expect("below 4096"));
+        CachedEntry {
+            held: Held { as_a: Use::Page(size), tag },
+            address: LinearAddress::new(0x7000_0000_0000),
+            span_shift: size.shift(),
+            frame: frame_numbered(first),
+            rights: Rights::ALL,
+            dirty: false,
+        }
+    }
+
+    #[test]
+    fn an_entry_whose_frame_was_freed_twice_is_stale_until_it_is_gone_once() {
+        let mut watch = Checker::new(16).watch();
+        let cached = entry(5, PageSize::Size4KiB);
+        watch.hold(cached.frame, cached.held);
+        // Freed, given out to another address space, freed there too: the entry of an address space that ended waits for its PCID.
+        watch.mark_stale([cached]);
+        watch.mark_stale([cached]);
+        assert!(!watch.is_clean());
+        watch.release(cached.frame, cached.held);
+        assert!(watch.is_clean(), "the next entry for this frame would be taken for the old one");
+    }
+
+    #[test]
+    fn a_large_entry_whose_parts_are_freed_one_by_one_is_stale_until_it_is_gone_once() {
+        let mut watch = Checker::new(1024).watch();
+        let (large, small) = (entry(512, PageSize::Size2MiB), entry(512, PageSize::Size4KiB));
+        for cached in [large, small] {
+            watch.hold(cached.frame, cached.held);
+        }
+        watch.mark_stale([large, small]);
+        watch.mark_stale([large]);
+        watch.release(large.frame, large.held);
+        assert!(!watch.is_clean(), "the small one is still there");
+        watch.release(small.frame, small.held);
+        assert!(watch.is_clean());
+    }
 }

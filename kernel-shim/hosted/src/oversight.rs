@@ -175,15 +175,17 @@ impl HostedMachine {
             let Some(Caches { mmu, watch }) = &mut *caches else { continue };
             let pcid = mmu.cr3().1;
             let mut usable = None;
+            let mut stale = Vec::new();
             for entry in mmu.entries().filter(|entry| overlaps(entry, &freed)) {
                 let now = entry.held.tag == Tag::Global || entry.held.tag == Tag::Pcid(pcid);
                 let at_any_time = !matches!(entry.held.as_a, Use::Page(_));
                 if now && (at_any_time || self.is_in_user_mode(id)) {
                     usable = Some(entry);
                 } else {
-                    watch.mark_stale(&entry);
+                    stale.push(entry);
                 }
             }
+            watch.mark_stale(stale);
             drop(caches);
             if let Some(entry) = usable {
                 self.report_entry(checked, id, &freed, entry);
@@ -204,11 +206,9 @@ impl HostedMachine {
         let user = self.is_in_user_mode(here);
         let usable = watch
             .stale()
-            .filter(|(_, tag)| *tag == Tag::Global || *tag == Tag::Pcid(pcid))
-            .find_map(|(frame, tag)| {
-                mmu.entries_reaching(frame)
-                    .find(|entry| entry.held.tag == tag && (user || !matches!(entry.held.as_a, Use::Page(_))))
-            });
+            .filter(|(_, held)| held.tag == Tag::Global || held.tag == Tag::Pcid(pcid))
+            .filter(|(_, held)| user || !matches!(held.as_a, Use::Page(_)))
+            .find_map(|(frame, held)| mmu.entries_reaching(frame).find(|entry| entry.held == held));
         if let Some(entry) = usable {
             watch.forget_stale();
             drop(caches);
