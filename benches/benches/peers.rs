@@ -6,9 +6,10 @@
 use core::time::Duration;
 
 use mmu_benches::entry::{Entry, Sampler};
+use mmu_benches::linux::{self, Way};
 use mmu_benches::memory::Memory;
 use mmu_benches::rounds::{Series, measure};
-use mmu_benches::shape::{Size, Workload};
+use mmu_benches::shape::{Shape, Size, Workload};
 
 fn main() {
     let has = |flag: &str| std::env::args().any(|argument| argument == flag);
@@ -23,6 +24,8 @@ fn main() {
     if has("--variants") || has("--test") {
         entries.extend(Entry::VARIANTS);
     }
+    // Before this process grows: its copies then have nothing else to tear down.
+    let linux = linux_rows(if has("--test") { Size::Small } else { Size::for_this_machine() }, rounds.min(5));
     let memory = Memory::new();
     let sampler = Sampler::new(&memory);
     let mut columns = Vec::new();
@@ -36,10 +39,35 @@ fn main() {
     }
     println!("Median ns for each leaf torn down ({size:?} sizes; a leaf is 4 KiB, in W5 2 MiB)\n");
     print_table(&entries, &columns, |series, _| series.median());
+    for (name, cells) in linux {
+        println!("| {name} | {} |", cells.join(" | "));
+    }
     println!("\nMedian of the ratios to the plain floor, round by round\n");
     print_table(&entries, &columns, |series, column| series.ratio_to(row(column, Entry::PLAIN)?));
     println!("\nMedian of the ratios to the exchange floor, round by round\n");
     print_table(&entries, &columns, |series, column| series.ratio_to(row(column, Entry::EXCHANGE)?));
+}
+
+/// Linux on the same shapes. W5 is 2 GiB there, and W7 256 pages: it needs real memory.
+fn linux_rows(size: Size, rounds: u32) -> Vec<(&'static str, Vec<String>)> {
+    let shapes = Workload::ALL.map(|workload| match workload {
+        Workload::W5Huge | Workload::W7OnePage => workload.shape(Size::Small),
+        _ => workload.shape(size),
+    });
+    let cell = |way: Way, shape: &Shape| {
+        if !way.applies_to(shape.workload) {
+            return "-".into();
+        }
+        let samples: Result<Vec<f64>, _> = (0..rounds).map(|_| linux::sample(shape, way)).collect();
+        match samples {
+            Ok(samples) => Series(samples).median().map_or_else(|| "-".into(), three_digits),
+            Err(error) => {
+                eprintln!("{}, {}: {error}", way.name(), shape.workload.name());
+                "-".into()
+            }
+        }
+    };
+    Way::ALL.map(|way| (way.name(), shapes.iter().map(|shape| cell(way, shape)).collect())).into()
 }
 
 type Column = Vec<(Entry, Series)>;

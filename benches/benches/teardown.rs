@@ -1,6 +1,5 @@
 //! What a leaf costs, from clearing its entry to its frame on the free list: the engine and its floors.
 
-use core::hint::black_box;
 use core::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -55,9 +54,6 @@ fn fixed_costs(criterion: &mut Criterion, memory: &Memory) {
     let mut group = criterion.benchmark_group("gather");
     group.bench_function("begin and finish, nothing unmapped", |bencher| {
         bencher.iter(|| engine::nothing(&machine, &space));
-    });
-    group.bench_function("walk: look up 256 pages", |bencher| {
-        bencher.iter(|| black_box(engine::look_up(&machine, &space)));
     });
     group.finish();
 }

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "the engine takes the map lock on trust")]
 
 use mmu_gather::pagetable::{Bounds, Level, VirtRange};
-use mmu_gather::{Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region};
+use mmu_gather::{Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region, zap_page_range};
 
 use crate::machine::{Counting, Machine};
 use crate::space::Space;
@@ -81,4 +81,13 @@ pub fn look_up<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) -> u64 
         sum += found.value.leaf_address(found.level).as_u64() >> 12;
     }
     sum
+}
+
+/// Removes the pages of all areas and keeps the tables: madvise(MADV_DONTNEED) an area.
+#[inline(never)]
+pub fn discard<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
+    for area in &space.shape.areas {
+        // SAFETY: this thread alone changes the space.
+        unsafe { zap_page_range(machine, &space.mm, &Limits::DEFAULT, &vma(*area), *area) }.free();
+    }
 }

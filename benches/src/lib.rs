@@ -16,9 +16,12 @@
 pub mod engine;
 pub mod entry;
 pub mod floors;
+pub mod linux;
 pub mod machine;
 pub mod memory;
 pub mod peers;
 pub mod rounds;
 pub mod shape;
 pub mod space;
+pub mod steps;
+pub mod threads;

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use mmu_gather::pagetable::{TableLock, TableMemory};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, flush_tlb_func, switch_mm,
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, PcidSupport, flush_tlb_func,
+    switch_mm,
 };
 use mmu_gather::{BatchArena, BatchPage, Disposition, FreedPages, GatherEvent, Mm, Pages, UnmappedLeaf};
 use x86_64::instructions::tlb::Pcid;
@@ -127,7 +128,7 @@ pub struct Machine<'m, C> {
     online: OnlineCpus,
     ipi_cost: Duration,
     batches: BatchArena,
-    ceiling: u64,
+    pcids: PcidSupport,
     /// What was counted so far.
     pub counts: FlushCounts,
     counting: PhantomData<C>,
@@ -143,7 +144,7 @@ impl<'m, C: Counting> Machine<'m, C> {
             online,
             ipi_cost: Duration::ZERO,
             batches: BatchArena::new(None),
-            ceiling: mmu_gather::tlb::SINGLE_PAGE_FLUSH_CEILING,
+            pcids: PcidSupport::Off,
             counts: FlushCounts::default(),
             counting: PhantomData,
         }
@@ -154,6 +155,13 @@ impl<'m, C: Counting> Machine<'m, C> {
     pub fn with_others(mut self, others: usize, cost: Duration) -> Self {
         self.cpus.extend((0..others).map(|_| CpuTlb::new()));
         self.ipi_cost = cost;
+        self
+    }
+
+    /// The same machine with PCIDs on.
+    #[must_use]
+    pub fn with_pcids(mut self) -> Self {
+        self.pcids = PcidSupport::On;
         self
     }
 
@@ -286,8 +294,8 @@ unsafe impl<C: Counting> Cpus for Machine<'_, C> {
     }
 
     #[inline]
-    fn single_page_flush_ceiling(&self) -> u64 {
-        self.ceiling
+    fn pcid_support(&self) -> PcidSupport {
+        self.pcids
     }
 
     #[inline]

@@ -19,8 +19,10 @@ pub enum Size {
     Full,
     /// A quarter, where memory is short.
     Quarter,
-    /// A few thousand leaves: for counting instructions and for trying whether everything runs.
+    /// A few thousand leaves: for trying whether everything runs.
     Small,
+    /// A few hundred, which can be stepped through.
+    Tiny,
 }
 
 impl Size {
@@ -87,6 +89,7 @@ impl Workload {
             Size::Full => full,
             Size::Quarter => full / 4,
             Size::Small => small,
+            Size::Tiny => small.div_ceil(4),
         };
         match self {
             Self::W1Dense => Shape::dense(self, pick(1024 * MIB, 8 * MIB), Order::Ascending),
@@ -95,7 +98,8 @@ impl Workload {
             Self::W4Areas => Shape::areas(self, pick(10_000, 40)),
             Self::W5Huge => Shape::huge(self, pick(32768, 1024)),
             Self::W6Shuffled => Shape::dense(self, pick(1024 * MIB, 8 * MIB), Order::Shuffled),
-            Self::W7OnePage => Shape::one_page(self, pick(100_000 / 256 + 1, 1)),
+            Self::W7OnePage if size == Size::Tiny => Shape::one_page(self, 1, 64),
+            Self::W7OnePage => Shape::one_page(self, pick(100_000 / 256 + 1, 1), 256),
         }
     }
 }
@@ -205,10 +209,11 @@ impl Shape {
         Self { areas: vec![area(START, blocks << 21)], leaves, ..Self::new(workload, Level::Pmd) }
     }
 
-    fn one_page(workload: Workload, repeats: u64) -> Self {
+    fn one_page(workload: Workload, repeats: u64, pages: usize) -> Self {
         let all = (0..512).map(|page| Leaf { address: START + (page << 12), physical: frame(page) });
         let (staying, mut leaves): (Vec<Leaf>, Vec<Leaf>) = all.partition(|leaf| leaf.address & 0x1000 == 0);
         shuffle(&mut leaves);
+        leaves.truncate(pages);
         let areas = leaves.iter().map(|leaf| area(leaf.address, 4096)).collect();
         Self { areas, leaves, staying, repeats, ..Self::new(workload, Level::Pte) }
     }
