@@ -16,6 +16,26 @@ macro_rules! counters {
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct Snapshot { $($(#[$doc])* pub $name: u64,)* }
 
+        impl Snapshot {
+            /// How many counters there are.
+            pub const LEN: usize = [$(stringify!($name)),*].len();
+
+            /// Every counter with its name.
+            #[must_use]
+            pub fn fields(&self) -> [(&'static str, u64); Self::LEN] {
+                [$((stringify!($name), self.$name)),*]
+            }
+
+            /// What was counted since `before`; the high-water marks (`max_...`) stay as they are.
+            #[must_use]
+            pub fn since(&self, before: &Self) -> Self {
+                let less = |name: &str, now: u64, then: u64| {
+                    if name.starts_with("max_") { now } else { now.wrapping_sub(then) }
+                };
+                Self { $($name: less(stringify!($name), self.$name, before.$name),)* }
+            }
+        }
+
         impl Counters {
             /// The counters now.
             #[must_use]

@@ -73,9 +73,9 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     fn allocate_table(&self) -> Option<PhysFrame> {
         let frame = self.frames.allocate(FrameKind::Table)?;
         let pointer = self.machine.frame_to_pointer(frame);
+        self.machine.note(Note::Allocated(frame, FrameRole::Table));
         // SAFETY: the machine's contract makes the 4096 bytes writable, and the frame is ours alone until we return it.
         unsafe { pointer.write_bytes(0, 1) };
-        self.machine.note(Note::Allocated(frame, FrameRole::Table));
         self.machine.seam(Seam::Allocate);
         Some(frame)
     }
@@ -193,13 +193,16 @@ impl<M: Machine> Pages for Kernel<M> {
             return None;
         }
         let frame = self.frames.allocate(FrameKind::Batch)?;
+        self.machine.note(Note::Allocated(frame, FrameRole::Page));
         let page = NonNull::new(self.machine.frame_to_pointer(frame).cast::<[u8; 4096]>())?;
         // SAFETY: the frame's 4096 bytes are page-aligned and ours alone until `free_batch`.
         Some(unsafe { BatchPage::new(page) })
     }
 
     fn free_batch(&self, page: BatchPage) {
-        self.frames.free([self.machine.pointer_to_frame(page.into_inner().as_ptr().cast())]);
+        let frame = self.machine.pointer_to_frame(page.into_inner().as_ptr().cast());
+        self.machine.note(Note::Freed(frame, FrameRole::Page));
+        self.frames.free([frame]);
     }
 
     fn remove_rmaps(&self, pages: FreedPages<'_>) {

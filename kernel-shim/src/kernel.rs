@@ -16,7 +16,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::counters::Counters;
 use crate::frame::{FrameKind, Frames};
-use crate::machine::{Machine, Note};
+use crate::machine::{FrameRole, Machine, Note};
 use crate::mm::Mm;
 use crate::vma::{Vma, VmaTree};
 
@@ -343,6 +343,7 @@ impl<M: Machine> Kernel<M> {
             self.drop_reference(frame);
         }
         if let Some(block) = self.zero_block.lock().take() {
+            self.machine.note(Note::Freed(block, FrameRole::Block));
             self.frames.free_block(block);
         }
     }

@@ -12,6 +12,7 @@
 //! | fork | copies of address spaces, pages shared until written |
 //! | kernel | munmap, madvise, mprotect, mremap, exit, context switch, lazy CPUs |
 //! | counters | what happened, for the report |
+//! | stage, drill, plan | the same work on any machine, so that what it counts can be compared |
 //!
 //! It allocates areas from the heap (`alloc`); the engine below it allocates nothing.
 #![no_std]
@@ -20,6 +21,7 @@
 extern crate alloc;
 
 mod counters;
+mod drill;
 mod embed;
 mod fault;
 mod fork;
@@ -27,12 +29,15 @@ mod frame;
 mod kernel;
 mod machine;
 mod mm;
+pub mod plan;
 mod populate;
 mod protect;
 mod remap;
+mod stage;
 mod vma;
 
 pub use counters::{Counters, Snapshot};
+pub use drill::{Failure, drill};
 pub use embed::EngineArea;
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
@@ -40,4 +45,5 @@ pub use kernel::{BatchSupply, Config, Error, Kernel, Misbehaviour};
 pub use machine::{FrameRole, Machine, Note, Seam};
 pub use mm::Mm;
 pub use populate::PageContent;
+pub use stage::{PROGRAM_FILE, PROGRAM_START, Stage, program_area};
 pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};

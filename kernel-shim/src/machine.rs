@@ -94,7 +94,7 @@ pub enum Seam {
 /// What a frame is given out for, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameRole {
-    /// A page of a program.
+    /// A page of a program, or one lent to a gather.
     Page,
     /// The first of 512 frames of one.
     Block,
@@ -105,7 +105,7 @@ pub enum FrameRole {
 /// What a checker wants to know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Note {
-    /// The frame is in use from now on.
+    /// The frame is in use from now on; its bytes are as they were when it was freed.
     Allocated(PhysFrame, FrameRole),
     /// The frame is free from now on; another use may follow at once.
     Freed(PhysFrame, FrameRole),

@@ -37,6 +37,40 @@ pub enum PageContent {
 }
 
 impl PageContent {
+    const ALL: [Self; 9] = [
+        Self::Anon,
+        Self::File,
+        Self::FileDirty,
+        Self::Zero,
+        Self::Pfn,
+        Self::AnonBlock,
+        Self::FileBlock,
+        Self::ZeroBlock,
+        Self::Swap,
+    ];
+
+    /// Its word in a [`plan`](crate::plan).
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Anon => "anon",
+            Self::File => "file",
+            Self::FileDirty => "file-dirty",
+            Self::Zero => "zero",
+            Self::Pfn => "pfn",
+            Self::AnonBlock => "anon-block",
+            Self::FileBlock => "file-block",
+            Self::ZeroBlock => "zero-block",
+            Self::Swap => "swap",
+        }
+    }
+
+    /// The content that a word names.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|content| content.word() == word)
+    }
+
     const fn level(self) -> Level {
         match self {
             Self::AnonBlock | Self::FileBlock | Self::ZeroBlock => Level::Pmd,
@@ -136,6 +170,7 @@ impl<M: Machine> Kernel<M> {
         if block.is_none() {
             let new = self.frames.allocate_block()?;
             self.frames.set_kind(new, FrameKind::Reserved);
+            self.machine.note(Note::Allocated(new, FrameRole::Block));
             *block = Some(new);
         }
         *block
