@@ -1,0 +1,55 @@
+//! The hosted machine as a stage: work that any machine can do, done here.
+
+use std::sync::Arc;
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_gather::tlb::CpuId;
+use mmu_kernel_shim::{Config, Error, FaultError, Kernel, Machine, Mm, Stage, UserAccess};
+
+use crate::machine::HostedMachine;
+use crate::program::{HostedKernel, Touched, touch};
+
+/// A kernel on a hosted machine whose CPUs work one at a time.
+#[derive(Debug)]
+pub struct HostedStage(HostedKernel);
+
+impl HostedStage {
+    /// Boots a kernel on `machine` and starts every CPU.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] if the machine has no frame for the kernel's root table.
+    pub fn boot(machine: HostedMachine, config: Config) -> Result<Self, Error> {
+        let machine = Arc::new(machine);
+        let kernel = Kernel::boot(Arc::clone(&machine), config)?;
+        for number in 0..machine.nr_cpus() {
+            machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
+        }
+        Ok(Self(kernel))
+    }
+}
+
+impl Stage for HostedStage {
+    type Machine = Arc<HostedMachine>;
+
+    fn kernel(&self) -> &HostedKernel {
+        &self.0
+    }
+
+    fn on_cpu(&self, cpu: CpuId, work: &(dyn Fn() + Sync)) {
+        self.0.machine().on_cpu(cpu, work);
+    }
+
+    fn touch(
+        &self,
+        mm: &Mm<Self::Machine>,
+        range: VirtRange,
+        access: UserAccess,
+    ) -> Result<(), (u64, FaultError)> {
+        for address in (range.start()..range.end()).step_by(4096) {
+            if let Touched::Signal(error) = touch(&self.0, mm, address, access) {
+                return Err((address, error));
+            }
+        }
+        Ok(())
+    }
+}
