@@ -4,15 +4,19 @@
 
 pub mod bundled;
 pub mod capture;
+mod host;
 pub mod layout;
 #[cfg(test)]
 mod layout_tests;
 mod layout_text;
 mod pagemap;
 pub mod process;
+mod replay;
 pub mod report;
 pub mod run;
+mod space;
 pub mod strace;
 mod strace_lex;
 #[cfg(test)]
 mod strace_tests;
+pub mod trace;

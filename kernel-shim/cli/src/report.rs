@@ -22,6 +22,9 @@ pub struct Report {
     /// The first violations of each layout, told in full; not part of the JSON.
     #[serde(skip)]
     pub stories: Vec<String>,
+    /// What the table has no column for, a line a log; not part of the JSON.
+    #[serde(skip)]
+    pub notes: Vec<String>,
     /// Whether the checker ran.
     #[serde(skip)]
     pub checked: bool,
@@ -32,9 +35,10 @@ pub struct Report {
 pub struct LayoutReport {
     /// Its name.
     pub name: String,
-    /// Areas.
+    /// Areas; of a log, all that were made from its start to its end.
     pub vmas: u64,
-    /// Base pages that were mapped when the teardown began: 512 for each 2 MiB leaf.
+    /// Base pages that were mapped when the teardown began: 512 for each 2 MiB leaf. Of a log, the pages given up and freed
+    /// from its start to its end; the page of zeroes, which is never freed, is not among them.
     pub pages: u64,
     /// Tables freed.
     pub tables: Tables,
@@ -52,7 +56,8 @@ pub struct LayoutReport {
     pub max_deferred_tables: u64,
     /// Most leaves cleared while one table lock was held.
     pub max_pages_per_lock: u64,
-    /// Time of the munmaps and the exit on a machine that models no caches, per base page; not of the checked run.
+    /// Time of the calls that give memory up (of a layout: munmap, exit) on a machine that models no caches, per base page; not
+    /// of the checked run.
     pub ns_per_page: f64,
 }
 
@@ -196,6 +201,9 @@ impl Report {
         }
         if self.layouts.len() > 1 {
             row(&mut out, width, &self.total())?;
+        }
+        for note in &self.notes {
+            writeln!(out, "{note}")?;
         }
         for story in &self.stories {
             write!(out, "\n{story}")?;
