@@ -6,11 +6,12 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use mmu_cli::bundled::LAYOUTS;
+use mmu_cli::bundled::{LAYOUTS, TRACES};
 use mmu_cli::capture;
 use mmu_cli::layout::Layout;
 use mmu_cli::report::Report;
 use mmu_cli::run::{RunOptions, run_layout};
+use mmu_cli::trace::{TraceLog, run_trace};
 use mmu_gather::Limits;
 use mmu_hosted::{Checking, MachineFault};
 use mmu_kernel_shim::Misbehaviour;
@@ -35,6 +36,9 @@ enum Command {
         after_help = "Example: teardown capture --pid 4321 -o mine.layout && teardown run --layout mine.layout"
     )]
     Capture(CaptureArgs),
+    /// Replays the memory calls that a real program made, from a log of `strace -f`.
+    #[command(after_help = "Example: teardown trace tests/traces/redis-bgsave.strace --cpus 8")]
+    Trace(TraceArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -45,6 +49,22 @@ struct RunArgs {
     /// A live process, captured first.
     #[arg(long, value_name = "N")]
     pid: Option<i32>,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+struct TraceArgs {
+    /// A log; how to record one is in tests/traces/README.md. Default: all that are bundled.
+    #[arg(value_name = "FILE")]
+    log: Vec<PathBuf>,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// What both of them do it on.
+#[derive(Clone, Debug, Args)]
+struct MachineArgs {
     /// CPUs of the machine, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
@@ -113,6 +133,7 @@ fn main() -> ExitCode {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
         Some(Command::Capture(args)) => capture_layout(args),
+        Some(Command::Trace(args)) => trace(args),
     };
     match result {
         Ok(Verdict::Good) => ExitCode::SUCCESS,
@@ -128,22 +149,7 @@ fn main() -> ExitCode {
 fn run(args: &RunArgs) -> Result<Verdict, Failure> {
     // All input is read before anything runs.
     let layouts = layouts(args)?;
-    let options = RunOptions {
-        nr_cpus: args.cpus,
-        seed: args.seed,
-        limits: Limits { batch_pages: args.batch_pages, ..Limits::DEFAULT },
-        checking: if args.checker == Switch::On { Checking::On } else { Checking::Off },
-        misbehaviour: match args.fault {
-            Some(Fault::FreeBeforeFlush) => Misbehaviour::FreeBeforeFlush,
-            _ => Misbehaviour::None,
-        },
-        fault: match args.fault {
-            Some(Fault::SkipFlush) => MachineFault::SkipFlush,
-            Some(Fault::DropIpi) => MachineFault::DropIpi,
-            _ => MachineFault::None,
-        },
-        ..RunOptions::default()
-    };
+    let options = args.machine.options();
     let mut report = Report::default();
     let progress = progress_bar(layouts.len() as u64);
     for layout in &layouts {
@@ -152,8 +158,48 @@ fn run(args: &RunArgs) -> Result<Verdict, Failure> {
         progress.inc(1);
     }
     progress.finish_and_clear();
+    print(&report, args.machine.format)
+}
+
+fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
+    // All input is read before anything runs.
+    let logs = logs(args)?;
+    let options = args.machine.options();
+    let mut report = Report::default();
+    let progress = progress_bar(logs.len() as u64);
+    for log in &logs {
+        progress.set_message(log.name.clone());
+        run_trace(log, &options, &mut report).map_err(|error| error.to_string())?;
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    print(&report, args.machine.format)
+}
+
+impl MachineArgs {
+    fn options(&self) -> RunOptions {
+        RunOptions {
+            nr_cpus: self.cpus,
+            seed: self.seed,
+            limits: Limits { batch_pages: self.batch_pages, ..Limits::DEFAULT },
+            checking: if self.checker == Switch::On { Checking::On } else { Checking::Off },
+            misbehaviour: match self.fault {
+                Some(Fault::FreeBeforeFlush) => Misbehaviour::FreeBeforeFlush,
+                _ => Misbehaviour::None,
+            },
+            fault: match self.fault {
+                Some(Fault::SkipFlush) => MachineFault::SkipFlush,
+                Some(Fault::DropIpi) => MachineFault::DropIpi,
+                _ => MachineFault::None,
+            },
+            ..RunOptions::default()
+        }
+    }
+}
+
+fn print(report: &Report, format: Format) -> Result<Verdict, Failure> {
     let out = BufWriter::new(io::stdout().lock());
-    let written = match args.format {
+    let written = match format {
         Format::Text => report.write_text(out),
         Format::Json => report.write_json(out),
     };
@@ -181,6 +227,22 @@ fn read_layout(path: &Path) -> Result<Layout, Failure> {
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {name}: {error}"))?;
     Layout::parse(&name, &text).map_err(|error| error.to_string())
+}
+
+fn logs(args: &TraceArgs) -> Result<Vec<TraceLog>, Failure> {
+    let mut logs = Vec::new();
+    for path in &args.log {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {name}: {error}"))?;
+        logs.push(TraceLog::parse(&name, &text).map_err(|error| error.to_string())?);
+    }
+    if logs.is_empty() {
+        for bundled in TRACES {
+            let name = format!("{}.strace", bundled.name);
+            logs.push(TraceLog::parse(&name, bundled.text).map_err(|error| error.to_string())?);
+        }
+    }
+    Ok(logs)
 }
 
 fn capture_layout(args: &CaptureArgs) -> Result<Verdict, Failure> {
