@@ -1,0 +1,195 @@
+//! The command `teardown trace` as a person meets it: reports, exit codes, errors.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// Small logs of several threads, of several processes, with forks, with calls that wait for one another.
+const SMALL: [&str; 4] = ["redis-bgsave", "rustc-hello", "python-numpy", "sort-parallel"];
+
+fn log(name: &str) -> String {
+    format!("{}/../../tests/traces/{name}.strace", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn teardown(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).expect("the report is JSON")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn assert_clean(report: &Value) {
+    for count in ["violations", "leaked_frames", "leaked_tables", "double_frees"] {
+        assert_eq!(report[count], 0, "{count} in {report}");
+    }
+}
+
+/// A file in a folder that goes with the test.
+fn written(folder: &Path, name: &str, text: &str) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::write(&path, text).expect("written");
+    path
+}
+
+#[test]
+fn every_bundled_log_replays_without_a_violation_or_a_leak() {
+    let output = teardown(&["trace", "--format", "json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report = json(&output);
+    assert_clean(&report);
+    let logs = report["layouts"].as_array().expect("one entry a log");
+    assert_eq!(logs.len(), mmu_cli::bundled::TRACES.len());
+    for log in logs {
+        assert!(log["pages"].as_u64().is_some_and(|pages| pages > 100), "{log}");
+        assert!(log["tables"]["pte"].as_u64().is_some_and(|tables| tables > 0), "{log}");
+        assert!(log["ns_per_page"].as_f64().is_some_and(|ns| ns > 0.0), "{log}");
+    }
+    let of = |name: &str| logs.iter().find(|log| log["name"] == name).expect("bundled");
+    assert!(of("node-worker")["ipis"]["sent"].as_u64() > Some(1000), "its threads share an address space");
+}
+
+#[test]
+fn every_planted_fault_is_found_and_told() {
+    for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
+        let output = teardown(&["trace", &log("redis-bgsave"), "--fault", fault]);
+        assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        for word in
+            ["redis-bgsave: violation: ", "CPU ", " address 0x", " frame 0x", "through its ", "NOT CLEAN"]
+        {
+            assert!(text.contains(word), "{fault}: no {word:?} in {text}");
+        }
+    }
+}
+
+#[test]
+fn the_same_seed_replays_the_same_and_another_seed_otherwise() {
+    let counts = |seed: &str| {
+        let mut report = json(&teardown(&["trace", &log("rustc-hello"), "--seed", seed, "--format", "json"]));
+        assert_clean(&report);
+        report["layouts"][0]["ns_per_page"] = Value::Null;
+        report
+    };
+    assert_eq!(counts("3"), counts("3"));
+    assert_ne!(counts("3"), counts("4"));
+}
+
+#[test]
+fn one_cpu_many_cpus_no_batch_pages_and_no_checker_are_machines_too() {
+    for flags in
+        [["--cpus", "1"], ["--cpus", "3"], ["--cpus", "64"], ["--batch-pages", "0"], ["--checker", "off"]]
+    {
+        let logs = SMALL.map(log);
+        let mut args = vec!["trace", "--format", "json"];
+        args.extend(logs.iter().map(String::as_str));
+        args.extend(flags);
+        let output = teardown(&args);
+        assert_eq!(output.status.code(), Some(0), "{flags:?}: {}", stderr(&output));
+        assert_clean(&json(&output));
+    }
+}
+
+#[test]
+fn a_log_that_stops_anywhere_ends_with_every_process_taken_down() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let whole = std::fs::read_to_string(log("redis-bgsave")).expect("bundled");
+    let nr_lines = whole.lines().count();
+    for nr_left in (1..8).map(|eighth| nr_lines * eighth / 8) {
+        let text: String = whole.lines().take(nr_left).map(|line| format!("{line}\n")).collect();
+        let path = written(folder.path(), "cut.strace", &text);
+        let output = teardown(&["trace", path.to_str().expect("UTF-8"), "--format", "json"]);
+        assert_eq!(output.status.code(), Some(0), "{nr_left} lines: {}", stderr(&output));
+        assert_clean(&json(&output));
+    }
+}
+
+#[test]
+fn bad_input_gets_one_line_that_names_it_and_exit_code_2_before_anything_runs() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let good = log("sort-parallel");
+    let start = "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n";
+    let file =
+        |name: &str, text: &str| written(folder.path(), name, text).to_str().expect("UTF-8").to_owned();
+    let not_a_log = file("not.strace", "Lorem ipsum dolor sit amet\n");
+    let empty = file("empty.strace", "");
+    let unaligned = file("unaligned.strace", &format!("{start}7 munmap(0x7f0000000123, 4096) = 0\n"));
+    let overflow =
+        file("overflow.strace", &format!("{start}7 munmap(0x7f0000000000, 18446744073709551615) = 0\n"));
+    let lost = file("lost.strace", &format!("{start}7 <... mmap resumed>) = 0x7f0000000000\n"));
+    let binary = folder.path().join("binary.strace");
+    std::fs::write(&binary, [0xff, 0xfe, 0x00, 0x9f]).expect("written");
+    for (args, expected) in [
+        (vec!["trace", &good, &not_a_log], "not.strace:1: expected"),
+        (vec!["trace", &good, &empty], "empty.strace:1: expected"),
+        (vec!["trace", &unaligned, &good], "unaligned.strace:2: expected"),
+        (vec!["trace", &overflow], "overflow.strace:2: expected"),
+        (vec!["trace", &lost], "lost.strace:2: expected"),
+        (vec!["trace", binary.to_str().expect("UTF-8")], "cannot read "),
+        (vec!["trace", "/nonexistent.strace"], "cannot read /nonexistent.strace"),
+        (vec!["trace", &good, "--cpus", "0"], "--cpus"),
+        (vec!["trace", &good, "--fault", "bad-luck"], "--fault"),
+        (vec!["trace", "--layout", &good], "--layout"),
+    ] {
+        let output = teardown(&args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(expected), "{args:?}: {}", stderr(&output));
+        assert!(output.stdout.is_empty(), "{args:?} did half of it");
+    }
+}
+
+#[test]
+fn a_call_that_cannot_have_succeeded_is_an_error_at_its_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let text = "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n\
+                7 mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n\
+                7 mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000001000\n";
+    let path = written(folder.path(), "twice.strace", text);
+    let output = teardown(&["trace", path.to_str().expect("UTF-8")]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    let said = stderr(&output);
+    assert!(said.contains("twice.strace:3: expected mmap to succeed") && said.contains("overlaps"), "{said}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn what_was_only_assumed_to_be_there_gives_way() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // The program's own area; a stack's place; a shared mapping made twice; moves over areas that are neighbours here.
+    let text = "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n\
+                7 mprotect(0x555555554000, 8192, PROT_READ) = 0\n\
+                7 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x555555555000\n\
+                7 mmap(NULL, 67108864, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7ffffbfff000\n\
+                7 mmap(NULL, 4096, PROT_READ|PROT_WRITE, MAP_SHARED|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n\
+                7 mremap(0x7f0000000000, 0, 4096, MREMAP_MAYMOVE) = 0x7f0000008000\n\
+                7 mmap(NULL, 16384, PROT_NONE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000010000\n\
+                7 mprotect(0x7f0000010000, 8192, PROT_READ|PROT_WRITE) = 0\n\
+                7 mremap(0x7f0000010000, 16384, 12288, MREMAP_MAYMOVE|MREMAP_FIXED, 0x7f0000020000) = 0x7f0000020000\n\
+                7 mremap(0x7f0000020000, 12288, 4096, MREMAP_MAYMOVE) = 0x7f0000020000\n\
+                7 mremap(0x7f0000020000, 4096, 4096, MREMAP_MAYMOVE|MREMAP_DONTUNMAP) = 0x7f0000030000\n\
+                7 munmap(0x7f0000020000, 4096) = 0\n\
+                7 brk(NULL) = 0x555555600123\n\
+                7 brk(0x555555700000) = 0x555555700000\n\
+                7 brk(0x555555650000) = 0x555555650000\n\
+                7 brk(0x555555800000) = 0x555555800000\n\
+                7 vfork() = 8\n\
+                8 execve(\"/bin/y\", [\"y\"], 0x7ffe /* 1 var */) = 0\n\
+                8 exit_group(0) = ?\n\
+                7 fork() = 9\n\
+                9 munmap(0x7f0000000000, 4096) = 0\n\
+                9 exit_group(0) = ?\n";
+    let path = written(folder.path(), "odd.strace", text);
+    let path = path.to_str().expect("UTF-8");
+    for seed in ["1", "2", "3", "4"] {
+        let output = teardown(&["trace", path, "--seed", seed, "--format", "json"]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_clean(&json(&output));
+    }
+    let text = String::from_utf8(teardown(&["trace", path]).stdout).expect("UTF-8");
+    assert!(text.contains("odd: 22 calls, 3 threads, 3 address spaces; 1 areas assumed"), "{text}");
+}
