@@ -129,7 +129,11 @@ impl PaperTlb {
 
     /// The leaves the CPU can use now.
     pub(crate) fn usable_leaves(&self) -> impl Iterator<Item = Translation> {
-        self.leaves.iter().filter(|(key, _)| key.0 == self.pcid).map(|(_, translation)| *translation)
+        self.leaves_under(self.pcid)
+    }
+
+    pub(crate) fn leaves_under(&self, pcid: u16) -> impl Iterator<Item = Translation> {
+        self.leaves.iter().filter(move |(key, _)| key.0 == pcid).map(|(_, translation)| *translation)
     }
 
     /// The tables the CPU can go on walking from now.

@@ -190,6 +190,12 @@ impl PaperKernel {
         self.cpu(cpu).tlb.borrow().leaf(address)
     }
 
+    /// Every leaf that `cpu` remembers under the tag `pcid`.
+    #[must_use]
+    pub fn cached_under(&self, cpu: CpuId, pcid: u16) -> Vec<Translation> {
+        self.cpu(cpu).tlb.borrow().leaves_under(pcid).collect()
+    }
+
     /// A program on `cpu` reads or writes at `address`, through whatever the CPU remembers.
     ///
     /// # Errors

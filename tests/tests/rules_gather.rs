@@ -1,0 +1,282 @@
+//! Rules G1 to G7, each by its sentence.
+
+use std::collections::BTreeMap;
+
+use mmu_gather::pagetable::{Bounds, Level};
+use mmu_gather::tlb::PcidSupport;
+use mmu_gather::{GatherEvent, Limits, MmuGather, Vma};
+use mmu_tests::{
+    Access, Backing, CPU, Event, Fault, GIB, MIB, Noted, Options, PaperKernel, Supply, area, range,
+};
+use static_assertions::const_assert;
+use x86_64::structures::paging::PhysFrame;
+
+const PAGE: u64 = 4096;
+
+const_assert!(size_of::<MmuGather<'_, PaperKernel>>() <= 256);
+
+/// The smallest capacities: every batch boundary is met within a few pages.
+const SMALL: Limits =
+    Limits { bundle_slots: 3, batch_slots: 4, batch_pages: 2, table_slots: 2, free_chunk: 2 };
+
+/// Small pages, dirty pages of a file, a large page, a device's frame; all in use on CPUs 0 to 3, of which CPU 1 is lazy
+/// and CPU 2 runs something else by now.
+fn busy_kernel(options: Options) -> (PaperKernel, Vec<Vma<Backing>>) {
+    let kernel = PaperKernel::new(options);
+    let mm = kernel.new_mm();
+    let vmas = vec![
+        area(GIB, GIB + 20 * PAGE, Backing::Anonymous),
+        area(GIB + 20 * PAGE, GIB + 30 * PAGE, Backing::File),
+        area(2 * GIB, 2 * GIB + 2 * MIB, Backing::Anonymous),
+        area(600 * GIB, 600 * GIB + 5 * PAGE, Backing::Anonymous),
+    ];
+    kernel.map_range(mm, vmas[0].range);
+    kernel.map_range(mm, vmas[1].range);
+    kernel.map(mm, 2 * GIB, Level::Pmd);
+    kernel.map_range(mm, vmas[3].range);
+    for cpu in kernel.cpu_ids() {
+        kernel.run(cpu, mm);
+        for vma in &vmas {
+            for address in (vma.range.start()..vma.range.end()).step_by(4096).take(32) {
+                kernel.touch(cpu, address, Access::Write).expect("mapped");
+            }
+        }
+    }
+    kernel.go_lazy(CPU[1]);
+    kernel.run(CPU[2], kernel.new_mm());
+    kernel.take_events();
+    (kernel, vmas)
+}
+
+fn assert_gone(kernel: &PaperKernel, vmas: &[Vma<Backing>]) {
+    let mm = kernel.mm(0);
+    for cpu in kernel.cpu_ids() {
+        kernel.run(cpu, mm);
+        for vma in vmas {
+            for address in (vma.range.start()..vma.range.end()).step_by(4096).take(32) {
+                assert_eq!(kernel.touch(cpu, address, Access::Read), Err(Fault::NotPresent), "{cpu}");
+            }
+        }
+    }
+    assert_eq!(kernel.nr_tables(mm), [0; 4]);
+    assert_eq!(kernel.ledger().nr_held(), 0);
+    assert_eq!(kernel.batches_lent(), 0);
+}
+
+#[test]
+fn g1_a_frame_or_table_reaches_the_allocator_only_after_every_cpu_that_may_hold_a_translation_through_it_has_flushed()
+ {
+    for pcid in [PcidSupport::Off, PcidSupport::On] {
+        for limits in [Limits::DEFAULT, SMALL] {
+            let (kernel, vmas) = busy_kernel(Options { pcid, ..Options::default() });
+            // The checker looks at every TLB whenever something is freed.
+            kernel.unmap(kernel.mm(0), &limits, &vmas, Bounds::whole());
+            assert!(kernel.count(|event| matches!(event, Event::PageFreed(_))) == 36);
+            assert!(kernel.count(|event| matches!(event, Event::TableFreed(_))) == 7);
+            assert_gone(&kernel, &vmas);
+        }
+    }
+}
+
+#[test]
+fn g2_the_flush_covers_every_address_cleared_since_the_last_flush_and_its_stride_is_the_smallest_level_cleared()
+ {
+    let invalidated = |kernel: &PaperKernel| -> Vec<u64> {
+        let on_cpu_1 = |noted: &Noted| match noted.event {
+            Event::Invlpg { cpu, address } if cpu == CPU[1] => Some(address),
+            _ => None,
+        };
+        kernel.take_events().iter().filter_map(on_cpu_1).collect()
+    };
+    let kernel = PaperKernel::new(Options { flush_ceiling: u64::MAX, ..Options::default() });
+    let mm = kernel.new_mm();
+    let vma = area(GIB, 2 * GIB, Backing::Anonymous);
+    for page in [3, 4, 9] {
+        kernel.map(mm, GIB + page * PAGE, Level::Pte);
+    }
+    for large in [4, 5] {
+        kernel.map(mm, GIB + large * 2 * MIB, Level::Pmd);
+    }
+    kernel.run(CPU[1], mm);
+    let mut gather = kernel.gather(mm);
+    gather.zap_vma_range(&vma, range(GIB, GIB + 5 * PAGE));
+    gather.zap_vma_range(&vma, range(GIB + 9 * PAGE, GIB + 10 * PAGE));
+    gather.flush_mmu();
+    let pages: Vec<u64> = (3..10).map(|page| GIB + page * PAGE).collect();
+    assert_eq!(invalidated(&kernel), pages, "from the first cleared to the last, 4 KiB at a time");
+
+    gather.zap_vma_range(&vma, range(GIB + 8 * MIB, GIB + 12 * MIB));
+    gather.flush_mmu();
+    assert_eq!(
+        invalidated(&kernel),
+        [GIB + 8 * MIB, GIB + 10 * MIB],
+        "2 MiB at a time, the old range forgotten"
+    );
+
+    // A table counts as the entry of its parent, and one page of a range beside it makes the stride small again.
+    gather.free_pgtables([vma], Bounds::whole());
+    gather.flush().free();
+    let tables = invalidated(&kernel);
+    assert_eq!(tables.first(), Some(&GIB));
+    assert!(tables.windows(2).all(|pair| pair[1] - pair[0] == 2 * MIB), "{tables:?}");
+}
+
+#[test]
+fn g3_nothing_is_freed_and_no_ipi_is_waited_for_under_a_page_table_lock_but_for_dirty_pages_which_frees_nothing()
+ {
+    let (kernel, vmas) = busy_kernel(Options::default());
+    kernel.unmap(kernel.mm(0), &SMALL, &vmas, Bounds::whole());
+    let (mut locked_ipis, mut dirty) = (0, false);
+    for noted in kernel.take_events() {
+        match noted.event {
+            Event::Gather(GatherEvent::DirtyFlush) => dirty = true,
+            Event::Gather(GatherEvent::LockDropped { .. }) => dirty = false,
+            Event::Ipi { .. } if noted.under_lock => {
+                assert!(dirty, "{noted:?}");
+                locked_ipis += 1;
+            }
+            Event::PageFreed(_) | Event::TableFreed(_) | Event::FreeChunk { .. } | Event::Resched => {
+                assert!(!noted.under_lock, "{noted:?}");
+            }
+            _ => {}
+        }
+    }
+    assert!(locked_ipis > 0, "dirty pages were there");
+}
+
+/// What is to be seen from outside, whatever memory there was.
+fn visible_result(kernel: &PaperKernel, vmas: &[Vma<Backing>]) -> (Vec<PhysFrame>, [u64; 4]) {
+    let mut freed: Vec<PhysFrame> = kernel
+        .take_events()
+        .iter()
+        .filter_map(|noted| match noted.event {
+            Event::PageFreed(frame) => Some(frame),
+            _ => None,
+        })
+        .collect();
+    freed.sort_unstable();
+    let tables = kernel.nr_tables(kernel.mm(0));
+    assert_gone(kernel, vmas);
+    (freed, tables)
+}
+
+#[test]
+fn g4_allocation_failure_changes_speed_never_the_visible_result() {
+    let unmap = |supply: Supply, limits: &Limits| {
+        let (kernel, vmas) = busy_kernel(Options::default());
+        kernel.supply_batches(supply);
+        kernel.unmap(kernel.mm(0), limits, &vmas, Bounds::whole());
+        let fallbacks = kernel.count(|event| *event == Event::Gather(GatherEvent::TableFallback));
+        (visible_result(&kernel, &vmas), fallbacks)
+    };
+    let (expected, _) = unmap(Supply::Unlimited, &Limits::DEFAULT);
+    let mut fallbacks = 0;
+    for pattern in 0..1u64 << 8 {
+        // The eight bits again and again.
+        let pattern = pattern * 0x0101_0101_0101_0101;
+        for limits in [Limits::DEFAULT, SMALL] {
+            let (found, fell_back) = unmap(Supply::Pattern(pattern), &limits);
+            assert_eq!(found, expected, "{pattern:#x}, {limits:?}");
+            fallbacks += fell_back;
+        }
+    }
+    for left in 0..12 {
+        assert_eq!(unmap(Supply::Left(left), &SMALL).0, expected);
+    }
+    assert!(fallbacks > 0, "the single-table fallback was used");
+}
+
+#[test]
+fn g5_everything_queued_is_released_exactly_once_an_unfinished_gather_finishes_itself_when_dropped() {
+    for limits in [Limits::DEFAULT, SMALL] {
+        for stop_after in 0..4 {
+            let (kernel, vmas) = busy_kernel(Options::default());
+            let mm = kernel.mm(0);
+            let mut gather = kernel.gather(mm).with_limits(&limits);
+            if stop_after > 0 {
+                gather.unmap_vmas(vmas.iter().copied(), mm.space().user_range());
+            }
+            if stop_after > 1 {
+                gather.free_pgtables(vmas.iter().copied(), Bounds::whole());
+            }
+            if stop_after > 2 {
+                gather.flush_mmu();
+            }
+            drop(gather);
+            let mut freed: BTreeMap<PhysFrame, u32> = BTreeMap::new();
+            for noted in kernel.take_events() {
+                if let Event::PageFreed(frame) | Event::TableFreed(frame) = noted.event {
+                    *freed.entry(frame).or_default() += 1;
+                }
+            }
+            assert!(freed.values().all(|times| *times == 1));
+            let (pages, tables) = ([0, 36, 36, 36][stop_after], [0, 0, 7, 7][stop_after]);
+            assert_eq!(freed.len(), pages + tables, "stopped after step {stop_after}");
+            assert_eq!(mm.open_gathers(), 0);
+            assert_eq!(kernel.batches_lent(), 0);
+        }
+    }
+}
+
+#[test]
+fn g6_if_another_gather_ran_on_the_same_mm_meanwhile_finish_flushes_the_whole_mm_tables_included() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let vma = area(GIB, GIB + 4 * PAGE, Backing::Anonymous);
+    kernel.map_range(mm, vma.range);
+    for cpu in [CPU[1], CPU[2]] {
+        kernel.run(cpu, mm);
+        kernel.touch(cpu, GIB, Access::Write).expect("mapped");
+    }
+    kernel.go_lazy(CPU[2]);
+    let mut first = kernel.gather(mm);
+    first.unmap_vmas([vma], vma.range);
+    // Everything is none: by itself this one would have nothing to flush. When it returns, nobody may use the page.
+    kernel.zap(mm, &vma, range(GIB, GIB + PAGE)).free();
+    assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));
+    assert!(!kernel.state(CPU[2]).has_loaded(mm.context()), "tables included: lazy CPUs were told");
+    first.flush().free();
+    assert_eq!(
+        kernel.count(|event| *event == Event::Gather(GatherEvent::NestedFlush)),
+        1,
+        "the last is alone"
+    );
+}
+
+#[test]
+fn g7_the_work_between_two_preemption_points_is_bounded_whatever_the_range() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let vmas = [
+        area(GIB, GIB + 24 * MIB, Backing::Anonymous),
+        area(GIB + 24 * MIB, GIB + 28 * MIB, Backing::File),
+        area(1 << 40, 1 << 46, Backing::Anonymous),
+    ];
+    kernel.map_range(mm, vmas[0].range);
+    kernel.map_range(mm, vmas[1].range);
+    for sparse in 0..600u64 {
+        kernel.map(mm, (1 << 40) + sparse * 3 * GIB, Level::Pte);
+    }
+    kernel.run(CPU[0], mm);
+    for address in (vmas[1].range.start()..vmas[1].range.end()).step_by(4096) {
+        kernel.touch(CPU[0], address, Access::Write).expect("mapped");
+    }
+    kernel.take_events();
+    kernel.unmap(mm, &Limits::DEFAULT, &vmas, Bounds::whole());
+    assert_eq!(kernel.ledger().nr_held(), 0);
+    let (mut cleared, mut freed, mut tables, mut locks) = (0, 0, 0, 0);
+    for noted in kernel.take_events() {
+        match noted.event {
+            Event::LeafCleared(_) => cleared += 1,
+            Event::FreeChunk { slots } => freed += slots,
+            Event::TableFreed(_) => tables += 1,
+            Event::LockAsked(_) => locks += 1,
+            Event::Resched => (cleared, freed, tables, locks) = (0, 0, 0, 0),
+            _ => {}
+        }
+        assert!(cleared <= 512, "{cleared} leaves cleared");
+        assert!(freed <= 513, "{freed} slots freed");
+        assert!(tables <= 511, "{tables} tables freed");
+        assert!(locks <= 2, "{locks} locks taken");
+    }
+}

@@ -1,0 +1,118 @@
+//! Rules P1 to P3, each by its sentence.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use mmu_gather::pagetable::{Bounds, Entry, EntryValue, Level};
+use mmu_gather::{GatherEvent, Limits};
+use mmu_tests::{Backing, CPU, Event, GIB, MIB, Options, PaperKernel, TIB, area, range};
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PageTableFlags;
+
+const PAGE: u64 = 4096;
+
+/// A page walker that sets the dirty bit of whatever is mapped, and notes in which round it did.
+fn walker(entry: &Entry, done: &AtomicBool, marked: &[AtomicU64]) {
+    while !done.load(Ordering::Relaxed) {
+        let found = entry.load();
+        if found.is_present() && !found.is_dirty() {
+            let dirty = EntryValue::from_bits(found.bits() | PageTableFlags::DIRTY.bits());
+            if entry.compare_exchange(found, dirty).is_ok() {
+                let round = usize::try_from(found.leaf_address(Level::Pte).as_u64() >> 12).expect("small");
+                marked[round].store(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+#[test]
+fn p1_an_entry_is_only_read_or_written_atomically_hardware_may_set_a_d_bits_at_any_time() {
+    const ROUNDS: u64 = 200_000;
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    kernel.map(mm, GIB, Level::Pte);
+    let view = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
+    let entry = view.table().entry(7);
+    let done = AtomicBool::new(false);
+    let marked: Vec<AtomicU64> = (0..ROUNDS).map(|_| AtomicU64::new(0)).collect();
+    let mut seen = vec![0; marked.len()];
+    std::thread::scope(|threads| {
+        threads.spawn(|| walker(entry, &done, &marked));
+        for (round, seen) in (0..ROUNDS).zip(&mut seen) {
+            entry.store(EntryValue::leaf(Level::Pte, PhysAddr::new(round << 12), PageTableFlags::WRITABLE));
+            for _ in 0..round % 16 {
+                core::hint::spin_loop();
+            }
+            *seen = u64::from(entry.get_and_clear().is_dirty());
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let marked: Vec<u64> = marked.iter().map(|mark| mark.load(Ordering::Relaxed)).collect();
+    assert!(marked == seen, "a dirty bit was set and then lost");
+    assert!(marked.iter().any(|mark| *mark == 1) && marked.contains(&0), "the two never met");
+}
+
+#[test]
+fn p2_a_table_page_reachable_from_a_root_is_never_freed_or_reused_it_is_first_unhooked_under_the_lock_of_its_parent_entry()
+ {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let vma = area(GIB, GIB + 6 * MIB, Backing::Anonymous);
+    for address in [GIB, GIB + 2 * MIB, GIB + 4 * MIB] {
+        kernel.map(mm, address, Level::Pte);
+    }
+    kernel.zap(mm, &vma, vma.range).free();
+    let pmd = kernel.find_table(mm, GIB, Level::Pmd).expect("linked").frame();
+    let tables = kernel.tables(mm);
+    // When the parent's lock is asked for, the first table is still linked; when the table is reported, it is not.
+    let is_linked = |kernel: &PaperKernel| kernel.lookup(kernel.mm(0), GIB).level == Level::Pte;
+    kernel.once(
+        move |event| *event == Event::LockAsked(pmd),
+        move |kernel| assert!(is_linked(kernel), "unhooked without the parent's lock"),
+    );
+    kernel.once(
+        |event| *event == Event::Gather(GatherEvent::TableUnhooked(Level::Pte)),
+        move |kernel| {
+            assert!(!is_linked(kernel));
+            assert!(!kernel.is_locked_now(), "no lock is held while it is queued");
+        },
+    );
+    kernel.take_events();
+    kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());
+    assert_eq!(kernel.nr_hooks_waiting(), 0);
+
+    let events = kernel.take_events();
+    let at = |wanted: Event| events.iter().position(|noted| noted.event == wanted).expect("it happened");
+    for (level, table) in tables {
+        let unhooked = at(Event::Gather(GatherEvent::TableUnhooked(level)));
+        assert!(unhooked < at(Event::TableFreed(table)), "{level:?}");
+        assert!(!kernel.is_live_table(table));
+    }
+    // That no freed table was reachable is the checker's to say, when the kernel is dropped.
+}
+
+#[test]
+fn p3_table_lifetime_is_decided_by_vmas_floor_and_ceiling_never_by_guess() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let (first, second) = (range(GIB, GIB + PAGE), range(GIB + 8 * PAGE, GIB + 9 * PAGE));
+    let [low, high] = [first, second].map(|range| area(range.start(), range.end(), Backing::Anonymous));
+    kernel.map_range(mm, first);
+    // The second area has no page yet: by the look of it the table could go with the first. It may not.
+    kernel.unmap(mm, &Limits::DEFAULT, &[low], Bounds::between(None, Some(second.start())));
+    assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0]);
+    kernel.map_range(mm, second);
+    kernel.zap(mm, &high, second).free();
+    assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0], "an empty table stays while its area does");
+    kernel.unmap(mm, &Limits::DEFAULT, &[high], Bounds::whole());
+    assert_eq!(kernel.nr_tables(mm), [0; 4]);
+
+    // A neighbour a whole table away keeps what is above, and only that.
+    kernel.run(CPU[1], mm);
+    for at in [TIB, TIB + GIB] {
+        kernel.map(mm, at, Level::Pte);
+    }
+    let gone = area(TIB + GIB, TIB + GIB + PAGE, Backing::Anonymous);
+    kernel.unmap(mm, &Limits::DEFAULT, &[gone], Bounds::between(Some(TIB + PAGE), None));
+    assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0]);
+    assert!(kernel.lookup(mm, TIB).value.is_present());
+}
