@@ -1,6 +1,6 @@
 //! Rules P1 to P3, each by its sentence.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mmu_gather::pagetable::{Bounds, Entry, EntryValue, Level};
 use mmu_gather::{GatherEvent, Limits};
@@ -24,19 +24,20 @@ fn walker(entry: &Entry, done: &AtomicBool, marked: &[AtomicU64]) {
     }
 }
 
-#[test]
-fn p1_an_entry_is_only_read_or_written_atomically_hardware_may_set_a_d_bits_at_any_time() {
-    const ROUNDS: u64 = 200_000;
-    let kernel = PaperKernel::new(Options::default());
-    let mm = kernel.new_mm();
-    kernel.map(mm, GIB, Level::Pte);
-    let view = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
-    let entry = view.table().entry(7);
-    let done = AtomicBool::new(false);
+/// Maps and clears while a walker marks; how often a mark was seen. Panics if one was set and lost.
+fn play_against_a_walker(entry: &Entry) -> usize {
+    const ROUNDS: u64 = 100_000;
+    let (begun, done) = (AtomicBool::new(false), AtomicBool::new(false));
     let marked: Vec<AtomicU64> = (0..ROUNDS).map(|_| AtomicU64::new(0)).collect();
     let mut seen = vec![0; marked.len()];
     std::thread::scope(|threads| {
-        threads.spawn(|| walker(entry, &done, &marked));
+        threads.spawn(|| {
+            begun.store(true, Ordering::Relaxed);
+            walker(entry, &done, &marked);
+        });
+        while !begun.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
         for (round, seen) in (0..ROUNDS).zip(&mut seen) {
             entry.store(EntryValue::leaf(Level::Pte, PhysAddr::new(round << 12), PageTableFlags::WRITABLE));
             for _ in 0..round % 16 {
@@ -48,7 +49,18 @@ fn p1_an_entry_is_only_read_or_written_atomically_hardware_may_set_a_d_bits_at_a
     });
     let marked: Vec<u64> = marked.iter().map(|mark| mark.load(Ordering::Relaxed)).collect();
     assert!(marked == seen, "a dirty bit was set and then lost");
-    assert!(marked.iter().any(|mark| *mark == 1) && marked.contains(&0), "the two never met");
+    seen.iter().filter(|mark| **mark == 1).count()
+}
+
+#[test]
+fn p1_an_entry_is_only_read_or_written_atomically_hardware_may_set_a_d_bits_at_any_time() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    kernel.map(mm, GIB, Level::Pte);
+    let view = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
+    // On a busy machine the two may not meet at once.
+    let met = (0..100).map(|_| play_against_a_walker(view.table().entry(7))).find(|met| *met > 1000);
+    assert!(met.is_some(), "the two never met");
 }
 
 #[test]
