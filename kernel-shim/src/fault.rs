@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use mmu_gather::pagetable::{Decoded, EntryValue, Level, MapError, NonPresent, VirtRange};
-use mmu_gather::zap_page_range;
+use mmu_gather::{Disposition, GatherEvent, MmuGather, Pages, UnmappedLeaf};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
@@ -43,8 +43,8 @@ enum Try {
     Done,
     /// Somebody is changing the entry; look again.
     Again,
-    /// A page that may not be written must first go from here, everywhere.
-    Replace(Vma),
+    /// The page that this entry maps may not be written: it must first go from here, everywhere.
+    Replace(EntryValue),
 }
 
 impl<M: Machine> Kernel<M> {
@@ -80,17 +80,51 @@ impl<M: Machine> Kernel<M> {
                     drop(vmas);
                     self.machine.cond_resched();
                 }
-                Try::Replace(vma) => {
-                    let Ok(range) = VirtRange::new(page, page + 4096) else { return Err(FaultError::NoArea) };
+                Try::Replace(seen) => {
                     // SAFETY: the map lock is held for reading until the flush is done.
-                    let flushed = unsafe {
-                        zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), range)
-                    };
+                    let mut gather =
+                        unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+                    self.remove_seen(mm, &mut gather, vma, page, seen)?;
+                    let flushed = gather.flush();
                     drop(vmas);
                     flushed.free();
                 }
             }
         }
+    }
+
+    /// Removes the page at `page` if the entry still maps what was seen there: another thread may have replaced it meanwhile, and
+    /// what it has written since must not be lost.
+    fn remove_seen<'a>(
+        &'a self,
+        mm: &'a Mm<M>,
+        gather: &mut MmuGather<'a, Self>,
+        vma: Vma,
+        page: u64,
+        seen: EntryValue,
+    ) -> Result<(), FaultError> {
+        // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
+        let view = unsafe { mm.engine.space().ensure_table(self, page, Level::Pte) };
+        let Ok(view) = view else { return Err(FaultError::NoMemory) };
+        let range = VirtRange::of_entry(Level::Pte, page);
+        let locked = view.lock(self);
+        let entry = locked.entry(page);
+        let now = entry.load();
+        let same_page = now.leaf_address(Level::Pte) == seen.leaf_address(Level::Pte);
+        if !now.is_present() || !same_page || now.is_writable() {
+            return Ok(());
+        }
+        let value = entry.get_and_clear();
+        let frame = PhysFrame::containing_address(value.leaf_address(Level::Pte));
+        let leaf = UnmappedLeaf { address: page, level: Level::Pte, value, frame };
+        let disposition = self.unmap_page(vma.staying().area, &leaf);
+        gather.changed(range, Level::Pte);
+        drop(locked);
+        self.observe_gather(GatherEvent::LockDropped { leaves: 1 });
+        if disposition != Disposition::Keep {
+            gather.remove_page(frame, range, Level::Pte);
+        }
+        Ok(())
     }
 
     fn try_fault(&self, mm: &Mm<M>, vma: Vma, page: u64, access: UserAccess) -> Result<Try, FaultError> {
@@ -112,7 +146,7 @@ impl<M: Machine> Kernel<M> {
                 }
                 let frame = PhysFrame::containing_address(value.leaf_address(Level::Pte));
                 if !self.may_write_in_place(vma.area, frame) {
-                    return Ok(Try::Replace(vma));
+                    return Ok(Try::Replace(value));
                 }
                 let flags = PageTableFlags::WRITABLE.bits();
                 // More rights need no flush (SDM 4.10.4.3); hardware may set A meanwhile, then the fault comes again.
