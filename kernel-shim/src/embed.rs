@@ -71,6 +71,9 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {
+        if !self.table_supply.grants() {
+            return None;
+        }
         let frame = self.frames.allocate(FrameKind::Table)?;
         let pointer = self.machine.frame_to_pointer(frame);
         self.machine.note(Note::Allocated(frame, FrameRole::Table));
@@ -189,7 +192,7 @@ impl<M: Machine> Pages for Kernel<M> {
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        if !self.batch_is_granted() {
+        if !self.batch_supply.grants() {
             return None;
         }
         let frame = self.frames.allocate(FrameKind::Batch)?;
@@ -240,7 +243,7 @@ impl<M: Machine> Pages for Kernel<M> {
 }
 
 impl<M: Machine> Kernel<M> {
-    fn unmap_counted(&self, frame: PhysFrame) {
+    pub(crate) fn unmap_counted(&self, frame: PhysFrame) {
         if self.frames.meta(frame).remove_mapping().is_err() {
             self.counters.double_free();
         }

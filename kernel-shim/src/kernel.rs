@@ -5,7 +5,7 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use core::fmt;
-use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicI64, Ordering};
 
 use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
 use mmu_gather::tlb::{CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, init_cpu, switch_mm};
@@ -18,6 +18,7 @@ use crate::counters::Counters;
 use crate::frame::{FrameKind, Frames};
 use crate::machine::{FrameRole, Machine, Note};
 use crate::mm::Mm;
+use crate::reclaim::{Pressure, Supply};
 use crate::vma::{Vma, VmaTree};
 
 /// The kernel.
@@ -35,7 +36,8 @@ pub struct Kernel<M: Machine> {
     /// Places in swap that entries name.
     pub(crate) swap_slots: AtomicI64,
     ids: CtxIds,
-    batch_requests: AtomicU64,
+    pub(crate) batch_supply: Pressure,
+    pub(crate) table_supply: Pressure,
 }
 
 /// What the kernel keeps of one CPU.
@@ -50,8 +52,8 @@ pub(crate) struct Cpu<M: Machine> {
 pub struct Config {
     /// Capacities of every gather.
     pub limits: Limits,
-    /// Whether gathers get batch pages.
-    pub batches: BatchSupply,
+    /// Whether gathers get batch pages, to begin with.
+    pub batches: Supply,
     /// More pages than this are not invalidated one by one.
     pub flush_ceiling: u64,
     /// What it does wrong, on purpose.
@@ -62,22 +64,11 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             limits: Limits::DEFAULT,
-            batches: BatchSupply::Always,
+            batches: Supply::Always,
             flush_ceiling: mmu_gather::tlb::SINGLE_PAGE_FLUSH_CEILING,
             misbehaviour: Misbehaviour::None,
         }
     }
-}
-
-/// When a gather that asks for a batch page gets one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BatchSupply {
-    /// While there is memory.
-    Always,
-    /// Never.
-    Never,
-    /// Not every so many requests (1 means never).
-    ExceptEvery(u64),
 }
 
 /// What the kernel does wrong, on purpose, so that a checker can be seen to notice.
@@ -140,7 +131,8 @@ impl<M: Machine> Kernel<M> {
             zero_block: SpinMutex::new(None),
             swap_slots: AtomicI64::new(0),
             ids: CtxIds::new(),
-            batch_requests: AtomicU64::new(0),
+            batch_supply: Pressure::new(config.batches),
+            table_supply: Pressure::new(Supply::Always),
         };
         kernel.init_root = kernel.allocate_table().ok_or(Error::NoMemory)?;
         kernel.machine.prepare_root(kernel.init_root);
@@ -353,17 +345,6 @@ impl<M: Machine> Kernel<M> {
         let tables = self.frames.count(FrameKind::Table).saturating_sub(1);
         let pages = [FrameKind::Page, FrameKind::Block, FrameKind::Tail, FrameKind::Batch];
         (pages.into_iter().map(|kind| self.frames.count(kind)).sum(), tables)
-    }
-
-    pub(crate) fn batch_is_granted(&self) -> bool {
-        match self.config.batches {
-            BatchSupply::Always => true,
-            BatchSupply::Never => false,
-            BatchSupply::ExceptEvery(every) => {
-                let request = self.batch_requests.fetch_add(1, Ordering::Relaxed);
-                !(request + 1).is_multiple_of(every.max(1))
-            }
-        }
     }
 
     /// Splits the large pages that the ends of `range` cut. The map lock is held for writing.

@@ -12,7 +12,7 @@ use mmu_gather::tlb::CpuId;
 use mmu_hosted::{
     Checking, Choices, HostedKernel, HostedMachine, MachineFault, Options, Schedule, give_way, touch,
 };
-use mmu_kernel_shim::{Area, BatchSupply, Config, Kernel, Machine, Misbehaviour, Seam, UserAccess, Vma};
+use mmu_kernel_shim::{Area, Config, Kernel, Machine, Misbehaviour, Seam, Supply, UserAccess, Vma};
 
 use crate::layout::Layout;
 use crate::process::{BuildError, HostedMm, Process, frames_needed};
@@ -28,7 +28,7 @@ pub struct RunOptions {
     /// Capacities of every gather.
     pub limits: Limits,
     /// Whether gathers get batch pages.
-    pub batches: BatchSupply,
+    pub batches: Supply,
     /// Whether the checked pass runs; the timed one always does.
     pub checking: Checking,
     /// What the kernel does wrong, on purpose.
@@ -43,7 +43,7 @@ impl Default for RunOptions {
             nr_cpus: 4,
             seed: 1,
             limits: Limits::DEFAULT,
-            batches: BatchSupply::Always,
+            batches: Supply::Always,
             checking: Checking::On,
             misbehaviour: Misbehaviour::None,
             fault: MachineFault::None,

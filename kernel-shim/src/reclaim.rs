@@ -1,0 +1,131 @@
+//! Taking pages away from programs that do not expect it: reclaim, and memory pressure.
+#![expect(unsafe_code, reason = "walks tables under the map lock")]
+
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use mmu_gather::pagetable::{Decoded, Level, NonPresent, VirtRange};
+use mmu_gather::tlb::UnmapBatch;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::frame::FrameKind;
+use crate::kernel::Kernel;
+use crate::machine::Machine;
+use crate::mm::Mm;
+
+/// When something that is asked for is refused, although there is memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Supply {
+    /// Never.
+    #[default]
+    Always,
+    /// Every time.
+    Never,
+    /// Each time the number of requests so far is a multiple of this; 1 is every time.
+    ExceptEvery(u32),
+}
+
+/// A [`Supply`] that can be changed while CPUs ask.
+#[derive(Debug)]
+pub(crate) struct Pressure {
+    /// 0: always; n: not each n-th request.
+    every: AtomicU64,
+    requests: AtomicU64,
+}
+
+impl Pressure {
+    pub(crate) fn new(supply: Supply) -> Self {
+        let pressure = Self { every: AtomicU64::new(0), requests: AtomicU64::new(0) };
+        pressure.set(supply);
+        pressure
+    }
+
+    pub(crate) fn set(&self, supply: Supply) {
+        let every = match supply {
+            Supply::Always => 0,
+            Supply::Never => 1,
+            Supply::ExceptEvery(every) => u64::from(every.max(1)),
+        };
+        self.every.store(every, Ordering::Relaxed);
+    }
+
+    /// Whether this request is granted.
+    pub(crate) fn grants(&self) -> bool {
+        let every = self.every.load(Ordering::Relaxed);
+        every == 0 || !(self.requests.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(every)
+    }
+}
+
+impl<M: Machine> Kernel<M> {
+    /// Changes whether gathers get batch pages.
+    pub fn set_batch_supply(&self, supply: Supply) {
+        self.batch_supply.set(supply);
+    }
+
+    /// Changes whether page tables can be had.
+    pub fn set_table_supply(&self, supply: Supply) {
+        self.table_supply.set(supply);
+    }
+
+    /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many.
+    ///
+    /// The map locks are dropped before the flush, so other calls may come in between: they find entries cleared and not yet
+    /// flushed, which is what [`deferred_flushes`](mmu_gather::tlb::MmContext::deferred_flushes) is for. The pages are freed
+    /// after it.
+    ///
+    /// # Source
+    /// Linux: try_to_unmap_one with TTU_BATCH_FLUSH, try_to_unmap_flush, mm/rmap.c.
+    #[doc(alias = "try_to_unmap")]
+    pub fn reclaim<'m>(&self, victims: impl IntoIterator<Item = (&'m Mm<M>, VirtRange)>) -> u64
+    where
+        M: 'm,
+    {
+        let mut batch = UnmapBatch::new();
+        let mut frames = Vec::new();
+        for (mm, range) in victims {
+            self.unmap_to_swap(mm, range, &mut batch, &mut frames);
+        }
+        self.machine.cond_resched();
+        let flushed = batch.flush(self);
+        debug_assert!(flushed.is_some() || frames.is_empty(), "G1: pages taken and nothing flushed");
+        for frame in &frames {
+            self.drop_reference(*frame);
+        }
+        frames.len() as u64
+    }
+
+    fn unmap_to_swap(
+        &self,
+        mm: &Mm<M>,
+        range: VirtRange,
+        batch: &mut UnmapBatch<Self>,
+        frames: &mut Vec<PhysFrame>,
+    ) {
+        let vmas = mm.vmas.read();
+        for address in (range.start()..range.end()).step_by(4096) {
+            // Detached areas are being unmapped by somebody: not ours to look into.
+            if vmas.find(address).is_none() {
+                continue;
+            }
+            // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
+            let Some(view) = (unsafe { mm.engine.space().find_table(self, address, Level::Pte) }) else {
+                continue;
+            };
+            let locked = view.lock(self);
+            let entry = locked.entry(address);
+            let Decoded::Leaf(page) = entry.load().decode(Level::Pte) else { continue };
+            let frame = PhysFrame::containing_address(page);
+            let meta = self.frames.meta(frame);
+            // A page that only this entry uses; others would need their entries found (rmap).
+            if meta.kind() != FrameKind::Page || meta.owner() != 0 || meta.maps() != 1 || meta.refs() != 1 {
+                continue;
+            }
+            let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
+            // In one step, so that a write in between is not lost.
+            let _old = entry.exchange(NonPresent::Swap { device: 0, slot }.encode());
+            self.unmap_counted(frame);
+            batch.add_mm(mm.engine.context());
+            frames.push(frame);
+        }
+    }
+}
