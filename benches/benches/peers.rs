@@ -5,11 +5,14 @@
 
 use core::time::Duration;
 
-use mmu_benches::entry::{Entry, Sampler};
+use mmu_benches::entry::{Clock, Entry, Sampler};
+use mmu_benches::flushes::{Flusher, flushing_sample};
 use mmu_benches::linux::{self, Way};
+use mmu_benches::machine::Machine;
 use mmu_benches::memory::Memory;
 use mmu_benches::rounds::{Series, measure};
 use mmu_benches::shape::{Shape, Size, Workload};
+use mmu_gather::tlb::OnlineCpus;
 
 fn main() {
     let has = |flag: &str| std::env::args().any(|argument| argument == flag);
@@ -42,6 +45,7 @@ fn main() {
     for (name, cells) in linux {
         println!("| {name} | {} |", cells.join(" | "));
     }
+    flush_table(&memory, size, rounds.min(5));
     println!("\nMedian of the ratios to the plain floor, round by round\n");
     print_table(&entries, &columns, |series, column| series.ratio_to(row(column, Entry::PLAIN)?));
     println!("\nMedian of the ratios to the exchange floor, round by round\n");
@@ -68,6 +72,32 @@ fn linux_rows(size: Size, rounds: u32) -> Vec<(&'static str, Vec<String>)> {
         }
     };
     Way::ALL.map(|way| (way.name(), shapes.iter().map(|shape| cell(way, shape)).collect())).into()
+}
+
+/// The same where a flush costs something: one other CPU runs the program, and takes a microsecond to interrupt.
+fn flush_table(memory: &Memory, size: Size, rounds: u32) {
+    println!(
+        "\nMedian ns for each leaf, one other CPU to interrupt at 1 us; interrupts for each 1000 leaves\n"
+    );
+    println!("| | W2 | | W4 | |\n| --- | ---: | ---: | ---: | ---: |");
+    let shapes = [Workload::W2Dense64, Workload::W4Areas].map(|workload| workload.shape(size));
+    for flusher in Flusher::ALL {
+        let machine = Machine::new(memory, OnlineCpus::Many).with_others(1, Duration::from_micros(1));
+        let cells = shapes.iter().map(|shape| {
+            let mut nanoseconds = Series::default();
+            let mut interrupts = 0;
+            for _ in 0..rounds {
+                let mut clock = Clock::default();
+                interrupts = flushing_sample(&machine, shape, flusher, &mut clock);
+                nanoseconds.0.push(clock.nanoseconds_for(shape.nr_leaves()));
+            }
+            let median = nanoseconds.median().map_or_else(|| "-".into(), three_digits);
+            #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+            let interrupts = interrupts as f64 * 1000.0 / shape.nr_leaves() as f64;
+            format!("{median} | {}", three_digits(interrupts))
+        });
+        println!("| {} | {} |", flusher.name(), cells.collect::<Vec<_>>().join(" | "));
+    }
 }
 
 type Column = Vec<(Entry, Series)>;

@@ -28,6 +28,15 @@ pub struct Clock {
     pub elapsed: Duration,
 }
 
+impl Clock {
+    /// Nanoseconds for each of `leaves`.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52 leaves")]
+    pub fn nanoseconds_for(&self, leaves: u64) -> f64 {
+        self.elapsed.as_secs_f64() * 1e9 / leaves as f64
+    }
+}
+
 impl Meter for Clock {
     #[inline]
     fn measure<R>(&mut self, work: impl FnOnce() -> R) -> R {

@@ -65,10 +65,12 @@ pub fn tear_down<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, clear
 }
 
 fn release(memory: &Memory, frames: &[u64], huge: bool) {
+    let mut chain = memory.chain_start();
     if huge {
         for frame in frames {
-            release_one(memory, *frame);
+            chain = release_one(memory, *frame, chain);
         }
+        memory.free_chain(chain);
         return;
     }
     for frame in frames.iter().take(PREFETCH) {
@@ -78,18 +80,18 @@ fn release(memory: &Memory, frames: &[u64], huge: bool) {
     let (now, last) = frames.split_at(ahead.len());
     for (frame, later) in now.iter().zip(ahead) {
         memory.prefetch(*later);
-        release_one(memory, *frame);
+        chain = release_one(memory, *frame, chain);
     }
     for frame in last {
-        release_one(memory, *frame);
+        chain = release_one(memory, *frame, chain);
     }
+    memory.free_chain(chain);
 }
 
+/// Drops both counts; a page whose last it was comes before `chain`. Returns what the chain begins with.
 #[inline(always)]
-fn release_one(memory: &Memory, physical: u64) {
-    if Batched::released(memory.frame(physical)) {
-        memory.free_page(physical);
-    }
+fn release_one(memory: &Memory, physical: u64, chain: u64) -> u64 {
+    if Batched::released(memory.frame(physical)) { memory.chain(physical, chain) } else { chain }
 }
 
 /// Takes the frames out of the entries of `stretch`.
@@ -98,10 +100,7 @@ fn take(stretch: Stretch, clear: Clear, frames: &mut Vec<u64>) {
     let mut index = stretch.first;
     while index < stretch.end {
         if index.is_multiple_of(LINE) && index + LINE <= stretch.end {
-            match clear {
-                Clear::Plain => take_line(entry(stretch.table, index), frames),
-                Clear::Exchange => exchange_line(entry(stretch.table, index), frames),
-            }
+            take_line(entry(stretch.table, index), clear, frames);
             index += LINE;
         } else {
             take_one(entry(stretch.table, index), clear, frames);
@@ -111,34 +110,24 @@ fn take(stretch: Stretch, clear: Clear, frames: &mut Vec<u64>) {
 }
 
 #[inline(always)]
-fn take_line(entry: *mut u64, frames: &mut Vec<u64>) {
+fn take_line(entry: *mut u64, clear: Clear, frames: &mut Vec<u64>) {
     let line = entry.cast::<[u64; LINE]>();
     // SAFETY: eight entries of a table that no one else uses while a floor runs.
-    let values = unsafe { line.read() };
-    if values.iter().fold(0, |any, value| any | value) == 0 {
-        return;
-    }
+    let mut values = unsafe { line.read() };
     if values.iter().fold(PRESENT, |all, value| all & value) == 0 {
-        for offset in 0..LINE {
-            take_one(entry.wrapping_add(offset), Clear::Plain, frames);
+        if values.iter().fold(0, |any, value| any | value) != 0 {
+            for offset in 0..LINE {
+                take_one(entry.wrapping_add(offset), clear, frames);
+            }
         }
         return;
     }
-    // SAFETY: as above.
-    unsafe { line.write([0; LINE]) };
+    match clear {
+        // SAFETY: as above.
+        Clear::Plain => unsafe { line.write([0; LINE]) },
+        Clear::Exchange => values = core::array::from_fn(|offset| exchange(entry.wrapping_add(offset))),
+    }
     frames.extend_from_slice(&values.map(|value| value & ADDRESS));
-}
-
-#[inline(always)]
-fn exchange_line(entry: *mut u64, frames: &mut Vec<u64>) {
-    // SAFETY: eight entries of a table that no one else uses while a floor runs.
-    let values = unsafe { entry.cast::<[u64; LINE]>().read() };
-    if values.iter().fold(0, |any, value| any | value) == 0 {
-        return;
-    }
-    for offset in 0..LINE {
-        take_one(entry.wrapping_add(offset), Clear::Exchange, frames);
-    }
 }
 
 #[inline(always)]
@@ -154,13 +143,16 @@ fn take_one(entry: *mut u64, clear: Clear, frames: &mut Vec<u64>) {
             unsafe { entry.write(0) };
             value
         }
-        Clear::Exchange => {
-            // SAFETY: as above; aligned to 8.
-            let shared = unsafe { AtomicU64::from_ptr(entry) };
-            shared.swap(0, Ordering::AcqRel)
-        }
+        Clear::Exchange => exchange(entry),
     };
     frames.push(value & ADDRESS);
+}
+
+#[inline(always)]
+fn exchange(entry: *mut u64) -> u64 {
+    // SAFETY: an entry of a table that no one else uses while a floor runs; aligned to 8.
+    let shared = unsafe { AtomicU64::from_ptr(entry) };
+    shared.swap(0, Ordering::AcqRel)
 }
 
 #[inline(always)]

@@ -5,6 +5,7 @@
 //!  machine.rs   the engine's three traits over it, as an embedder who cares for speed would write them
 //!  shape.rs     the workloads W1 to W7        space.rs   a shape as page tables, checked after it was torn down
 //!  engine.rs    floors.rs    peers.rs         who tears it down
+//!  entry.rs     the rows of the table       flushes.rs  the rows of the table in which flushes cost something
 //!  rounds.rs    samples, in rounds of random order           linux.rs   the same shapes in Linux
 //!  steps.rs     counts the instructions of a piece of code   threads.rs threads that play CPUs
 //! ```
@@ -16,6 +17,7 @@
 pub mod engine;
 pub mod entry;
 pub mod floors;
+pub mod flushes;
 pub mod linux;
 pub mod machine;
 pub mod memory;

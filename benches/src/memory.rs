@@ -166,6 +166,26 @@ impl Memory {
         self.free_pages.set(physical);
     }
 
+    /// Puts a chain of pages on the free list: `first` leads to what was on it before.
+    #[inline]
+    pub fn free_chain(&self, first: u64) {
+        self.free_pages.set(first);
+    }
+
+    /// Links `physical` before `next`, which is what a chain began with so far; starts with [`chain_start`](Self::chain_start).
+    #[inline]
+    pub fn chain(&self, physical: u64, next: u64) -> u64 {
+        self.frame(physical).next.store(next, Ordering::Relaxed);
+        physical
+    }
+
+    /// What a new chain begins with.
+    #[must_use]
+    #[inline]
+    pub const fn chain_start(&self) -> u64 {
+        self.free_pages.get()
+    }
+
     /// Puts a table on the free list.
     #[inline]
     pub fn free_table(&self, physical: u64) {
@@ -238,5 +258,6 @@ pub const fn pointer(physical: u64) -> *mut PageTable {
 #[expect(clippy::cast_possible_truncation, reason = "x86_64: usize has 64 bits")]
 fn metadata(physical: u64) -> *const Frame {
     // 32 bytes for each 4096.
-    ptr::with_exposed_provenance((METADATA + (physical >> 12 << 5)) as usize)
+    debug_assert!(physical.is_multiple_of(4096), "{physical:#x} is no frame");
+    ptr::with_exposed_provenance((METADATA + (physical >> 7)) as usize)
 }

@@ -73,8 +73,7 @@ fn undisturbed(sampler: &Sampler<'_>, shape: &Shape, entry: Entry) -> f64 {
         sampler.sample(shape, entry, &mut clock);
         tries += 1;
         if times_preempted() == before || tries == 4 {
-            #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52 leaves")]
-            return clock.elapsed.as_secs_f64() * 1e9 / shape.nr_leaves() as f64;
+            return clock.nanoseconds_for(shape.nr_leaves());
         }
     }
 }
