@@ -3,11 +3,18 @@
 //! QEMU's `isa-debug-exit` device ends the process with status `value << 1 | 1` when `value` is written to its port (QEMU,
 //! hw/misc/debugexit.c). The statuses below are chosen apart from 0 and 1, which QEMU itself uses.
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
 use x86_64::instructions::port::Port;
 use x86_64::instructions::{hlt, interrupts};
 
 /// Where the command line of QEMU puts the device: `-device isa-debug-exit,iobase=0xf4,iosize=0x04`.
 const PORT: u16 = 0xf4;
+
+/// The first verdict, as its code; 0 while there is none.
+static DECIDED: AtomicU32 = AtomicU32::new(0);
+/// How long a later verdict waits for the first one's story to be told.
+const STORY_US: u64 = 3_000_000;
 
 /// Why the run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,10 +53,26 @@ impl Verdict {
     }
 }
 
-/// Ends the machine. Without the exit device this CPU stops for good, and whoever started QEMU has to end it.
+/// Makes `verdict` the one the run ends with, and returns `true`; or `false` if there is one already. What one CPU has found may
+/// be what makes another one fail, so the first counts.
+pub(crate) fn decide(verdict: Verdict) -> bool {
+    DECIDED.compare_exchange(0, verdict.code(), Ordering::Relaxed, Ordering::Relaxed).is_ok()
+}
+
+/// Ends the machine with `verdict`, or with the one that was decided before. Without the exit device this CPU stops for good, and
+/// whoever started QEMU has to end it.
 pub fn exit(verdict: Verdict) -> ! {
+    let mut code = verdict.code();
+    if !decide(verdict) {
+        let first = DECIDED.load(Ordering::Relaxed);
+        if first != code {
+            // Whoever decided is about to end the run; this is for the case that it cannot.
+            crate::clock::wait_us(STORY_US);
+            code = first;
+        }
+    }
     // SAFETY: the port of the exit device, or of nothing; either way no memory is touched.
-    unsafe { Port::new(PORT).write(verdict.code()) };
+    unsafe { Port::new(PORT).write(code) };
     halt()
 }
 

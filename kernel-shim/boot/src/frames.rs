@@ -33,10 +33,10 @@ struct Frames {
     nr_free: u64,
 }
 
-/// Gives the allocator all of `ram` except the first megabyte and the frames of `image`.
-pub(crate) fn init(ram: &[Range<u64>], image: &Range<u64>) {
+/// Gives the allocator all of `ram` except the first megabyte and the frames of the `taken` ranges.
+pub(crate) fn init(ram: &[Range<u64>], taken: &[Range<u64>]) {
     let mut frames = FRAMES.lock();
-    frames.unused = usable(ram, image);
+    frames.unused = usable(ram, taken);
 }
 
 /// Returns one frame, with whatever it contains.
@@ -109,19 +109,26 @@ unsafe impl FrameAllocator<Size4KiB> for TableFrames {
 }
 
 /// Returns the usable parts of `ram`, page-aligned and in ascending order.
-fn usable(ram: &[Range<u64>], image: &Range<u64>) -> ArrayVec<Range<u64>, MAX_REGIONS> {
-    let mut parts = ArrayVec::new();
-    for region in ram {
-        let start = region.start.max(LOW_MEMORY_END).next_multiple_of(FRAME_BYTES);
-        let end = region.end - region.end % FRAME_BYTES;
-        let image_start = image.start - image.start % FRAME_BYTES;
-        let image_end = image.end.next_multiple_of(FRAME_BYTES);
-        for part in [start..end.min(image_start), start.max(image_end)..end] {
-            if part.start < part.end && !parts.is_full() {
-                parts.push(part);
-            }
-        }
+fn usable(ram: &[Range<u64>], taken: &[Range<u64>]) -> ArrayVec<Range<u64>, MAX_REGIONS> {
+    let mut parts: ArrayVec<Range<u64>, MAX_REGIONS> = ram
+        .iter()
+        .take(MAX_REGIONS)
+        .map(|region| {
+            let start = region.start.max(LOW_MEMORY_END).next_multiple_of(FRAME_BYTES);
+            start..region.end - region.end % FRAME_BYTES
+        })
+        .collect();
+    for hole in taken {
+        let (start, end) = (hole.start - hole.start % FRAME_BYTES, hole.end.next_multiple_of(FRAME_BYTES));
+        let cut = core::mem::take(&mut parts);
+        let pieces = cut.into_iter().flat_map(|part| {
+            let below = part.start..part.end.min(start);
+            [below, part.start.max(end)..part.end]
+        });
+        // A hole splits one part at the most; what no longer fits is not used.
+        parts = pieces.filter(|piece| piece.start < piece.end).take(MAX_REGIONS).collect();
     }
+    parts.retain(|part| part.start < part.end);
     parts.sort_unstable_by_key(|part| part.start);
     parts
 }
@@ -144,20 +151,20 @@ mod tests {
     #[test]
     fn low_memory_and_the_image_cannot_be_handed_out() {
         let ram = [0..0x9_fc00, MIB..128 * MIB];
-        let parts = usable(&ram, &(2 * MIB..3 * MIB + 1));
-        assert_eq!(parts.as_slice(), [MIB..2 * MIB, 3 * MIB + 0x1000..128 * MIB]);
+        let parts = usable(&ram, &[2 * MIB..3 * MIB + 1, 100 * MIB..101 * MIB]);
+        assert_eq!(parts.as_slice(), [MIB..2 * MIB, 3 * MIB + 0x1000..100 * MIB, 101 * MIB..128 * MIB]);
     }
 
     #[test]
     fn a_region_without_a_whole_frame_is_dropped() {
         let scrap = 4 * MIB + 1..4 * MIB + 0x1fff;
-        let parts = usable(core::slice::from_ref(&scrap), &(2 * MIB..3 * MIB));
+        let parts = usable(core::slice::from_ref(&scrap), &[]);
         assert!(parts.is_empty());
     }
 
     #[test]
     fn a_contiguous_run_is_taken_from_the_first_range_that_holds_it() {
-        let mut unused = usable(&[MIB..2 * MIB, 8 * MIB..64 * MIB], &(2 * MIB..3 * MIB));
+        let mut unused = usable(&[MIB..2 * MIB, 8 * MIB..64 * MIB], &[]);
         assert!(unused.len() <= MAX_REGIONS);
         let first = take_contiguous(&mut unused, 1024).expect("56 MiB hold 4 MiB");
         assert_eq!(first.start_address().as_u64(), 8 * MIB);

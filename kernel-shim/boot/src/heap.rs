@@ -11,8 +11,8 @@ use crate::paging::{FRAME_BYTES, phys_to_ptr};
 
 /// The heap gets one frame out of this many,
 const SHARE: u64 = 8;
-/// but no more frames than this: 64 MiB.
-const MAX_FRAMES: u64 = 16 * 1024;
+/// but no more frames than this: 256 MiB.
+const MAX_FRAMES: u64 = 64 * 1024;
 
 // On a host, where the library is only tested, the heap is that of std.
 #[cfg_attr(bare, global_allocator)]

@@ -1,4 +1,4 @@
-//! The hardware half of the bootable image: what a kernel needs of an x86_64 PC before it can run the teardown engine.
+//! The bootable image: what a kernel needs of an x86_64 PC, and the small kernel on top of it.
 //!
 //! ```text
 //!   start.s, start   PVH entry -> long mode -> this order: boot information, frames, page tables, heap, gates, CPUs, workload
@@ -11,6 +11,13 @@
 //!   physical memory as pointers, frames            paging::phys_to_ptr, frames
 //!   ring 3 until a system call or fault            ring3::run
 //!   all CPUs at work                               smp::on_every_cpu
+//!   all of it, as the kernel wants it              machine
+//!
+//!   what the kernel is put to                      where
+//!   -------------------------                      -----
+//!   programs that stamp their memory               program, stamp
+//!   frames poisoned between two uses               ledger; what it finds ends the run: violation
+//!   the work                                       workload, phases: stage (drill, layouts), threads, churn, lazy, measure
 //! ```
 //!
 //! # Invariants
@@ -68,13 +75,27 @@ mod acpi;
 mod apic;
 #[expect(unsafe_code, reason = "assembly")]
 mod asm;
+mod churn;
 #[expect(unsafe_code, reason = "descriptor tables, segment registers, gates")]
 mod descriptors;
 #[expect(unsafe_code, reason = "gives the heap its memory")]
 mod heap;
+mod lazy;
+#[expect(unsafe_code, reason = "the words of a frame, found by address")]
+mod ledger;
+#[expect(unsafe_code, reason = "answers for the machine to the kernel")]
+mod machine;
+mod measure;
+mod meeting;
+mod phases;
+mod program;
 mod self_test;
+mod stage;
+mod stamp;
 #[expect(unsafe_code, reason = "changes stacks; reads the boot information")]
 mod start;
 #[expect(unsafe_code, reason = "page tables and addresses made for the test")]
 mod test_space;
+mod threads;
+mod violation;
 mod workload;

@@ -92,6 +92,11 @@ pub unsafe fn load_root_flush(root: PhysFrame) {
     unsafe { Cr3::write(root, Cr3Flags::empty()) };
 }
 
+/// Drops what this CPU has cached under the current PCID, by loading CR3 with what it holds.
+pub fn reload_root() {
+    tlb::flush_all();
+}
+
 /// Returns the root that this CPU uses now.
 #[must_use]
 pub fn current_root() -> PhysFrame {

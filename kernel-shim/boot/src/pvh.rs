@@ -47,6 +47,16 @@ struct MemoryMapEntry {
     reserved: u32,
 }
 
+/// `struct hvm_modlist_entry`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct ModuleEntry {
+    paddr: u64,
+    size: u64,
+    cmdline_paddr: u64,
+    reserved: u64,
+}
+
 /// A copy of what the loader said.
 #[derive(Debug)]
 pub struct BootInfo {
@@ -54,6 +64,8 @@ pub struct BootInfo {
     pub ram: ArrayVec<Range<u64>, MAX_REGIONS>,
     /// The ACPI root pointer, if the loader found one.
     pub rsdp: Option<PhysAddr>,
+    /// The file loaded beside the image (QEMU's `-initrd`), in bytes of physical memory; it stays where it is.
+    pub module: Option<Range<u64>>,
     command_line: ArrayVec<u8, MAX_COMMAND_LINE>,
 }
 
@@ -102,7 +114,13 @@ impl BootInfo {
                 }
             }
         }
+        let module = (info.nr_modules > 0).then(|| {
+            // SAFETY: the start info says that at least one entry lies there; the type is plain integers.
+            let entry =
+                unsafe { phys_to_ptr::<ModuleEntry>(PhysAddr::new(info.modlist_paddr)).read_unaligned() };
+            entry.paddr..entry.paddr + entry.size
+        });
         let rsdp = (info.rsdp_paddr != 0).then(|| PhysAddr::new(info.rsdp_paddr));
-        Self { ram, rsdp, command_line }
+        Self { ram, rsdp, module, command_line }
     }
 }

@@ -34,7 +34,7 @@ pub(crate) extern "C" fn boot_main(start_info: u32) -> ! {
         // SAFETY: the loader found the root pointer; the boot tables map the first 4 GiB.
         info.rsdp.map_or_else(Default::default, |rsdp| unsafe { acpi::apic_ids(rsdp) })
     });
-    frames::init(&info.ram, &paging::image_frames());
+    frames::init(&info.ram, &[paging::image_frames(), info.module.clone().unwrap_or(0..0)]);
     mmu::enable_features();
     paging::init(&info.ram, apic::registers());
     let stack = paging::new_stack(KERNEL_STACK_PAGES);
@@ -74,7 +74,16 @@ extern "C" fn main() -> ! {
             exit::exit(Verdict::Usage);
         }
     }
-    let verdict = workload::run(&options);
+    let verdict = workload::run(&options, module(info));
     println!("boot: verdict {verdict:?}");
     exit::exit(verdict)
+}
+
+/// Returns the file that was loaded beside the image.
+fn module(info: &BootInfo) -> Option<&'static [u8]> {
+    let range = info.module.as_ref()?;
+    let length = usize::try_from(range.end - range.start).ok()?;
+    // SAFETY: the loader put the file into RAM, all of which is mapped (B3), and its frames were kept from the allocator, so
+    // nobody ever writes there.
+    Some(unsafe { core::slice::from_raw_parts(paging::phys_to_ptr(PhysAddr::new(range.start)), length) })
 }

@@ -1,0 +1,265 @@
+//! This machine as the small kernel wants it: one file between the hardware half and the kernel.
+//!
+//! Thirteen of its methods are one line. What makes it longer are the ledger, which sees every frame that is given out or freed,
+//! and the three things it can do wrong when told to.
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, PcidSupport};
+use mmu_kernel_shim::{FrameRole, Machine, Note};
+use x86_64::instructions::interrupts;
+use x86_64::instructions::tlb::Pcid;
+use x86_64::structures::paging::{PageTable, PhysFrame};
+use x86_64::{PhysAddr, VirtAddr};
+
+use crate::ipi::{self, ServeCalls};
+use crate::ledger::{Ledger, words};
+use crate::mmu::{self, Cached};
+use crate::paging::{PHYS_OFFSET, phys_to_ptr, share_kernel_half};
+use crate::percpu::{CpuIndex, CpuMask, MAX_CPUS, online, this_index};
+use crate::{clock, frames, violation, watchdog};
+
+/// Frames that the allocator below the kernel keeps.
+const KEPT_FRAMES: u64 = 64;
+
+/// The machine below the kernel.
+#[derive(Debug)]
+pub(crate) struct BareMachine {
+    first_frame: u64,
+    nr_frames: u64,
+    fault: Fault,
+    pub(crate) ledger: Ledger,
+    cpus: [CpuState; MAX_CPUS],
+    pub(crate) shootdowns: Shootdowns,
+    nr_freed: AtomicU64,
+}
+
+/// What the machine does wrong, on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing.
+    None,
+    /// A CPU that flushes itself, because it unmapped something, does nothing and says that it has.
+    SkipLocalFlush,
+    /// A CPU that is told by another to flush does nothing and says that it has.
+    SkipRemoteFlush,
+    /// A CPU that frees pages stops for a while in between, as if its hypervisor ran something else. Nothing is wrong with that,
+    /// but it shows what is: an emulator with fewer cores than CPUs would often let nobody run at the moment that matters.
+    Linger,
+}
+
+/// One freed page in so many is followed by a wait,
+const LINGER_EVERY: u64 = 64;
+/// longer than the time slice of a host.
+const LINGER_US: u64 = 5_000;
+
+/// What is known of one CPU.
+#[derive(Debug)]
+struct CpuState {
+    /// The root it has loaded.
+    root: AtomicU64,
+    /// It carries out what another CPU asked for.
+    is_told: AtomicBool,
+}
+
+/// How often CPUs told others to flush, and how long they waited.
+#[derive(Debug)]
+pub(crate) struct Shootdowns {
+    pub(crate) count: AtomicU64,
+    pub(crate) cycles: AtomicU64,
+    pub(crate) least_cycles: AtomicU64,
+}
+
+impl BareMachine {
+    /// The machine, with all memory that is left; the frame before the kernel's first is its page of zeroes.
+    ///
+    /// `None` if there is none left.
+    pub(crate) fn new(fault: Fault) -> Option<Self> {
+        let range = frames::hand_over(KEPT_FRAMES)?;
+        let number = |frame: PhysFrame| frame.start_address().as_u64() >> 12;
+        for word in words(range.start) {
+            word.store(0, Ordering::Relaxed);
+        }
+        Some(Self {
+            first_frame: number(range.start) + 1,
+            nr_frames: number(range.end),
+            fault,
+            ledger: Ledger::new(number(range.end)),
+            cpus: [const { CpuState { root: AtomicU64::new(0), is_told: AtomicBool::new(false) } }; MAX_CPUS],
+            nr_freed: AtomicU64::new(0),
+            shootdowns: Shootdowns {
+                count: AtomicU64::new(0),
+                cycles: AtomicU64::new(0),
+                least_cycles: AtomicU64::new(u64::MAX),
+            },
+        })
+    }
+
+    /// What it does wrong.
+    pub(crate) const fn fault(&self) -> Fault {
+        self.fault
+    }
+
+    /// Frames that the kernel may give out.
+    pub(crate) const fn usable_frames(&self) -> core::ops::Range<u64> {
+        self.first_frame..self.nr_frames
+    }
+
+    /// The frame that the tables below `root` map at `address` now, if that is a small page.
+    pub(crate) fn frame_at(&self, root: PhysFrame, address: u64) -> Option<PhysFrame> {
+        let address = VirtAddr::new_truncate(address);
+        let mut frame = root;
+        for index in [address.p4_index(), address.p3_index(), address.p2_index(), address.p1_index()] {
+            let entry = words(frame)[usize::from(index)].load(Ordering::Relaxed);
+            let next = PhysFrame::containing_address(PhysAddr::new(entry & 0x000f_ffff_ffff_f000));
+            // The tables may change meanwhile: whatever is read, only RAM is followed.
+            if entry & 1 == 0 || next.start_address().as_u64() >> 12 >= self.nr_frames {
+                return None;
+            }
+            frame = next;
+        }
+        Some(frame)
+    }
+
+    fn me(&self) -> &CpuState {
+        &self.cpus[this_index().get()]
+    }
+
+    /// Whether a flush of this CPU is to be left out.
+    fn skips_flush(&self) -> bool {
+        self.fault == Fault::SkipLocalFlush && !self.me().is_told.load(Ordering::Relaxed)
+    }
+
+    fn check_freed(&self, frame: PhysFrame, role: FrameRole) {
+        if role == FrameRole::Table {
+            // A root that is still in use would take its CPU along; nothing could be told afterwards.
+            let loaded = |cpu: &CpuIndex| {
+                self.cpus[cpu.get()].root.load(Ordering::Relaxed) == frame.start_address().as_u64()
+            };
+            if let Some(cpu) = online().iter().find(loaded) {
+                violation::root_in_use(cpu, frame);
+            }
+        }
+        if let Err((frame, wrong)) = self.ledger.freed(frame, role) {
+            violation::frame(&self.ledger, frame, wrong);
+        }
+        if self.fault == Fault::Linger
+            && self.nr_freed.fetch_add(1, Ordering::Relaxed).is_multiple_of(LINGER_EVERY)
+        {
+            clock::wait_us(LINGER_US);
+        }
+    }
+}
+
+fn mask_of(cpus: &CpuSet<[AtomicU64; 1]>) -> CpuMask {
+    cpus.iter().fold(CpuMask::EMPTY, |mask, cpu| mask.with(CpuIndex::new(cpu.number())))
+}
+
+fn id_of(cpu: CpuIndex) -> CpuId {
+    // At most `MAX_CPUS`.
+    CpuId::new(u32::try_from(cpu.get()).unwrap_or(0))
+}
+
+// SAFETY: all RAM is mapped at `PHYS_OFFSET` for ever (B3). Code is never moved to another CPU here. `call_on_meanwhile` returns
+// after every target has run the function, in an interrupt, with interrupts off. INVLPG and MOV CR3 are the instructions, unless
+// a fault was asked for, whose point is to break this contract.
+unsafe impl Machine for BareMachine {
+    type Relax = ServeCalls;
+    type Bits = [AtomicU64; 1];
+
+    fn nr_cpus(&self) -> u32 {
+        online().count()
+    }
+
+    fn nr_frames(&self) -> u64 {
+        self.nr_frames
+    }
+
+    fn nr_reserved_frames(&self) -> u64 {
+        self.first_frame
+    }
+
+    #[inline]
+    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
+        phys_to_ptr(frame.start_address())
+    }
+
+    fn pointer_to_frame(&self, pointer: *const PageTable) -> PhysFrame {
+        PhysFrame::containing_address(PhysAddr::new(VirtAddr::from_ptr(pointer) - PHYS_OFFSET))
+    }
+
+    #[inline]
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        f(id_of(this_index()))
+    }
+
+    #[inline]
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        interrupts::without_interrupts(f)
+    }
+
+    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
+        let start = clock::cycles();
+        let told = |cpu: CpuIndex| {
+            if self.fault != Fault::SkipRemoteFlush {
+                let is_told = &self.cpus[cpu.get()].is_told;
+                is_told.store(true, Ordering::Relaxed);
+                work(id_of(cpu));
+                is_told.store(false, Ordering::Relaxed);
+            }
+        };
+        ipi::call_on_meanwhile(mask_of(targets), &told, meanwhile);
+        let cycles = clock::cycles().wrapping_sub(start);
+        self.shootdowns.count.fetch_add(1, Ordering::Relaxed);
+        self.shootdowns.cycles.fetch_add(cycles, Ordering::Relaxed);
+        self.shootdowns.least_cycles.fetch_min(cycles, Ordering::Relaxed);
+        watchdog::progress();
+    }
+
+    #[inline]
+    fn invlpg(&self, address: u64) {
+        if !self.skips_flush() {
+            mmu::invalidate_page(VirtAddr::new_truncate(address));
+        }
+    }
+
+    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
+        // The same root again is a flush; another one is a switch, and must be made.
+        let before = self.me().root.swap(root.start_address().as_u64(), Ordering::Relaxed);
+        if before == root.start_address().as_u64() && self.skips_flush() {
+            return;
+        }
+        let cached = match cached {
+            CachedTranslations::Flush => Cached::Flush,
+            CachedTranslations::Keep => Cached::Keep,
+        };
+        // SAFETY: passed on to our caller; every root got the kernel half from `prepare_root`.
+        unsafe { mmu::load_root(root, pcid, cached) };
+    }
+
+    fn prepare_root(&self, root: PhysFrame) {
+        // SAFETY: the kernel has just allocated the root, and loads it afterwards.
+        unsafe { share_kernel_half(root) };
+    }
+
+    fn pcid_support(&self) -> PcidSupport {
+        if mmu::features().pcid { PcidSupport::On } else { PcidSupport::Off }
+    }
+
+    fn cond_resched(&self) {
+        watchdog::progress();
+    }
+
+    fn note(&self, note: Note) {
+        watchdog::progress();
+        match note {
+            Note::Allocated(frame, role) => {
+                if let Err((frame, wrong)) = self.ledger.given_out(frame, role) {
+                    violation::frame(&self.ledger, frame, wrong);
+                }
+            }
+            Note::Freed(frame, role) => self.check_freed(frame, role),
+            Note::Unmapped { root, range } => self.ledger.unmapped(root, range),
+        }
+    }
+}
