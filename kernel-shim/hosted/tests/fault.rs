@@ -1,6 +1,6 @@
 //! What the small kernel's faults promise to threads that fault at the same time.
 
-use std::cell::RefCell;
+use core::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
