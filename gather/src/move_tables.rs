@@ -20,7 +20,8 @@ impl<K: Platform> MmuGather<'_, K> {
     /// The map lock is held for writing; no table lock is held. Sleeps if `allocate_table` does.
     ///
     /// # Errors
-    /// [`MapError`] if a table could not be linked or something is mapped at the new place; nothing was moved then.
+    /// [`MapError`] if a table could not be linked or something is mapped at the new place; nothing was moved then. Tables linked
+    /// on the way stay: [`free_pgtables`](Self::free_pgtables) over the new place takes them, now or when its area goes.
     ///
     /// # Source
     /// Linux: move_page_tables, mm/mremap.c.

@@ -67,10 +67,7 @@ impl<M: Machine> Kernel<M> {
         if matches!(vma.area.kind, AreaKind::FileShared(_)) {
             return Ok(());
         }
-        while let Some(address) = gather.find_large_leaf(vma.range) {
-            // One page further is inside the leaf, so cutting there splits it.
-            gather.split_leaf(vma.going_away().area, address + 4096).map_err(|_| Error::NoMemory)?;
-        }
+        self.split_all(gather, vma, vma.range)?;
         // SAFETY: the parent's map lock is held for writing.
         let root = unsafe { parent.engine.space().root_table(self) };
         self.copy_tables(gather, child, vma, root, vma.range)

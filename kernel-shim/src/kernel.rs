@@ -19,7 +19,7 @@ use crate::frame::{FrameKind, Frames};
 use crate::machine::{FrameRole, Machine, Note};
 use crate::mm::Mm;
 use crate::reclaim::{Pressure, Supply};
-use crate::vma::{Vma, VmaTree};
+use crate::vma::{Area, Vma, VmaTree};
 
 /// The kernel.
 pub struct Kernel<M: Machine> {
@@ -282,7 +282,15 @@ impl<M: Machine> Kernel<M> {
         let Some(vma) = vmas.find(stack.start()).copied().filter(|vma| vma.range == stack) else {
             return Err(Error::NoArea(stack.start()));
         };
+        // SAFETY: the map lock is held for writing; the gather is finished at once.
+        self.split_all(&mut unsafe { MmuGather::new(self, &mm.engine) }, &vma, stack)?;
         vmas.detach(stack);
+        // The stack slides through everything between the two places: nothing else may be there (in exec nothing is).
+        let path = VirtRange::new(new.start(), stack.end()).unwrap_or(new);
+        if vmas.overlaps(path) {
+            let _ = vmas.insert(vma);
+            return Err(Error::Overlap(path));
+        }
         if let Err(moved) = vmas.insert(Vma { range: new, ..vma }) {
             // The place was the stack's own a moment ago.
             let _ = vmas.insert(vma);
@@ -300,6 +308,9 @@ impl<M: Machine> Kernel<M> {
             Err(_) => {
                 vmas.detach(new);
                 let _ = vmas.insert(vma);
+                if let Ok(unused) = VirtRange::new(new.start(), new.end().min(stack.start())) {
+                    self.drop_empty_tables(mm, &vmas, unused);
+                }
                 Err(Error::NoMemory)
             }
         }
@@ -326,6 +337,11 @@ impl<M: Machine> Kernel<M> {
             // SAFETY: pinned; the caller uses no user address before `switch_to`.
             self.machine.without_interrupts(|| unsafe { enter_lazy_tlb(self, cpu) });
         });
+    }
+
+    /// The frames in the page cache now.
+    pub fn cached_pages(&self) -> alloc::vec::Vec<PhysFrame> {
+        self.page_cache.lock().values().copied().collect()
     }
 
     /// Gives up the page cache and the page of zeroes: what is left afterwards was lost.
@@ -356,6 +372,33 @@ impl<M: Machine> Kernel<M> {
             gather.split_leaf(vma.going_away().area, end).map_err(|_| Error::NoMemory)?;
         }
         Ok(())
+    }
+
+    /// Splits every large page in `range`, which lies in one area: single pages can be moved. The map lock is held for writing.
+    pub(crate) fn split_all(
+        &self,
+        gather: &mut MmuGather<'_, Self>,
+        vma: &Vma,
+        range: VirtRange,
+    ) -> Result<(), Error> {
+        while let Some(address) = gather.find_large_leaf(range) {
+            // One page further is inside the leaf, so cutting there splits it.
+            gather.split_leaf(vma.going_away().area, address + 4096).map_err(|_| Error::NoMemory)?;
+        }
+        Ok(())
+    }
+
+    /// Frees tables that were linked in `range`, where no area is, for something that then could not be done. The map lock is
+    /// held for writing.
+    pub(crate) fn drop_empty_tables(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange) {
+        let nothing = Vma { range, area: Area::anon() };
+        let bounds = vmas.bounds_around(range);
+        // SAFETY: the map lock is held for writing, and no area is in the range: nobody faults there.
+        let flushed = unsafe {
+            unmap_region(self, &mm.engine, &self.config.limits, [nothing.going_away()], bounds, || {})
+        };
+        // Freed under the map lock: this is the path of a call that fails.
+        flushed.free();
     }
 
     /// This kernel is all that the engine asks for.

@@ -36,15 +36,16 @@ impl<M: Machine> Kernel<M> {
         self.split_ends(mm, &vmas, old)?;
         // SAFETY: the map lock is held for writing until the gather has flushed.
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
-        while let Some(address) = gather.find_large_leaf(old) {
-            // One page further is inside the leaf, so cutting there splits it.
-            gather.split_leaf(vma.going_away().area, address + 4096).map_err(|_| Error::NoMemory)?;
-        }
+        self.split_all(&mut gather, &vma, old)?;
         let moved_bytes = old.len_bytes().min(new.len_bytes());
         let moving =
             VirtRange::new(old.start(), old.start() + moved_bytes).map_err(|_| Error::NoArea(old.start()))?;
-        gather.move_page_tables(moving, new.start()).map_err(|_| Error::NoMemory)?;
+        let moved = gather.move_page_tables(moving, new.start());
         drop(gather.flush());
+        if moved.is_err() {
+            self.drop_empty_tables(mm, &vmas, new);
+            return Err(Error::NoMemory);
+        }
 
         let detached = vmas.detach(old);
         let shift = (old.start() >> 12).wrapping_sub(new.start() >> 12);

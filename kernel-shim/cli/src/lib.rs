@@ -4,6 +4,7 @@
 
 pub mod bundled;
 pub mod capture;
+pub mod fuzz;
 mod host;
 pub mod layout;
 #[cfg(test)]

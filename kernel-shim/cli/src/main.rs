@@ -1,5 +1,7 @@
 //! The command `teardown`.
 
+mod fuzz_command;
+
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -39,6 +41,12 @@ enum Command {
     /// Replays the memory calls that a real program made, from a log of `strace -f`.
     #[command(after_help = "Example: teardown trace tests/traces/redis-bgsave.strace --cpus 8")]
     Trace(TraceArgs),
+    /// Runs random sequences against the checker until one fails, and makes that one short.
+    #[command(after_help = "Example: teardown fuzz --time 60 --cpus 4 -o failure.sequence")]
+    Fuzz(fuzz_command::FuzzArgs),
+    /// Runs a saved sequence again: the same verdict every time.
+    #[command(after_help = "Example: teardown replay failure.sequence")]
+    Replay(fuzz_command::ReplayArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -134,6 +142,8 @@ fn main() -> ExitCode {
         Some(Command::Run(args)) => run(args),
         Some(Command::Capture(args)) => capture_layout(args),
         Some(Command::Trace(args)) => trace(args),
+        Some(Command::Fuzz(args)) => fuzz_command::fuzz(args),
+        Some(Command::Replay(args)) => fuzz_command::replay(args),
     };
     match result {
         Ok(Verdict::Good) => ExitCode::SUCCESS,

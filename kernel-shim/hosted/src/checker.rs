@@ -5,7 +5,7 @@
 //! lazy CPUs too). Otherwise it becomes one when the CPU enters user mode, or loads the PCID, with the entry still there.
 
 use core::fmt;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mmu_gather::tlb::CpuId;
@@ -49,6 +49,12 @@ pub enum ViolationKind {
     AddressUsableAfterUnmap,
     /// A page that is free is mapped.
     FreePageMapped,
+    /// A CPU has cached what its page tables no longer say, and its slot claims that it has not.
+    SlotIsOlder,
+    /// A CPU has an address space in CR3 and is not in its cpumask.
+    NotInCpumask,
+    /// A program wrote to a page of a file, and nobody knows that it is dirty.
+    WriteLost,
 }
 
 impl fmt::Display for ViolationKind {
@@ -60,6 +66,11 @@ impl fmt::Display for ViolationKind {
                 "an address can still be used although its unmapping has returned"
             }
             Self::FreePageMapped => "a free page is mapped",
+            Self::SlotIsOlder => {
+                "a CPU has cached what page tables no longer say, though its slot is at the newest generation"
+            }
+            Self::NotInCpumask => "a CPU has an address space in CR3 and is not in its cpumask",
+            Self::WriteLost => "a program wrote to a page of a file, and nobody knows that it is dirty",
         })
     }
 }
@@ -92,6 +103,8 @@ pub(crate) struct Checker {
     /// bits by which CPU.
     freed_at: Box<[AtomicU64]>,
     holders: Arc<Holders>,
+    /// By frame: whether a program wrote to it since it was given out.
+    written: Box<[AtomicBool]>,
     found: Mutex<Found>,
 }
 
@@ -144,6 +157,7 @@ impl Checker {
         Self {
             freed_at: (0..nr_frames).map(|_| AtomicU64::new(0)).collect(),
             holders: Arc::new(Holders::new(nr_frames)),
+            written: (0..nr_frames).map(|_| AtomicBool::new(false)).collect(),
             found: Mutex::new(Found::default()),
         }
     }
@@ -160,6 +174,9 @@ impl Checker {
             if let Some(freed) = self.freed_at.get(number) {
                 freed.store(0, Ordering::Relaxed);
             }
+            if let Some(written) = self.written.get(number) {
+                written.store(false, Ordering::Relaxed);
+            }
         }
     }
 
@@ -173,6 +190,18 @@ impl Checker {
             }
         }
         self.holders.any(frame, frames_of(frame, role).len())
+    }
+
+    /// A program wrote to the frame.
+    pub(crate) fn note_written(&self, frame: PhysFrame) {
+        if let Some(written) = self.written.get(number(frame)) {
+            written.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a program wrote to the frame since it was given out.
+    pub(crate) fn was_written(&self, frame: PhysFrame) -> bool {
+        self.written.get(number(frame)).is_some_and(|written| written.load(Ordering::Relaxed))
     }
 
     /// If the frame is free: the step at which that happened, and the CPU.

@@ -137,6 +137,9 @@ impl HostedMachine {
         let reached = result?;
         let frame = PhysFrame::containing_address(reached.address);
         self.tell(What::Accessed(address, frame));
+        if access == UserAccess::Write {
+            checked.checker.note_written(frame);
+        }
         if checked.checker.when_freed(frame).is_some() {
             let kind = if reached.source.was_cached() {
                 ViolationKind::PageReachableAfterFree

@@ -3,7 +3,9 @@
 
 use core::cell::Cell;
 use core::fmt;
+use core::panic::AssertUnwindSafe;
 use core::ptr;
+use std::panic::{catch_unwind, resume_unwind};
 
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use mmu_gather::tlb::CpuId;
@@ -116,8 +118,14 @@ impl Schedule {
             let task = &mut self.tasks[place];
             becomes(task.cpu);
             WAY_OUT.set(task.way_out);
-            let result = task.coroutine.resume(());
+            let result = catch_unwind(AssertUnwindSafe(|| task.coroutine.resume(())));
             task.way_out = WAY_OUT.replace(ptr::null());
+            let result = result.unwrap_or_else(|panic| {
+                ON_RETURN.set(None);
+                // Unwinding the others would run what they still have to do, with nobody to wait for: leave them.
+                core::mem::forget(core::mem::take(&mut self.tasks));
+                resume_unwind(panic)
+            });
             if matches!(result, CoroutineResult::Return(())) {
                 let done = self.tasks.swap_remove(place);
                 is_done(done.cpu);

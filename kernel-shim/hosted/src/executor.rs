@@ -1,0 +1,381 @@
+//! Runs a sequence: every CPU does its steps in order, several CPUs at once, interleaved at every seam by the seed.
+//!
+//! A step may begin when all but the last few before it are done, so neighbours in the text overlap, and what a step depends on
+//! (the area it touches, say) was made some lines earlier.
+
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use mmu_gather::Limits;
+use mmu_gather::pagetable::VirtRange;
+use mmu_gather::tlb::CpuId;
+use mmu_kernel_shim::{
+    Area, AreaKind, Config, Growth, Kernel, Machine, Mm, PageContent, Protection, Supply, UserAccess, Vma,
+};
+
+use crate::checker::{Found, Violation, ViolationKind};
+use crate::machine::{HostedMachine, lock};
+use crate::op::{Backing, MmId, NR_MMS, Op, Rights, Step};
+use crate::program::{HostedKernel, touch};
+use crate::schedule::{self, Schedule};
+use crate::sequence::Sequence;
+
+/// What a sequence came to.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// Violations.
+    pub found: Found,
+    /// Frames nobody uses and nobody freed.
+    pub leaked_frames: u64,
+    /// Tables among them.
+    pub leaked_tables: u64,
+    /// Frames freed twice, or while mapped.
+    pub double_frees: u64,
+}
+
+impl Outcome {
+    /// Whether nothing was wrong.
+    #[must_use]
+    pub const fn is_clean(&self) -> bool {
+        self.found.count == 0 && self.leaked_frames == 0 && self.leaked_tables == 0 && self.double_frees == 0
+    }
+}
+
+/// Capacities small enough that every boundary is reached by a few pages.
+const LIMITS: Limits =
+    Limits { bundle_slots: 4, batch_slots: 16, batch_pages: 3, table_slots: 3, free_chunk: 8 };
+
+/// How many steps may overlap.
+const WINDOW: usize = 6;
+
+/// Runs `sequence` from power-on until every address space has exited.
+///
+/// # Errors
+/// If the host refuses memory.
+///
+/// # Panics
+/// If the engine does: an assertion of its own, or a deadlock.
+pub fn execute(sequence: &Sequence) -> std::io::Result<Outcome> {
+    let world = World::new(sequence)?;
+    world.run();
+    Ok(world.end())
+}
+
+/// An address space of the sequence, until it exits.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) mm: Arc<Mm<Arc<HostedMachine>>>,
+    /// Calls that work on it now.
+    users: AtomicU32,
+    /// Its last program is leaving: CPUs that run it go away.
+    is_dying: AtomicBool,
+}
+
+/// What a CPU has been told to run.
+#[derive(Debug, Default)]
+struct Program {
+    process: Option<Arc<Process>>,
+    is_lazy: bool,
+}
+
+pub(crate) struct World {
+    pub(crate) kernel: Arc<HostedKernel>,
+    pub(crate) processes: [Mutex<Arc<Process>>; NR_MMS as usize],
+    programs: Box<[Mutex<Program>]>,
+    steps: Vec<Step>,
+    is_done: Box<[AtomicBool]>,
+    /// Number of the first step that is not done.
+    frontier: AtomicUsize,
+}
+
+impl World {
+    fn new(sequence: &Sequence) -> std::io::Result<Arc<Self>> {
+        let machine = Arc::new(HostedMachine::new(sequence.options())?);
+        let config = Config { limits: LIMITS, ..Config::default() };
+        let short = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+        let kernel: HostedKernel = Kernel::boot(Arc::clone(&machine), config).map_err(short)?;
+        for number in 0..machine.nr_cpus() {
+            machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
+        }
+        let process = || kernel.new_mm().map(Process::new).map(Mutex::new).map_err(short);
+        let processes = [process()?, process()?, process()?];
+        let steps = sequence.steps.clone();
+        Ok(Arc::new(Self {
+            processes,
+            programs: (0..machine.nr_cpus()).map(|_| Mutex::default()).collect(),
+            is_done: steps.iter().map(|_| AtomicBool::new(false)).collect(),
+            steps,
+            frontier: AtomicUsize::new(0),
+            kernel: Arc::new(kernel),
+        }))
+    }
+
+    fn machine(&self) -> &Arc<HostedMachine> {
+        self.kernel.machine()
+    }
+
+    fn run(self: &Arc<Self>) {
+        let mut schedule = Schedule::new();
+        for number in 0..self.machine().nr_cpus() {
+            let world = Arc::clone(self);
+            schedule.spawn(CpuId::new(number), move || world.work_as(CpuId::new(number)));
+        }
+        self.machine().run(schedule);
+    }
+
+    /// Everything a CPU has to do.
+    fn work_as(&self, cpu: CpuId) {
+        let nr_cpus = self.machine().nr_cpus();
+        for (index, step) in self.steps.iter().enumerate() {
+            if u32::from(step.cpu) % nr_cpus != cpu.number() {
+                continue;
+            }
+            while !self.may_begin(index) {
+                self.leave_the_dying(cpu);
+                schedule::wait();
+            }
+            schedule::progress();
+            self.leave_the_dying(cpu);
+            self.take(cpu, step.op);
+            self.note_done(index);
+        }
+        // Whoever has nothing left to do stays lazily where it was.
+        self.go_lazy(cpu);
+    }
+
+    fn may_begin(&self, index: usize) -> bool {
+        let frontier = self.frontier.load(Ordering::Relaxed);
+        if self.steps[index].op == Op::Sync {
+            return frontier == index;
+        }
+        let overlapping = &self.steps[frontier.min(index)..index];
+        overlapping.len() < WINDOW && overlapping.iter().all(|step| step.op != Op::Sync)
+    }
+
+    fn note_done(&self, index: usize) {
+        self.is_done[index].store(true, Ordering::Relaxed);
+        let mut frontier = self.frontier.load(Ordering::Relaxed);
+        while self.is_done.get(frontier).is_some_and(|done| done.load(Ordering::Relaxed)) {
+            frontier += 1;
+        }
+        self.frontier.store(frontier, Ordering::Relaxed);
+    }
+
+    /// Does one step. What the kernel refuses is no error: sequences are made up.
+    fn take(&self, cpu: CpuId, op: Op) {
+        let kernel = &self.kernel;
+        match op {
+            Op::Map(mm, range, backing, rights) => {
+                self.using(mm, |mm| {
+                    let mapped = kernel.mmap(mm, Vma { range, area: area(backing, rights) });
+                    if backing == Backing::Huge && mapped.is_ok() {
+                        let _short = kernel.populate(mm, range, PageContent::AnonBlock);
+                    }
+                });
+            }
+            Op::Unmap(mm, range) => self.using(mm, |mm| ignore(kernel.munmap(mm, range))),
+            Op::Discard(mm, range) => self.using(mm, |mm| ignore(kernel.madvise_dontneed(mm, range))),
+            Op::Protect(mm, range, rights) => {
+                self.using(mm, |mm| ignore(kernel.mprotect(mm, range, protection(rights))));
+            }
+            Op::Remap(mm, range, to) => {
+                let target = to.checked_add(range.len_bytes()).and_then(|end| VirtRange::new(to, end).ok());
+                if let Some(target) = target {
+                    self.using(mm, |mm| ignore(kernel.mremap(mm, range, target)));
+                }
+            }
+            Op::MoveStack(mm, range, pages) => self.using(mm, |mm| {
+                let stack = mm.vmas().find(range.start()).map(|vma| vma.range);
+                if let Some(stack) = stack {
+                    ignore(kernel.move_stack(mm, stack, pages * 4096));
+                }
+            }),
+            Op::Fork(parent, child) => self.fork(cpu, parent, child),
+            Op::Exit(mm) => {
+                if let Ok(new) = kernel.new_mm() {
+                    self.replace(cpu, mm, new);
+                }
+            }
+            Op::Reclaim(first, second, range) => {
+                self.using(first, |first| {
+                    self.using(second, |second| {
+                        kernel.reclaim([(first, range), (second, range)]);
+                    });
+                });
+            }
+            Op::Touch(range, access) => self.touch(cpu, range, access),
+            Op::Switch(mm) => self.switch(cpu, Arc::clone(&lock(&self.processes[usize::from(mm.0)]))),
+            Op::Lazy => self.go_lazy(cpu),
+            Op::Wake => {
+                let process = lock(&self.programs[cpu.index()]).process.clone();
+                if let Some(process) = process {
+                    self.switch(cpu, process);
+                }
+            }
+            Op::Batches(supply) => kernel.set_batch_supply(supply),
+            Op::Tables(supply) => kernel.set_table_supply(supply),
+            Op::Sync => self.compare_caches_with_memory(),
+        }
+    }
+
+    /// Lets `call` work on an address space, which does not exit meanwhile.
+    fn using(&self, mm: MmId, call: impl FnOnce(&Mm<Arc<HostedMachine>>)) {
+        let process = Arc::clone(&lock(&self.processes[usize::from(mm.0)]));
+        process.users.fetch_add(1, Ordering::Relaxed);
+        call(&process.mm);
+        process.users.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn touch(&self, cpu: CpuId, range: VirtRange, access: UserAccess) {
+        for address in (range.start()..range.end()).step_by(4096) {
+            self.leave_the_dying(cpu);
+            let process = {
+                let program = lock(&self.programs[cpu.index()]);
+                program.process.clone().filter(|_| !program.is_lazy)
+            };
+            let Some(process) = process else { return };
+            touch(&self.kernel, &process.mm, address, access);
+        }
+    }
+
+    fn switch(&self, cpu: CpuId, process: Arc<Process>) {
+        if process.is_dying.load(Ordering::Relaxed) {
+            self.leave(cpu);
+            return;
+        }
+        // Said before it is done: whoever waits for the last program to leave counts this one.
+        *lock(&self.programs[cpu.index()]) = Program { process: Some(Arc::clone(&process)), is_lazy: false };
+        self.kernel.switch_to(Some(&process.mm));
+    }
+
+    fn go_lazy(&self, cpu: CpuId) {
+        self.kernel.go_lazy();
+        lock(&self.programs[cpu.index()]).is_lazy = true;
+    }
+
+    fn leave(&self, cpu: CpuId) {
+        self.kernel.switch_to(None);
+        *lock(&self.programs[cpu.index()]) = Program::default();
+    }
+
+    /// A program whose process is dying leaves the CPU: to another address space, or lazily.
+    fn leave_the_dying(&self, cpu: CpuId) {
+        let leaves = {
+            let program = lock(&self.programs[cpu.index()]);
+            !program.is_lazy
+                && program.process.as_ref().is_some_and(|process| process.is_dying.load(Ordering::Relaxed))
+        };
+        if leaves {
+            if self.machine().choices().one_in(2) {
+                self.leave(cpu);
+            } else {
+                self.go_lazy(cpu);
+            }
+        }
+    }
+
+    fn fork(&self, cpu: CpuId, parent: MmId, child: MmId) {
+        if parent == child {
+            return;
+        }
+        let mut copy = None;
+        self.using(parent, |parent| copy = self.kernel.fork(parent, []).ok());
+        if let Some(copy) = copy {
+            self.replace(cpu, child, copy);
+        }
+    }
+
+    /// The process leaves, and another takes its place.
+    fn replace(&self, cpu: CpuId, mm: MmId, new: Arc<Mm<Arc<HostedMachine>>>) {
+        let old = core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), Process::new(new));
+        old.is_dying.store(true, Ordering::Relaxed);
+        loop {
+            self.leave_the_dying(cpu);
+            let runs = |program: &Mutex<Program>| {
+                let program = lock(program);
+                !program.is_lazy && program.process.as_ref().is_some_and(|process| Arc::ptr_eq(process, &old))
+            };
+            if old.users.load(Ordering::Relaxed) == 0 && !self.programs.iter().any(runs) {
+                break;
+            }
+            schedule::wait();
+        }
+        let exited = self.kernel.exit(&old.mm);
+        assert!(exited.is_ok(), "the last program has left: {exited:?}");
+    }
+
+    /// All CPUs leave, all processes exit, and what is left was lost.
+    fn end(&self) -> Outcome {
+        let machine = self.machine();
+        self.kernel.set_batch_supply(Supply::Always);
+        self.kernel.set_table_supply(Supply::Always);
+        machine.on_cpu(CpuId::new(0), || self.compare_caches_with_memory());
+        for process in &self.processes {
+            let process = Arc::clone(&lock(process));
+            let exited = self.kernel.exit(&process.mm);
+            assert!(exited.is_ok(), "every CPU is lazy: {exited:?}");
+        }
+        self.look_for_lost_writes();
+        for number in 0..machine.nr_cpus() {
+            machine.on_cpu(CpuId::new(number), || self.kernel.switch_to(None));
+        }
+        self.kernel.drop_caches();
+        let (leaked_frames, leaked_tables) = self.kernel.lost();
+        Outcome {
+            found: machine.violations(),
+            leaked_frames,
+            leaked_tables,
+            double_frees: self.kernel.counters().snapshot().double_frees,
+        }
+    }
+
+    /// A page of a file that a program wrote to must be known to be dirty once nothing maps it.
+    fn look_for_lost_writes(&self) {
+        let Some(checked) = &self.machine().checked else { return };
+        for frame in self.kernel.cached_pages() {
+            if checked.checker.was_written(frame) && !self.kernel.frames().meta(frame).is_dirty() {
+                let kind = ViolationKind::WriteLost;
+                checked.checker.report(kind, || Violation {
+                    kind,
+                    cpu: CpuId::new(0),
+                    address: 0,
+                    frame,
+                    freed: None,
+                    entry: None,
+                    story: checked.story.about(CpuId::new(0), frame, 0),
+                });
+            }
+        }
+    }
+}
+
+impl Process {
+    fn new(mm: Arc<Mm<Arc<HostedMachine>>>) -> Arc<Self> {
+        Arc::new(Self { mm, users: AtomicU32::new(0), is_dying: AtomicBool::new(false) })
+    }
+}
+
+/// Sequences are made up: a call that the kernel refuses is as good as one that it does not.
+const fn ignore(_refused: Result<(), mmu_kernel_shim::Error>) {}
+
+const fn protection(rights: Rights) -> Protection {
+    match rights {
+        Rights::None => Protection::None,
+        Rights::Read => Protection::Read,
+        Rights::Write => Protection::Write,
+    }
+}
+
+const fn area(backing: Backing, rights: Rights) -> Area {
+    let kind = match backing {
+        Backing::Anon | Backing::Huge | Backing::Stack => AreaKind::Anon,
+        Backing::Private => AreaKind::FilePrivate(1),
+        Backing::Shared => AreaKind::FileShared(2),
+        Backing::Pfn => AreaKind::Pfn,
+    };
+    let growth = match backing {
+        Backing::Stack => Growth::Down,
+        _ => Growth::Fixed,
+    };
+    Area { kind, protection: protection(rights), growth, file_base: 0 }
+}

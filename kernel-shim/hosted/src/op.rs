@@ -1,0 +1,317 @@
+//! The language of sequences: what a CPU does next, in one line.
+//!
+//! ```text
+//! 0 map m1 40000000+16 anon write
+//! 2 touch 40003000 write
+//! 0 unmap m1 40002000+4
+//! ```
+//!
+//! The number in front is the CPU. `mN` is one of a few address spaces; a range is a hexadecimal start and a number of pages.
+//! Fuzzing, replay and property tests all speak it.
+
+use core::fmt;
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_kernel_shim::{Supply, UserAccess};
+
+/// How many address spaces a sequence has.
+pub const NR_MMS: u8 = 3;
+
+/// One of the address spaces of a sequence: `0..NR_MMS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MmId(pub u8);
+
+/// What backs a new area.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backing {
+    /// The program's own memory.
+    Anon,
+    /// The program's own memory, in 2 MiB pages where it can be.
+    Huge,
+    /// A private mapping of a file.
+    Private,
+    /// A shared mapping of a file.
+    Shared,
+    /// Frames that are not counted.
+    Pfn,
+    /// A stack.
+    Stack,
+}
+
+/// What a program may do in an area.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rights {
+    /// Nothing.
+    None,
+    /// Read.
+    Read,
+    /// Read and write.
+    Write,
+}
+
+/// What a CPU does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// mmap(2) where nothing is.
+    Map(MmId, VirtRange, Backing, Rights),
+    /// munmap(2).
+    Unmap(MmId, VirtRange),
+    /// madvise(MADV_DONTNEED).
+    Discard(MmId, VirtRange),
+    /// mprotect(2).
+    Protect(MmId, VirtRange, Rights),
+    /// mremap(2) to a fixed place, of the same length.
+    Remap(MmId, VirtRange, u64),
+    /// The move of a new program's stack, down by this many pages.
+    MoveStack(MmId, VirtRange, u64),
+    /// fork(2): the second becomes a copy of the first; what it was before exits.
+    Fork(MmId, MmId),
+    /// The last program leaves; a new address space takes its place.
+    Exit(MmId),
+    /// Reclaim takes the pages away, and goes on with the same addresses of the second.
+    Reclaim(MmId, MmId, VirtRange),
+    /// The program on the CPU reads or writes at the start of each page.
+    Touch(VirtRange, UserAccess),
+    /// The CPU runs programs of this address space.
+    Switch(MmId),
+    /// The CPU runs kernel threads only.
+    Lazy,
+    /// The CPU goes on with the program it had before it went lazy.
+    Wake,
+    /// Batch pages get scarce, or not.
+    Batches(Supply),
+    /// Page tables get scarce, or not.
+    Tables(Supply),
+    /// Everything before is done before anything after begins, and the checker compares all caches with memory.
+    Sync,
+}
+
+/// One line of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The CPU, modulo those the machine has.
+    pub cpu: u8,
+    /// What it does.
+    pub op: Op,
+}
+
+impl Op {
+    /// The word it begins with.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        Self::WORDS[self.number()]
+    }
+
+    /// The words of all operations.
+    pub const WORDS: [&'static str; 16] = [
+        "map",
+        "unmap",
+        "discard",
+        "protect",
+        "remap",
+        "movestack",
+        "fork",
+        "exit",
+        "reclaim",
+        "touch",
+        "switch",
+        "lazy",
+        "wake",
+        "batches",
+        "tables",
+        "sync",
+    ];
+
+    /// Which operation it is, as an index of [`WORDS`](Self::WORDS).
+    #[must_use]
+    pub const fn number(self) -> usize {
+        match self {
+            Self::Map(..) => 0,
+            Self::Unmap(..) => 1,
+            Self::Discard(..) => 2,
+            Self::Protect(..) => 3,
+            Self::Remap(..) => 4,
+            Self::MoveStack(..) => 5,
+            Self::Fork(..) => 6,
+            Self::Exit(..) => 7,
+            Self::Reclaim(..) => 8,
+            Self::Touch(..) => 9,
+            Self::Switch(..) => 10,
+            Self::Lazy => 11,
+            Self::Wake => 12,
+            Self::Batches(..) => 13,
+            Self::Tables(..) => 14,
+            Self::Sync => 15,
+        }
+    }
+}
+
+struct Pages(VirtRange);
+
+impl fmt::Display for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}+{}", self.0.start(), self.0.nr_pages())
+    }
+}
+
+impl fmt::Display for MmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "m{}", self.0)
+    }
+}
+
+impl fmt::Display for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Anon => "anon",
+            Self::Huge => "huge",
+            Self::Private => "private",
+            Self::Shared => "shared",
+            Self::Pfn => "pfn",
+            Self::Stack => "stack",
+        })
+    }
+}
+
+impl fmt::Display for Rights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Read => "read",
+            Self::Write => "write",
+        })
+    }
+}
+
+struct Scarcity(Supply);
+
+impl fmt::Display for Scarcity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Supply::Always => f.write_str("always"),
+            Supply::Never => f.write_str("never"),
+            Supply::ExceptEvery(every) => write!(f, "{every}"),
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.cpu, self.op.word())?;
+        match self.op {
+            Op::Map(mm, range, backing, rights) => write!(f, " {mm} {} {backing} {rights}", Pages(range)),
+            Op::Unmap(mm, range) | Op::Discard(mm, range) => write!(f, " {mm} {}", Pages(range)),
+            Op::Protect(mm, range, rights) => write!(f, " {mm} {} {rights}", Pages(range)),
+            Op::Remap(mm, range, to) => write!(f, " {mm} {} {to:x}", Pages(range)),
+            Op::MoveStack(mm, range, pages) => write!(f, " {mm} {} {pages}", Pages(range)),
+            Op::Fork(parent, child) => write!(f, " {parent} {child}"),
+            Op::Exit(mm) | Op::Switch(mm) => write!(f, " {mm}"),
+            Op::Reclaim(first, second, range) => write!(f, " {first} {second} {}", Pages(range)),
+            Op::Touch(range, UserAccess::Read) => write!(f, " {} read", Pages(range)),
+            Op::Touch(range, UserAccess::Write) => write!(f, " {} write", Pages(range)),
+            Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
+            Op::Lazy | Op::Wake | Op::Sync => Ok(()),
+        }
+    }
+}
+
+/// Reads one line.
+///
+/// # Errors
+/// What was expected.
+pub(crate) fn parse_step(line: &str) -> Result<Step, &'static str> {
+    let mut words = line.split_ascii_whitespace();
+    let cpu = words.next().and_then(|word| word.parse().ok()).ok_or("the number of a CPU")?;
+    let word = words.next().ok_or("an operation")?;
+    let op = parse_op(word, &mut words)?;
+    if words.next().is_some() {
+        return Err("nothing more on this line");
+    }
+    Ok(Step { cpu, op })
+}
+
+fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result<Op, &'static str> {
+    Ok(match word {
+        "map" => {
+            let (mm, range) = (mm(words.next())?, range(words.next())?);
+            let backing = match words.next() {
+                Some("anon") => Backing::Anon,
+                Some("huge") => Backing::Huge,
+                Some("private") => Backing::Private,
+                Some("shared") => Backing::Shared,
+                Some("pfn") => Backing::Pfn,
+                Some("stack") => Backing::Stack,
+                _ => return Err("anon, huge, private, shared, pfn or stack"),
+            };
+            Op::Map(mm, range, backing, rights(words.next())?)
+        }
+        "unmap" => Op::Unmap(mm(words.next())?, range(words.next())?),
+        "discard" => Op::Discard(mm(words.next())?, range(words.next())?),
+        "protect" => Op::Protect(mm(words.next())?, range(words.next())?, rights(words.next())?),
+        "remap" => Op::Remap(mm(words.next())?, range(words.next())?, address(words.next())?),
+        "movestack" => {
+            let (mm, range) = (mm(words.next())?, range(words.next())?);
+            let pages = words.next().and_then(|word| word.parse().ok()).ok_or("a number of pages")?;
+            Op::MoveStack(mm, range, pages)
+        }
+        "fork" => Op::Fork(mm(words.next())?, mm(words.next())?),
+        "exit" => Op::Exit(mm(words.next())?),
+        "reclaim" => Op::Reclaim(mm(words.next())?, mm(words.next())?, range(words.next())?),
+        "touch" => {
+            let range = range(words.next())?;
+            match words.next() {
+                Some("read") => Op::Touch(range, UserAccess::Read),
+                Some("write") => Op::Touch(range, UserAccess::Write),
+                _ => return Err("read or write"),
+            }
+        }
+        "switch" => Op::Switch(mm(words.next())?),
+        "lazy" => Op::Lazy,
+        "wake" => Op::Wake,
+        "batches" => Op::Batches(supply(words.next())?),
+        "tables" => Op::Tables(supply(words.next())?),
+        "sync" => Op::Sync,
+        _ => {
+            return Err(
+                "an operation: map, unmap, discard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables or sync",
+            );
+        }
+    })
+}
+
+fn mm(word: Option<&str>) -> Result<MmId, &'static str> {
+    let number = word.and_then(|word| word.strip_prefix('m')).and_then(|number| number.parse().ok());
+    number.filter(|number| *number < NR_MMS).map(MmId).ok_or("an address space: m0, m1 or m2")
+}
+
+fn address(word: Option<&str>) -> Result<u64, &'static str> {
+    let address = word.and_then(|word| u64::from_str_radix(word, 16).ok());
+    address.filter(|address| address.is_multiple_of(4096)).ok_or("a hexadecimal address, a multiple of 1000")
+}
+
+fn range(word: Option<&str>) -> Result<VirtRange, &'static str> {
+    const EXPECTED: &str = "a range: hexadecimal start, a multiple of 1000, + and pages";
+    let (start, pages) = word.and_then(|word| word.split_once('+')).ok_or(EXPECTED)?;
+    let start = address(Some(start))?;
+    let pages: u64 = pages.parse().map_err(|_| EXPECTED)?;
+    let end = pages.checked_mul(4096).and_then(|bytes| start.checked_add(bytes)).ok_or(EXPECTED)?;
+    VirtRange::new(start, end).ok().filter(|range| range.end() <= 1 << 47).ok_or(EXPECTED)
+}
+
+fn rights(word: Option<&str>) -> Result<Rights, &'static str> {
+    match word {
+        Some("none") => Ok(Rights::None),
+        Some("read") => Ok(Rights::Read),
+        Some("write") => Ok(Rights::Write),
+        _ => Err("none, read or write"),
+    }
+}
+
+fn supply(word: Option<&str>) -> Result<Supply, &'static str> {
+    match word {
+        Some("always") => Ok(Supply::Always),
+        Some("never") => Ok(Supply::Never),
+        Some(number) => number.parse().map(Supply::ExceptEvery).map_err(|_| "always, never or a number"),
+        None => Err("always, never or a number"),
+    }
+}
