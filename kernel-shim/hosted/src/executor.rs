@@ -16,6 +16,7 @@ use mmu_kernel_shim::{
 use crate::checker::{Found, Violation, ViolationKind};
 use crate::machine::{HostedMachine, lock};
 use crate::op::{Backing, MmId, NR_MMS, Op, Rights, Step};
+use crate::options::{MachineFault, Options};
 use crate::program::{HostedKernel, touch};
 use crate::schedule::{self, Schedule};
 use crate::sequence::Sequence;
@@ -56,7 +57,18 @@ const WINDOW: usize = 6;
 /// # Panics
 /// If the engine does: an assertion of its own, or a deadlock.
 pub fn execute(sequence: &Sequence) -> std::io::Result<Outcome> {
-    let world = World::new(sequence)?;
+    execute_with(sequence, MachineFault::None)
+}
+
+/// As [`execute`], on a machine that does something wrong: to see the checker notice.
+///
+/// # Errors
+/// As for [`execute`].
+///
+/// # Panics
+/// As for [`execute`].
+pub fn execute_with(sequence: &Sequence, fault: MachineFault) -> std::io::Result<Outcome> {
+    let world = World::new(sequence, fault)?;
     world.run();
     Ok(world.end())
 }
@@ -89,8 +101,8 @@ pub(crate) struct World {
 }
 
 impl World {
-    fn new(sequence: &Sequence) -> std::io::Result<Arc<Self>> {
-        let machine = Arc::new(HostedMachine::new(sequence.options())?);
+    fn new(sequence: &Sequence, fault: MachineFault) -> std::io::Result<Arc<Self>> {
+        let machine = Arc::new(HostedMachine::new(Options { fault, ..sequence.options() })?);
         let config = Config { limits: LIMITS, ..Config::default() };
         let short = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
         let kernel: HostedKernel = Kernel::boot(Arc::clone(&machine), config).map_err(short)?;

@@ -40,7 +40,7 @@ pub mod walk;
 pub mod watch;
 
 pub use checker::{Found, Violation, ViolationKind};
-pub use executor::{Outcome, execute};
+pub use executor::{Outcome, execute, execute_with};
 pub use generate::generate;
 pub use machine::{GiveWay, HostedMachine};
 pub use memory::Memory;

@@ -1,0 +1,83 @@
+//! Sequences: their text, their determinism, and what the checker says of them.
+
+use mmu_hosted::{MachineFault, Sequence, execute, execute_with, generate};
+
+const LENGTH: usize = 160;
+
+#[test]
+fn a_sequence_survives_its_text() {
+    for seed in 0..200 {
+        let sequence = generate(seed, 4, LENGTH);
+        let text = sequence.to_string();
+        assert_eq!(Sequence::parse(&text).as_ref(), Ok(&sequence), "{text}");
+    }
+}
+
+#[test]
+fn a_text_that_is_none_is_refused_at_its_line() {
+    let good = generate(1, 4, 3).to_string();
+    let lines: Vec<&str> = good.lines().collect();
+    for (at, bad) in [
+        (0, "mmu-gather sequence 2"),
+        (1, "cpus 0"),
+        (1, "cpus 65"),
+        (2, "seed x"),
+        (3, "mmu pcid intel"),
+        (4, "0 map m3 1000+1 anon write"),
+        (4, "0 map m0 1001+1 anon write"),
+        (4, "0 map m0 1000+0 anon write"),
+        (4, "0 unmap m0 7ffffffff000+2"),
+        (4, "0 unmap m0 1000+ffffffffffffffff"),
+        (4, "0 lazy now"),
+        (4, "0 leap"),
+        (4, "x lazy"),
+    ] {
+        let mut broken = lines.clone();
+        broken[at] = bad;
+        let error = Sequence::parse(&broken.join("\n")).expect_err(bad);
+        assert_eq!(error.line, at + 1, "{bad}: {error}");
+    }
+    // Cut short anywhere, it is noticed.
+    for kept in 0..lines.len() {
+        assert!(Sequence::parse(&lines[..kept].join("\n")).is_err(), "{kept} lines");
+    }
+}
+
+#[test]
+fn random_sequences_are_clean() {
+    for seed in 0..120 {
+        for nr_cpus in [1, 2, 4] {
+            let sequence = generate(seed, nr_cpus, LENGTH);
+            let outcome = execute(&sequence).expect("memory");
+            assert!(outcome.is_clean(), "seed {seed}, {nr_cpus} CPUs: {outcome:?}\n{sequence}");
+        }
+    }
+}
+
+#[test]
+fn a_machine_that_skips_flushes_or_loses_interrupts_is_found_out() {
+    for fault in [MachineFault::SkipFlush, MachineFault::DropIpi] {
+        let found = (0..40).find(|seed| {
+            let outcome = execute_with(&generate(*seed, 4, LENGTH), fault).expect("memory");
+            outcome.found.count > 0
+        });
+        assert!(found.is_some(), "{fault:?} was not noticed in 40 sequences");
+    }
+}
+
+#[test]
+fn the_same_sequence_tells_the_same_story_every_time() {
+    let failing = (0..40).map(|seed| generate(seed, 4, LENGTH)).find(|sequence| {
+        let outcome = execute_with(sequence, MachineFault::DropIpi).expect("memory");
+        outcome.found.count > 0
+    });
+    let failing = failing.expect("lost interrupts are noticed");
+    let story = || {
+        let found = execute_with(&failing, MachineFault::DropIpi).expect("memory").found;
+        found.told.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let first = story();
+    assert!(!first.is_empty());
+    assert_eq!(first, story());
+    assert_eq!(first, story());
+}
