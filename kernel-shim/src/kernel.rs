@@ -216,7 +216,7 @@ impl<M: Machine> Kernel<M> {
         // SAFETY: the map lock is held, for reading, until the flush is done. The areas are detached: no fault finds them, and
         // neighbours grow only under the lock held for writing.
         let flushed = unsafe { unmap_region(self, &mm.engine, limits, going, bounds, || {}) };
-        self.machine.note(Note::Unmapped { root: mm.root(), range });
+        self.note_unmapped(mm, range);
         drop(vmas);
         flushed.free();
         Ok(())
@@ -258,7 +258,7 @@ impl<M: Machine> Kernel<M> {
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: the map lock is held for writing; no program runs here and none can come back.
         let flushed = unsafe { exit_mmap(self, &mm.engine, &self.config.limits, going, || {}) };
-        self.machine.note(Note::Unmapped { root: mm.root(), range: all });
+        self.note_unmapped(mm, all);
         drop(vmas);
         flushed.free();
         // Every CPU has left the address space: `exit_mmap` says so.
@@ -399,6 +399,12 @@ impl<M: Machine> Kernel<M> {
         };
         // Freed under the map lock: this is the path of a call that fails.
         flushed.free();
+    }
+
+    /// Says that an unmapping is about to return.
+    pub(crate) fn note_unmapped(&self, mm: &Mm<M>, range: VirtRange) {
+        let caller = self.machine.pinned(|cpu| self.cpus[cpu.index()].tlb.laziness());
+        self.machine.note(Note::Unmapped { root: mm.root(), range, caller });
     }
 
     /// This kernel is all that the engine asks for.

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a machine is believed about its memory and its CPUs")]
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_gather::tlb::{CachedTranslations, CpuBits, CpuId, CpuSet, OnlineCpus, PcidSupport};
+use mmu_gather::tlb::{CachedTranslations, CpuBits, CpuId, CpuSet, Laziness, OnlineCpus, PcidSupport};
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
@@ -115,6 +115,9 @@ pub enum Note {
         root: PhysFrame,
         /// The addresses.
         range: VirtRange,
+        /// Whether the CPU that unmaps runs programs, or merely borrows an address space: a lazy one may keep old
+        /// translations until it wakes (rule T5).
+        caller: Laziness,
     },
 }
 

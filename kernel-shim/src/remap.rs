@@ -5,7 +5,7 @@ use mmu_gather::pagetable::VirtRange;
 use mmu_gather::{MmuGather, unmap_region};
 
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, Note};
+use crate::machine::Machine;
 use crate::mm::Mm;
 use crate::vma::{Area, Vma};
 
@@ -57,7 +57,7 @@ impl<M: Machine> Kernel<M> {
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: as in `munmap`: the areas are detached, and the map lock is held, for reading, until the flush is done.
         let flushed = unsafe { unmap_region(self, &mm.engine, &self.config.limits, going, bounds, || {}) };
-        self.machine.note(Note::Unmapped { root: mm.root(), range: old });
+        self.note_unmapped(mm, old);
         drop(vmas);
         flushed.free();
         Ok(())

@@ -259,7 +259,7 @@ unsafe impl Machine for BareMachine {
                 }
             }
             Note::Freed(frame, role) => self.check_freed(frame, role),
-            Note::Unmapped { root, range } => self.ledger.unmapped(root, range),
+            Note::Unmapped { root, range, .. } => self.ledger.unmapped(root, range),
         }
     }
 }

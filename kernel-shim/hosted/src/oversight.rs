@@ -3,7 +3,7 @@
 use core::cell::Cell;
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_gather::tlb::CpuId;
+use mmu_gather::tlb::{CpuId, Laziness};
 use mmu_kernel_shim::{FrameRole, Note, Seam, UserAccess};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
@@ -158,9 +158,9 @@ impl HostedMachine {
                 checked.checker.allocated(frame, role);
             }
             Note::Freed(frame, role) => self.check_freed(checked, frame, role),
-            Note::Unmapped { root, range } => {
+            Note::Unmapped { root, range, caller } => {
                 self.tell(What::Unmapped(range.start(), range.end()));
-                self.check_unmapped(checked, root, range);
+                self.check_unmapped(checked, root, range, caller);
             }
         }
     }
@@ -240,10 +240,11 @@ impl HostedMachine {
     }
 
     /// An unmapping is about to return: no CPU that runs the address space may use the addresses any more.
-    fn check_unmapped(&self, checked: &Checked, root: PhysFrame, range: VirtRange) {
+    fn check_unmapped(&self, checked: &Checked, root: PhysFrame, range: VirtRange, caller: Laziness) {
         for cpu in &self.cpus {
             let id = cpu.id;
-            if !self.is_in_user_mode(id) && id != self.current() {
+            let is_caller = id == self.current() && caller == Laziness::Active;
+            if !self.is_in_user_mode(id) && !is_caller {
                 continue;
             }
             let caches = lock(&cpu.caches);
