@@ -2,7 +2,7 @@
 
 use mmu_gather::Limits;
 use mmu_gather::pagetable::{Bounds, Level};
-use mmu_gather::{Vma, unmap_region};
+use mmu_gather::{Vma, VmaKind, unmap_region};
 use mmu_tests::{Access, Backing, CPU, Event, GIB, MIB, Options, PaperKernel, PaperMm, Violation, area};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
@@ -78,6 +78,22 @@ fn a_forced_flush_half_way_does_not_undo_the_flush() {
     );
     unmap_while_the_driver_waits_for_the_unlink(&kernel, &small, &[first, pages, last], frame);
     assert_eq!(kernel.nr_hooks_waiting(), 0);
+}
+
+/// An area with both kinds (Linux: VM_MIXEDMAP), larger than a batch: what is cleared in it after the forced flush counts.
+#[test]
+fn a_forced_flush_inside_an_area_does_not_undo_the_flush_for_the_rest_of_it() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let mixed = Vma { kind: VmaKind::PfnMap, ..area(GIB, GIB + 5 * PAGE, Backing::Anonymous) };
+    let frames = kernel.map_range(mm, mixed.range);
+    kernel.run(CPU[1], mm);
+    for page in 0..5 {
+        kernel.touch(CPU[1], GIB + page * PAGE, Access::Write).expect("mapped");
+    }
+    // Two records fill the gather; the fifth page is cleared after the last forced flush.
+    let small = Limits { bundle_slots: 3, batch_pages: 0, ..Limits::DEFAULT };
+    unmap_while_the_driver_waits_for_the_unlink(&kernel, &small, &[mixed], frames[4]);
 }
 
 #[test]
