@@ -41,7 +41,8 @@ impl<K: Platform> MmuGather<'_, K> {
     /// every CPU before the new one appears (SDM 4.10.4.2), with no lock held meanwhile.
     ///
     /// # Context
-    /// No table lock is held.
+    /// The map lock is held for writing: a zapper that met the migration entry would take the page for one on its way
+    /// elsewhere. No table lock is held.
     ///
     /// # Errors
     /// [`SplitError::NoTable`] when memory is short; nothing has changed then, or only a larger leaf was split.
