@@ -1,7 +1,8 @@
 //! Embedding the engine: everything a kernel writes to use it.
 //!
-//! Three impls, 22 methods, about 100 lines; the calls of `note` and `check` are this kernel's own and an embedder has no
-//! need of them. Frame numbers are heap addresses here, so a frame's pointer is its number.
+//! Twenty-four methods, twelve of which the traits demand, in about 110 lines. The calls of `note` and `check_...` are this
+//! kernel's own; an embedder has no need of them. Frame numbers are heap addresses here, so a frame's pointer is its
+//! number.
 #![expect(unsafe_code, reason = "the platform traits are unsafe: the engine believes what they say")]
 
 use core::ptr;
