@@ -94,8 +94,9 @@ where
     unlink();
     gather.free_pgtables(vmas, Bounds::whole());
     let flushed = gather.flush();
-    if mm.context().is_loaded_somewhere(kernel) {
-        // Nothing was mapped, so nothing was flushed, and somebody is still here, lazily. Such a flush makes it leave.
+    if mm.context().may_be_loaded_somewhere(kernel) {
+        // Nothing was mapped, so nothing was flushed, and somebody is still here, lazily. Such a flush makes it leave. A CPU
+        // that is switching may still have the root in CR3 as well.
         let _left = flush_tlb_mm(kernel, mm.context());
     }
     flushed

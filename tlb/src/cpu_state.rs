@@ -155,6 +155,14 @@ impl<B: CpuBits> CpuTlb<B> {
         ptr::eq(self.loaded_mm.load(Ordering::Acquire), mm)
     }
 
+    /// Whether this CPU may have `mm` in CR3: it has, or it switches, from or to a space it does not name.
+    #[must_use]
+    pub(crate) fn may_have_loaded(&self, mm: &MmContext<B>) -> bool {
+        // One read, as in `concern`. ORDERING: acquire, pairs with the release store in `set_loaded`.
+        let loaded = self.loaded_mm.load(Ordering::Acquire);
+        ptr::eq(loaded, mm) || ptr::eq(loaded, switching())
+    }
+
     /// How this CPU stands to a flush of `mm`, or of whatever it has loaded (`None`), that frees no tables.
     ///
     /// Linux: should_flush_tlb.

@@ -164,4 +164,12 @@ impl<B: CpuBits> MmContext<B> {
     pub fn is_loaded_somewhere<C: Cpus<Bits = B>>(&self, cpus: &C) -> bool {
         self.cpumask().iter().any(|cpu| cpus.cpu_state(cpu).has_loaded(self))
     }
+
+    /// Whether any CPU may have this address space in CR3: one that is between two spaces may still be on its way out.
+    ///
+    /// Where this says yes, [`flush_tlb_mm`] makes sure: a CPU answers once it has arrived elsewhere.
+    #[must_use]
+    pub fn may_be_loaded_somewhere<C: Cpus<Bits = B>>(&self, cpus: &C) -> bool {
+        self.cpumask().iter().any(|cpu| cpus.cpu_state(cpu).may_have_loaded(self))
+    }
 }
