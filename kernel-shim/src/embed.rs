@@ -211,6 +211,9 @@ impl<M: Machine> Pages for Kernel<M> {
     fn remove_rmaps(&self, pages: FreedPages<'_>) {
         for run in pages.iter() {
             self.unmap_counted(run.frame);
+            if self.frames.meta(run.frame).maps() == 0 {
+                self.machine.note(Note::MappedByNobody(run.frame));
+            }
         }
     }
 

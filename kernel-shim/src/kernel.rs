@@ -19,7 +19,7 @@ use crate::frame::{FrameKind, Frames};
 use crate::machine::{FrameRole, Machine, Note};
 use crate::mm::Mm;
 use crate::reclaim::{Pressure, Supply};
-use crate::vma::{Area, Vma, VmaTree};
+use crate::vma::{Area, AreaKind, Vma, VmaTree};
 
 /// The kernel.
 pub struct Kernel<M: Machine> {
@@ -215,7 +215,9 @@ impl<M: Machine> Kernel<M> {
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: the map lock is held, for reading, until the flush is done. The areas are detached: no fault finds them, and
         // neighbours grow only under the lock held for writing.
-        let flushed = unsafe { unmap_region(self, &mm.engine, limits, going, bounds, || {}) };
+        let flushed = unsafe {
+            unmap_region(self, &mm.engine, limits, going, bounds, || self.note_unlinked(mm, &detached))
+        };
         self.note_unmapped(mm, range);
         drop(vmas);
         flushed.free();
@@ -361,6 +363,13 @@ impl<M: Machine> Kernel<M> {
         let tables = self.frames.count(FrameKind::Table).saturating_sub(1);
         let pages = [FrameKind::Page, FrameKind::Block, FrameKind::Tail, FrameKind::Batch];
         (pages.into_iter().map(|kind| self.frames.count(kind)).sum(), tables)
+    }
+
+    /// The areas can no longer be found: whoever owns the device frames they mapped does not wait for us any more.
+    fn note_unlinked(&self, mm: &Mm<M>, areas: &[Vma]) {
+        for vma in areas.iter().filter(|vma| vma.area.kind == AreaKind::Pfn) {
+            self.note_unmapped(mm, vma.range);
+        }
     }
 
     /// Splits the large pages that the ends of `range` cut. The map lock is held for writing.

@@ -109,6 +109,8 @@ pub enum Note {
     Allocated(PhysFrame, FrameRole),
     /// The frame is free from now on; another use may follow at once.
     Freed(PhysFrame, FrameRole),
+    /// Nothing maps this page of a file any more: from now on it may be written back and called clean.
+    MappedByNobody(PhysFrame),
     /// An unmapping is about to return: no program may use these addresses of the address space any more.
     Unmapped {
         /// The root table.

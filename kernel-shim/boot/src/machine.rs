@@ -259,6 +259,8 @@ unsafe impl Machine for BareMachine {
                 }
             }
             Note::Freed(frame, role) => self.check_freed(frame, role),
+            // The programs here check what they read, not who may write a page of a file.
+            Note::MappedByNobody(_) => {}
             Note::Unmapped { root, range, .. } => self.ledger.unmapped(root, range),
         }
     }

@@ -55,6 +55,8 @@ pub enum ViolationKind {
     NotInCpumask,
     /// A program wrote to a page of a file, and nobody knows that it is dirty.
     WriteLost,
+    /// A program can write to a page of a file, unseen, that nothing maps any more.
+    WritableThoughUnmapped,
 }
 
 impl fmt::Display for ViolationKind {
@@ -71,6 +73,7 @@ impl fmt::Display for ViolationKind {
             }
             Self::NotInCpumask => "a CPU has an address space in CR3 and is not in its cpumask",
             Self::WriteLost => "a program wrote to a page of a file, and nobody knows that it is dirty",
+            Self::WritableThoughUnmapped => "a program can write to a page of a file that nothing maps any more",
         })
     }
 }

@@ -216,7 +216,10 @@ impl World {
                 });
             }
             Op::Touch(range, access) => self.touch(cpu, range, access),
-            Op::Switch(mm) => self.switch(cpu, Arc::clone(&lock(&self.processes[usize::from(mm.0)]))),
+            Op::Switch(mm) => {
+                let process = Arc::clone(&lock(&self.processes[usize::from(mm.0)]));
+                self.switch(cpu, process);
+            }
             Op::Lazy => self.go_lazy(cpu),
             Op::Wake => {
                 let process = lock(&self.programs[cpu.index()]).process.clone();

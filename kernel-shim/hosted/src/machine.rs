@@ -5,7 +5,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, PcidSupport};
+use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, OnlineCpus, PcidSupport};
 use mmu_kernel_shim::{Machine, Note, Seam};
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
@@ -53,7 +53,7 @@ pub(crate) struct VirtualCpu {
     interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
-    has_turns: AtomicBool,
+    pub(crate) has_turns: AtomicBool,
 }
 
 /// A software MMU and the watch over what it holds.
@@ -339,6 +339,8 @@ unsafe impl Machine for HostedMachine {
 
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         let keep = cached == CachedTranslations::Keep;
+        // Between the decision what to keep and the load.
+        self.seam(Seam::Lock);
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             let skip = self.options.fault == MachineFault::SkipFlush && self.options.pcid == PcidSupport::On;
             let load = if keep || skip { Cr3Load::Keep } else { Cr3Load::Flush };
@@ -347,9 +349,19 @@ unsafe impl Machine for HostedMachine {
         }
         self.tell(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
         self.check_stale();
+        // Between the load and its announcement.
+        self.seam(Seam::Lock);
+    }
+
+    fn online_cpus(&self) -> OnlineCpus {
+        // A flusher asks when it has raised the generation and has not yet looked whom to tell.
+        self.seam(Seam::Lock);
+        if self.nr_cpus() == 1 { OnlineCpus::One } else { OnlineCpus::Many }
     }
 
     fn pcid_support(&self) -> PcidSupport {
+        // A switch asks when it has announced itself and read the generation.
+        self.seam(Seam::Lock);
         self.options.pcid
     }
 

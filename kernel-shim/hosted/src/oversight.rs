@@ -1,6 +1,7 @@
 //! What the machine does at seams and with notes: other CPUs get their chance, and the checker looks.
 
 use core::cell::Cell;
+use core::sync::atomic::Ordering;
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::{CpuId, Laziness};
@@ -57,7 +58,8 @@ impl HostedMachine {
         if choice >> 8 & 0b11 == 0 {
             self.speculate_on(self.choices.pick(self.cpus.len()));
         }
-        if choice >> 16 & 0b1 == 0 {
+        // A CPU without turns of its own answers requests on another's: it would come back as that one.
+        if choice >> 16 & 0b1 == 0 && self.cpu().has_turns.load(Ordering::Relaxed) {
             schedule::give_way();
         }
     }
@@ -158,6 +160,7 @@ impl HostedMachine {
                 checked.checker.allocated(frame, role);
             }
             Note::Freed(frame, role) => self.check_freed(checked, frame, role),
+            Note::MappedByNobody(frame) => self.check_unwritable(checked, frame),
             Note::Unmapped { root, range, caller } => {
                 self.tell(What::Unmapped(range.start(), range.end()));
                 self.check_unmapped(checked, root, range, caller);
@@ -192,6 +195,24 @@ impl HostedMachine {
             drop(caches);
             if let Some(entry) = usable {
                 self.report_entry(checked, id, &freed, entry);
+            }
+        }
+    }
+
+    /// Nothing maps this page of a file any more: a CPU that has its D bit cached would write to it without setting any.
+    fn check_unwritable(&self, checked: &Checked, frame: PhysFrame) {
+        for cpu in self.cpus.iter().filter(|cpu| self.is_in_user_mode(cpu.id)) {
+            let caches = lock(&cpu.caches);
+            let Some(Caches { mmu, .. }) = &*caches else { continue };
+            let pcid = mmu.cr3().1;
+            let found = mmu.entries_reaching(frame).find(|entry| {
+                let is_usable = entry.held.tag == Tag::Global || entry.held.tag == Tag::Pcid(pcid);
+                is_usable && entry.dirty && entry.rights.writable() && matches!(entry.held.as_a, Use::Page(_))
+            });
+            drop(caches);
+            if let Some(entry) = found {
+                let kind = ViolationKind::WritableThoughUnmapped;
+                self.report(checked, kind, cpu.id, entry.address.as_u64(), frame, Some(entry));
             }
         }
     }
