@@ -73,7 +73,9 @@ impl fmt::Display for ViolationKind {
             }
             Self::NotInCpumask => "a CPU has an address space in CR3 and is not in its cpumask",
             Self::WriteLost => "a program wrote to a page of a file, and nobody knows that it is dirty",
-            Self::WritableThoughUnmapped => "a program can write to a page of a file that nothing maps any more",
+            Self::WritableThoughUnmapped => {
+                "a program can write to a page of a file that nothing maps any more"
+            }
         })
     }
 }
