@@ -28,7 +28,8 @@ const SYNC_EVERY: u64 = 24;
 #[must_use]
 pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     let choices = Choices::new(seed);
-    let mut maker = Maker { choices: &choices, nr_cpus, mapped: Vec::new() };
+    let churns = choices.one_in(6);
+    let mut maker = Maker { choices: &choices, nr_cpus, churns, mapped: Vec::new() };
     let steps = (0..nr_steps).map(|_| maker.step()).collect();
     Sequence {
         nr_cpus,
@@ -43,6 +44,8 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
 struct Maker<'a> {
     choices: &'a Choices,
     nr_cpus: u32,
+    /// Address spaces come and go, more than a CPU has slots for.
+    churns: bool,
     /// What was mapped so far, as far as this knows: places worth going back to.
     mapped: Vec<(MmId, VirtRange)>,
 }
@@ -55,6 +58,9 @@ impl Maker<'_> {
             return Step { cpu, op: Op::Sync };
         }
         let (mm, range) = self.somewhere();
+        if self.churns && self.choices.one_in(3) {
+            return Step { cpu, op: if self.choices.one_in(3) { Op::Exit(mm) } else { Op::Switch(mm) } };
+        }
         let op = match self.choices.below(64) {
             0..10 => self.map(),
             10..17 => Op::Unmap(mm, range),

@@ -60,7 +60,11 @@ impl HostedMachine {
         }
         // A CPU without turns of its own answers requests on another's: it would come back as that one.
         if choice >> 16 & 0b1 == 0 && self.cpu().has_turns.load(Ordering::Relaxed) {
-            schedule::give_way();
+            // Now and then this CPU is away for long: others get whole operations done inside what looks like a moment.
+            let turns = if choice >> 24 & 0b11_1111 == 0 { 1 + self.choices.below(64) } else { 1 };
+            for _ in 0..turns {
+                schedule::give_way();
+            }
         }
     }
 
