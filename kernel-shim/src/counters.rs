@@ -26,6 +26,14 @@ macro_rules! counters {
                 [$((stringify!($name), self.$name)),*]
             }
 
+            /// The counter of this name, to be set.
+            pub fn field_mut(&mut self, name: &str) -> Option<&mut u64> {
+                match name {
+                    $(stringify!($name) => Some(&mut self.$name),)*
+                    _ => None,
+                }
+            }
+
             /// What was counted since `before`; the high-water marks (`max_...`) stay as they are.
             #[must_use]
             pub fn since(&self, before: &Self) -> Self {

@@ -2,6 +2,11 @@
 
 #![deny(unsafe_code)]
 
+pub mod boot;
+mod boot_image;
+pub mod boot_plan;
+mod boot_qemu;
+pub mod boot_report;
 pub mod bundled;
 pub mod capture;
 pub mod fuzz;

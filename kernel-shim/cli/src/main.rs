@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use mmu_cli::boot::{self, BootArgs, BootVerdict};
 use mmu_cli::bundled::{LAYOUTS, TRACES};
 use mmu_cli::capture;
 use mmu_cli::layout::Layout;
@@ -41,6 +42,9 @@ enum Command {
     /// Replays the memory calls that a real program made, from a log of `strace -f`.
     #[command(after_help = "Example: teardown trace tests/traces/redis-bgsave.strace --cpus 8")]
     Trace(TraceArgs),
+    /// Boots the same kernel on emulated hardware (QEMU) and runs programs in ring 3 while their memory is torn down.
+    #[command(after_help = "Example: teardown boot --cpus 4 --workload short")]
+    Boot(BootArgs),
     /// Runs random sequences against the checker until one fails, and makes that one short.
     #[command(after_help = "Example: teardown fuzz --time 60 --cpus 4 -o failure.sequence")]
     Fuzz(fuzz_command::FuzzArgs),
@@ -142,6 +146,7 @@ fn main() -> ExitCode {
         Some(Command::Run(args)) => run(args),
         Some(Command::Capture(args)) => capture_layout(args),
         Some(Command::Trace(args)) => trace(args),
+        Some(Command::Boot(args)) => boot_image(args),
         Some(Command::Fuzz(args)) => fuzz_command::fuzz(args),
         Some(Command::Replay(args)) => fuzz_command::replay(args),
     };
@@ -277,6 +282,14 @@ fn capture_layout(args: &CaptureArgs) -> Result<Verdict, Failure> {
         }
     }
     Ok(Verdict::Good)
+}
+
+fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {
+    match boot::run(args) {
+        Ok(BootVerdict::Good) => Ok(Verdict::Good),
+        Ok(_) => Ok(Verdict::Violation),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 fn progress_bar(length: u64) -> ProgressBar {

@@ -1,0 +1,408 @@
+//! `teardown boot`: the same kernel on emulated x86_64 hardware.
+
+use core::fmt;
+use core::time::Duration;
+use std::io::{self, BufWriter, IsTerminal};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use mmu_gather::tlb::PcidSupport;
+
+use crate::boot_image;
+use crate::boot_plan::{LayoutPlan, count_drill_hosted};
+use crate::boot_qemu::{self, Ending, Machine};
+use crate::boot_report::{BootReport, Comparison};
+use crate::layout::Layout;
+use crate::process::frames_needed;
+
+/// Memory without `--memory`, where no layout asks for more.
+const DEFAULT_MIB: u64 = 512;
+/// The least that the image boots with.
+const LEAST_MIB: u64 = 64;
+/// QEMU's PC has a hole below 4 GiB; up to here all memory lies side by side.
+const WHOLE_MIB: u64 = 3072;
+
+/// What `teardown boot` is told.
+#[derive(Clone, Debug, Args)]
+pub struct BootArgs {
+    /// CPUs of the emulated machine, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: u32,
+    /// Its memory, as 256M or 2G. Default: 512M, or what the layout needs, up to 3G.
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub memory: Option<Mebibytes>,
+    /// What the image does. Default: full; with --layout: layout.
+    #[arg(long, value_enum)]
+    pub workload: Option<Workload>,
+    /// Something that goes wrong on purpose: the image must notice. All but the first need two CPUs.
+    #[arg(long, value_enum)]
+    pub fault: Option<BootFault>,
+    /// A layout to build and take down there, as many pages of it as memory holds.
+    #[arg(long, value_name = "FILE")]
+    pub layout: Option<PathBuf>,
+    /// The emulator.
+    #[arg(long, value_name = "PATH", default_value = "qemu-system-x86_64")]
+    pub qemu: PathBuf,
+    /// How it runs the CPUs.
+    #[arg(long, value_enum, default_value_t = Accelerator::Tcg)]
+    pub accel: Accelerator,
+    /// An image to boot instead of the one built from the sources.
+    #[arg(long, value_name = "PATH")]
+    pub image: Option<PathBuf>,
+    /// Seconds without progress after which the image prints what each CPU does, and ends; 0: never.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub watchdog: u64,
+    /// Seconds after which the emulator is ended, come what may.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub timeout: u64,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
+    pub format: ReportFormat,
+}
+
+/// What the image does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Workload {
+    /// Everything below: more than 100,000 pages, 1,000 shootdowns and 100 exits on four CPUs.
+    Full,
+    /// The same, in a few seconds.
+    Short,
+    /// Threads use memory that another CPU takes away.
+    Threads,
+    /// Processes come and go on every CPU.
+    Churn,
+    /// CPUs stay with an address space without running it, while its pages and tables go.
+    Lazy,
+    /// A fixed piece of work, whose counts are compared with those of the hosted machine.
+    Drill,
+    /// What instructions, flushes and interrupts cost, in emulated cycles.
+    Measure,
+    /// The layout that --layout names, compared as well.
+    Layout,
+    /// The hardware half alone, without the kernel.
+    SelfTest,
+    /// Hangs, to show how that ends.
+    Hang,
+    /// Panics, to show how that ends.
+    Panic,
+}
+
+/// What goes wrong on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BootFault {
+    /// A CPU that unmaps does not flush itself.
+    SkipLocalFlush,
+    /// A CPU that is told to flush does not.
+    SkipRemoteFlush,
+    /// Pages are freed when their entries are cleared.
+    FreeBeforeFlush,
+}
+
+/// How QEMU runs the CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accelerator {
+    /// In software, one host thread a CPU.
+    Tcg,
+    /// In hardware, by Linux's KVM.
+    Kvm,
+}
+
+/// How a report is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    /// For a person.
+    Text,
+    /// For a program.
+    Json,
+}
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BootVerdict {
+    /// Everything held; exit code 0.
+    Good,
+    /// Something did not; exit code 1.
+    Violation,
+}
+
+/// A size of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mebibytes(pub u64);
+
+/// Why nothing was run, or nothing can be said of it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BootError {
+    /// There is no such emulator.
+    #[error(
+        "cannot find {}: install QEMU (Debian, Ubuntu: apt-get install --no-install-recommends qemu-system-x86; \
+         Fedora: dnf install qemu-system-x86-core), or name it with --qemu PATH",
+        .0.display()
+    )]
+    NoQemu(PathBuf),
+    /// The emulator refused to run.
+    #[error("the emulator: {0}")]
+    Qemu(String),
+    /// The source tree is gone.
+    #[error(
+        "the sources this command was built from are not at {}: build the image as kernel-shim/boot/README.md says, \
+         and name it with --image PATH",
+        .0.display()
+    )]
+    NoSources(PathBuf),
+    /// The image could not be built.
+    #[error("cannot build the image: {0}")]
+    Cargo(String),
+    /// The image says what it cannot do.
+    #[error("the image: {0}")]
+    Image(String),
+    /// The options do not go together.
+    #[error("{0}")]
+    Usage(&'static str),
+    /// A file could not be read or written.
+    #[error("{}: {error}", path.display())]
+    File {
+        /// Its name.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// The layout is none.
+    #[error("{0}")]
+    Layout(#[from] crate::layout::LayoutError),
+    /// The hosted machine, asked for the same counts, could not give them.
+    #[error("the hosted machine: {0}")]
+    Hosted(String),
+    /// The report could not be written.
+    #[error("cannot write the report: {0}")]
+    Output(io::Error),
+}
+
+/// Builds the image if need be, boots it, and prints a report to standard output.
+///
+/// # Errors
+/// [`BootError`]: one line for the person, exit code 2.
+pub fn run(args: &BootArgs) -> Result<BootVerdict, BootError> {
+    let report = boot(args)?;
+    let out = BufWriter::new(io::stdout().lock());
+    let written = match args.format {
+        ReportFormat::Text => report.write_text(out),
+        ReportFormat::Json => report.write_json(out),
+    };
+    written.map_err(BootError::Output)?;
+    Ok(if report.is_clean() { BootVerdict::Good } else { BootVerdict::Violation })
+}
+
+/// Builds the image if need be, boots it, and says what it came to.
+///
+/// # Errors
+/// [`BootError`].
+pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
+    args.check()?;
+    let layout = args.layout.as_deref().map(read_layout).transpose()?;
+    let memory_mib = args.memory.map_or_else(|| default_mib(layout.as_ref()), |memory| memory.0);
+    let plan = layout.map(|layout| LayoutPlan::new(&layout, usable_frames(memory_mib)));
+    let module = plan.as_ref().map(|plan| Module::write(&plan.text)).transpose()?;
+    // The emulator first: without it there is no need to build.
+    let version = boot_qemu::version(&args.qemu).ok_or_else(|| BootError::NoQemu(args.qemu.clone()))?;
+    let image = args.image.clone().map_or_else(boot_image::build, Ok)?;
+    if !image.is_file() {
+        let error = io::ErrorKind::NotFound.into();
+        return Err(BootError::File { path: image, error });
+    }
+    let command_line = args.command_line();
+    let machine = Machine {
+        qemu: &args.qemu,
+        accelerator: args.accel,
+        nr_cpus: args.cpus,
+        memory_mib,
+        image: &image,
+        module: module.as_ref().map(|module| module.0.as_path()),
+        command_line: &command_line,
+    };
+    let mut report = BootReport::new(args, memory_mib, version);
+    let progress = spinner();
+    let ending = machine.run(Duration::from_secs(args.timeout), |line| {
+        if let Some(message) = report.line(line) {
+            progress.set_message(message);
+        }
+    })?;
+    progress.finish_and_clear();
+    report.ended(ending);
+    if ending == Ending::Usage {
+        return Err(BootError::Image(report.last_words()));
+    }
+    if let Some(plan) = &plan {
+        report.planned(plan);
+    }
+    compare(&mut report, args.cpus, plan.as_ref())?;
+    Ok(report)
+}
+
+/// Does on the hosted machine what the image has counted.
+fn compare(report: &mut BootReport, nr_cpus: u32, plan: Option<&LayoutPlan>) -> Result<(), BootError> {
+    let pcid = if report.has_pcid() { PcidSupport::On } else { PcidSupport::Off };
+    if let Some(booted) = report.counted("drill") {
+        let hosted = count_drill_hosted(nr_cpus, pcid).map_err(BootError::Hosted)?;
+        report.compared(Comparison::of("drill", &hosted, &booted));
+    }
+    if let (Some(booted), Some(plan)) = (report.counted("layout"), plan) {
+        let hosted = plan.count_hosted(nr_cpus, pcid).map_err(BootError::Hosted)?;
+        report.compared(Comparison::of(&plan.name, &hosted, &booted));
+    }
+    Ok(())
+}
+
+impl BootArgs {
+    fn workload(&self) -> Workload {
+        let default = if self.layout.is_some() { Workload::Layout } else { Workload::Full };
+        self.workload.unwrap_or(default)
+    }
+
+    fn check(&self) -> Result<(), BootError> {
+        let needs_two = matches!(self.fault, Some(BootFault::SkipRemoteFlush | BootFault::FreeBeforeFlush));
+        if needs_two && self.cpus < 2 {
+            return Err(BootError::Usage(
+                "this fault is harmless on one CPU: nobody runs at the wrong moment; use --cpus 2 or more",
+            ));
+        }
+        if self.memory.is_some_and(|memory| memory.0 < LEAST_MIB) {
+            return Err(BootError::Usage("the image needs 64M of memory at least"));
+        }
+        match (self.workload(), &self.layout) {
+            (Workload::Layout, None) => Err(BootError::Usage("which layout? name it with --layout FILE")),
+            (Workload::Layout, Some(_)) if self.fault.is_some() => Err(BootError::Usage(
+                "programs only read in a layout: faults show in --workload full, short, threads, churn or lazy",
+            )),
+            (Workload::Layout, Some(_)) | (_, None) => Ok(()),
+            (_, Some(_)) => Err(BootError::Usage("a layout is run by --workload layout, and by no other")),
+        }
+    }
+
+    fn command_line(&self) -> String {
+        let fault = self.fault.map_or_else(|| "none".to_owned(), |fault| fault.to_string());
+        format!("workload={} fault={fault} watchdog={}", self.workload(), self.watchdog)
+    }
+}
+
+/// The name on the command line, and in the image.
+fn name(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&name(self))
+    }
+}
+
+impl fmt::Display for BootFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&name(self))
+    }
+}
+
+impl BootReport {
+    fn new(args: &BootArgs, memory_mib: u64, emulator: String) -> Self {
+        Self::begin(
+            emulator,
+            name(&args.accel),
+            args.cpus,
+            memory_mib,
+            args.workload().to_string(),
+            args.fault.map(|fault| fault.to_string()),
+        )
+    }
+}
+
+/// A plan in a file of its own, for QEMU to load; removed afterwards.
+#[derive(Debug)]
+struct Module(PathBuf);
+
+impl Module {
+    fn write(text: &str) -> Result<Self, BootError> {
+        let path = std::env::temp_dir().join(format!("teardown-{}.plan", std::process::id()));
+        let module = Self(path);
+        std::fs::write(&module.0, text).map_err(|error| BootError::File { path: module.0.clone(), error })?;
+        Ok(module)
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // If it cannot be removed, a file is left in the folder for such files.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn read_layout(path: &Path) -> Result<Layout, BootError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|error| BootError::File { path: path.to_owned(), error })?;
+    Ok(Layout::parse(&path.display().to_string(), &text)?)
+}
+
+fn parse_memory(text: &str) -> Result<Mebibytes, String> {
+    let (number, unit) = match text.strip_suffix(['G', 'g']) {
+        Some(number) => (number, 1024),
+        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
+    };
+    let number: Option<u64> = number.parse().ok();
+    let size = number.and_then(|number| number.checked_mul(unit)).filter(|size| *size <= 1 << 20);
+    size.map(Mebibytes).ok_or_else(|| "expected a size such as 256M or 2G".to_owned())
+}
+
+/// What a layout needs, up to what lies side by side.
+fn default_mib(layout: Option<&Layout>) -> u64 {
+    let needed = layout.map_or(0, |layout| frames_needed(layout) * 8 / 7 / 256 + 64);
+    needed.clamp(DEFAULT_MIB, WHOLE_MIB)
+}
+
+/// Frames that the image has left for the kernel: its heap takes an eighth, up to 256 MiB.
+const fn usable_frames(memory_mib: u64) -> u64 {
+    // Beyond the hole, the larger part counts.
+    let largest_mib = if memory_mib <= WHOLE_MIB {
+        memory_mib
+    } else if memory_mib > 2 * WHOLE_MIB {
+        memory_mib - WHOLE_MIB
+    } else {
+        WHOLE_MIB
+    };
+    let heap_mib = if memory_mib / 8 < 256 { memory_mib / 8 } else { 256 };
+    (largest_mib - heap_mib).saturating_sub(16) * 256
+}
+
+/// Shows what the image is at, on a terminal.
+fn spinner() -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_a_number_with_a_unit() {
+        assert_eq!(parse_memory("256M"), Ok(Mebibytes(256)));
+        assert_eq!(parse_memory("2G"), Ok(Mebibytes(2048)));
+        for text in ["", "M", "two", "1.5G", "99999999G"] {
+            assert!(parse_memory(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_frames_left_are_fewer_than_the_memory_and_never_all_of_it() {
+        for mib in [64, 256, 512, 3072, 4096, 8192] {
+            let frames = usable_frames(mib);
+            assert!(frames > 0 && frames < mib * 256 * 19 / 20, "{mib} MiB: {frames}");
+        }
+    }
+}
