@@ -1,6 +1,7 @@
 //! `teardown boot`: the same kernel on emulated x86_64 hardware.
 
 use core::fmt;
+use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::io::{self, BufWriter, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -322,7 +323,9 @@ struct Module(PathBuf);
 
 impl Module {
     fn write(text: &str) -> Result<Self, BootError> {
-        let path = std::env::temp_dir().join(format!("teardown-{}.plan", std::process::id()));
+        static WRITTEN: AtomicU32 = AtomicU32::new(0);
+        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("teardown-{}-{number}.plan", std::process::id()));
         let module = Self(path);
         std::fs::write(&module.0, text).map_err(|error| BootError::File { path: module.0.clone(), error })?;
         Ok(module)
