@@ -36,7 +36,8 @@ impl<K: Platform> MmuGather<'_, K> {
     /// Makes every CPU forget the device frames unmapped so far, if there were any; frees nothing.
     ///
     /// Called before the areas are made impossible to find: from then on the frames' owner, who looks for areas to unmap
-    /// before it frees, finds none and no longer waits for us (CVE-2022-39188).
+    /// before it frees, finds none and no longer waits for us (CVE-2022-39188). Entries that another open gather has cleared and
+    /// not flushed count too: this one found them none.
     ///
     /// # Context
     /// As for [`flush_tlb_only`](Self::flush_tlb_only), no table lock held.
@@ -46,7 +47,7 @@ impl<K: Platform> MmuGather<'_, K> {
     #[doc(alias = "tlb_free_vmas")]
     pub fn flush_pfn_maps(&mut self) {
         if self.state.pfn_maps == PfnMaps::Seen {
-            self.flush_tlb_only();
+            self.flush_for_all_gathers();
             self.state.pfn_maps = PfnMaps::NotSeen;
         }
     }

@@ -285,7 +285,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.mm.open_gathers() > 1
     }
 
-    fn finish_flush(&mut self) {
+    /// Makes every CPU forget what this gather cleared, and what others that are open cleared and have not flushed.
+    pub(crate) fn flush_for_all_gathers(&mut self) {
         if self.is_nested() || (self.state.deferred.is_some() && self.state.range.is_empty()) {
             if self.is_nested() {
                 self.kernel.observe_gather(GatherEvent::NestedFlush);
@@ -295,6 +296,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         } else {
             self.flush_tlb_only();
         }
+    }
+
+    fn finish_flush(&mut self) {
+        self.flush_for_all_gathers();
         // INVARIANT: G6, the count goes down only after the flush.
         self.mm.close_gather();
         self.state.phase = Phase::Flushed;

@@ -127,3 +127,18 @@ fn a_zapped_device_area_is_flushed_when_the_zap_returns() {
     kernel.driver_frees(frame);
     flushed.free();
 }
+
+/// Another gather has cleared the device's entries and has not flushed yet: this one finds none, and unlinks the area.
+#[test]
+#[expect(unsafe_code, reason = "one thread stands in for the map lock")]
+fn device_entries_another_gather_cleared_are_flushed_before_the_area_is_unlinked() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let frame = map_device_frame(&kernel, mm, GIB);
+    let vma = area(GIB, GIB + PAGE, Backing::Device);
+    // SAFETY: one thread; both hold the map lock for reading, as two calls of madvise would.
+    let mut first = unsafe { mmu_gather::MmuGather::new(&kernel, mm) };
+    first.zap_vma_range(&vma, vma.range);
+    unmap_while_the_driver_waits_for_the_unlink(&kernel, &Limits::DEFAULT, &[vma], frame);
+    first.flush().free();
+}
