@@ -164,9 +164,15 @@ impl<'a, S: Stage> Process<'a, S> {
         kernel.madvise_dontneed(&self.mm, range(FEW))?;
         self.write_here(FEW)?;
         kernel.madvise_dontneed(&self.mm, range(FEW))?;
-        self.all_run()?;
+        // Nothing was ever mapped in the other one, so its exit has nothing to flush, and still they must leave it.
+        self.others(&|number| {
+            if number % 2 == 1 {
+                kernel.go_lazy();
+            }
+            Ok(())
+        })?;
         kernel.exit(&other)?;
-        Ok(())
+        self.all_run()
     }
 
     fn tables_go(&self) -> Result<(), Failure> {
