@@ -134,8 +134,11 @@ pub(crate) fn send_to_apic(apic_id: u32, delivery: Delivery) {
     if features().x2apic {
         let command = u64::from(apic_id) << 32 | u64::from(delivery.command());
         // What was stored before must be visible to the receiver: unlike a store to the page, this WRMSR does not wait for
-        // earlier stores (Intel SDM vol. 3A, 10.12.3).
-        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+        // earlier stores; MFENCE makes them visible, LFENCE keeps the WRMSR behind it (Intel SDM vol. 3A, 10.12.3).
+        // SAFETY: every x86_64 CPU has SSE2.
+        unsafe { core::arch::x86_64::_mm_mfence() };
+        // SAFETY: as above.
+        unsafe { core::arch::x86_64::_mm_lfence() };
         // SAFETY: x2APIC is on; an IPI runs a handler that is installed, or starts a CPU whose start block is filled.
         unsafe { Msr::new(X2APIC_MSRS + Register::Command as u32).write(command) };
         return;
