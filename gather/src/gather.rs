@@ -271,6 +271,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[inline]
     pub(crate) fn note_deferred_flushes(&mut self) {
         if let Some(deferred) = self.mm.context().deferred_flushes() {
+            self.kernel.observe_gather(GatherEvent::DeferredFlushSeen);
             self.state.deferred = Some(deferred);
         }
     }

@@ -164,6 +164,8 @@ pub enum GatherEvent {
     DirtyFlush,
     /// Another gather was open on the same address space: the whole of it was flushed.
     NestedFlush,
+    /// Reclaim had cleared entries and not flushed yet when a table was locked: the next flush is of the whole of it.
+    DeferredFlushSeen,
     /// A table lock was dropped after this many leaves had been cleared under it.
     LockDropped {
         /// Leaves cleared.

@@ -111,6 +111,20 @@ counters! {
     faults,
     /// Large leaves split.
     splits,
+    /// Flushes of named pages that became full ones: more pages than the ceiling.
+    ceilings_passed,
+    /// Times a CPU that was asked to flush pages dropped the whole context: a generation was missed or another had followed.
+    gap_flushes,
+    /// Times a lazy CPU came back, had missed a flush, and dropped the whole context.
+    caught_up,
+    /// Deferred flushes of reclaim that somebody found outstanding under a table lock.
+    deferred_seen,
+    /// Page tables wanted and not had.
+    tables_refused,
+    /// Private pages replaced by a copy when a program wrote.
+    copies,
+    /// Faults answered from swap.
+    swap_ins,
 }
 
 fn add(counter: &AtomicU64, by: u64) {
@@ -118,8 +132,18 @@ fn add(counter: &AtomicU64, by: u64) {
 }
 
 impl Counters {
-    pub(crate) fn tlb(&self, event: TlbEvent) {
+    pub(crate) fn tlb(&self, event: TlbEvent, ceiling: u64) {
         match event {
+            TlbEvent::Raised { span, .. } => {
+                if span.is_some_and(|span| span.nr_pages() > ceiling) {
+                    add(&self.ceilings_passed, 1);
+                }
+            }
+            TlbEvent::FlushedAllForPages => {
+                add(&self.contexts_dropped, 1);
+                add(&self.gap_flushes, 1);
+            }
+            TlbEvent::CaughtUp => add(&self.caught_up, 1),
             TlbEvent::Requested { pages: Some(_), .. } => add(&self.flushes_ranged, 1),
             TlbEvent::Requested { pages: None, .. } => add(&self.flushes_full, 1),
             TlbEvent::IpisSent(sent) => add(&self.ipis_sent, u64::from(sent)),
@@ -141,6 +165,7 @@ impl Counters {
             GatherEvent::ForcedFlush => add(&self.forced_flushes, 1),
             GatherEvent::DirtyFlush => add(&self.dirty_flushes, 1),
             GatherEvent::NestedFlush => add(&self.nested_flushes, 1),
+            GatherEvent::DeferredFlushSeen => add(&self.deferred_seen, 1),
             GatherEvent::TableFallback => add(&self.table_fallbacks, 1),
             GatherEvent::LockDropped { leaves } => {
                 add(&self.leaves, u64::from(leaves));
@@ -171,5 +196,17 @@ impl Counters {
 
     pub(crate) fn split(&self) {
         add(&self.splits, 1);
+    }
+
+    pub(crate) fn table_refused(&self) {
+        add(&self.tables_refused, 1);
+    }
+
+    pub(crate) fn copied(&self) {
+        add(&self.copies, 1);
+    }
+
+    pub(crate) fn swapped_in(&self) {
+        add(&self.swap_ins, 1);
     }
 }

@@ -72,6 +72,7 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
 
     fn allocate_table(&self) -> Option<PhysFrame> {
         if !self.table_supply.grants() {
+            self.counters.table_refused();
             return None;
         }
         let frame = self.frames.allocate(FrameKind::Table)?;
@@ -150,7 +151,12 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
     }
 
     fn observe(&self, event: TlbEvent) {
-        self.counters.tlb(event);
+        self.counters.tlb(event, self.config.flush_ceiling);
+        let slot = self.machine.pinned(|cpu| {
+            let tlb = &self.cpus[cpu.index()].tlb;
+            tlb.slot(tlb.loaded_asid())
+        });
+        self.machine.note(Note::Tlb { event, slot });
     }
 }
 
@@ -159,6 +165,7 @@ impl<M: Machine> Pages for Kernel<M> {
 
     #[inline]
     fn unmap_page(&self, area: EngineArea, leaf: &UnmappedLeaf) -> Disposition {
+        self.machine.note(Note::Cleared { address: leaf.address, level: leaf.level, frame: leaf.frame });
         self.machine.seam(Seam::Cleared);
         if area.area.kind == AreaKind::Pfn {
             return Disposition::Keep;
@@ -242,6 +249,7 @@ impl<M: Machine> Pages for Kernel<M> {
 
     fn observe_gather(&self, event: GatherEvent) {
         self.counters.gather(event);
+        self.machine.note(Note::Gather(event));
     }
 }
 

@@ -81,6 +81,7 @@ impl<M: Machine> Kernel<M> {
                     self.machine.cond_resched();
                 }
                 Try::Replace(seen) => {
+                    self.counters.copied();
                     // SAFETY: the map lock is held for reading until the flush is done.
                     let mut gather =
                         unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
@@ -158,15 +159,22 @@ impl<M: Machine> Kernel<M> {
                 let frame = self.new_page().ok_or(FaultError::NoMemory)?;
                 self.swap_slots.fetch_sub(1, Ordering::Relaxed);
                 entry.store(leaf(frame, vma.area.protection));
+                self.counters.swapped_in();
+                self.note_mapped(mm, page, frame);
                 Ok(Try::Done)
             }
             Decoded::NonPresent(_) => Err(FaultError::NotAllowed),
             Decoded::None => {
                 let value = self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?;
                 entry.store(value);
+                self.note_mapped(mm, page, PhysFrame::containing_address(value.leaf_address(Level::Pte)));
                 Ok(Try::Done)
             }
         }
+    }
+
+    fn note_mapped(&self, mm: &Mm<M>, address: u64, frame: PhysFrame) {
+        self.machine.note(Note::Mapped { root: mm.root(), address, frame });
     }
 
     /// The entry for a page that is not there yet; counts are taken.

@@ -10,7 +10,7 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
-use crate::machine::Machine;
+use crate::machine::{Machine, Note};
 use crate::mm::Mm;
 use crate::vma::{AreaKind, Vma};
 
@@ -150,6 +150,7 @@ impl<M: Machine> Kernel<M> {
             // Hardware may set A/D meanwhile; then look again.
             match entry.compare_exchange(old, new) {
                 Ok(()) => {
+                    self.machine.note(Note::Restricted { address, level: Level::Pte });
                     gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte);
                     old = new;
                 }

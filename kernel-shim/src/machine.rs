@@ -1,8 +1,11 @@
 //! What a machine supplies to this kernel.
 #![expect(unsafe_code, reason = "a machine is believed about its memory and its CPUs")]
 
-use mmu_gather::pagetable::VirtRange;
-use mmu_gather::tlb::{CachedTranslations, CpuBits, CpuId, CpuSet, Laziness, OnlineCpus, PcidSupport};
+use mmu_gather::GatherEvent;
+use mmu_gather::pagetable::{Level, VirtRange};
+use mmu_gather::tlb::{
+    CachedTranslations, CpuBits, CpuId, CpuSet, Laziness, OnlineCpus, PcidSupport, Slot, TlbEvent,
+};
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
@@ -121,6 +124,40 @@ pub enum Note {
         /// translations until it wakes (rule T5).
         caller: Laziness,
     },
+    /// A fault was answered: the entry maps this frame from now on.
+    Mapped {
+        /// The root table.
+        root: PhysFrame,
+        /// The page.
+        address: u64,
+        /// The frame.
+        frame: PhysFrame,
+    },
+    /// A leaf was cleared; its table is locked.
+    Cleared {
+        /// The first address it mapped.
+        address: u64,
+        /// Level of the table it was in.
+        level: Level,
+        /// The (first) frame it mapped.
+        frame: PhysFrame,
+    },
+    /// A leaf lost rights; its table is locked.
+    Restricted {
+        /// The first address it maps.
+        address: u64,
+        /// Level of the table it is in.
+        level: Level,
+    },
+    /// The shootdown core did something on this CPU.
+    Tlb {
+        /// What.
+        event: TlbEvent,
+        /// What the slot of the loaded address space says after it.
+        slot: Slot,
+    },
+    /// A gather did something on this CPU.
+    Gather(GatherEvent),
 }
 
 // SAFETY: every method passes on to the machine behind the `Arc`, whose contract it is.

@@ -6,7 +6,7 @@ use mmu_gather::pagetable::{Decoded, EntryValue, Level, TableView, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::kernel::{Error, Kernel};
-use crate::machine::Machine;
+use crate::machine::{Machine, Note};
 use crate::mm::Mm;
 use crate::vma::{Area, Protection, Vma};
 
@@ -80,6 +80,7 @@ impl<M: Machine> Kernel<M> {
                 Ok(()) => {
                     let lost = old.bits() & !new.bits() & rights.bits();
                     if lost != 0 {
+                        self.machine.note(Note::Restricted { address, level });
                         gather.changed(VirtRange::of_entry(level, address), level);
                     }
                     return;

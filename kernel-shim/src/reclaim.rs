@@ -5,12 +5,12 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_gather::pagetable::{Decoded, Level, NonPresent, VirtRange};
-use mmu_gather::tlb::UnmapBatch;
+use mmu_gather::tlb::{Cpus, PageSpan, TlbEvent, UnmapBatch};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::frame::FrameKind;
 use crate::kernel::Kernel;
-use crate::machine::Machine;
+use crate::machine::{Machine, Note};
 use crate::mm::Mm;
 
 /// When something that is asked for is refused, although there is memory.
@@ -123,8 +123,14 @@ impl<M: Machine> Kernel<M> {
             let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
             // In one step, so that a write in between is not lost.
             let _old = entry.exchange(NonPresent::Swap { device: 0, slot }.encode());
+            self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.unmap_counted(frame);
-            batch.add_mm(mm.engine.context());
+            let context = mm.engine.context();
+            batch.add_mm(context);
+            // The batch raises the generation; whom to tell comes later, for all of it.
+            let span = PageSpan { start: address, end: address + 4096, stride_shift: 12 };
+            let (ctx_id, tlb_gen) = (context.ctx_id(), context.tlb_gen());
+            self.observe(TlbEvent::Raised { ctx_id, tlb_gen, span: Some(span) });
             frames.push(frame);
         }
     }

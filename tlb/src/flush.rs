@@ -242,7 +242,10 @@ pub unsafe fn flush_tlb_func<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushReque
         Action::All(raise_to) => {
             let LoadedMm::Mm(mm) = loaded else { return };
             flush_context(cpus, state, mm, asid, raise_to);
-            TlbEvent::FlushedAll
+            match request.kind {
+                FlushKind::Range { .. } => TlbEvent::FlushedAllForPages,
+                FlushKind::Mm { .. } | FlushKind::AllUpdated => TlbEvent::FlushedAll,
+            }
         }
     };
     cpus.observe(event);

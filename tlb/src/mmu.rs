@@ -50,6 +50,15 @@ pub enum TlbEvent {
         /// Whether page tables were freed.
         tables: FreedTables,
     },
+    /// For a flush of one address space its generation was raised; whom to tell was not looked up yet.
+    Raised {
+        /// Whose.
+        ctx_id: CtxId,
+        /// To this.
+        tlb_gen: TlbGen,
+        /// What was changed, if the caller knew; the flush is of all the same if these are more pages than the ceiling.
+        span: Option<PageSpan>,
+    },
     /// Requests went to this many other CPUs, and all have answered.
     IpisSent(u32),
     /// CPUs in the cpumask that were not interrupted, by the reason why they need not be.
@@ -63,6 +72,11 @@ pub enum TlbEvent {
     FlushedPages(u64),
     /// This CPU carried out a request by dropping all of the context.
     FlushedAll,
+    /// As [`FlushedAll`](Self::FlushedAll), though the request named pages: this CPU had missed a generation before, or
+    /// another had followed (rule T3).
+    FlushedAllForPages,
+    /// This CPU was lazy, missed flushes of the address space it goes on with, and has dropped all of it.
+    CaughtUp,
     /// This CPU was asked, and had nothing to do: its generation was high enough, or it runs something else.
     AlreadyCurrent,
     /// This CPU was lazy when asked, and went to the kernel's own address space instead of flushing.

@@ -55,6 +55,7 @@ fn shoot_down<C: Cpus>(
     let tlb_gen = cpus.pinned(|here| {
         // T1: before looking who must be told, and even if nobody must.
         let tlb_gen = mm.raise_tlb_gen();
+        cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: secondary });
         let kind = match span {
             Some(span) => FlushKind::Range { mm, tlb_gen, span },
             None => FlushKind::Mm { mm, tlb_gen },

@@ -5,7 +5,7 @@ use crate::cpu_state::{KERNEL_PCID, Laziness, LoadedMm, SlotIs};
 use crate::cpuset::CpuId;
 use crate::flush::flush_context;
 use crate::generation::MmContext;
-use crate::mmu::{CachedTranslations, Cpus, PcidSupport};
+use crate::mmu::{CachedTranslations, Cpus, PcidSupport, TlbEvent};
 use crate::sync::{Ordering, fence};
 
 /// Puts `next` (`None`: the kernel's own address space) into this CPU's CR3 and ends lazy mode.
@@ -74,6 +74,7 @@ fn catch_up<C: Cpus>(cpus: &C, cpu: CpuId, mm: &MmContext<C::Bits>) {
     let asid = state.loaded_asid();
     if state.slot(asid).tlb_gen != tlb_gen {
         flush_context(cpus, state, mm, asid, tlb_gen); // L4
+        cpus.observe(TlbEvent::CaughtUp);
     }
 }
 

@@ -262,6 +262,12 @@ unsafe impl Machine for BareMachine {
             // The programs here check what they read, not who may write a page of a file.
             Note::MappedByNobody(_) => {}
             Note::Unmapped { root, range, .. } => self.ledger.unmapped(root, range),
+            // For telling, not for checking.
+            Note::Mapped { .. }
+            | Note::Cleared { .. }
+            | Note::Restricted { .. }
+            | Note::Tlb { .. }
+            | Note::Gather(_) => {}
         }
     }
 }

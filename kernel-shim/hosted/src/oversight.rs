@@ -169,6 +169,11 @@ impl HostedMachine {
                 self.tell(What::Unmapped(range.start(), range.end()));
                 self.check_unmapped(checked, root, range, caller);
             }
+            Note::Mapped { .. }
+            | Note::Cleared { .. }
+            | Note::Restricted { .. }
+            | Note::Tlb { .. }
+            | Note::Gather(_) => {}
         }
     }
 
