@@ -15,15 +15,20 @@
 #![deny(unsafe_code)]
 
 pub mod engine;
+#[cfg(feature = "peers")]
 pub mod entry;
 pub mod floors;
+#[cfg(feature = "peers")]
 pub mod flushes;
 pub mod linux;
 pub mod machine;
 pub mod memory;
+#[cfg(feature = "peers")]
 pub mod peers;
+#[cfg(feature = "peers")]
 pub mod rounds;
 pub mod shape;
 pub mod space;
+#[cfg(feature = "peers")]
 pub mod steps;
 pub mod threads;

@@ -4,6 +4,7 @@
 use core::cell::Cell;
 use core::ptr;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::io;
 
 use mmu_gather::pagetable::TableLock;
 use x86_64::PhysAddr;
@@ -79,19 +80,32 @@ impl Memory {
     /// Maps the memory.
     ///
     /// # Panics
-    /// If the address space is taken, which a second memory in the same process does.
+    /// As [`map`](Self::map) fails.
     #[must_use]
     pub fn new() -> Self {
-        let bytes = usize::try_from(TABLE_BYTES + METADATA_BYTES).expect("64-bit");
-        let address = ptr::without_provenance_mut(usize::try_from(PHYS_OFFSET).expect("64-bit"));
+        Self::map().unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Maps the memory.
+    ///
+    /// # Errors
+    /// The host's, if the address space is taken, which a second memory in the same process does.
+    pub fn map() -> io::Result<Self> {
+        #[expect(clippy::cast_possible_truncation, reason = "x86_64: usize has 64 bits")]
+        let (start, bytes) = (PHYS_OFFSET as usize, (TABLE_BYTES + METADATA_BYTES) as usize);
+        let address = ptr::without_provenance_mut(start);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
         // SAFETY: a new anonymous mapping where nothing is mapped; touches no memory of ours.
         let mapped = unsafe { libc::mmap(address, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-        assert!(ptr::eq(mapped, address), "cannot map {bytes} bytes at {address:p}: one Memory a process");
+        if !ptr::eq(mapped, address) {
+            let error = io::Error::last_os_error();
+            let words = format!("cannot map {bytes} bytes at {address:p}, one memory a process: {error}");
+            return Err(io::Error::new(error.kind(), words));
+        }
         let _ = mapped.expose_provenance();
         // SAFETY: the mapping just made. A refusal costs speed only.
         unsafe { libc::madvise(mapped, bytes, libc::MADV_HUGEPAGE) };
-        Self { free_tables: Cell::new(0), free_pages: Cell::new(0) }
+        Ok(Self { free_tables: Cell::new(0), free_pages: Cell::new(0) })
     }
 
     /// Forgets everything and makes the first `tables` frames free, in `order`; the shuffle is the same every time.

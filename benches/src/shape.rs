@@ -11,6 +11,8 @@ use crate::memory::{DATA_BYTES, Memory, Order};
 const SEED: u64 = 0x6d6d_755f_6761_7468;
 const START: u64 = 0x10_0000_0000;
 const MIB: u64 = 1 << 20;
+/// Below this many last-level tables, all tables fit into the memory for them.
+const MOST_SPARSE: u64 = 1 << 20;
 
 /// How large the workloads are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,11 +97,36 @@ impl Workload {
             Self::W1Dense => Shape::dense(self, pick(1024 * MIB, 8 * MIB), Order::Ascending),
             Self::W2Dense64 => Shape::dense(self, pick(64 * MIB, 8 * MIB), Order::Ascending),
             Self::W3Sparse => Shape::sparse(self, pick(65536, 16)),
-            Self::W4Areas => Shape::areas(self, pick(10_000, 40)),
+            Self::W4Areas => Shape::areas(self, pick(10_000, 40), u64::MAX),
             Self::W5Huge => Shape::huge(self, pick(32768, 1024)),
             Self::W6Shuffled => Shape::dense(self, pick(1024 * MIB, 8 * MIB), Order::Shuffled),
             Self::W7OnePage if size == Size::Tiny => Shape::one_page(self, 1, 64),
             Self::W7OnePage => Shape::one_page(self, pick(100_000 / 256 + 1, 1), 256),
+        }
+    }
+
+    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7 has no other size than its own.
+    #[must_use]
+    pub fn of_leaves(self, leaves: u64) -> Option<Shape> {
+        // W6 samples its frames from 64 times as many.
+        let frames_a_leaf = match self {
+            Self::W5Huge => 512,
+            Self::W6Shuffled => 64,
+            _ => 1,
+        };
+        let most_tables = if self == Self::W3Sparse { leaves } else { 0 };
+        let fits = leaves.checked_mul(frames_a_leaf).is_some_and(|frames| frames <= DATA_BYTES >> 12)
+            && most_tables < MOST_SPARSE;
+        if !fits || leaves == 0 {
+            return None;
+        }
+        match self {
+            Self::W1Dense | Self::W2Dense64 => Some(Shape::dense(self, leaves << 12, Order::Ascending)),
+            Self::W3Sparse => Some(Shape::sparse(self, leaves)),
+            Self::W4Areas => Some(Shape::areas(self, u64::MAX, leaves)),
+            Self::W5Huge => Some(Shape::huge(self, leaves)),
+            Self::W6Shuffled => Some(Shape::dense(self, leaves << 12, Order::Shuffled)),
+            Self::W7OnePage => None,
         }
     }
 }
@@ -186,11 +213,16 @@ impl Shape {
         Self { areas: vec![area(START, tables << 21)], leaves, ..Self::new(workload, Level::Pte) }
     }
 
-    fn areas(workload: Workload, count: u64) -> Self {
+    /// `count` areas, or fewer if those have `most_leaves` pages.
+    fn areas(workload: Workload, count: u64, most_leaves: u64) -> Self {
         let mut random = random();
         let mut shape = Self::new(workload, Level::Pte);
         for slot in 0..count {
-            let pages: u64 = random.random_range(4..=64);
+            let left = most_leaves - shape.leaves.len() as u64;
+            if left == 0 {
+                break;
+            }
+            let pages = random.random_range(4..=64).min(left);
             let first = random.random_range(0..=256 - pages);
             let start = START + slot * MIB + (first << 12);
             shape.areas.push(area(start, pages << 12));
