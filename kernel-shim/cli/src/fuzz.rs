@@ -1,11 +1,18 @@
-//! Random sequences against the checker, and the shortest form of one that fails.
+//! Random sequences against the checker, several at a time, and the shortest form of one that fails.
+//!
+//! The n-th sequence depends on the seed and on n alone, and of several that fail the first in that order counts. So, but for
+//! time limits, what is found does not depend on the number of jobs.
 
-use core::panic::AssertUnwindSafe;
+use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
-use std::panic::catch_unwind;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
-use mmu_hosted::{Op, Outcome, Sequence, execute, generate};
+use mmu_hosted::{
+    Boundaries, Boundary, Op, Run, Sequence, Telling, Trial, Verdict, generate, judge_in, shrink,
+};
 
 /// How to fuzz.
 #[derive(Clone, Copy, Debug)]
@@ -14,12 +21,16 @@ pub struct FuzzOptions {
     pub seed: u64,
     /// CPUs of each machine.
     pub nr_cpus: u32,
-    /// Stops after so many operations.
+    /// Stops after so many operations, over all jobs; whole sequences are run.
     pub most_ops: Option<u64>,
     /// Stops after so long.
     pub most_time: Option<Duration>,
     /// Operations in one sequence.
     pub length: usize,
+    /// Sequences run at the same time, each on a thread of its own.
+    pub jobs: usize,
+    /// What is wrong on purpose.
+    pub trial: Trial,
 }
 
 /// What was done, and what was found.
@@ -29,8 +40,8 @@ pub struct Fuzzed {
     pub sequences: u64,
     /// Operations run.
     pub ops: u64,
-    /// Which operation was followed by which on the next line, of all pairs.
-    pub pairs: PairCoverage,
+    /// What was covered.
+    pub coverage: Coverage,
     /// The first failure, if there was one.
     pub failure: Option<Failure>,
 }
@@ -38,6 +49,8 @@ pub struct Fuzzed {
 /// A sequence that fails.
 #[derive(Debug)]
 pub struct Failure {
+    /// Its number, from 0.
+    pub number: u64,
     /// As found.
     pub found: Sequence,
     /// As short as it could be made.
@@ -46,151 +59,138 @@ pub struct Failure {
     pub verdict: Verdict,
 }
 
-/// What running a sequence came to.
+/// Which pairs of neighbouring operations were run, and how many sequences have been to each corner.
 #[derive(Clone, Debug)]
-pub enum Verdict {
-    /// It ended, well or not.
-    Ended(Outcome),
-    /// The engine, the kernel or the machine gave up; with its words.
-    Panicked(String),
+pub struct Coverage {
+    pairs: [[bool; Op::WORDS.len()]; Op::WORDS.len()],
+    boundaries: [u64; Boundary::ALL.len()],
 }
 
-impl Verdict {
-    /// Whether nothing was wrong.
-    #[must_use]
-    pub const fn is_clean(&self) -> bool {
-        match self {
-            Self::Ended(outcome) => outcome.is_clean(),
-            Self::Panicked(_) => false,
-        }
-    }
-
-    /// One word for the sort of failure, so that shrinking does not wander to another.
-    #[must_use]
-    pub fn sort(&self) -> String {
-        match self {
-            Self::Panicked(_) => "panic".to_owned(),
-            Self::Ended(outcome) => match outcome.found.told.first() {
-                Some(violation) => format!("{:?}", violation.kind),
-                None if outcome.double_frees > 0 => "double free".to_owned(),
-                None if outcome.leaked_frames > 0 => "leaked frame".to_owned(),
-                None if outcome.leaked_tables > 0 => "leaked table".to_owned(),
-                None => "clean".to_owned(),
-            },
-        }
-    }
-}
-
-/// Which pairs of neighbouring operations were run.
-#[derive(Clone, Debug)]
-pub struct PairCoverage([[bool; Op::WORDS.len()]; Op::WORDS.len()]);
-
-impl Default for PairCoverage {
+impl Default for Coverage {
     fn default() -> Self {
-        Self([[false; Op::WORDS.len()]; Op::WORDS.len()])
+        Self { pairs: [[false; Op::WORDS.len()]; Op::WORDS.len()], boundaries: [0; Boundary::ALL.len()] }
     }
 }
 
-impl PairCoverage {
-    fn add(&mut self, sequence: &Sequence) {
+impl Coverage {
+    fn add(&mut self, sequence: &Sequence, reached: Boundaries) {
         for pair in sequence.steps.windows(2) {
             if let [first, second] = pair {
-                self.0[first.op.number()][second.op.number()] = true;
+                self.pairs[first.op.number()][second.op.number()] = true;
             }
+        }
+        for boundary in reached.iter() {
+            self.boundaries[boundary as usize] += 1;
         }
     }
 
-    /// How many, of how many there are.
+    /// How many pairs of operations, of how many there are.
     #[must_use]
-    pub fn count(&self) -> (usize, usize) {
-        (self.0.iter().flatten().filter(|seen| **seen).count(), Op::WORDS.len() * Op::WORDS.len())
+    pub fn pairs(&self) -> (usize, usize) {
+        (self.pairs.iter().flatten().filter(|seen| **seen).count(), Op::WORDS.len() * Op::WORDS.len())
+    }
+
+    /// Every corner, with the number of sequences that have been there.
+    pub fn boundaries(&self) -> impl Iterator<Item = (Boundary, u64)> + '_ {
+        Boundary::ALL.into_iter().zip(self.boundaries)
+    }
+
+    /// How many corners, of how many there are.
+    #[must_use]
+    pub fn reached(&self) -> (usize, usize) {
+        (self.boundaries.iter().filter(|times| **times > 0).count(), Boundary::ALL.len())
     }
 }
 
-/// Runs a sequence and catches whatever it does.
-///
-/// # Errors
-/// If the host refuses memory for the machine.
-pub fn judge(sequence: &Sequence) -> std::io::Result<Verdict> {
-    match catch_unwind(AssertUnwindSafe(|| execute(sequence))) {
-        Ok(outcome) => Ok(Verdict::Ended(outcome?)),
-        Err(panic) => {
-            let words = panic.downcast_ref::<String>().map(String::as_str);
-            let words = words.or_else(|| panic.downcast_ref::<&str>().copied());
-            Ok(Verdict::Panicked(words.unwrap_or("no words").to_owned()))
-        }
-    }
+/// What the jobs share.
+struct Shared<'a, P> {
+    options: &'a FuzzOptions,
+    start: Instant,
+    /// Number of the next sequence.
+    next: AtomicU64,
+    /// Number of the first sequence that failed so far: later ones need not be run.
+    failed: AtomicU64,
+    /// How many sequences there are to run, if that is limited.
+    sequences: Option<u64>,
+    state: Mutex<State<P>>,
+}
+
+struct State<P> {
+    fuzzed: Fuzzed,
+    failure: Option<(u64, Sequence, Verdict)>,
+    progress: P,
 }
 
 /// Runs random sequences until a limit is reached or one fails. `progress` is told how it stands, after every sequence.
 ///
 /// # Errors
-/// If the host refuses memory for a machine.
-pub fn fuzz(options: &FuzzOptions, mut progress: impl FnMut(&Fuzzed, Duration)) -> std::io::Result<Fuzzed> {
-    let mut fuzzed = Fuzzed::default();
-    let start = Instant::now();
-    loop {
-        let time = start.elapsed();
-        let enough_ops = options.most_ops.is_some_and(|most| fuzzed.ops >= most);
-        if enough_ops || options.most_time.is_some_and(|most| time >= most) {
-            return Ok(fuzzed);
+/// If the host refuses memory for a machine, or a thread.
+pub fn fuzz(options: &FuzzOptions, progress: impl FnMut(&Fuzzed, Duration) + Send) -> io::Result<Fuzzed> {
+    let length = options.length.max(1) as u64;
+    let shared = Shared {
+        options,
+        start: Instant::now(),
+        next: AtomicU64::new(0),
+        failed: AtomicU64::new(u64::MAX),
+        sequences: options.most_ops.map(|most| most.div_ceil(length)),
+        state: Mutex::new(State { fuzzed: Fuzzed::default(), failure: None, progress }),
+    };
+    thread::scope(|scope| {
+        let jobs: Vec<_> = (0..options.jobs.max(1))
+            .map(|_| thread::Builder::new().spawn_scoped(scope, || work(&shared)))
+            .collect::<io::Result<_>>()?;
+        for job in jobs {
+            // `work` catches what sequences do; a panic of its own goes on here.
+            job.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         }
-        progress(&fuzzed, time);
-        let seed = options.seed.wrapping_add(fuzzed.sequences).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let sequence = generate(seed, options.nr_cpus, options.length);
-        let verdict = judge(&sequence)?;
+        io::Result::Ok(())
+    })?;
+    let State { mut fuzzed, failure, .. } = shared.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some((number, found, verdict)) = failure {
+        let (shrunk, verdict) = shrink(&found, options.trial, verdict)?;
+        fuzzed.failure = Some(Failure { number, found, shrunk, verdict });
+    }
+    Ok(fuzzed)
+}
+
+/// One job.
+fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Shared<'_, P>) -> io::Result<()> {
+    let options = shared.options;
+    loop {
+        let number = shared.next.fetch_add(1, Ordering::Relaxed);
+        let enough = shared.sequences.is_some_and(|most| number >= most)
+            || options.most_time.is_some_and(|most| shared.start.elapsed() >= most)
+            || number > shared.failed.load(Ordering::Relaxed);
+        if enough {
+            return Ok(());
+        }
+        let sequence = numbered(options, number);
+        let Run { verdict, reached, .. } = judge_in(&sequence, options.trial)?;
+        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { fuzzed, failure, progress } = &mut *state;
         fuzzed.sequences += 1;
         fuzzed.ops += sequence.steps.len() as u64;
-        fuzzed.pairs.add(&sequence);
+        fuzzed.coverage.add(&sequence, reached);
+        progress(fuzzed, shared.start.elapsed());
         if !verdict.is_clean() {
-            let (shrunk, verdict) = shrink(&sequence, verdict)?;
-            fuzzed.failure = Some(Failure { found: sequence, shrunk, verdict });
-            return Ok(fuzzed);
-        }
-    }
-}
-
-/// How many other seeds a shorter sequence is tried with: leaving a step out changes every choice after it.
-const SEEDS_TRIED: u64 = 6;
-
-/// Leaves steps out while the same sort of failure stays: halves first, single ones at the end.
-///
-/// # Errors
-/// If the host refuses memory for a machine.
-pub fn shrink(sequence: &Sequence, verdict: Verdict) -> std::io::Result<(Sequence, Verdict)> {
-    let sort = verdict.sort();
-    let mut best = (sequence.clone(), verdict);
-    let mut chunk = best.0.steps.len().div_ceil(2);
-    loop {
-        let mut shorter = false;
-        let mut at = 0;
-        while at < best.0.steps.len() {
-            let mut candidate = best.0.clone();
-            candidate.steps.drain(at..(at + chunk).min(best.0.steps.len()));
-            match fails_like(&candidate, &sort)? {
-                Some(found) => {
-                    best = found;
-                    shorter = true;
-                }
-                None => at += chunk,
+            shared.failed.fetch_min(number, Ordering::Relaxed);
+            if failure.as_ref().is_none_or(|(first, ..)| number < *first) {
+                *failure = Some((number, sequence, verdict));
             }
         }
-        if chunk == 1 && !shorter {
-            return Ok(best);
-        }
-        if !shorter || chunk > 1 {
-            chunk = chunk.div_ceil(2);
-        }
     }
 }
 
-fn fails_like(candidate: &Sequence, sort: &str) -> std::io::Result<Option<(Sequence, Verdict)>> {
-    for other in 0..SEEDS_TRIED {
-        let seeded = Sequence { seed: candidate.seed.wrapping_add(other), ..candidate.clone() };
-        let verdict = judge(&seeded)?;
-        if verdict.sort() == sort {
-            return Ok(Some((seeded, verdict)));
-        }
-    }
-    Ok(None)
+/// The sequence with this number.
+fn numbered(options: &FuzzOptions, number: u64) -> Sequence {
+    let seed = options.seed.wrapping_add(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    generate(seed, options.nr_cpus, options.length)
+}
+
+/// Runs a sequence once more and remembers all that happens.
+///
+/// # Errors
+/// If the host refuses memory for the machine.
+pub fn tell(sequence: &Sequence, trial: Trial) -> io::Result<Run> {
+    judge_in(sequence, Trial { telling: Telling::All, ..trial })
 }

@@ -1,14 +1,17 @@
-//! `teardown fuzz` and `teardown replay`.
+//! `teardown fuzz`.
 
 use core::time::Duration;
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use clap::Args;
 use mmu_cli::fuzz::{self, FuzzOptions, Fuzzed};
-use mmu_hosted::Sequence;
+use mmu_cli::fuzz_report::{fuzz_json, not_reached, summary, verdict_text};
+use mmu_hosted::{MachineFault, Sequence, Trial};
+use mmu_kernel_shim::Misbehaviour;
 
-use crate::{Failure, Verdict};
+use crate::{Failure, Fault, Format, Verdict};
 
 /// What `fuzz` is told.
 #[derive(Clone, Debug, Args)]
@@ -16,29 +19,30 @@ pub(crate) struct FuzzArgs {
     /// Where to begin: the n-th sequence is made from this and n.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// Stops after so many operations.
+    /// Stops after so many operations, over all jobs; whole sequences are run.
     #[arg(long, value_name = "N")]
     ops: Option<u64>,
     /// Stops after so many seconds. Default, without --ops: 60.
     #[arg(long, value_name = "SECONDS")]
     time: Option<u64>,
+    /// Sequences run at the same time. With --ops alone, what is found does not depend on it.
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: u16,
     /// CPUs of each machine, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// Operations in one sequence.
     #[arg(long, value_name = "N", default_value_t = 160, value_parser = clap::value_parser!(u16).range(1..))]
     length: u16,
+    /// Something the machine or the kernel does wrong, on purpose: to see it found.
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
     /// Where the shortened failure is saved.
     #[arg(short, long, value_name = "FILE", default_value = "failure.sequence")]
     output: PathBuf,
-}
-
-/// What `replay` is told.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct ReplayArgs {
-    /// A saved sequence.
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
 }
 
 pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
@@ -49,6 +53,8 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
         most_ops: args.ops,
         most_time,
         length: usize::from(args.length),
+        jobs: usize::from(args.jobs),
+        trial: trial(args.fault),
     };
     quiet_panics();
     let shows_progress = io::stderr().is_terminal();
@@ -56,81 +62,68 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
     let progress = |fuzzed: &Fuzzed, time: Duration| {
         if shows_progress && time >= next {
             next = time + Duration::from_millis(200);
-            let _ = write!(io::stderr(), "\r{}", summary(fuzzed, time));
+            let _ = write!(io::stderr(), "\r\x1b[2K{}", summary(fuzzed, time));
         }
     };
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     let fuzzed = fuzz::fuzz(&options, progress).map_err(|error| format!("cannot make a machine: {error}"))?;
     let time = start.elapsed();
     if shows_progress {
-        let _ = write!(io::stderr(), "\r");
+        let _ = write!(io::stderr(), "\r\x1b[2K");
     }
-    let mut out = io::stdout().lock();
-    let mut print =
-        |line: &str| writeln!(out, "{line}").map_err(|error| format!("cannot write the report: {error}"));
-    print(&summary(&fuzzed, time))?;
-    let Some(failure) = &fuzzed.failure else {
-        print("clean")?;
-        return Ok(Verdict::Good);
+    if let Some(failure) = &fuzzed.failure {
+        save(args, &failure.shrunk)?;
+    }
+    let report = match args.format {
+        Format::Text => text(args, &fuzzed, time),
+        Format::Json => format!("{:#}", fuzz_json(&options, &fuzzed, time)),
     };
-    std::fs::write(&args.output, failure.shrunk.to_string())
-        .map_err(|error| format!("cannot write {}: {error}", args.output.display()))?;
-    print(&format!(
-        "found after {} sequences; {} operations shrunk to {}, saved as {}",
-        fuzzed.sequences,
-        failure.found.steps.len(),
-        failure.shrunk.steps.len(),
-        args.output.display()
-    ))?;
-    print(&tell(&failure.shrunk, &failure.verdict))?;
-    Ok(Verdict::Violation)
+    writeln!(io::stdout().lock(), "{report}").map_err(|error| format!("cannot write the report: {error}"))?;
+    Ok(if fuzzed.failure.is_none() { Verdict::Good } else { Verdict::Violation })
 }
 
-pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
-    let name = args.file.display();
-    let text = std::fs::read_to_string(&args.file).map_err(|error| format!("cannot read {name}: {error}"))?;
-    let sequence = Sequence::parse(&text).map_err(|error| format!("{name}:{error}"))?;
-    quiet_panics();
-    let verdict = fuzz::judge(&sequence).map_err(|error| format!("cannot make a machine: {error}"))?;
-    let mut out = BufWriter::new(io::stdout().lock());
-    let written = writeln!(out, "{}", tell(&sequence, &verdict)).and_then(|()| out.flush());
-    written.map_err(|error| format!("cannot write the report: {error}"))?;
-    Ok(if verdict.is_clean() { Verdict::Good } else { Verdict::Violation })
-}
-
-fn summary(fuzzed: &Fuzzed, time: Duration) -> String {
-    let seconds = time.as_secs_f64().max(1e-9);
-    let (pairs, all) = fuzzed.pairs.count();
-    format!(
-        "{} sequences, {} operations, {:.0} operations/s, {pairs} of {all} pairs of operations",
-        fuzzed.sequences,
-        fuzzed.ops,
-        fuzzed.ops as f64 / seconds,
-    )
-}
-
-fn tell(sequence: &Sequence, verdict: &fuzz::Verdict) -> String {
-    let mut told = String::new();
-    match verdict {
-        fuzz::Verdict::Panicked(words) => told.push_str(&format!("panic: {words}\n")),
-        fuzz::Verdict::Ended(outcome) => {
-            for violation in &outcome.found.told {
-                told.push_str(&violation.to_string());
-            }
-            told.push_str(&format!(
-                "violations {}, leaked frames {}, leaked tables {}, double frees {}\n",
-                outcome.found.count, outcome.leaked_frames, outcome.leaked_tables, outcome.double_frees
+fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration) -> String {
+    let mut lines = vec![summary(fuzzed, time)];
+    lines.extend(not_reached(fuzzed));
+    match &fuzzed.failure {
+        None => lines.push("clean".to_owned()),
+        Some(failure) => {
+            lines.push(format!(
+                "found after {} sequences; {} operations shrunk to {}, saved as {}",
+                failure.number + 1,
+                failure.found.steps.len(),
+                failure.shrunk.steps.len(),
+                args.output.display()
             ));
+            lines.push(verdict_text(&failure.shrunk, &failure.verdict));
         }
     }
-    if !verdict.is_clean() && sequence.steps.len() <= 40 {
-        told.push_str(&sequence.to_string());
+    lines.join("\n")
+}
+
+/// Writes a sequence that fails, with what it takes to see it fail.
+fn save(args: &FuzzArgs, sequence: &Sequence) -> Result<(), Failure> {
+    let fault = match args.fault {
+        Some(fault) => format!("# teardown replay --fault {} FILE\n", fault.word()),
+        None => String::new(),
+    };
+    std::fs::write(&args.output, format!("{fault}{sequence}"))
+        .map_err(|error| format!("cannot write {}: {error}", args.output.display()))
+}
+
+/// What a planted fault makes of a machine and its kernel.
+pub(crate) fn trial(fault: Option<Fault>) -> Trial {
+    match fault {
+        None => Trial::default(),
+        Some(Fault::SkipFlush) => Trial { fault: MachineFault::SkipFlush, ..Trial::default() },
+        Some(Fault::DropIpi) => Trial { fault: MachineFault::DropIpi, ..Trial::default() },
+        Some(Fault::FreeBeforeFlush) => {
+            Trial { misbehaviour: Misbehaviour::FreeBeforeFlush, ..Trial::default() }
+        }
     }
-    told.push_str(if verdict.is_clean() { "clean" } else { "NOT CLEAN" });
-    told
 }
 
 /// A panic is a finding here, told once with its sequence, not on the way.
-fn quiet_panics() {
+pub(crate) fn quiet_panics() {
     std::panic::set_hook(Box::new(|_| {}));
 }

@@ -10,6 +10,7 @@ pub mod boot_report;
 pub mod bundled;
 pub mod capture;
 pub mod fuzz;
+pub mod fuzz_report;
 mod host;
 pub mod layout;
 #[cfg(test)]

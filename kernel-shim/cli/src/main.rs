@@ -1,6 +1,7 @@
 //! The command `teardown`.
 
 mod fuzz_command;
+mod replay_command;
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -46,11 +47,11 @@ enum Command {
     #[command(after_help = "Example: teardown boot --cpus 4 --workload short")]
     Boot(BootArgs),
     /// Runs random sequences against the checker until one fails, and makes that one short.
-    #[command(after_help = "Example: teardown fuzz --time 60 --cpus 4 -o failure.sequence")]
+    #[command(after_help = "Example: teardown fuzz --time 60 --jobs 2 -o failure.sequence")]
     Fuzz(fuzz_command::FuzzArgs),
     /// Runs a saved sequence again: the same verdict every time.
     #[command(after_help = "Example: teardown replay failure.sequence")]
-    Replay(fuzz_command::ReplayArgs),
+    Replay(replay_command::ReplayArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -130,6 +131,13 @@ enum Fault {
     DropIpi,
 }
 
+impl Fault {
+    /// Its name on the command line.
+    fn word(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+}
+
 /// What the process says when it ends.
 enum Verdict {
     Good,
@@ -148,7 +156,7 @@ fn main() -> ExitCode {
         Some(Command::Trace(args)) => trace(args),
         Some(Command::Boot(args)) => boot_image(args),
         Some(Command::Fuzz(args)) => fuzz_command::fuzz(args),
-        Some(Command::Replay(args)) => fuzz_command::replay(args),
+        Some(Command::Replay(args)) => replay_command::replay(args),
     };
     match result {
         Ok(Verdict::Good) => ExitCode::SUCCESS,

@@ -170,7 +170,12 @@ impl Checker {
     /// The watch of one CPU's caches.
     #[must_use]
     pub(crate) fn watch(&self) -> CpuWatch {
-        CpuWatch { holders: Arc::clone(&self.holders), stale: FxHashMap::default() }
+        CpuWatch { holders: Arc::clone(&self.holders), stale: FxHashMap::default(), fills: None }
+    }
+
+    /// Whether anything cached anywhere may name the frame.
+    pub(crate) fn is_cached(&self, frame: PhysFrame, role: FrameRole) -> bool {
+        self.holders.any(frame, frames_of(frame, role).len())
     }
 
     /// The frame is in use from now on.
@@ -245,6 +250,8 @@ pub(crate) struct CpuWatch {
     holders: Arc<Holders>,
     /// What named a frame when it was freed: first frame named, how, and how many such entries there are still.
     stale: FxHashMap<(PhysFrame, Held), u32>,
+    /// What entered the caches since somebody asked, if anybody does.
+    fills: Option<Vec<(PhysFrame, Held)>>,
 }
 
 impl CpuWatch {
@@ -258,6 +265,16 @@ impl CpuWatch {
             *counts.entry((entry.frame, entry.held)).or_insert(0) += 1;
         }
         self.stale.extend(counts);
+    }
+
+    /// Remembers what enters the caches from now on, for [`take_fills`](Self::take_fills).
+    pub(crate) fn remember_fills(&mut self) {
+        self.fills = Some(Vec::new());
+    }
+
+    /// What entered the caches since the last call.
+    pub(crate) fn take_fills(&mut self) -> Vec<(PhysFrame, Held)> {
+        self.fills.as_mut().map(core::mem::take).unwrap_or_default()
     }
 
     /// Frames that may be stale here, with how they are named.
@@ -281,6 +298,9 @@ impl CpuWatch {
 impl FrameWatch for CpuWatch {
     #[inline]
     fn hold(&mut self, first: PhysFrame, held: Held) {
+        if let Some(fills) = &mut self.fills {
+            fills.push((first, held));
+        }
         if let Some(counter) = self.holders.counter(first, held) {
             counter.fetch_add(1, Ordering::Relaxed);
         }

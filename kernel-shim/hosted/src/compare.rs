@@ -39,7 +39,7 @@ impl World {
             drop(caches);
             if let (Some((kind, entry)), Some(checked)) = (wrong, &machine.checked) {
                 let address = entry.address.as_u64();
-                checked.checker.report(kind, || Violation {
+                checked.report(kind, || Violation {
                     kind,
                     cpu,
                     address,

@@ -8,18 +8,22 @@ use std::sync::{Arc, Mutex};
 
 use mmu_gather::Limits;
 use mmu_gather::pagetable::VirtRange;
-use mmu_gather::tlb::CpuId;
+use mmu_gather::tlb::{CpuId, CtxId};
 use mmu_kernel_shim::{
-    Area, AreaKind, Config, Growth, Kernel, Machine, Mm, PageContent, Protection, Supply, UserAccess, Vma,
+    Area, AreaKind, Config, Growth, Kernel, Machine, Misbehaviour, Mm, PageContent, Protection, Supply,
+    UserAccess, Vma,
 };
+use x86_64::structures::paging::PhysFrame;
 
+use crate::boundary::Boundaries;
 use crate::checker::{Found, Violation, ViolationKind};
 use crate::machine::{HostedMachine, lock};
 use crate::op::{Backing, MmId, NR_MMS, Op, Rights, Step};
-use crate::options::{MachineFault, Options};
+use crate::options::{MachineFault, Options, Telling};
 use crate::program::{HostedKernel, touch};
 use crate::schedule::{self, Schedule};
 use crate::sequence::Sequence;
+use crate::story::{Detail, Event};
 
 /// What a sequence came to.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +43,24 @@ impl Outcome {
     #[must_use]
     pub const fn is_clean(&self) -> bool {
         self.found.count == 0 && self.leaked_frames == 0 && self.leaked_tables == 0 && self.double_frees == 0
+    }
+}
+
+/// What is wrong, on purpose, with the machine and the kernel that a sequence runs on, and how much is remembered.
+#[derive(Clone, Copy, Debug)]
+pub struct Trial {
+    /// The machine.
+    pub fault: MachineFault,
+    /// The kernel.
+    pub misbehaviour: Misbehaviour,
+    /// How much of what happens is remembered.
+    pub telling: Telling,
+}
+
+impl Default for Trial {
+    /// Nothing is wrong, and little is remembered.
+    fn default() -> Self {
+        Self { fault: MachineFault::None, misbehaviour: Misbehaviour::None, telling: Telling::Last }
     }
 }
 
@@ -68,7 +90,7 @@ pub fn execute(sequence: &Sequence) -> std::io::Result<Outcome> {
 /// # Panics
 /// As for [`execute`].
 pub fn execute_with(sequence: &Sequence, fault: MachineFault) -> std::io::Result<Outcome> {
-    let world = World::new(sequence, fault)?;
+    let world = World::new(sequence, Trial { fault, ..Trial::default() })?;
     world.run();
     Ok(world.end())
 }
@@ -101,9 +123,10 @@ pub(crate) struct World {
 }
 
 impl World {
-    fn new(sequence: &Sequence, fault: MachineFault) -> std::io::Result<Arc<Self>> {
-        let machine = Arc::new(HostedMachine::new(Options { fault, ..sequence.options() })?);
-        let config = Config { limits: LIMITS, ..Config::default() };
+    pub(crate) fn new(sequence: &Sequence, trial: Trial) -> std::io::Result<Arc<Self>> {
+        let Trial { fault, misbehaviour, telling } = trial;
+        let machine = Arc::new(HostedMachine::new(Options { fault, telling, ..sequence.options() })?);
+        let config = Config { limits: LIMITS, misbehaviour, ..Config::default() };
         let short = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
         let kernel: HostedKernel = Kernel::boot(Arc::clone(&machine), config).map_err(short)?;
         for number in 0..machine.nr_cpus() {
@@ -126,7 +149,18 @@ impl World {
         self.kernel.machine()
     }
 
-    fn run(self: &Arc<Self>) {
+    /// Everything the run remembers.
+    pub(crate) fn events(&self) -> Vec<Event> {
+        self.machine().events()
+    }
+
+    /// The corners it has been to.
+    pub(crate) fn reached(&self) -> Boundaries {
+        let counted = self.kernel.counters().snapshot();
+        Boundaries::counted(&counted, &LIMITS).or(self.machine().reached.so_far())
+    }
+
+    pub(crate) fn run(self: &Arc<Self>) {
         let mut schedule = Schedule::new();
         for number in 0..self.machine().nr_cpus() {
             let world = Arc::clone(self);
@@ -148,7 +182,9 @@ impl World {
             }
             schedule::progress();
             self.leave_the_dying(cpu);
+            self.machine().detail(Detail::Began(index, self.names(step.op)));
             self.take(cpu, step.op);
+            self.machine().detail(Detail::Ended(index));
             self.note_done(index);
         }
         // Whoever has nothing left to do stays lazily where it was.
@@ -231,6 +267,12 @@ impl World {
             Op::Tables(supply) => kernel.set_table_supply(supply),
             Op::Sync => self.compare_caches_with_memory(),
         }
+    }
+
+    /// The address space that a step works on or switches to, if it names one.
+    fn names(&self, op: Op) -> Option<(PhysFrame, CtxId)> {
+        let context = |mm: &Mm<_>| (mm.root(), mm.engine().context().ctx_id());
+        op.mm().map(|mm| context(&lock(&self.processes[usize::from(mm.0)]).mm))
     }
 
     /// Lets `call` work on an address space, which does not exit meanwhile.
@@ -320,7 +362,7 @@ impl World {
     }
 
     /// All CPUs leave, all processes exit, and what is left was lost.
-    fn end(&self) -> Outcome {
+    pub(crate) fn end(&self) -> Outcome {
         let machine = self.machine();
         self.kernel.set_batch_supply(Supply::Always);
         self.kernel.set_table_supply(Supply::Always);
@@ -350,7 +392,7 @@ impl World {
         for frame in self.kernel.cached_pages() {
             if checked.checker.was_written(frame) && !self.kernel.frames().meta(frame).is_dirty() {
                 let kind = ViolationKind::WriteLost;
-                checked.checker.report(kind, || Violation {
+                checked.report(kind, || Violation {
                     kind,
                     cpu: CpuId::new(0),
                     address: 0,

@@ -13,6 +13,7 @@
 #![deny(unsafe_code)]
 
 pub mod arch;
+mod boundary;
 pub mod broadcast;
 mod checker;
 mod compare;
@@ -20,6 +21,7 @@ mod executor;
 pub mod features;
 mod generate;
 pub mod invalidate;
+mod judge;
 mod machine;
 mod memory;
 pub mod mmu;
@@ -31,6 +33,7 @@ mod program;
 mod random;
 mod schedule;
 mod sequence;
+mod shrink;
 mod spaces;
 mod stage;
 mod story;
@@ -39,16 +42,19 @@ pub mod tlb_cache;
 pub mod walk;
 pub mod watch;
 
+pub use boundary::{Boundaries, Boundary};
 pub use checker::{Found, Violation, ViolationKind};
-pub use executor::{Outcome, execute, execute_with};
+pub use executor::{Outcome, Trial, execute, execute_with};
 pub use generate::generate;
+pub use judge::{Run, Verdict, judge, judge_in};
 pub use machine::{GiveWay, HostedMachine};
 pub use memory::Memory;
 pub use op::{Backing, MmId, NR_MMS, Op, Rights, Step};
-pub use options::{Adversary, Checking, MachineFault, Options};
+pub use options::{Adversary, Checking, MachineFault, Options, Telling};
 pub use program::{HostedKernel, Touched, touch};
 pub use random::Choices;
 pub use schedule::{Schedule, give_way, is_scheduled};
 pub use sequence::{Sequence, SequenceError};
+pub use shrink::shrink;
 pub use stage::HostedStage;
-pub use story::{Event, Kept, What};
+pub use story::{Detail, Event, Fill, Kept, What};

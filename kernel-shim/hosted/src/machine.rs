@@ -13,14 +13,15 @@ use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::arch::LinearAddress;
-use crate::checker::{Checker, CpuWatch, Found};
+use crate::boundary::{Boundary, PcidOwners, Reached};
+use crate::checker::{Checker, CpuWatch, Found, Violation, ViolationKind};
 use crate::invalidate::Cr3Load;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
-use crate::options::{Checking, MachineFault, Options};
+use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
 use crate::schedule::{self, Schedule};
-use crate::story::{Kept, Story, What};
+use crate::story::{Detail, Event, Kept, Story, What};
 
 /// A machine of up to 64 CPUs.
 pub struct HostedMachine {
@@ -33,6 +34,10 @@ pub struct HostedMachine {
     /// Addresses that something just happened at: where a speculating CPU is most likely to look.
     hot: [AtomicU64; 64],
     next_hot: AtomicU32,
+    /// Corners that this machine has been to.
+    pub(crate) reached: Reached,
+    /// How often a CPU was chosen.
+    turns: AtomicU64,
 }
 
 /// What only a checked machine has.
@@ -40,6 +45,18 @@ pub struct HostedMachine {
 pub(crate) struct Checked {
     pub(crate) checker: Checker,
     pub(crate) story: Story,
+}
+
+impl Checked {
+    /// Notes a violation.
+    pub(crate) fn report(&self, kind: ViolationKind, tell: impl FnOnce() -> Violation) {
+        self.checker.report(kind, || {
+            let violation = tell();
+            let Violation { cpu, address, frame, .. } = violation;
+            self.story.detail(cpu, Detail::Violated(kind, address, frame));
+            violation
+        });
+    }
 }
 
 /// One CPU.
@@ -52,6 +69,9 @@ pub(crate) struct VirtualCpu {
     has_mail: AtomicBool,
     interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
+    /// It has sent a request and waits for the answers.
+    waits: AtomicBool,
+    pub(crate) pcid_owners: PcidOwners,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
     pub(crate) has_turns: AtomicBool,
 }
@@ -103,7 +123,8 @@ impl HostedMachine {
         let memory = Memory::reserve(options.nr_frames)?;
         let checked = match options.checking {
             Checking::On => {
-                Some(Checked { checker: Checker::new(options.nr_frames), story: Story::default() })
+                let story = Story::new(options.telling);
+                Some(Checked { checker: Checker::new(options.nr_frames), story })
             }
             Checking::Off => None,
         };
@@ -115,6 +136,9 @@ impl HostedMachine {
         let cpus = (0..options.nr_cpus.clamp(1, 64)).map(|number| {
             let caches = checked.as_ref().map(|checked| {
                 let mut watch = checked.checker.watch();
+                if options.telling == Telling::All {
+                    watch.remember_fills();
+                }
                 Caches { mmu: Mmu::new(options.features, cr4, nothing, &mut watch), watch }
             });
             VirtualCpu {
@@ -124,6 +148,8 @@ impl HostedMachine {
                 has_mail: AtomicBool::new(false),
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
+                waits: AtomicBool::new(false),
+                pcid_owners: PcidOwners::default(),
                 has_turns: AtomicBool::new(false),
             }
         });
@@ -136,6 +162,8 @@ impl HostedMachine {
             checked,
             hot: [const { AtomicU64::new(0) }; 64],
             next_hot: AtomicU32::new(0),
+            reached: Reached::default(),
+            turns: AtomicU64::new(0),
         })
     }
 
@@ -181,6 +209,19 @@ impl HostedMachine {
         self.checked.as_ref().map_or(0, |checked| checked.story.add(self.current(), what))
     }
 
+    /// As [`tell`](Self::tell), for what only a timeline wants.
+    pub(crate) fn detail(&self, detail: Detail) {
+        if let Some(checked) = &self.checked {
+            checked.story.detail(self.current(), detail);
+        }
+    }
+
+    /// What is remembered of what happened, oldest first; nothing if nothing is checked.
+    #[must_use]
+    pub fn events(&self) -> Vec<Event> {
+        self.checked.as_ref().map(|checked| checked.story.events()).unwrap_or_default()
+    }
+
     pub(crate) fn cpu(&self) -> &VirtualCpu {
         &self.cpus[self.current().index()]
     }
@@ -204,6 +245,7 @@ impl HostedMachine {
         let machine = Arc::clone(self);
         let on_return = move || machine.answer_mail();
         let becomes = |cpu| {
+            self.turns.fetch_add(1, Ordering::Relaxed);
             self.become_cpu(cpu);
         };
         let is_done = |cpu: CpuId| self.cpus[cpu.index()].has_turns.store(false, Ordering::Relaxed);
@@ -221,6 +263,9 @@ impl HostedMachine {
         cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
         cpu.has_mail.store(false, Ordering::Relaxed);
         let mail = core::mem::take(&mut *lock(&cpu.mailbox));
+        if cpu.waits.load(Ordering::Relaxed) {
+            self.reached.note(Boundary::Crossing);
+        }
         let here = self.current();
         for Mail { request, from } in mail {
             // SAFETY: the sender waits, and keeps the request, until `unanswered` is zero; this answer is not given yet.
@@ -261,6 +306,9 @@ impl HostedMachine {
         // SAFETY: only the lifetime changes; `run_on` does not return before every answer was given.
         let request = unsafe { core::mem::transmute::<*const Request<'_>, *const Request<'static>>(request) };
         let cpu = &self.cpus[to.index()];
+        if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
+            self.reached.note(Boundary::HeldOff);
+        }
         lock(&cpu.mailbox).push(Mail { request, from: here });
         cpu.has_mail.store(true, Ordering::Release);
     }
@@ -313,6 +361,8 @@ unsafe impl Machine for HostedMachine {
             self.send(target, &request);
         }
         meanwhile();
+        let waits = &self.cpu().waits;
+        waits.store(true, Ordering::Relaxed);
         while request.unanswered.load(Ordering::Acquire) > 0 {
             // A CPU that has nothing else to do takes the interrupt at once.
             for target in targets.iter() {
@@ -324,6 +374,7 @@ unsafe impl Machine for HostedMachine {
                 schedule::wait();
             }
         }
+        waits.store(false, Ordering::Relaxed);
     }
 
     fn invlpg(&self, address: u64) {
@@ -341,11 +392,21 @@ unsafe impl Machine for HostedMachine {
         let keep = cached == CachedTranslations::Keep;
         // Between the decision what to keep and the load.
         self.seam(Seam::Lock);
+        let mut is_switch = false;
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
+            is_switch = mmu.cr3().0 != root;
             let skip = self.options.fault == MachineFault::SkipFlush && self.options.pcid == PcidSupport::On;
             let load = if keep || skip { Cr3Load::Keep } else { Cr3Load::Flush };
             let loaded = mmu.load_cr3(root, pcid, load, watch);
+            // The root in CR3 is told below.
+            watch.take_fills();
             debug_assert!(loaded.is_ok(), "the kernel loads PCID {} with PCIDs off", pcid.value());
+        }
+        if is_switch
+            && let Some(boundary) =
+                self.cpu().pcid_owners.loads(root.start_address().as_u64(), pcid.value(), keep)
+        {
+            self.reached.note(boundary);
         }
         self.tell(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
         self.check_stale();
@@ -366,7 +427,11 @@ unsafe impl Machine for HostedMachine {
     }
 
     fn cond_resched(&self) {
+        let turns = self.turns.load(Ordering::Relaxed);
         self.seam(Seam::Lock);
+        if self.turns.load(Ordering::Relaxed) != turns {
+            self.reached.note(Boundary::Preempted);
+        }
     }
 
     #[inline]

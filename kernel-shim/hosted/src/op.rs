@@ -102,6 +102,24 @@ impl Op {
         Self::WORDS[self.number()]
     }
 
+    /// The address space it names first, if it names one.
+    #[must_use]
+    pub const fn mm(self) -> Option<MmId> {
+        match self {
+            Self::Map(mm, ..)
+            | Self::Unmap(mm, _)
+            | Self::Discard(mm, _)
+            | Self::Protect(mm, ..)
+            | Self::Remap(mm, ..)
+            | Self::MoveStack(mm, ..)
+            | Self::Fork(mm, _)
+            | Self::Exit(mm)
+            | Self::Reclaim(mm, ..)
+            | Self::Switch(mm) => Some(mm),
+            _ => None,
+        }
+    }
+
     /// The words of all operations.
     pub const WORDS: [&'static str; 16] = [
         "map",

@@ -22,6 +22,8 @@ pub struct Options {
     pub fault: MachineFault,
     /// How the MMUs treat what they need not keep.
     pub adversary: Adversary,
+    /// How much of what happens is remembered.
+    pub telling: Telling,
 }
 
 /// Whether the machine models translation caches and watches over them.
@@ -53,6 +55,15 @@ pub enum Adversary {
     Forgetter,
 }
 
+/// How much a machine remembers of what happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Telling {
+    /// The last few thousand events that a violation is told with.
+    Last,
+    /// Everything from power-on, every entry changed and every cache filled too: for a timeline.
+    All,
+}
+
 impl Options {
     /// Frames at the bottom of memory that are not given out: frame 0, and the page of zeroes.
     pub const RESERVED_FRAMES: u64 = 2;
@@ -73,6 +84,7 @@ impl Options {
             checking: Checking::On,
             fault: MachineFault::None,
             adversary: Adversary::Keeper,
+            telling: Telling::Last,
         }
     }
 }

@@ -10,6 +10,7 @@ use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::arch::{Level, LinearAddress, PageSize};
+use crate::boundary::Boundary;
 use crate::checker::{Checker, Violation, ViolationKind, frame_numbered, frames_of};
 use crate::machine::{Caches, Checked, HostedMachine, lock};
 use crate::memory::Memory;
@@ -17,9 +18,9 @@ use crate::mmu::{AccessKind, AccessMode, Fault};
 use crate::options::Adversary;
 use crate::physical::PhysicalMemory;
 use crate::schedule;
-use crate::story::What;
+use crate::story::{Detail, Fill, What};
 use crate::walk::Depth;
-use crate::watch::{CachedEntry, Tag, Use};
+use crate::watch::{CachedEntry, Held, Tag, Use};
 
 /// Memory as a walk reads it, with an eye on walks through tables that are free.
 struct WatchedMemory<'a> {
@@ -83,6 +84,7 @@ impl HostedMachine {
         let Some(cpu) = self.cpus.get(index) else { return };
         if let Some(Caches { mmu, watch }) = &mut *lock(&cpu.caches) {
             mmu.speculate(address, depth, &memory, watch);
+            tell_fills(checked, cpu.id, address.as_u64(), watch.take_fills(), Fill::Speculation);
             if self.options.adversary == Adversary::Forgetter && self.choices.one_in(8) {
                 // Which one goes matters little; a capacity bound displaces the same way.
                 mmu.forget_everything(watch);
@@ -106,7 +108,7 @@ impl HostedMachine {
         frame: PhysFrame,
         entry: Option<CachedEntry>,
     ) {
-        checked.checker.report(kind, || Violation {
+        checked.report(kind, || Violation {
             kind,
             cpu,
             address,
@@ -132,7 +134,9 @@ impl HostedMachine {
         };
         let result = match &mut *lock(&self.cpu().caches) {
             Some(Caches { mmu, watch }) => {
-                mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch)
+                let result = mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch);
+                tell_fills(checked, self.current(), address, watch.take_fills(), Fill::Access);
+                result
             }
             None => return Ok(None),
         };
@@ -160,7 +164,10 @@ impl HostedMachine {
     pub(crate) fn check_note(&self, checked: &Checked, note: Note) {
         match note {
             Note::Allocated(frame, role) => {
-                self.tell(What::Allocated(frame));
+                self.tell(What::Allocated(frame, role));
+                if checked.checker.is_cached(frame, role) {
+                    self.reached.note(Boundary::ReusedWhileCached);
+                }
                 checked.checker.allocated(frame, role);
             }
             Note::Freed(frame, role) => self.check_freed(checked, frame, role),
@@ -169,17 +176,27 @@ impl HostedMachine {
                 self.tell(What::Unmapped(range.start(), range.end()));
                 self.check_unmapped(checked, root, range, caller);
             }
-            Note::Mapped { .. }
-            | Note::Cleared { .. }
-            | Note::Restricted { .. }
-            | Note::Tlb { .. }
-            | Note::Gather(_) => {}
+            Note::Mapped { root, address, frame } => self.detail(Detail::Mapped(root, address, frame)),
+            Note::Cleared { address, level, frame } => {
+                if level != mmu_gather::pagetable::Level::Pte {
+                    self.reached.note(Boundary::LargeCleared);
+                }
+                self.detail(Detail::Cleared(address, level, frame));
+            }
+            Note::Restricted { address, level } => self.detail(Detail::Restricted(address, level)),
+            Note::Tlb { event, slot } => self.detail(Detail::Tlb(event, slot)),
+            Note::Gather(event) => self.detail(Detail::Gather(event)),
         }
     }
 
     /// A frame is free from now on: looks for CPUs that may still reach it.
     fn check_freed(&self, checked: &Checked, frame: PhysFrame, role: FrameRole) {
-        let step = self.tell(What::Freed(frame));
+        let step = self.tell(What::Freed(frame, role));
+        if role == FrameRole::Table {
+            for cpu in &self.cpus {
+                cpu.pcid_owners.forget(frame.start_address().as_u64());
+            }
+        }
         if !checked.checker.freed(frame, role, step, self.current()) {
             return;
         }
@@ -199,6 +216,9 @@ impl HostedMachine {
                 } else {
                     stale.push(entry);
                 }
+            }
+            if !stale.is_empty() {
+                self.reached.note(Boundary::FreedWhileCached);
             }
             watch.mark_stale(stale);
             drop(caches);
@@ -302,6 +322,13 @@ impl HostedMachine {
                 self.report(checked, kind, id, address, entry.frame, Some(entry));
             }
         }
+    }
+}
+
+/// Tells what entered the caches of a CPU on its way to `address`.
+fn tell_fills(checked: &Checked, cpu: CpuId, address: u64, fills: Vec<(PhysFrame, Held)>, fill: Fill) {
+    for (frame, held) in fills {
+        checked.story.detail(cpu, Detail::Filled(address, frame, held, fill));
     }
 }
 
