@@ -268,8 +268,18 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     }
 
     /// Reclaim may have cleared entries here and not flushed yet; the next flush makes up for it.
+    ///
+    /// The engine calls it wherever it looks at entries. An embedder that looks itself (mprotect, fork), and whose call promises
+    /// that no CPU uses what was there, does too: an entry that is not present may be one that a CPU still uses.
+    ///
+    /// # Context
+    /// The lock of the table is held, and was taken before the entries were read.
+    ///
+    /// # Source
+    /// Linux: flush_tlb_batched_pending, mm/rmap.c.
+    #[doc(alias = "flush_tlb_batched_pending")]
     #[inline]
-    pub(crate) fn note_deferred_flushes(&mut self) {
+    pub fn note_deferred_flushes(&mut self) {
         if let Some(deferred) = self.mm.context().deferred_flushes() {
             self.kernel.observe_gather(GatherEvent::DeferredFlushSeen);
             self.state.deferred = Some(deferred);

@@ -66,8 +66,9 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
 
     #[inline]
     fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {
-        self.machine.seam(Seam::Lock);
-        self.frames.meta(frame).table_lock()
+        let lock = self.frames.meta(frame).table_lock();
+        self.machine.about_to_lock(frame, lock);
+        lock
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {

@@ -12,7 +12,7 @@ use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
 use crate::machine::{Machine, Note};
 use crate::mm::Mm;
-use crate::vma::{AreaKind, Vma};
+use crate::vma::{AreaKind, Protection, Vma};
 
 impl<M: Machine> Kernel<M> {
     /// A new address space with the areas of `parent`, but for what lies in `left_out` (madvise(MADV_DONTFORK)); fork(2).
@@ -45,6 +45,13 @@ impl<M: Machine> Kernel<M> {
         let result = copied.iter().try_for_each(|vma| self.copy_area(&mut gather, parent, &child, vma));
         // The child does not run yet: no page that both have is written to before every CPU has flushed.
         let flushed = gather.flush();
+        if result.is_ok() {
+            let is_shared_out =
+                |vma: &&Vma| matches!(vma.area.kind, AreaKind::Anon | AreaKind::FilePrivate(_));
+            for vma in copied.iter().filter(is_shared_out) {
+                self.note_protected(parent, vma.range, Protection::Read);
+            }
+        }
         drop(vmas);
         flushed.free();
         match result {
@@ -118,6 +125,7 @@ impl<M: Machine> Kernel<M> {
         // Nobody else takes a lock of the child's, so the order of the two is nobody's concern.
         let source = view.lock(self);
         let target = target.lock(self);
+        gather.note_deferred_flushes();
         for address in addresses() {
             let entry = source.entry(address);
             match entry.load().decode(Level::Pte) {

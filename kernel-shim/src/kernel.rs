@@ -19,7 +19,7 @@ use crate::frame::{FrameKind, Frames};
 use crate::machine::{FrameRole, Machine, Note};
 use crate::mm::Mm;
 use crate::reclaim::{Pressure, Supply};
-use crate::vma::{Area, AreaKind, Vma, VmaTree};
+use crate::vma::{Area, AreaKind, Protection, Vma, VmaTree};
 
 /// The kernel.
 pub struct Kernel<M: Machine> {
@@ -224,18 +224,27 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Drops the pages in `range` and keeps the areas: madvise(MADV_DONTNEED).
+    /// Drops the pages in `range` and keeps the areas: madvise(MADV_DONTNEED). Several of these may run at once.
     ///
     /// # Errors
     /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was dropped then.
     pub fn madvise_dontneed(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
-        let vmas = mm.vmas.write();
-        self.split_ends(mm, &vmas, range)?;
-        let vmas = vmas.downgrade();
-        for vma in vmas.iter().filter(|vma| vma.range.intersect(range).is_some()) {
+        let mut vmas = mm.vmas.read();
+        // Large pages come and go under the lock held for writing only.
+        if self.ends_cut_a_large_page(mm, &vmas, range) {
+            drop(vmas);
+            let locked = mm.vmas.write();
+            self.split_ends(mm, &locked, range)?;
+            vmas = locked.downgrade();
+        }
+        for vma in vmas.iter() {
+            let Some(part) = vma.range.intersect(range) else { continue };
+            let since = self.machine.moment();
             // SAFETY: the map lock is held for reading until the flush is done; other calls like this one may run too.
             let flushed =
-                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), range) };
+                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) };
+            let caller = self.laziness_here();
+            self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
             flushed.free();
         }
         Ok(())
@@ -303,6 +312,9 @@ impl<M: Machine> Kernel<M> {
         let result = unsafe { shift_arg_pages(self, &mm.engine, &self.config.limits, stack, shift, next) };
         match result {
             Ok(flushed) => {
+                if let Ok(given_up) = VirtRange::new(stack.start().max(new.end()), stack.end()) {
+                    self.note_unmapped(mm, given_up);
+                }
                 drop(vmas);
                 flushed.free();
                 Ok(())
@@ -372,6 +384,16 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
+    /// Whether an end of `range` lies inside a large page. The map lock is held, for reading at least.
+    fn ends_cut_a_large_page(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange) -> bool {
+        let ends = [range.start(), range.end()].into_iter().filter(|end| vmas.find(*end).is_some());
+        ends.into_iter().any(|end| {
+            // SAFETY: the map lock is held, and `end` lies in an area: its tables stay.
+            let found = unsafe { mm.engine.space().lookup(self, end) };
+            !found.value.is_none() && end & (found.level.entry_span() - 1) != 0
+        })
+    }
+
     /// Splits the large pages that the ends of `range` cut. The map lock is held for writing.
     pub(crate) fn split_ends(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange) -> Result<(), Error> {
         for end in [range.start(), range.end()] {
@@ -412,8 +434,18 @@ impl<M: Machine> Kernel<M> {
 
     /// Says that an unmapping is about to return.
     pub(crate) fn note_unmapped(&self, mm: &Mm<M>, range: VirtRange) {
-        let caller = self.machine.pinned(|cpu| self.cpus[cpu.index()].tlb.laziness());
+        let caller = self.laziness_here();
         self.machine.note(Note::Unmapped { root: mm.root(), range, caller });
+    }
+
+    /// Says that programs may do no more than `most` in `range` any longer. The map lock is held for writing.
+    pub(crate) fn note_protected(&self, mm: &Mm<M>, range: VirtRange, most: Protection) {
+        let caller = self.laziness_here();
+        self.machine.note(Note::Protected { root: mm.root(), range, most, caller });
+    }
+
+    fn laziness_here(&self) -> Laziness {
+        self.machine.pinned(|cpu| self.cpus[cpu.index()].tlb.laziness())
     }
 
     /// This kernel is all that the engine asks for.

@@ -43,7 +43,7 @@ pub use embed::EngineArea;
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
 pub use kernel::{Config, Error, Kernel, Misbehaviour};
-pub use machine::{FrameRole, Machine, Note, Seam};
+pub use machine::{FrameRole, Machine, Moment, Note, Seam};
 pub use mm::Mm;
 pub use populate::PageContent;
 pub use reclaim::Supply;

@@ -2,13 +2,15 @@
 #![expect(unsafe_code, reason = "a machine is believed about its memory and its CPUs")]
 
 use mmu_gather::GatherEvent;
-use mmu_gather::pagetable::{Level, VirtRange};
+use mmu_gather::pagetable::{Level, TableLock, VirtRange};
 use mmu_gather::tlb::{
     CachedTranslations, CpuBits, CpuId, CpuSet, Laziness, OnlineCpus, PcidSupport, Slot, TlbEvent,
 };
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
+
+use crate::vma::Protection;
 
 /// CPUs, interrupts and physical memory.
 ///
@@ -79,6 +81,26 @@ pub unsafe trait Machine: Sync {
     /// Something a checker wants to know.
     #[inline]
     fn note(&self, _note: Note) {}
+
+    /// Now, by a checker's clock: what a CPU caches later than this was cached after it.
+    fn moment(&self) -> Moment {
+        Moment::START
+    }
+
+    /// The lock of the table in `frame` is about to be taken. A [`Seam::Lock`].
+    #[inline]
+    fn about_to_lock(&self, _frame: PhysFrame, _lock: &TableLock<Self::Relax>) {
+        self.seam(Seam::Lock);
+    }
+}
+
+/// A point in time, for a checker that has a clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(pub u64);
+
+impl Moment {
+    /// Before everything.
+    pub const START: Self = Self(0);
 }
 
 /// The moments at which a machine may interleave other CPUs.
@@ -122,6 +144,31 @@ pub enum Note {
         range: VirtRange,
         /// Whether the CPU that unmaps runs programs, or merely borrows an address space: a lazy one may keep old
         /// translations until it wakes (rule T5).
+        caller: Laziness,
+    },
+    /// Pages were discarded while their areas stay: no program may use what a CPU cached of these addresses before `since`.
+    ///
+    /// What was cached later may be of a page that a fault has just put there.
+    Discarded {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses; areas cover all of them.
+        range: VirtRange,
+        /// When the call began.
+        since: Moment,
+        /// As for `Unmapped`.
+        caller: Laziness,
+    },
+    /// Programs lost rights, and the map lock is still held for writing: nothing cached of these addresses may allow more than
+    /// this.
+    Protected {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+        /// What programs may do from now on.
+        most: Protection,
+        /// As for `Unmapped`.
         caller: Laziness,
     },
     /// A fault was answered: the entry maps this frame from now on.
@@ -231,5 +278,14 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
     #[inline]
     fn note(&self, note: Note) {
         (**self).note(note);
+    }
+
+    fn moment(&self) -> Moment {
+        (**self).moment()
+    }
+
+    #[inline]
+    fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<Self::Relax>) {
+        (**self).about_to_lock(frame, lock);
     }
 }

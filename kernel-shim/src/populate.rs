@@ -85,7 +85,8 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoArea`] if the range is not inside one area; [`Error::NoMemory`]; what was filled so far stays.
     pub fn populate(&self, mm: &Mm<M>, range: VirtRange, content: PageContent) -> Result<(), Error> {
-        let vmas = mm.vmas.read();
+        // For writing: who holds it for reading relies on large pages not to appear.
+        let vmas = mm.vmas.write();
         let vma = vmas
             .find(range.start())
             .copied()

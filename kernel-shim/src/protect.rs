@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use mmu_gather::MmuGather;
-use mmu_gather::pagetable::{Decoded, EntryValue, Level, TableView, VirtRange};
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, LockedTable, TableView, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::kernel::{Error, Kernel};
@@ -31,6 +31,7 @@ impl<M: Machine> Kernel<M> {
             }
         }
         let flushed = gather.flush();
+        self.note_protected(mm, range, protection);
         drop(vmas);
         flushed.free();
         Ok(())
@@ -44,6 +45,16 @@ impl<M: Machine> Kernel<M> {
         range: VirtRange,
     ) {
         let level = view.level();
+        if level == Level::Pte {
+            let locked = view.lock(self);
+            gather.note_deferred_flushes();
+            for address in (range.start()..range.end()).step_by(4096) {
+                self.protect_leaf(gather, vma.area, &locked, address);
+            }
+            drop(locked);
+            self.machine.cond_resched();
+            return;
+        }
         let mut address = range.start();
         while address < range.end() {
             let part = range.within_entry(level, address);
@@ -54,16 +65,21 @@ impl<M: Machine> Kernel<M> {
                         self.protect_table(gather, vma, child, part);
                     }
                 }
-                Decoded::Leaf(_) => self.protect_leaf(gather, vma.area, view, address),
+                Decoded::Leaf(_) => self.protect_leaf(gather, vma.area, &view.lock(self), address),
                 Decoded::None | Decoded::NonPresent(_) => {}
             }
             address = part.end();
         }
     }
 
-    fn protect_leaf(&self, gather: &mut MmuGather<'_, Self>, area: Area, view: TableView<'_>, address: u64) {
-        let level = view.level();
-        let locked = view.lock(self);
+    fn protect_leaf(
+        &self,
+        gather: &mut MmuGather<'_, Self>,
+        area: Area,
+        locked: &LockedTable<'_, M::Relax>,
+        address: u64,
+    ) {
+        let level = locked.view().level();
         let entry = locked.entry(address);
         let mut old = entry.load();
         while let Decoded::Leaf(page) = old.decode(level) {

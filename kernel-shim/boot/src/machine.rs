@@ -265,6 +265,8 @@ unsafe impl Machine for BareMachine {
             // For telling, not for checking.
             Note::Mapped { .. }
             | Note::Cleared { .. }
+            | Note::Discarded { .. }
+            | Note::Protected { .. }
             | Note::Restricted { .. }
             | Note::Tlb { .. }
             | Note::Gather(_) => {}

@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mmu_gather::tlb::CpuId;
-use mmu_kernel_shim::FrameRole;
+use mmu_kernel_shim::{FrameRole, Moment};
 use rustc_hash::FxHashMap;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
@@ -47,6 +47,12 @@ pub enum ViolationKind {
     TableReachableAfterFree,
     /// An unmapping returned while a CPU could still use an address.
     AddressUsableAfterUnmap,
+    /// A call that discards pages returned while a CPU could still use what it had cached before.
+    PageUsableAfterDiscard,
+    /// A call that takes rights away returned while a CPU could still use them.
+    RightsUsableAfterProtect,
+    /// A CPU has cached two page sizes for one address, and runs a program.
+    TwoPageSizes,
     /// A page that is free is mapped.
     FreePageMapped,
     /// A CPU has cached what its page tables no longer say, and its slot claims that it has not.
@@ -67,6 +73,13 @@ impl fmt::Display for ViolationKind {
             Self::AddressUsableAfterUnmap => {
                 "an address can still be used although its unmapping has returned"
             }
+            Self::PageUsableAfterDiscard => {
+                "what was cached before a call that discards can still be used although it has returned"
+            }
+            Self::RightsUsableAfterProtect => {
+                "rights can still be used although the call that takes them away has returned"
+            }
+            Self::TwoPageSizes => "a program can use two page sizes for one address",
             Self::FreePageMapped => "a free page is mapped",
             Self::SlotIsOlder => {
                 "a CPU has cached what page tables no longer say, though its slot is at the newest generation"
@@ -128,12 +141,19 @@ pub(crate) struct Holders {
     pages: Box<[AtomicU32]>,
     blocks: Box<[AtomicU32]>,
     gigabytes: AtomicU32,
+    /// Moves on whenever somebody wants to tell before from after.
+    clock: AtomicU64,
 }
 
 impl Holders {
     fn new(nr_frames: u64) -> Self {
         let zeroes = |count: u64| (0..count).map(|_| AtomicU32::new(0)).collect();
-        Self { pages: zeroes(nr_frames), blocks: zeroes((nr_frames >> 9) + 1), gigabytes: AtomicU32::new(0) }
+        Self {
+            pages: zeroes(nr_frames),
+            blocks: zeroes((nr_frames >> 9) + 1),
+            gigabytes: AtomicU32::new(0),
+            clock: AtomicU64::new(0),
+        }
     }
 
     fn counter(&self, first: PhysFrame, held: Held) -> Option<&AtomicU32> {
@@ -200,6 +220,11 @@ impl Checker {
             }
         }
         self.holders.any(frame, frames_of(frame, role).len())
+    }
+
+    /// A moment that is later than everything so far.
+    pub(crate) fn moment(&self) -> Moment {
+        Moment(self.holders.clock.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
     /// A program wrote to the frame.
@@ -320,6 +345,11 @@ impl FrameWatch for CpuWatch {
             }
         }
     }
+
+    #[inline]
+    fn now(&self) -> Moment {
+        Moment(self.holders.clock.load(Ordering::Relaxed))
+    }
 }
 
 fn number(frame: PhysFrame) -> usize {
@@ -357,6 +387,7 @@ mod tests {
             frame: frame_numbered(first),
             rights: Rights::ALL,
             dirty: false,
+            at: Moment::START,
         }
     }
 

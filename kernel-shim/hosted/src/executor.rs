@@ -10,8 +10,8 @@ use mmu_gather::Limits;
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::{CpuId, CtxId};
 use mmu_kernel_shim::{
-    Area, AreaKind, Config, Growth, Kernel, Machine, Misbehaviour, Mm, PageContent, Protection, Supply,
-    UserAccess, Vma,
+    Area, AreaKind, Config, Error, Growth, Kernel, Machine, Misbehaviour, Mm, PageContent, Protection,
+    Supply, UserAccess, Vma,
 };
 use x86_64::structures::paging::PhysFrame;
 
@@ -178,7 +178,7 @@ impl World {
             }
             while !self.may_begin(index) {
                 self.leave_the_dying(cpu);
-                schedule::wait();
+                self.run_program(cpu);
             }
             schedule::progress();
             self.leave_the_dying(cpu);
@@ -189,6 +189,26 @@ impl World {
         }
         // Whoever has nothing left to do stays lazily where it was.
         self.go_lazy(cpu);
+    }
+
+    /// A CPU that has nothing to do runs its program, if it has one, until it is chosen again.
+    fn run_program(&self, cpu: CpuId) {
+        let machine = self.machine();
+        let runs = {
+            let program = lock(&self.programs[cpu.index()]);
+            program.process.is_some() && !program.is_lazy
+        };
+        if runs {
+            machine.enter_user_mode();
+            if machine.choices().one_in(8) {
+                // What faults is tried again another time.
+                let _ = machine.user_access(machine.hot_address(), UserAccess::Write);
+            }
+        }
+        schedule::wait();
+        if runs {
+            machine.leave_user_mode();
+        }
     }
 
     fn may_begin(&self, index: usize) -> bool {
@@ -265,6 +285,7 @@ impl World {
             }
             Op::Batches(supply) => kernel.set_batch_supply(supply),
             Op::Tables(supply) => kernel.set_table_supply(supply),
+            Op::Preempt(seams) => self.machine().preempt_after(seams),
             Op::Sync => self.compare_caches_with_memory(),
         }
     }
@@ -357,8 +378,11 @@ impl World {
             }
             schedule::wait();
         }
-        let exited = self.kernel.exit(&old.mm);
-        assert!(exited.is_ok(), "the last program has left: {exited:?}");
+        // A CPU may still be on its way out.
+        while let Err(refused) = self.kernel.exit(&old.mm) {
+            assert!(matches!(refused, Error::Busy(_)), "the last program has left: {refused}");
+            schedule::wait();
+        }
     }
 
     /// All CPUs leave, all processes exit, and what is left was lost.
@@ -413,7 +437,7 @@ impl Process {
 }
 
 /// Sequences are made up: a call that the kernel refuses is as good as one that it does not.
-const fn ignore(_refused: Result<(), mmu_kernel_shim::Error>) {}
+const fn ignore(_refused: Result<(), Error>) {}
 
 const fn protection(rights: Rights) -> Protection {
     match rights {

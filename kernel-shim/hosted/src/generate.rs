@@ -1,4 +1,10 @@
 //! Making up sequences: few address spaces, few places, many boundaries.
+//!
+//! | manner | what it is good at |
+//! |---|---|
+//! | wide | every operation on every place: tables, boundaries, capacities |
+//! | lives | address spaces come and go, more than a CPU has slots for |
+//! | focus | all CPUs work on a few pages: two calls meet on one entry, and a third CPU has it cached |
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
@@ -21,6 +27,9 @@ const PLACES: [u64; 7] = [
     (1 << 47) - 0x40_0000,
 ];
 
+/// Pages that a focused sequence works on.
+const FOCUS_PAGES: u64 = 4;
+
 /// Steps between two points at which all caches are compared with memory.
 const SYNC_EVERY: u64 = 24;
 
@@ -28,8 +37,12 @@ const SYNC_EVERY: u64 = 24;
 #[must_use]
 pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     let choices = Choices::new(seed);
-    let churns = choices.one_in(6);
-    let mut maker = Maker { choices: &choices, nr_cpus, churns, mapped: Vec::new() };
+    let manner = match choices.below(8) {
+        0..3 => Manner::Wide,
+        3 => Manner::Lives,
+        _ => Manner::Focus { place: choices.pick(PLACES.len()), switches: choices.below(4) * 4 },
+    };
+    let mut maker = Maker { choices: &choices, nr_cpus, manner, mapped: Vec::new(), next: None };
     let steps = (0..nr_steps).map(|_| maker.step()).collect();
     Sequence {
         nr_cpus,
@@ -41,27 +54,109 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     }
 }
 
+/// What a sequence is mostly made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    Wide,
+    Lives,
+    Focus {
+        /// Where all of it happens.
+        place: usize,
+        /// So many operations of 64 are switches.
+        switches: u64,
+    },
+}
+
 struct Maker<'a> {
     choices: &'a Choices,
     nr_cpus: u32,
-    /// Address spaces come and go, more than a CPU has slots for.
-    churns: bool,
+    manner: Manner,
+    /// What a CPU does next that was told to be preempted in it.
+    next: Option<Step>,
     /// What was mapped so far, as far as this knows: places worth going back to.
     mapped: Vec<(MmId, VirtRange)>,
 }
 
 impl Maker<'_> {
     fn step(&mut self) -> Step {
+        if let Some(step) = self.next.take() {
+            return step;
+        }
         // At most 64.
         let cpu = self.choices.below(u64::from(self.nr_cpus)).to_le_bytes()[0];
         if self.choices.one_in(SYNC_EVERY) {
             return Step { cpu, op: Op::Sync };
         }
-        let (mm, range) = self.somewhere();
-        if self.churns && self.choices.one_in(3) {
-            return Step { cpu, op: if self.choices.one_in(3) { Op::Exit(mm) } else { Op::Switch(mm) } };
+        let op = match self.manner {
+            Manner::Wide => self.wide(),
+            Manner::Lives if self.choices.one_in(3) => {
+                let (mm, _) = self.somewhere();
+                if self.choices.one_in(3) { Op::Exit(mm) } else { Op::Switch(mm) }
+            }
+            Manner::Lives => self.wide(),
+            // Now and then something else happens, too.
+            Manner::Focus { .. } if self.choices.one_in(12) => self.wide(),
+            Manner::Focus { place, switches } => self.focused(PLACES[place], switches),
+        };
+        let step = Step { cpu, op };
+        let is_long = !matches!(op, Op::Map(..) | Op::Lazy | Op::Batches(_) | Op::Tables(_));
+        if is_long && self.choices.one_in(8) {
+            self.next = Some(step);
+            // Mostly early: short calls have few seams.
+            let most = 2 << self.choices.below(6);
+            let seams = u32::from(self.choices.below(most).to_le_bytes()[0]) + 1;
+            return Step { cpu, op: Op::Preempt(seams) };
         }
-        let op = match self.choices.below(64) {
+        step
+    }
+
+    /// Something with one or two of a few pages, in one of two address spaces.
+    fn focused(&mut self, base: u64, switches: u64) -> Op {
+        let mm = MmId(u8::from(self.choices.one_in(4)));
+        let first = base + self.choices.below(FOCUS_PAGES) * 4096;
+        let pages = if self.choices.one_in(4) { 1 + self.choices.below(FOCUS_PAGES) } else { 1 };
+        let range = VirtRange::new(first, (first + pages * 4096).min(1 << 47));
+        let range = range.unwrap_or_else(|_| VirtRange::of_entry(Level::Pte, first));
+        let whole = VirtRange::new(base, base + 2 * FOCUS_PAGES * 4096).unwrap_or(range);
+        if self.choices.below(64) < switches {
+            return Op::Switch(mm);
+        }
+        match self.choices.below(64) {
+            0..8 => {
+                let backing = match self.choices.below(16) {
+                    0..10 => Backing::Anon,
+                    10..12 => Backing::Private,
+                    12..14 => Backing::Shared,
+                    14 => Backing::Pfn,
+                    _ => Backing::Huge,
+                };
+                let range = match backing {
+                    Backing::Huge => large(whole),
+                    _ if self.choices.one_in(4) => range,
+                    _ => whole,
+                };
+                Op::Map(mm, range, backing, Rights::Write)
+            }
+            8..11 => Op::Unmap(mm, range),
+            11..12 => Op::Unmap(mm, whole),
+            12..20 => Op::Discard(mm, range),
+            20..24 => Op::Reclaim(mm, mm, range),
+            24..26 => Op::Reclaim(mm, self.mm(), range),
+            26..30 => Op::Protect(mm, range, self.rights()),
+            30..31 => Op::Remap(mm, range, whole.end()),
+            31..32 => Op::Fork(mm, MmId(2)),
+            32..36 => Op::Switch(mm),
+            36..38 => Op::Lazy,
+            38..41 => Op::Wake,
+            41..48 => Op::Touch(range, UserAccess::Read),
+            _ => Op::Touch(if self.choices.one_in(2) { whole } else { range }, UserAccess::Write),
+        }
+    }
+
+    /// Any operation, anywhere.
+    fn wide(&mut self) -> Op {
+        let (mm, range) = self.somewhere();
+        match self.choices.below(64) {
             0..10 => self.map(),
             10..17 => Op::Unmap(mm, range),
             17..22 => Op::Discard(mm, range),
@@ -80,8 +175,7 @@ impl Maker<'_> {
             60..62 => Op::Wake,
             62 => Op::Batches(self.supply()),
             _ => Op::Tables(if self.choices.one_in(3) { self.supply() } else { Supply::Always }),
-        };
-        Step { cpu, op }
+        }
     }
 
     fn map(&mut self) -> Op {

@@ -31,6 +31,7 @@ mod oversight;
 pub mod physical;
 mod program;
 mod random;
+mod returns;
 mod schedule;
 mod sequence;
 mod shrink;

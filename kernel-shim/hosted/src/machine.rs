@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, OnlineCpus, PcidSupport};
-use mmu_kernel_shim::{Machine, Note, Seam};
+use mmu_kernel_shim::{Machine, Moment, Note, Seam};
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::Cr4Flags;
@@ -38,6 +38,8 @@ pub struct HostedMachine {
     pub(crate) reached: Reached,
     /// How often a CPU was chosen.
     turns: AtomicU64,
+    /// A CPU goes on at a seam unless these bits of a choice are all 0.
+    pub(crate) calm: u64,
 }
 
 /// What only a checked machine has.
@@ -72,6 +74,8 @@ pub(crate) struct VirtualCpu {
     /// It has sent a request and waits for the answers.
     waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
+    /// At which seam from here it stays away for long; 0 for none.
+    pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
     pub(crate) has_turns: AtomicBool,
 }
@@ -150,6 +154,7 @@ impl HostedMachine {
                 in_user_mode: AtomicBool::new(false),
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
+                seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
             }
         });
@@ -164,6 +169,8 @@ impl HostedMachine {
             next_hot: AtomicU32::new(0),
             reached: Reached::default(),
             turns: AtomicU64::new(0),
+            // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long ones.
+            calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
         })
     }
 
@@ -280,6 +287,11 @@ impl HostedMachine {
         }
     }
 
+    /// At the `seams`th seam from now this CPU stays away for long: others get whole operations done.
+    pub(crate) fn preempt_after(&self, seams: u32) {
+        self.cpu().seams_to_preemption.store(seams, Ordering::Relaxed);
+    }
+
     /// This CPU runs a program from now on. The checker looks whether it could reach anything it must not.
     pub fn enter_user_mode(&self) {
         self.cpu().in_user_mode.store(true, Ordering::Relaxed);
@@ -391,7 +403,7 @@ unsafe impl Machine for HostedMachine {
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         let keep = cached == CachedTranslations::Keep;
         // Between the decision what to keep and the load.
-        self.seam(Seam::Lock);
+        self.cross_between_steps();
         let mut is_switch = false;
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             is_switch = mmu.cr3().0 != root;
@@ -411,24 +423,24 @@ unsafe impl Machine for HostedMachine {
         self.tell(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
         self.check_stale();
         // Between the load and its announcement.
-        self.seam(Seam::Lock);
+        self.cross_between_steps();
     }
 
     fn online_cpus(&self) -> OnlineCpus {
         // A flusher asks when it has raised the generation and has not yet looked whom to tell.
-        self.seam(Seam::Lock);
+        self.cross_between_steps();
         if self.nr_cpus() == 1 { OnlineCpus::One } else { OnlineCpus::Many }
     }
 
     fn pcid_support(&self) -> PcidSupport {
         // A switch asks when it has announced itself and read the generation.
-        self.seam(Seam::Lock);
+        self.cross_between_steps();
         self.options.pcid
     }
 
     fn cond_resched(&self) {
         let turns = self.turns.load(Ordering::Relaxed);
-        self.seam(Seam::Lock);
+        self.cross_between_steps();
         if self.turns.load(Ordering::Relaxed) != turns {
             self.reached.note(Boundary::Preempted);
         }
@@ -446,6 +458,10 @@ unsafe impl Machine for HostedMachine {
         if let Some(checked) = &self.checked {
             self.check_note(checked, note);
         }
+    }
+
+    fn moment(&self) -> Moment {
+        self.checked.as_ref().map_or(Moment::START, |checked| checked.checker.moment())
     }
 }
 

@@ -3,6 +3,7 @@
 //! It caches whatever the architecture lets it cache and drops only what the architecture promises to drop, so that a flush
 //! which software owes and forgets shows. Walks are in `walk`, invalidation is in `invalidate`.
 
+use mmu_kernel_shim::Moment;
 use rand::Rng;
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
@@ -245,6 +246,11 @@ impl Mmu {
         }
     }
 
+    /// An address that programs of the loaded PCID could use through two page sizes at once: the larger and the smaller page.
+    pub fn mixed(&mut self) -> Option<(LinearAddress, TlbEntry, TlbEntry)> {
+        self.spaces.at_mut(self.current).mixed()
+    }
+
     /// The frame and PCID in CR3.
     #[must_use]
     pub fn cr3(&self) -> (PhysFrame, Pcid) {
@@ -374,6 +380,7 @@ impl Mmu {
             frame: self.root,
             rights: Rights::ALL,
             dirty: false,
+            at: Moment::START,
         }
     }
 }

@@ -82,6 +82,8 @@ pub enum Op {
     Batches(Supply),
     /// Page tables get scarce, or not.
     Tables(Supply),
+    /// The CPU stays away for long at this seam of what it does next: others get whole operations done meanwhile.
+    Preempt(u32),
     /// Everything before is done before anything after begins, and the checker compares all caches with memory.
     Sync,
 }
@@ -121,7 +123,7 @@ impl Op {
     }
 
     /// The words of all operations.
-    pub const WORDS: [&'static str; 16] = [
+    pub const WORDS: [&'static str; 17] = [
         "map",
         "unmap",
         "discard",
@@ -138,6 +140,7 @@ impl Op {
         "batches",
         "tables",
         "sync",
+        "preempt",
     ];
 
     /// Which operation it is, as an index of [`WORDS`](Self::WORDS).
@@ -160,6 +163,7 @@ impl Op {
             Self::Batches(..) => 13,
             Self::Tables(..) => 14,
             Self::Sync => 15,
+            Self::Preempt(_) => 16,
         }
     }
 }
@@ -228,6 +232,7 @@ impl fmt::Display for Step {
             Op::Touch(range, UserAccess::Read) => write!(f, " {} read", Pages(range)),
             Op::Touch(range, UserAccess::Write) => write!(f, " {} write", Pages(range)),
             Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
+            Op::Preempt(seams) => write!(f, " {seams}"),
             Op::Lazy | Op::Wake | Op::Sync => Ok(()),
         }
     }
@@ -289,9 +294,13 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         "batches" => Op::Batches(supply(words.next())?),
         "tables" => Op::Tables(supply(words.next())?),
         "sync" => Op::Sync,
+        "preempt" => {
+            let seams = words.next().and_then(|word| word.parse().ok()).ok_or("a number of seams")?;
+            Op::Preempt(seams)
+        }
         _ => {
             return Err(
-                "an operation: map, unmap, discard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables or sync",
+                "an operation: map, unmap, discard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync or preempt",
             );
         }
     })

@@ -3,8 +3,7 @@
 use core::cell::Cell;
 use core::sync::atomic::Ordering;
 
-use mmu_gather::pagetable::VirtRange;
-use mmu_gather::tlb::{CpuId, Laziness};
+use mmu_gather::tlb::CpuId;
 use mmu_kernel_shim::{FrameRole, Note, Seam, UserAccess};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
@@ -17,6 +16,7 @@ use crate::memory::Memory;
 use crate::mmu::{AccessKind, AccessMode, Fault};
 use crate::options::Adversary;
 use crate::physical::PhysicalMemory;
+use crate::returns::{Promise, Promised};
 use crate::schedule;
 use crate::story::{Detail, Fill, What};
 use crate::walk::Depth;
@@ -48,6 +48,16 @@ impl HostedMachine {
     pub(crate) fn cross(&self, seam: Seam) {
         schedule::progress();
         let choice = self.choices.bits();
+        let here = self.cpu();
+        // A CPU without turns of its own answers requests on another's: it would come back as that one.
+        let has_turns = here.has_turns.load(Ordering::Relaxed);
+        let left = here.seams_to_preemption.load(Ordering::Relaxed);
+        if left > 0 && has_turns {
+            here.seams_to_preemption.store(left - 1, Ordering::Relaxed);
+            if left == 1 {
+                return stay_away(PREEMPTED_TURNS);
+            }
+        }
         // A page cleared is the commonest seam by far: one in eight is enough there.
         let rarely = match seam {
             Seam::Cleared => choice & 0b111 != 0,
@@ -59,13 +69,21 @@ impl HostedMachine {
         if choice >> 8 & 0b11 == 0 {
             self.speculate_on(self.choices.pick(self.cpus.len()));
         }
-        // A CPU without turns of its own answers requests on another's: it would come back as that one.
-        if choice >> 16 & 0b1 == 0 && self.cpu().has_turns.load(Ordering::Relaxed) {
+        if choice >> 16 & self.calm == 0 && has_turns {
             // Now and then this CPU is away for long: others get whole operations done inside what looks like a moment.
-            let turns = if choice >> 24 & 0b11_1111 == 0 { 1 + self.choices.below(64) } else { 1 };
-            for _ in 0..turns {
-                schedule::give_way();
-            }
+            stay_away(if choice >> 24 & 0b11_1111 == 0 { 1 + self.choices.below(64) } else { 1 });
+        }
+    }
+
+    /// Code crosses a seam that protocols are made of: between two of their steps, each of which others may look at.
+    pub(crate) fn cross_between_steps(&self) {
+        if self.checked.is_none() {
+            return;
+        }
+        self.cross(Seam::Lock);
+        let choice = self.choices.bits();
+        if choice & 0b111 == 0 && self.cpu().has_turns.load(Ordering::Relaxed) {
+            stay_away(1 + (choice >> 8 & 0b1_1111));
         }
     }
 
@@ -93,13 +111,14 @@ impl HostedMachine {
         if let Some(frame) = memory.freed_table.get() {
             self.report_walk(checked, cpu.id, address.as_u64(), frame);
         }
+        self.check_sizes(checked, index);
     }
 
     fn report_walk(&self, checked: &Checked, cpu: CpuId, address: u64, frame: PhysFrame) {
         self.report(checked, ViolationKind::TableReachableAfterFree, cpu, address, frame, None);
     }
 
-    fn report(
+    pub(crate) fn report(
         &self,
         checked: &Checked,
         kind: ViolationKind,
@@ -144,6 +163,7 @@ impl HostedMachine {
         if let Some(frame) = memory.freed_table.get() {
             self.report_walk(checked, here, address, frame);
         }
+        self.check_sizes(checked, here.index());
         let reached = result?;
         let frame = PhysFrame::containing_address(reached.address);
         self.tell(What::Accessed(address, frame));
@@ -174,7 +194,16 @@ impl HostedMachine {
             Note::MappedByNobody(frame) => self.check_unwritable(checked, frame),
             Note::Unmapped { root, range, caller } => {
                 self.tell(What::Unmapped(range.start(), range.end()));
-                self.check_unmapped(checked, root, range, caller);
+                self.check_promise(checked, Promise { root, range, caller, what: Promised::Gone });
+            }
+            Note::Discarded { root, range, since, caller } => {
+                self.check_promise(
+                    checked,
+                    Promise { root, range, caller, what: Promised::Discarded(since) },
+                );
+            }
+            Note::Protected { root, range, most, caller } => {
+                self.check_promise(checked, Promise { root, range, caller, what: Promised::AtMost(most) });
             }
             Note::Mapped { root, address, frame } => self.detail(Detail::Mapped(root, address, frame)),
             Note::Cleared { address, level, frame } => {
@@ -246,10 +275,23 @@ impl HostedMachine {
         }
     }
 
+    /// Two page sizes for one address are more than a program may meet: SDM vol. 3A 4.10.2.3, 4.10.4.2.
+    ///
+    /// A lazy CPU, or one that has not yet compared generations, may get there by speculation; it flushes before it runs a program.
+    pub(crate) fn check_sizes(&self, checked: &Checked, index: usize) {
+        let Some(cpu) = self.cpus.get(index).filter(|cpu| self.is_in_user_mode(cpu.id)) else { return };
+        let found = lock(&cpu.caches).as_mut().and_then(|Caches { mmu, .. }| mmu.mixed());
+        if let Some((address, _, small)) = found {
+            let frame = PhysFrame::containing_address(small.start());
+            self.report(checked, ViolationKind::TwoPageSizes, cpu.id, address.as_u64(), frame, None);
+        }
+    }
+
     /// This CPU enters user mode, or has loaded CR3: what is stale here and now can be used is a violation.
     pub(crate) fn check_stale(&self) {
         let Some(checked) = &self.checked else { return };
         let here = self.current();
+        self.check_sizes(checked, here.index());
         let mut caches = lock(&self.cpu().caches);
         let Some(Caches { mmu, watch }) = &mut *caches else { return };
         if watch.is_clean() {
@@ -288,40 +330,14 @@ impl HostedMachine {
         let frame = frame_numbered(first.max(freed.start));
         self.report(checked, kind, cpu, address, frame, Some(entry));
     }
+}
 
-    /// An unmapping is about to return: no CPU that runs the address space may use the addresses any more.
-    fn check_unmapped(&self, checked: &Checked, root: PhysFrame, range: VirtRange, caller: Laziness) {
-        for cpu in &self.cpus {
-            let id = cpu.id;
-            let is_caller = id == self.current() && caller == Laziness::Active;
-            if !self.is_in_user_mode(id) && !is_caller {
-                continue;
-            }
-            let caches = lock(&cpu.caches);
-            let Some(Caches { mmu, .. }) = &*caches else { continue };
-            if mmu.cr3().0 != root {
-                continue;
-            }
-            let is_inside = |entry: &CachedEntry| {
-                let start = entry.address.as_u64();
-                matches!(entry.held.as_a, Use::Page(_))
-                    && start < range.end()
-                    && start + (1 << entry.span_shift) > range.start()
-            };
-            let found = if range.nr_pages() <= 16 {
-                (range.start()..range.end()).step_by(4096).find_map(|address| {
-                    mmu.lookup(LinearAddress::new(address)).and_then(|_| mmu.usable_entries().find(is_inside))
-                })
-            } else {
-                mmu.usable_entries().find(is_inside)
-            };
-            drop(caches);
-            if let Some(entry) = found {
-                let address = entry.address.as_u64();
-                let kind = ViolationKind::AddressUsableAfterUnmap;
-                self.report(checked, kind, id, address, entry.frame, Some(entry));
-            }
-        }
+/// Turns for which a CPU is away that was told to be.
+const PREEMPTED_TURNS: u64 = 48;
+
+fn stay_away(turns: u64) {
+    for _ in 0..turns {
+        schedule::give_way();
     }
 }
 

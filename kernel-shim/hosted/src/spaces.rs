@@ -1,5 +1,6 @@
 //! All that one CPU caches, by PCID: which frames it can reach, and what the watcher is told.
 
+use mmu_kernel_shim::Moment;
 use rustc_hash::FxHashMap;
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
@@ -18,6 +19,8 @@ pub(crate) struct Space {
     tlb: TlbCache,
     structures: StructureCache,
     named: NamedFrames,
+    /// Addresses that were seen to be served by more than one page size, and may still be.
+    mixed: Vec<LinearAddress>,
 }
 
 impl Space {
@@ -27,6 +30,32 @@ impl Space {
             tlb: TlbCache::default(),
             structures: StructureCache::default(),
             named: NamedFrames::default(),
+            mixed: Vec::new(),
+        }
+    }
+
+    /// An address that is served by more than one page size now, if any is that was not told yet: the larger and the smaller page.
+    pub(crate) fn mixed(&mut self) -> Option<(LinearAddress, TlbEntry, TlbEntry)> {
+        while let Some(address) = self.mixed.pop() {
+            if let Some((large, small)) = self.tlb.mixed_at(address) {
+                return Some((address, large, small));
+            }
+        }
+        None
+    }
+
+    /// A page of `size` was cached for `address`.
+    #[inline]
+    fn look_for_a_mix(&mut self, address: LinearAddress, size: PageSize) {
+        let mixed = match size {
+            PageSize::Size4KiB => self.tlb.mixed_at(address).map(|_| address),
+            PageSize::Size2MiB | PageSize::Size1GiB => self.tlb.mixed_in(address, size),
+        };
+        // One is enough to be told; the rest of the same page would be told again and again.
+        if let Some(mixed) = mixed
+            && self.mixed.len() < 16
+        {
+            self.mixed.push(mixed);
         }
     }
 
@@ -61,7 +90,7 @@ impl Space {
 
     #[inline]
     pub(crate) fn drop_pages<W: FrameWatch>(&mut self, watch: &mut W) {
-        let Self { tag, tlb, named, structures } = self;
+        let Self { tag, tlb, named, structures, .. } = self;
         if structures.is_empty() {
             named.clear();
             tlb.drop_all(|entry| watch.release(first_frame(entry.start()), page(*tag, entry)));
@@ -83,13 +112,14 @@ impl Space {
 
     /// Everything in this space, in the form for people.
     pub(crate) fn entries(&self) -> impl Iterator<Item = CachedEntry> + '_ {
-        let pages = self.tlb.iter().map(|(address, entry)| CachedEntry {
+        let pages = self.tlb.iter().map(|(address, entry, at)| CachedEntry {
             held: page(self.tag, entry),
             address,
             span_shift: entry.size().shift(),
             frame: first_frame(entry.start()),
             rights: entry.rights(),
             dirty: entry.dirty(),
+            at,
         });
         let tables = self.structures.iter().map(|(address, entry)| CachedEntry {
             held: table(self.tag, entry),
@@ -98,6 +128,7 @@ impl Space {
             frame: first_frame(entry.table()),
             rights: entry.rights(),
             dirty: false,
+            at: Moment::START,
         });
         pages.chain(tables)
     }
@@ -261,9 +292,9 @@ impl Spaces {
             return;
         }
         let space = self.at_mut(index);
-        match space.tlb.insert(address, entry, clash) {
+        match space.tlb.insert(address, entry, clash, watch.now()) {
             Inserted::Kept => return,
-            Inserted::Added => {}
+            Inserted::Added => space.look_for_a_mix(address, entry.origin()),
             Inserted::Replaced(old) => release_page(space.tag, &mut space.named, old, watch),
         }
         space.named.add(entry.start(), entry.size());

@@ -1,6 +1,7 @@
 //! TLB entries of one PCID, or the global ones: page numbers and what they translate to.
 
 use indexmap::IndexMap;
+use mmu_kernel_shim::Moment;
 use rustc_hash::FxBuildHasher;
 use x86_64::PhysAddr;
 
@@ -117,10 +118,17 @@ pub enum Inserted {
     Kept,
 }
 
+/// A translation, and when it was cached.
+#[derive(Clone, Copy, Debug)]
+struct Cached {
+    entry: TlbEntry,
+    at: Moment,
+}
+
 /// TLB entries of one tag.
 #[derive(Debug, Default)]
 pub struct TlbCache {
-    by_size: [EntryMap<TlbEntry>; 3],
+    by_size: [EntryMap<Cached>; 3],
     /// How many 4-KiB pieces of 2-MiB and of 1-GiB pages are among them.
     pieces: [usize; 2],
 }
@@ -134,21 +142,22 @@ impl TlbCache {
         if entries.is_empty() {
             return None;
         }
-        entries.get(&address.page_number(size)).copied()
+        entries.get(&address.page_number(size)).map(|cached| cached.entry)
     }
 
-    /// Caches `entry` for `address`.
+    /// Caches `entry` for `address`, `at` this moment.
     #[inline]
-    pub fn insert(&mut self, address: LinearAddress, entry: TlbEntry, clash: Clash) -> Inserted {
+    pub fn insert(&mut self, address: LinearAddress, entry: TlbEntry, clash: Clash, at: Moment) -> Inserted {
         let size = entry.size();
         let key = address.page_number(size);
+        let new = Cached { entry, at };
         let outcome = match self.by_size[size as usize].entry(key) {
             indexmap::map::Entry::Vacant(vacant) => {
-                vacant.insert(entry);
+                vacant.insert(new);
                 Inserted::Added
             }
             indexmap::map::Entry::Occupied(_) if clash == Clash::KeepOld => return Inserted::Kept,
-            indexmap::map::Entry::Occupied(mut occupied) => Inserted::Replaced(occupied.insert(entry)),
+            indexmap::map::Entry::Occupied(mut occupied) => Inserted::Replaced(occupied.insert(new).entry),
         };
         if let Inserted::Replaced(old) = outcome {
             self.uncount(old);
@@ -169,7 +178,8 @@ impl TlbCache {
             if self.by_size[size as usize].is_empty() {
                 continue;
             }
-            if let Some(entry) = self.by_size[size as usize].swap_remove(&address.page_number(size)) {
+            if let Some(cached) = self.by_size[size as usize].swap_remove(&address.page_number(size)) {
+                let entry = cached.entry;
                 self.uncount(entry);
                 dropped(entry);
             }
@@ -183,7 +193,7 @@ impl TlbCache {
     /// Drops everything.
     pub fn drop_all(&mut self, mut dropped: impl FnMut(TlbEntry)) {
         for entries in &mut self.by_size {
-            drain(entries, &mut dropped);
+            drain(entries, |cached| dropped(cached.entry));
         }
         self.pieces = [0, 0];
     }
@@ -191,7 +201,7 @@ impl TlbCache {
     /// Drops the entry at `place`, counted from 0 in no particular order; `None` past the last.
     pub fn drop_nth(&mut self, mut place: usize) -> Option<TlbEntry> {
         for entries in &mut self.by_size {
-            if let Some((_, entry)) = entries.swap_remove_index(place) {
+            if let Some((_, Cached { entry, .. })) = entries.swap_remove_index(place) {
                 self.uncount(entry);
                 return Some(entry);
             }
@@ -212,9 +222,39 @@ impl TlbCache {
         self.by_size.iter().all(EntryMap::is_empty)
     }
 
-    /// Every entry with the first address it serves.
-    pub fn iter(&self) -> impl Iterator<Item = (LinearAddress, TlbEntry)> + '_ {
-        self.by_size.iter().flatten().map(|(number, entry)| (address_of(*number, entry.size()), *entry))
+    /// Every entry with the first address it serves, and when it was cached.
+    pub fn iter(&self) -> impl Iterator<Item = (LinearAddress, TlbEntry, Moment)> + '_ {
+        self.by_size
+            .iter()
+            .flatten()
+            .map(|(number, Cached { entry, at })| (address_of(*number, entry.size()), *entry, *at))
+    }
+
+    /// Whether `address` is served by more than one page size: how large, and how small.
+    ///
+    /// Software must not let that happen: which of the two is used, one access at a time, is the CPU's choice, and some CPUs stop
+    /// altogether.
+    ///
+    /// # Source
+    /// Intel SDM vol. 3A 4.10.2.3, 4.10.4.2; AMD family 10h erratum 383.
+    #[must_use]
+    #[inline]
+    pub fn mixed_at(&self, address: LinearAddress) -> Option<(TlbEntry, TlbEntry)> {
+        // A piece of a large page is the large page.
+        let mut found = PageSize::ALL.iter().filter_map(|size| self.get(address, *size));
+        let (small, large) = (found.next()?, found.next_back()?);
+        (small.origin() != large.origin()).then_some((large, small))
+    }
+
+    /// The first address that a 2-MiB or 1-GiB entry just cached at `address` has in common with a smaller one.
+    #[must_use]
+    pub fn mixed_in(&self, address: LinearAddress, size: PageSize) -> Option<LinearAddress> {
+        let page = address.page_number(size);
+        let smaller = self.by_size.iter().take(size as usize).flatten();
+        let mut inside = smaller
+            .map(|(number, cached)| (address_of(*number, cached.entry.size()), cached.entry))
+            .filter(|(start, entry)| start.page_number(size) == page && entry.origin() != size);
+        inside.next().map(|(start, _)| start)
     }
 
     fn drop_pieces(&mut self, address: LinearAddress, origin: PageSize, dropped: &mut impl FnMut(TlbEntry)) {
@@ -225,7 +265,7 @@ impl TlbCache {
         let mut place = self.by_size[0].len();
         while place > 0 {
             place -= 1;
-            let Some((number, entry)) = self.by_size[0].get_index(place) else { continue };
+            let Some((number, Cached { entry, .. })) = self.by_size[0].get_index(place) else { continue };
             if entry.origin() == origin
                 && address_of(*number, PageSize::Size4KiB).page_number(origin) == region
             {

@@ -2,6 +2,7 @@
 
 use core::fmt;
 
+use mmu_kernel_shim::Moment;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::PhysFrame;
 
@@ -16,6 +17,11 @@ pub trait FrameWatch {
 
     /// Something that [`hold`](Self::hold) was called for, with the same arguments, is gone.
     fn release(&mut self, first: PhysFrame, held: Held);
+
+    /// Now, by the watcher's clock. Kept with every translation that enters a TLB.
+    fn now(&self) -> Moment {
+        Moment::START
+    }
 }
 
 impl FrameWatch for () {
@@ -30,6 +36,10 @@ impl<W: FrameWatch + ?Sized> FrameWatch for &mut W {
 
     fn release(&mut self, first: PhysFrame, held: Held) {
         (**self).release(first, held);
+    }
+
+    fn now(&self) -> Moment {
+        (**self).now()
     }
 }
 
@@ -89,6 +99,8 @@ pub struct CachedEntry {
     pub rights: Rights,
     /// Whether a store through it sets no dirty flag any more. Always false for tables.
     pub dirty: bool,
+    /// When a translation was cached; the start for all else.
+    pub at: Moment,
 }
 
 impl fmt::Display for CachedEntry {

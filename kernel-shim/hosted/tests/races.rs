@@ -1,0 +1,114 @@
+//! Two calls at once on one address space, a program on a third CPU, and what the checker says: regressions by name.
+
+use std::sync::Arc;
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_gather::tlb::CpuId;
+use mmu_hosted::{Found, HostedKernel, HostedMachine, HostedStage, Options, Schedule, give_way, touch};
+use mmu_kernel_shim::{Area, Config, Mm, Protection, Stage, UserAccess, Vma};
+
+const PAGE: u64 = 0x7000_0000_0000;
+const SEEDS: u64 = 200;
+
+type Space = Arc<Mm<Arc<HostedMachine>>>;
+
+struct Rig {
+    stage: Arc<HostedStage>,
+    mm: Space,
+    other: Space,
+}
+
+impl Rig {
+    fn new(seed: u64) -> Self {
+        let machine = HostedMachine::new(Options::new(3, 4096, seed)).expect("a small machine");
+        let stage = Arc::new(HostedStage::boot(machine, Config::default()).expect("it has frames"));
+        let (mm, other) =
+            (stage.kernel().new_mm().expect("frames"), stage.kernel().new_mm().expect("frames"));
+        Self { stage, mm, other }
+    }
+
+    /// Maps one page, and lets a program on CPU 1 write to it.
+    fn use_page(&self) {
+        let vma = Vma { range: page(), area: Area::anon() };
+        self.stage.kernel().mmap(&self.mm, vma).expect("nothing is there");
+        self.stage.on_cpu(CpuId::new(1), &|| {
+            self.stage.kernel().switch_to(Some(&self.mm));
+            touch(self.stage.kernel(), &self.mm, PAGE, UserAccess::Write);
+        });
+    }
+
+    fn add(&self, schedule: &mut Schedule, cpu: u32, work: impl Fn(&HostedKernel, &Space, &Space) + 'static) {
+        let (stage, mm, other) = (Arc::clone(&self.stage), Arc::clone(&self.mm), Arc::clone(&self.other));
+        schedule.spawn(CpuId::new(cpu), move || work(stage.kernel(), &mm, &other));
+    }
+
+    fn run(&self, schedule: Schedule) -> Found {
+        self.stage.kernel().machine().run(schedule);
+        self.stage.kernel().machine().violations()
+    }
+}
+
+fn page() -> VirtRange {
+    VirtRange::new(PAGE, PAGE + 4096).expect("a good range")
+}
+
+/// Reclaim takes the page while `call` works on it, and the program on CPU 1 goes on.
+fn beside_reclaim(call: fn(&HostedKernel, &Space)) {
+    for seed in 0..SEEDS {
+        let rig = Rig::new(seed);
+        rig.use_page();
+        let mut schedule = Schedule::new();
+        rig.add(&mut schedule, 0, |kernel, mm, _| {
+            kernel.reclaim([(&**mm, page())]);
+        });
+        rig.add(&mut schedule, 1, |kernel, _, _| {
+            kernel.machine().enter_user_mode();
+            for _ in 0..100 {
+                give_way();
+            }
+            kernel.machine().leave_user_mode();
+        });
+        rig.add(&mut schedule, 2, move |kernel, mm, _| call(kernel, mm));
+        let found = rig.run(schedule);
+        assert_eq!(found.count, 0, "seed {seed}: {}", found.told[0]);
+    }
+}
+
+/// mprotect found a place in swap, changed nothing, flushed nothing, and returned before reclaim had flushed: a program could go
+/// on writing to what it must only read. Linux: flush_tlb_batched_pending in change_pte_range.
+#[test]
+fn mprotect_makes_up_for_what_reclaim_has_not_flushed_yet() {
+    beside_reclaim(|kernel, mm| kernel.mprotect(mm, page(), Protection::Read).expect("no split"));
+}
+
+#[test]
+fn madvise_makes_up_for_what_reclaim_has_not_flushed_yet() {
+    beside_reclaim(|kernel, mm| kernel.madvise_dontneed(mm, page()).expect("no split"));
+}
+
+/// As mprotect: the parent could go on writing to what the child takes for its own. Linux: dup_mmap flushes the parent whole.
+#[test]
+fn fork_makes_up_for_what_reclaim_has_not_flushed_yet() {
+    beside_reclaim(|kernel, mm| {
+        let child = kernel.fork(mm, []).expect("frames");
+        kernel.exit(&child).expect("nobody runs it");
+    });
+}
+
+/// Nothing was mapped, so nothing was flushed; a CPU on its way from here to elsewhere said SWITCHING, counted as neither here
+/// nor lazy, and still had the root in CR3 when it was freed.
+#[test]
+fn exit_makes_a_cpu_that_is_switching_leave_too() {
+    for seed in 0..SEEDS {
+        let rig = Rig::new(seed);
+        rig.stage.on_cpu(CpuId::new(1), &|| {
+            rig.stage.kernel().switch_to(Some(&rig.mm));
+            rig.stage.kernel().go_lazy();
+        });
+        let mut schedule = Schedule::new();
+        rig.add(&mut schedule, 0, |kernel, mm, _| kernel.exit(mm).expect("every CPU is lazy"));
+        rig.add(&mut schedule, 1, |kernel, _, other| kernel.switch_to(Some(other)));
+        let found = rig.run(schedule);
+        assert_eq!(found.count, 0, "seed {seed}: {}", found.told[0]);
+    }
+}
