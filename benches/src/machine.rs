@@ -215,6 +215,13 @@ impl<'m, C: Counting> Machine<'m, C> {
         }
     }
 
+    /// Drops a reference; a page whose last it was comes before `chain`. Returns what the chain begins with.
+    #[inline(always)]
+    fn release(&self, frame: PhysFrame, chain: u64) -> u64 {
+        let physical = frame.start_address().as_u64();
+        if C::released(self.memory.frame(physical)) { self.memory.chain(physical, chain) } else { chain }
+    }
+
     fn numbers(&self) -> impl Iterator<Item = CpuId> + use<C> {
         (0u32..).take(self.cpus.len()).map(CpuId::new)
     }
@@ -320,21 +327,26 @@ impl<C: Counting> Pages for Machine<'_, C> {
     }
 
     fn free_pages(&self, pages: FreedPages<'_>) {
-        let mut ahead = pages.iter();
-        for run in ahead.by_ref().take(PREFETCH) {
-            self.memory.prefetch(run.frame.start_address().as_u64());
+        let Some(mut frames) = pages.frames() else {
+            // Nothing here queues runs.
+            debug_assert!(false, "{pages:?}");
+            return;
+        };
+        let mut ahead = frames.clone();
+        for later in ahead.by_ref().take(PREFETCH) {
+            self.memory.prefetch(later.start_address().as_u64());
         }
-        for run in pages.iter() {
-            if let Some(later) = ahead.next() {
-                self.memory.prefetch(later.frame.start_address().as_u64());
-            }
-            // The engine never makes runs; `remove_pages` would.
-            debug_assert_eq!(run.nr_pages, 1, "{run:?}");
-            let physical = run.frame.start_address().as_u64();
-            if C::released(self.memory.frame(physical)) {
-                self.memory.free_page(physical);
+        let mut chain = self.memory.chain_start();
+        for later in ahead {
+            self.memory.prefetch(later.start_address().as_u64());
+            if let Some(frame) = frames.next() {
+                chain = self.release(frame, chain);
             }
         }
+        for frame in frames {
+            chain = self.release(frame, chain);
+        }
+        self.memory.free_chain(chain);
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {

@@ -4,17 +4,17 @@
 use core::fmt;
 use core::ptr::NonNull;
 
-use arrayvec::ArrayVec;
 use static_assertions::const_assert_eq;
 
 use crate::limits::Limits;
 use crate::platform::{BatchPage, GatherEvent, Pages};
-use crate::slot::{FreedPages, Slot, Which};
+use crate::slot::{FreedPages, Runs, Slot, Which};
+use crate::spare::{Slots, Spare};
 
 /// One batch page. Linux: struct mmu_gather_batch.
 struct Batch {
     next: Option<NonNull<Batch>>,
-    slots: ArrayVec<Slot, { Limits::BATCH_SLOTS }>,
+    slots: Slots<{ Limits::BATCH_SLOTS }>,
 }
 
 const_assert_eq!(size_of::<Batch>(), 4096);
@@ -33,8 +33,10 @@ pub(crate) enum Room {
 /// INVARIANT: `first` starts a list of pages that only this queue knows; `active` is one of them, or `None` for the
 /// bundle; batches after `active` are empty.
 pub(crate) struct PageQueue {
-    bundle: ArrayVec<Slot, { Limits::BUNDLE_SLOTS }>,
+    bundle: Slots<{ Limits::BUNDLE_SLOTS }>,
     delayed_rmaps: DelayedRmaps,
+    /// Whether a run was queued since the last time everything was freed.
+    runs: Runs,
     batch_pages: u16,
     first: Option<NonNull<Batch>>,
     active: Option<NonNull<Batch>>,
@@ -47,13 +49,31 @@ enum DelayedRmaps {
 }
 
 impl PageQueue {
+    #[inline]
     pub(crate) const fn new() -> Self {
         Self {
-            bundle: ArrayVec::new_const(),
+            bundle: Slots::new(),
             delayed_rmaps: DelayedRmaps::None,
+            runs: Runs::None,
             batch_pages: 0,
             first: None,
             active: None,
+        }
+    }
+
+    /// The room for single pages in the batch that is being filled. Never empty: the last answer was [`Room::Left`].
+    ///
+    /// One slot is left unused unless a run takes the last two: a record never waits for a second batch. Whoever used up
+    /// what it was given calls [`next_batch`](Self::next_batch).
+    #[inline]
+    pub(crate) fn spare(&mut self, limits: &Limits) -> Spare<'_> {
+        match self.active {
+            None => self.bundle.spare(usize::from(limits.bundle_slots) - 1),
+            Some(mut batch) => {
+                // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
+                let batch = unsafe { batch.as_mut() };
+                batch.slots.spare(usize::from(limits.batch_slots) - 1)
+            }
         }
     }
 
@@ -63,38 +83,34 @@ impl PageQueue {
         self.store(kernel, limits, &[slot])
     }
 
-    /// Stores one page whose rmap is to be removed after the flush, under the same table lock.
-    pub(crate) fn push_delaying_rmap<K: Pages>(&mut self, kernel: &K, limits: &Limits, slot: Slot) -> Room {
+    /// Notes that rmaps of pages just stored are to be removed after the flush, under the same table lock.
+    #[inline]
+    pub(crate) const fn note_delayed_rmaps(&mut self) {
         self.delayed_rmaps = DelayedRmaps::Some;
-        self.store(kernel, limits, &[slot.delaying_rmap()])
     }
 
     /// Stores a run of pages: two slots that are never parted.
     pub(crate) fn push_run<K: Pages>(&mut self, kernel: &K, limits: &Limits, run: [Slot; 2]) -> Room {
+        self.runs = Runs::Some;
         self.store(kernel, limits, &run)
     }
 
     #[inline]
     fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[Slot]) -> Room {
-        // One slot is left unused unless a run takes the last two: a record never waits for a second batch.
-        let nearly_full = match self.active {
-            None => {
-                append(&mut self.bundle, record);
-                self.bundle.len() + 1 >= usize::from(limits.bundle_slots)
-            }
+        let left = match self.active {
+            None => self.bundle.append(record, usize::from(limits.bundle_slots)),
             Some(mut batch) => {
                 // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
                 let batch = unsafe { batch.as_mut() };
-                append(&mut batch.slots, record);
-                batch.slots.len() + 1 >= usize::from(limits.batch_slots)
+                batch.slots.append(record, usize::from(limits.batch_slots))
             }
         };
-        if nearly_full { self.next_batch(kernel, limits) } else { Room::Left }
+        if left < 2 { self.next_batch(kernel, limits) } else { Room::Left }
     }
 
     /// Goes on to the next batch page: one kept from before the last flush, or a new one.
     #[cold]
-    fn next_batch<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> Room {
+    pub(crate) fn next_batch<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> Room {
         // Removing rmaps walks the bundle and the active batch only, under a lock: do not let that grow.
         if self.delayed_rmaps == DelayedRmaps::Some && self.active.is_some() {
             return Room::Full;
@@ -119,7 +135,7 @@ impl PageQueue {
         let new = page.into_inner().cast::<Batch>();
         // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a `Batch` has that size and
         // alignment (asserted above).
-        unsafe { new.write(Batch { next: None, slots: ArrayVec::new_const() }) };
+        unsafe { new.write(Batch { next: None, slots: Slots::new() }) };
         match self.active {
             None => self.first = Some(new),
             Some(mut active) => {
@@ -140,18 +156,18 @@ impl PageQueue {
         if self.delayed_rmaps == DelayedRmaps::None {
             return;
         }
-        kernel.remove_rmaps(FreedPages::new(&self.bundle, Which::DelayedRmap));
+        kernel.remove_rmaps(FreedPages::new(self.bundle.as_slice(), Which::DelayedRmap, self.runs));
         if let Some(active) = self.active {
             // SAFETY: by the invariant the page is ours alone.
             let batch = unsafe { active.as_ref() };
-            kernel.remove_rmaps(FreedPages::new(&batch.slots, Which::DelayedRmap));
+            kernel.remove_rmaps(FreedPages::new(batch.slots.as_slice(), Which::DelayedRmap, self.runs));
         }
         self.delayed_rmaps = DelayedRmaps::None;
     }
 
     /// Hands everything to the kernel, a chunk at a time with a preemption point between; returns how many slots.
     pub(crate) fn free_all<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> u64 {
-        let mut slots = free_slots(kernel, limits, &self.bundle);
+        let mut slots = free_slots(kernel, limits, self.bundle.as_slice(), self.runs);
         self.bundle.clear();
         let mut next = self.first;
         while let Some(mut batch) = next {
@@ -160,11 +176,12 @@ impl PageQueue {
             if batch.slots.is_empty() {
                 break;
             }
-            slots += free_slots(kernel, limits, &batch.slots);
+            slots += free_slots(kernel, limits, batch.slots.as_slice(), self.runs);
             batch.slots.clear();
             next = batch.next;
         }
         self.active = None;
+        self.runs = Runs::None;
         slots
     }
 
@@ -188,43 +205,44 @@ impl PageQueue {
     }
 }
 
-#[inline]
-fn append<const N: usize>(slots: &mut ArrayVec<Slot, N>, record: &[Slot]) {
-    // There is room for two: a batch counts as full one slot early. A capacity error would lose a page, so say so.
-    let stored = slots.try_extend_from_slice(record);
-    debug_assert!(stored.is_ok(), "G5: a record was pushed into a full batch");
-}
-
-fn free_slots<K: Pages>(kernel: &K, limits: &Limits, slots: &[Slot]) -> u64 {
+/// At most `free_chunk` pages at a time (rule G7), or one run of more.
+fn free_slots<K: Pages>(kernel: &K, limits: &Limits, slots: &[Slot], runs: Runs) -> u64 {
     let mut rest = slots;
     while !rest.is_empty() {
-        let mut chunk = usize::from(limits.free_chunk).min(rest.len());
-        if ends_inside_a_run(&rest[..chunk]) {
-            chunk += 1;
-        }
+        let chunk = match runs {
+            Runs::None => usize::from(limits.free_chunk).min(rest.len()),
+            Runs::Some => chunk_with_runs(rest, u64::from(limits.free_chunk)),
+        };
         let (now, later) = rest.split_at(chunk);
-        kernel.free_pages(FreedPages::new(now, Which::All));
+        kernel.free_pages(FreedPages::new(now, Which::All, runs));
         kernel.cond_resched();
         rest = later;
     }
     slots.len() as u64
 }
 
-/// Whether the last slot is the first half of a run. Reads from the front: a length may look like anything.
-fn ends_inside_a_run(slots: &[Slot]) -> bool {
-    let mut slots = slots.iter();
-    while let Some(slot) = slots.next() {
-        if slot.length_follows() && slots.next().is_none() {
-            return true;
+/// How many slots the records take that come to no more than `nr_pages` pages; those of the first record at least. Reads
+/// from the front: a length may look like anything.
+fn chunk_with_runs(slots: &[Slot], nr_pages: u64) -> usize {
+    let (mut used, mut pages) = (0, 0);
+    while let Some(slot) = slots.get(used) {
+        let (record, length) = match slots.get(used + 1) {
+            Some(length) if slot.length_follows() => (2, length.length()),
+            _ => (1, 1),
+        };
+        pages += u64::from(length);
+        if pages > nr_pages && used > 0 {
+            break;
         }
+        used += record;
     }
-    false
+    used
 }
 
 impl fmt::Debug for PageQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PageQueue")
-            .field("bundle", &FreedPages::new(&self.bundle, Which::All))
+            .field("bundle", &FreedPages::new(self.bundle.as_slice(), Which::All, self.runs))
             .field("batch_pages", &self.batch_pages)
             .finish_non_exhaustive()
     }

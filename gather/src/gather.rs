@@ -19,7 +19,8 @@ use crate::table_batch::{Queued, TableQueue};
 /// What a gather may assume about other users of the address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GatherMode {
-    /// Other CPUs may run programs in it: entries are cleared with a locked exchange.
+    /// Other CPUs may run programs in it: entries are cleared with a locked exchange, unless hardware has nothing left to set
+    /// in them ([`EntryValue::is_settled`](mmu_pagetable::EntryValue::is_settled)).
     Shared,
     /// The only CPU online is this one: no other walker sets A/D bits, entries are cleared with a plain store, and a flush
     /// is local. Pages still wait for it: a preempting thread could use a stale entry. (The mode that freed pages at once
@@ -64,6 +65,12 @@ pub(crate) struct State {
 }
 
 assert_not_impl_any!(State: Send, Sync, Clone);
+
+impl State {
+    pub(crate) const fn has_deferred_flushes(&self) -> bool {
+        self.deferred.is_some()
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -148,7 +155,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     }
 
     /// Notes that entries of `level` tables covering `range` lost rights, or changed otherwise in a way that CPUs must not
-    /// miss; for mprotect and its like, which queue no page.
+    /// miss; for mprotect and its like, which queue no page. The gather is begun before the first entry changes: another that
+    /// clears such an entry relies on it (an entry that is read-only now may still get its dirty bit set until the flush).
     ///
     /// # Context
     /// The lock of the table is still held.
@@ -292,7 +300,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.flush_mmu();
     }
 
-    fn is_nested(&self) -> bool {
+    pub(crate) fn is_nested(&self) -> bool {
         self.mm.open_gathers() > 1
     }
 

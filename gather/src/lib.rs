@@ -33,6 +33,7 @@
 #[cfg(feature = "bumpalo")]
 mod arena;
 mod batch;
+mod entries;
 mod free_pgtables;
 mod gather;
 mod limits;
@@ -41,6 +42,7 @@ mod move_tables;
 mod platform;
 mod range;
 mod slot;
+mod spare;
 mod split;
 mod table_batch;
 mod teardown;
@@ -55,6 +57,6 @@ pub use gather::{FlushedGather, GatherMode, MmuGather};
 pub use limits::Limits;
 pub use mm::Mm;
 pub use platform::{BatchPage, Disposition, Fate, GatherEvent, Pages, Platform, UnmappedLeaf, Vma, VmaKind};
-pub use slot::{FreedPages, PageRun};
+pub use slot::{FreedFrames, FreedPages, PageRun};
 pub use split::SplitError;
 pub use teardown::{exit_mmap, shift_arg_pages, unmap_region, zap_page_range};

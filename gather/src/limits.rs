@@ -14,8 +14,8 @@ pub struct Limits {
     pub batch_pages: u16,
     /// Tables used of the 511 in a table batch page; 1 to 511. Linux: MAX_TABLE_BATCH.
     pub table_slots: u16,
-    /// Records handed to [`free_pages`](crate::Pages::free_pages) at a time, between preemption points; at least 1.
-    /// Linux: MAX_NR_FOLIOS_PER_FREE.
+    /// Pages handed to [`free_pages`](crate::Pages::free_pages) at a time, between preemption points, unless a single run is
+    /// longer; at least 1. Linux: MAX_NR_FOLIOS_PER_FREE.
     pub free_chunk: u16,
 }
 

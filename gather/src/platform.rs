@@ -111,8 +111,8 @@ pub trait Pages {
     /// Releases references on pages: nothing can reach them through this address space any more.
     ///
     /// # Context
-    /// No table lock is held. At most [`free_chunk`](crate::Limits::free_chunk) slots (one more if a run would be cut)
-    /// between two calls of [`cond_resched`](Self::cond_resched).
+    /// No table lock is held. At most [`free_chunk`](crate::Limits::free_chunk) pages, or one run of more, between two calls of
+    /// [`cond_resched`](Self::cond_resched).
     fn free_pages(&self, pages: FreedPages<'_>);
 
     /// A page for a batch, at once or not at all; `None` is no error, it makes the gather flush sooner.

@@ -1,6 +1,7 @@
 //! One page, or one run of pages, waiting in a batch.
 
 use core::fmt;
+use core::slice;
 
 use static_assertions::const_assert_eq;
 use x86_64::PhysAddr;
@@ -33,10 +34,18 @@ impl Slot {
         [Self(Self::page(frame).0 | LENGTH_FOLLOWS), Self(u64::from(nr_pages))]
     }
 
+    #[inline]
     pub(crate) const fn length_follows(self) -> bool {
         self.0 & LENGTH_FOLLOWS != 0
     }
 
+    /// The length of the run that the slot before begins.
+    pub(crate) const fn length(self) -> u32 {
+        // A run's length is a u32 when it goes in.
+        (self.0 & 0xffff_ffff) as u32
+    }
+
+    #[inline]
     fn frame(self) -> PhysFrame {
         PhysFrame::containing_address(PhysAddr::new_truncate(self.0 & !0xfff))
     }
@@ -61,6 +70,7 @@ pub struct PageRun {
 pub struct FreedPages<'a> {
     slots: &'a [Slot],
     which: Which,
+    runs: Runs,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,9 +79,26 @@ pub(crate) enum Which {
     DelayedRmap,
 }
 
+/// Whether there may be runs among the records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Runs {
+    None,
+    Some,
+}
+
 impl<'a> FreedPages<'a> {
-    pub(crate) const fn new(slots: &'a [Slot], which: Which) -> Self {
-        Self { slots, which }
+    pub(crate) const fn new(slots: &'a [Slot], which: Which, runs: Runs) -> Self {
+        Self { slots, which, runs }
+    }
+
+    /// The frames, if all of these are single pages, each with one reference: always so, unless the kernel itself queued runs
+    /// with [`remove_pages`](crate::MmuGather::remove_pages).
+    ///
+    /// The length is known and the iterator can be copied, so that a second one can run ahead and fetch metadata.
+    #[inline]
+    #[must_use]
+    pub fn frames(&self) -> Option<FreedFrames<'a>> {
+        (self.runs == Runs::None && self.which == Which::All).then(|| FreedFrames(self.slots.iter()))
     }
 
     /// The runs, in the order they were unmapped.
@@ -82,12 +109,7 @@ impl<'a> FreedPages<'a> {
         core::iter::from_fn(move || {
             loop {
                 let slot = *slots.next()?;
-                let nr_pages = if slot.length_follows() {
-                    // A run's length is a u32 when it goes in.
-                    (slots.next()?.0 & 0xffff_ffff) as u32
-                } else {
-                    1
-                };
+                let nr_pages = if slot.length_follows() { slots.next()?.length() } else { 1 };
                 if which == Which::All || slot.0 & DELAY_RMAP != 0 {
                     return Some(PageRun { frame: slot.frame(), nr_pages });
                 }
@@ -99,6 +121,37 @@ impl<'a> FreedPages<'a> {
     #[must_use]
     pub const fn nr_slots(&self) -> usize {
         self.slots.len()
+    }
+}
+
+/// The frames of single pages, in the order they were unmapped.
+#[derive(Clone)]
+pub struct FreedFrames<'a>(slice::Iter<'a, Slot>);
+
+impl Iterator for FreedFrames<'_> {
+    type Item = PhysFrame;
+
+    #[inline]
+    fn next(&mut self) -> Option<PhysFrame> {
+        self.0.next().map(|slot| slot.frame())
+    }
+
+    #[inline]
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.0.size_hint()
+    }
+
+    #[inline]
+    fn nth(&mut self, n: usize) -> Option<PhysFrame> {
+        self.0.nth(n).map(|slot| slot.frame())
+    }
+}
+
+impl ExactSizeIterator for FreedFrames<'_> {}
+
+impl fmt::Debug for FreedFrames<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.clone()).finish()
     }
 }
 

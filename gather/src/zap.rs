@@ -1,13 +1,12 @@
 //! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use mmu_pagetable::{Decoded, Entry, EntryValue, Level, LockedTable, TableView, VirtRange};
-use x86_64::structures::paging::PhysFrame;
+use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
 
 use crate::batch::Room;
+use crate::entries::{At, Clear, DelayedRmaps, Exclusive, Large, Leaves, Locked, Small, Stop, zap_entries};
 use crate::gather::{GatherMode, MmuGather, PfnMaps};
-use crate::platform::{Disposition, Fate, GatherEvent, Platform, UnmappedLeaf, Vma, VmaKind};
-use crate::slot::Slot;
+use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 
 /// How one visit under a table lock ended.
 struct Visit {
@@ -18,21 +17,6 @@ struct Visit {
     /// Whether a page must not lose its rmap before a flush under this lock.
     rmaps: DelayedRmaps,
     room: Room,
-}
-
-/// What stood, under the lock, where a large leaf had been seen.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Found {
-    /// The leaf, or whatever else needs no second look.
-    Entry,
-    /// A table: to be looked into.
-    Table,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum DelayedRmaps {
-    None,
-    Some,
 }
 
 impl<K: Platform> MmuGather<'_, K> {
@@ -66,8 +50,16 @@ impl<K: Platform> MmuGather<'_, K> {
         }
         let kernel = self.kernel;
         // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed while we walk.
-        let root = unsafe { self.mm.space().root_table(kernel) };
-        self.zap_table(vma, root, range);
+        let mut view = unsafe { self.mm.space().root_table(kernel) };
+        // Straight down while one entry covers all of it: most areas are smaller than a table's span.
+        while view.level() > Level::Pte && range.within_entry(view.level(), range.start()) == range {
+            // SAFETY: as above; P2: a link leads to a live table of the level below.
+            match unsafe { view.child(kernel, range.start()) } {
+                Some(child) => view = child,
+                None => break,
+            }
+        }
+        self.zap_table(vma, view, range);
     }
 
     /// Clears the leaves below `view` in `range`, which lies inside its span.
@@ -83,23 +75,16 @@ impl<K: Platform> MmuGather<'_, K> {
         let mut address = range.start();
         while address < range.end() {
             let part = range.within_entry(level, address);
-            loop {
-                match view.load(address).decode(level) {
-                    Decoded::None => break,
-                    Decoded::Table(frame) => {
-                        // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
-                        let child = unsafe { TableView::new(kernel, frame, below) };
-                        self.zap_table(vma, child, part);
-                        break;
-                    }
-                    Decoded::Leaf(_) | Decoded::NonPresent(_) => {
-                        if self.zap_large(vma, view, part) == Found::Entry {
-                            break;
-                        }
-                    }
+            address = match view.load(address).decode(level) {
+                Decoded::None => part.end(),
+                Decoded::Table(frame) => {
+                    // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
+                    let child = unsafe { TableView::new(kernel, frame, below) };
+                    self.zap_table(vma, child, part);
+                    part.end()
                 }
-            }
-            address = part.end();
+                Decoded::Leaf(_) | Decoded::NonPresent(_) => self.zap_large(vma, view, address, range.end()),
+            };
         }
         kernel.cond_resched();
     }
@@ -109,32 +94,80 @@ impl<K: Platform> MmuGather<'_, K> {
     /// Works through the table in visits: a visit ends at the end of the range or when the queue is full. The forced flush
     /// and the freeing come after the lock was dropped, then the next visit begins where the last one stopped.
     fn zap_pte_range(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, range: VirtRange) {
-        let kernel = self.kernel;
         let mut address = range.start();
-        while address < range.end() {
-            let locked = view.lock(kernel);
-            // An entry that is none may have been cleared by reclaim, whose flush is still to come.
-            self.note_deferred_flushes();
-            let visit = match self.state.mode {
-                GatherMode::Shared => {
-                    self.zap_visit(vma, &locked, address, range.end(), Entry::get_and_clear)
-                }
-                GatherMode::SingleCpu | GatherMode::FullMm => {
-                    self.zap_visit(vma, &locked, address, range.end(), Entry::get_and_clear_exclusive)
-                }
-            };
-            if visit.rmaps == DelayedRmaps::Some {
-                // The stated exception of G3: once the lock drops, writeback may take the page for clean while another
-                // CPU still writes to it through an old entry.
-                kernel.observe_gather(GatherEvent::DirtyFlush);
-                self.flush_tlb_only();
-                self.state.pages.remove_delayed_rmaps(kernel);
+        while let Ok(rest) = VirtRange::new(address, range.end()) {
+            address = self.visit(vma, view, rest, Small);
+        }
+    }
+
+    /// Clears the 2 MiB or 1 GiB leaves, and the non-present meanings in their place, from `address` on until `end` or until
+    /// there is a table to be looked into; returns where that is.
+    ///
+    /// A leaf that reaches beyond either end is left alone.
+    #[doc(alias = "zap_huge_pmd")]
+    #[doc(alias = "zap_huge_pud")]
+    fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, address: u64, end: u64) -> u64 {
+        let level = view.level();
+        let span = level.entry_span();
+        let whole_end = end & !(span - 1);
+        match VirtRange::new(address, whole_end) {
+            Ok(whole) if address.is_multiple_of(span) => self.visit(vma, view, whole, Large(level)),
+            _ => {
+                let cut = VirtRange::of_entry(level, address);
+                debug_assert!(
+                    !matches!(view.load(address).decode(level), Decoded::Leaf(_)),
+                    "the leaf at {cut} is cut: split it first"
+                );
+                cut.end().min(end)
             }
-            drop(locked);
-            kernel.observe_gather(GatherEvent::LockDropped { leaves: visit.leaves });
-            self.carry_on(visit.room, visit.rmaps);
-            address = visit.next;
-            kernel.cond_resched();
+        }
+    }
+
+    /// Takes the lock of `view` and clears entries of `range` until its end, until the queue is full, or until an entry is a
+    /// table; flushes and frees if need be, with no lock held, and returns the first address not visited.
+    fn visit(
+        &mut self,
+        vma: &Vma<K::Area>,
+        view: TableView<'_>,
+        range: VirtRange,
+        leaves: impl Leaves,
+    ) -> u64 {
+        let kernel = self.kernel;
+        let locked = view.lock(kernel);
+        // An entry that is none may have been cleared by reclaim, whose flush is still to come.
+        self.note_deferred_flushes();
+        let visit = match self.state.mode {
+            GatherMode::Shared => {
+                let clear = Locked(self.stale_writes());
+                self.clear_entries(vma, &locked, range, leaves, clear)
+            }
+            GatherMode::SingleCpu | GatherMode::FullMm => {
+                self.clear_entries(vma, &locked, range, leaves, Exclusive)
+            }
+        };
+        if visit.rmaps == DelayedRmaps::Some {
+            // The stated exception of G3: once the lock drops, writeback may take the page for clean while another CPU
+            // still writes to it through an old entry.
+            kernel.observe_gather(GatherEvent::DirtyFlush);
+            self.flush_tlb_only();
+            self.state.pages.remove_delayed_rmaps(kernel);
+        }
+        drop(locked);
+        kernel.observe_gather(GatherEvent::LockDropped { leaves: visit.leaves });
+        self.carry_on(visit.room, visit.rmaps);
+        kernel.cond_resched();
+        visit.next
+    }
+
+    /// Whether an entry that cannot be written may still be written through what a CPU has cached of it.
+    ///
+    /// Rights are taken away between the beginning and the flush of a gather (rule G6), or by reclaim, whose flushes are
+    /// noted: if there is neither, whoever wrote to the entry before we had its lock has flushed.
+    fn stale_writes(&self) -> StaleWrites {
+        if self.is_nested() || self.state.has_deferred_flushes() {
+            StaleWrites::Possible
+        } else {
+            StaleWrites::None
         }
     }
 
@@ -148,118 +181,46 @@ impl<K: Platform> MmuGather<'_, K> {
         }
     }
 
-    /// Clears entries from `address` on until `end` or until the queue is full.
+    /// Clears the entries of `range`, batch by batch, and notes what must be flushed.
     #[inline]
-    fn zap_visit(
+    fn clear_entries(
         &mut self,
         vma: &Vma<K::Area>,
         locked: &LockedTable<'_, K::Relax>,
-        mut address: u64,
-        end: u64,
-        clear: impl Fn(&Entry) -> EntryValue,
+        range: VirtRange,
+        leaves: impl Leaves,
+        clear: impl Clear,
     ) -> Visit {
-        let page = Level::Pte.entry_span();
-        let mut cleared: Option<VirtRange> = None;
-        let mut visit = Visit { next: end, leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
-        while address < end {
-            let entry = locked.entry(address);
-            let value = entry.load();
-            if value.is_present() {
-                // A/D from the exchange, never from the read before it.
-                let leaf = unmapped(address, Level::Pte, clear(entry));
-                let here = VirtRange::of_entry(Level::Pte, address);
-                cleared = Some(cleared.map_or(here, |before| before.union(here)));
-                visit.leaves += 1;
-                let room = match self.kernel.unmap_page(vma.area, &leaf) {
-                    Disposition::Keep => Room::Left,
-                    Disposition::Free => {
-                        self.state.pages.push(self.kernel, &self.state.limits, Slot::page(leaf.frame))
-                    }
-                    Disposition::FreeAfterRmap => {
-                        visit.rmaps = DelayedRmaps::Some;
-                        let slot = Slot::page(leaf.frame);
-                        self.state.pages.push_delaying_rmap(self.kernel, &self.state.limits, slot)
-                    }
-                };
-                address += page;
-                if room == Room::Full {
-                    visit.room = room;
-                    visit.next = address;
-                    break;
-                }
-                continue;
-            }
-            if let Decoded::NonPresent(meaning) = value.decode(Level::Pte)
-                && self.kernel.unmap_non_present(vma.area, address, Level::Pte, meaning) == Fate::Clear
-            {
-                // Nothing is cached from an entry that is not present: no range, no flush.
-                entry.store(EntryValue::NONE);
-            }
-            address += page;
-        }
-        if let Some(range) = cleared {
-            // INVARIANT: G2, before the lock drops.
-            self.state.range.cleared(range, Level::Pte);
-        }
-        visit
-    }
-
-    /// Clears a 2 MiB or 1 GiB leaf, or a non-present meaning in its place, if `part` covers all of it.
-    #[doc(alias = "zap_huge_pmd")]
-    #[doc(alias = "zap_huge_pud")]
-    fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, part: VirtRange) -> Found {
         let kernel = self.kernel;
-        let level = view.level();
-        let whole = VirtRange::of_entry(level, part.start());
-        if part != whole {
-            debug_assert!(false, "{part} cuts the leaf at {whole}: split it first");
-            return Found::Entry;
-        }
-        let locked = view.lock(kernel);
-        self.note_deferred_flushes();
-        let entry = locked.entry(part.start());
-        let mut room = Room::Left;
-        let mut rmaps = DelayedRmaps::None;
-        let mut found = Found::Entry;
-        match entry.load().decode(level) {
-            Decoded::Leaf(_) => {
-                let old = match self.state.mode {
-                    GatherMode::Shared => entry.get_and_clear(),
-                    GatherMode::SingleCpu | GatherMode::FullMm => entry.get_and_clear_exclusive(),
-                };
-                self.state.range.cleared(whole, level);
-                let leaf = unmapped(whole.start(), level, old);
-                let slot = Slot::page(leaf.frame);
-                match kernel.unmap_page(vma.area, &leaf) {
-                    Disposition::Keep => {}
-                    Disposition::Free => room = self.state.pages.push(kernel, &self.state.limits, slot),
-                    Disposition::FreeAfterRmap => {
-                        room = self.state.pages.push_delaying_rmap(kernel, &self.state.limits, slot);
-                        kernel.observe_gather(GatherEvent::DirtyFlush);
-                        self.flush_tlb_only();
-                        self.state.pages.remove_delayed_rmaps(kernel);
-                        rmaps = DelayedRmaps::Some;
-                    }
-                }
+        let level = leaves.level();
+        let entries = locked.entries(range);
+        let mut at = At { first: range.start(), index: 0 };
+        let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
+        loop {
+            let mut spare = self.state.pages.spare(&self.state.limits);
+            let done = zap_entries(kernel, vma, entries, at, &mut spare, leaves, clear);
+            let full = spare.is_full();
+            drop(spare);
+            visit.leaves += done.leaves;
+            if let Some(cleared) = done.cleared(range.start(), level) {
+                // INVARIANT: G2, before the lock drops.
+                self.state.range.cleared(cleared, level);
             }
-            Decoded::NonPresent(meaning) => {
-                if kernel.unmap_non_present(vma.area, whole.start(), level, meaning) == Fate::Clear {
-                    entry.store(EntryValue::NONE);
-                }
+            if done.rmaps == DelayedRmaps::Some {
+                visit.rmaps = DelayedRmaps::Some;
+                self.state.pages.note_delayed_rmaps();
             }
-            // Somebody else took the page before we had the lock.
-            Decoded::None => {}
-            // Somebody split it before we had the lock: its pages are still to go.
-            Decoded::Table(_) => found = Found::Table,
+            at.index = done.next;
+            if full {
+                visit.room = self.state.pages.next_batch(kernel, &self.state.limits);
+            }
+            let at_end = at.index == entries.len();
+            if at_end || visit.room == Room::Full || done.stop == Stop::Table {
+                if !at_end {
+                    visit.next = at.address(level);
+                }
+                return visit;
+            }
         }
-        drop(locked);
-        kernel.observe_gather(GatherEvent::LockDropped { leaves: 1 });
-        self.carry_on(room, rmaps);
-        found
     }
-}
-
-#[inline]
-fn unmapped(address: u64, level: Level, value: EntryValue) -> UnmappedLeaf {
-    UnmappedLeaf { address, level, value, frame: PhysFrame::containing_address(value.leaf_address(level)) }
 }

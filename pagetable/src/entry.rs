@@ -72,6 +72,34 @@ impl Entry {
         old
     }
 
+    /// Takes the value out and leaves none: as [`get_and_clear`](Self::get_and_clear), but with a plain store if hardware has
+    /// nothing left to set in `seen`, which is what the entry held when it was read just now, under the lock.
+    ///
+    /// A plain load and store cost 0.75 cycles, a locked exchange about 8.
+    ///
+    /// # Context
+    /// The lock of the table is held since before `seen` was read: no other software changes the entry.
+    #[must_use]
+    #[inline]
+    pub fn get_and_clear_seen(&self, seen: EntryValue, stale: StaleWrites) -> EntryValue {
+        if seen.is_settled(stale) {
+            self.clear_settled();
+            seen
+        } else {
+            self.get_and_clear()
+        }
+    }
+
+    /// Leaves none where a settled value was seen under the lock, or where nobody else can write.
+    ///
+    /// The store may wait in this CPU's store buffer, where another CPU's walk does not see it yet. That walk uses the old
+    /// translation, as one would that had come a moment earlier; the buffer is drained by the locked instruction that raises
+    /// the generation, before anybody is told and long before the page is freed.
+    #[inline]
+    pub fn clear_settled(&self) {
+        self.0.store(0, Ordering::Release);
+    }
+
     /// Replaces `current` by `new` if the entry still holds exactly `current`.
     ///
     /// # Errors
@@ -95,6 +123,15 @@ impl Entry {
 #[repr(transparent)]
 pub struct EntryValue(u64);
 
+/// Whether a CPU may still have an old translation of an entry that was writable, when the entry no longer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StaleWrites {
+    /// No: whoever took the right away has flushed.
+    None,
+    /// Perhaps: somebody is between taking rights away and flushing.
+    Possible,
+}
+
 /// What an entry of a given level means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decoded {
@@ -114,12 +151,14 @@ impl EntryValue {
 
     /// The value with exactly these bits.
     #[must_use]
+    #[inline]
     pub const fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
 
     /// The bits.
     #[must_use]
+    #[inline]
     pub const fn bits(self) -> u64 {
         self.0
     }
@@ -182,6 +221,41 @@ impl EntryValue {
     #[inline]
     pub const fn is_writable(self) -> bool {
         self.0 & PageTableFlags::WRITABLE.bits() != 0
+    }
+
+    /// Whether hardware has nothing left to set in this present leaf, so that it cannot change while the table is locked.
+    ///
+    /// Hardware changes an entry in two ways only: it sets A when a walk uses it (A = 0), and it sets D when a program writes
+    /// through it (D = 0, and the entry, or the CPU's cached copy of it, is writable). Where both are set, or A is set and
+    /// nothing can be written, a locked exchange finds what a load found:
+    ///
+    /// - software changes entries under the table lock only, which the caller holds;
+    /// - a CPU with a cached copy that has D = 0 walks again before it sets D in memory, in one step with a new look at P: it
+    ///   either comes before our load, and we see D, or finds P = 0 and faults;
+    /// - a CPU with a cached copy that has D = 1 writes without touching memory, whatever instruction clears the entry;
+    /// - an entry that lost its right to be written, and whose old translations have not been flushed, may still get D set on
+    ///   processors without shadow stacks: `stale` says whether that is possible.
+    ///
+    /// # Source
+    /// Intel SDM vol. 3A 4.8 (A and D are set by locked accesses; D with R/W = 0) and 4.10.4.3.
+    #[must_use]
+    #[inline]
+    pub const fn is_settled(self, stale: StaleWrites) -> bool {
+        Self::are_settled(self, self, stale)
+    }
+
+    /// Whether all of a set of present leaves are [settled](Self::is_settled); `all` has the bits that all of them have,
+    /// `any` those that any has.
+    ///
+    /// May say no where one by one would say yes: entries that are dirty next to others that cannot be written.
+    #[must_use]
+    #[inline]
+    pub const fn are_settled(all: Self, any: Self, stale: StaleWrites) -> bool {
+        const USED: u64 = PageTableFlags::PRESENT.bits() | PageTableFlags::ACCESSED.bits();
+        const WRITTEN: u64 = USED | PageTableFlags::DIRTY.bits();
+        let written = all.0 & WRITTEN == WRITTEN;
+        let never = all.0 & USED == USED && !any.is_writable() && matches!(stale, StaleWrites::None);
+        written || never
     }
 
     /// The flag bits. Meaningful for present entries only; in a 4 KiB leaf bit 7 is PAT, not "huge".

@@ -30,18 +30,21 @@ impl Level {
 
     /// Bytes covered by one entry of a table at this level, as a power of two: 12, 21, 30, 39 or 48.
     #[must_use]
+    #[inline]
     pub const fn entry_shift(self) -> u32 {
         12 + 9 * (self as u32 - 1)
     }
 
     /// Bytes covered by one entry of a table at this level.
     #[must_use]
+    #[inline]
     pub const fn entry_span(self) -> u64 {
         1 << self.entry_shift()
     }
 
     /// Bytes covered by a whole table at this level (512 entries).
     #[must_use]
+    #[inline]
     pub const fn table_span(self) -> u64 {
         1 << (self.entry_shift() + 9)
     }
@@ -55,6 +58,7 @@ impl Level {
 
     /// The level of the tables that entries of this level point to; `None` for the last level.
     #[must_use]
+    #[inline]
     pub const fn below(self) -> Option<Self> {
         match self {
             Self::Pte => None,
@@ -67,6 +71,7 @@ impl Level {
 
     /// The level of the tables whose entries point to tables of this level; `None` above the fifth.
     #[must_use]
+    #[inline]
     pub const fn above(self) -> Option<Self> {
         match self {
             Self::Pte => Some(Self::Pmd),
@@ -79,6 +84,7 @@ impl Level {
 
     /// Whether an entry of this level may map a page itself (4 KiB, 2 MiB or 1 GiB).
     #[must_use]
+    #[inline]
     pub const fn may_be_leaf(self) -> bool {
         matches!(self, Self::Pte | Self::Pmd | Self::Pud)
     }
@@ -96,6 +102,7 @@ pub enum PagingMode {
 impl PagingMode {
     /// Level of the table that CR3 points to.
     #[must_use]
+    #[inline]
     pub const fn root_level(self) -> Level {
         match self {
             Self::FourLevel => Level::P4d,
@@ -105,6 +112,7 @@ impl PagingMode {
 
     /// One past the last byte of the lower (user) half. Not a canonical address itself.
     #[must_use]
+    #[inline]
     pub const fn user_end(self) -> u64 {
         match self {
             Self::FourLevel => 1 << 47,

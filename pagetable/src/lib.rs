@@ -17,6 +17,9 @@
 //!   parent entry.
 //! - **P3** Table lifetime is decided by VMAs (floor/ceiling), or by "all 512 entries none under both locks", never
 //!   by guess.
+//!
+//! P1 costs a locked exchange wherever hardware may still set a bit between a load and a store. Where it has nothing left to
+//! set (A is set, and D is set or nothing can write) a load and a store do: [`EntryValue::is_settled`] has the argument.
 #![no_std]
 #![deny(unsafe_code)]
 
@@ -29,7 +32,7 @@ mod space;
 mod table;
 mod walk;
 
-pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent};
+pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent, StaleWrites};
 pub use free_range::{Bounds, FreedTable};
 pub use level::{Level, PagingMode};
 pub use map::MapError;

@@ -76,12 +76,14 @@ impl VirtRange {
 
     /// Length in bytes; never zero.
     #[must_use]
+    #[inline]
     pub const fn len_bytes(self) -> u64 {
         self.end - self.start
     }
 
     /// Length in 4 KiB pages; never zero.
     #[must_use]
+    #[inline]
     pub const fn nr_pages(self) -> u64 {
         self.len_bytes() >> 12
     }

@@ -11,6 +11,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::entry::{Entry, EntryValue};
 use crate::level::Level;
+use crate::range::VirtRange;
 
 /// A table page in the hardware's format.
 #[derive(Debug)]
@@ -128,6 +129,7 @@ impl<'m> TableView<'m> {
 
     /// The frame the table occupies.
     #[must_use]
+    #[inline]
     pub const fn frame(&self) -> PhysFrame {
         self.frame
     }
@@ -200,6 +202,19 @@ impl<'m, R> LockedTable<'m, R> {
     #[inline]
     pub fn entry(&self, address: u64) -> &'m Entry {
         self.view.table.entry(self.view.level.index(address))
+    }
+
+    /// The entries that `range` selects, which lies inside the span of the table; those it covers in part are among them.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the table.
+    #[must_use]
+    #[inline]
+    pub fn entries(&self, range: VirtRange) -> &'m [Entry] {
+        let level = self.view.level;
+        let first = level.index(range.start());
+        let last = level.index(range.end() - 1);
+        &self.view.table.entries[first..=last]
     }
 }
 

@@ -1,0 +1,298 @@
+//! The loop over the entries of a locked table: the one part of the engine that runs once a page.
+//!
+//! It goes by whole cache lines. Eight entries are read; if all are none, which in sparse memory most are, it goes on; if all
+//! can be taken with plain stores, all are; otherwise each is looked at alone. It stays a function of its own, so that its few
+//! values keep their registers, and knows the embedder's page calls, which are inlined into it.
+
+use core::ops::Range;
+
+use mmu_pagetable::{Decoded, Entry, EntryValue, Level, StaleWrites, VirtRange};
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+
+use crate::platform::{Disposition, Fate, Platform, UnmappedLeaf, Vma};
+use crate::slot::Slot;
+use crate::spare::{LINE, Spare};
+
+/// How entries are taken out.
+pub(crate) trait Clear: Copy {
+    /// Whether a plain store will do for every one of a set of present leaves; `all` and `any` are what all and any of them
+    /// have.
+    fn plainly(self, all: EntryValue, any: EntryValue) -> bool;
+    /// Takes the value out of one entry, which held `seen` just now.
+    fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue;
+}
+
+/// Nobody else can touch the entries: plain stores for all.
+#[derive(Clone, Copy)]
+pub(crate) struct Exclusive;
+
+/// Other CPUs may walk: plain stores where hardware has nothing left to set, locked exchanges elsewhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Locked(pub(crate) StaleWrites);
+
+impl Clear for Exclusive {
+    #[inline(always)]
+    fn plainly(self, _all: EntryValue, _any: EntryValue) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    fn take(self, entry: &Entry, _seen: EntryValue) -> EntryValue {
+        entry.get_and_clear_exclusive()
+    }
+}
+
+impl Clear for Locked {
+    #[inline(always)]
+    fn plainly(self, all: EntryValue, any: EntryValue) -> bool {
+        EntryValue::are_settled(all, any, self.0)
+    }
+
+    #[inline(always)]
+    fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue {
+        entry.get_and_clear_seen(seen, self.0)
+    }
+}
+
+/// Which leaves a table has.
+pub(crate) trait Leaves: Copy {
+    /// The bits that every one has.
+    const BITS: PageTableFlags;
+    /// The level of the table.
+    fn level(self) -> Level;
+}
+
+/// Pages of 4 KiB, in a table of the last level.
+#[derive(Clone, Copy)]
+pub(crate) struct Small;
+
+/// Pages of 2 MiB or 1 GiB, in a table of this level, next to links to tables.
+#[derive(Clone, Copy)]
+pub(crate) struct Large(pub(crate) Level);
+
+impl Leaves for Small {
+    const BITS: PageTableFlags = PageTableFlags::PRESENT;
+    #[inline(always)]
+    fn level(self) -> Level {
+        Level::Pte
+    }
+}
+
+impl Leaves for Large {
+    const BITS: PageTableFlags = PageTableFlags::PRESENT.union(PageTableFlags::HUGE_PAGE);
+    #[inline(always)]
+    fn level(self) -> Level {
+        self.0
+    }
+}
+
+/// Where in a table the loop is.
+#[derive(Clone, Copy)]
+pub(crate) struct At {
+    /// The address of the first entry.
+    pub(crate) first: u64,
+    /// The entry, counted from that one.
+    pub(crate) index: usize,
+}
+
+impl At {
+    #[inline(always)]
+    pub(crate) const fn address(self, level: Level) -> u64 {
+        self.first + ((self.index as u64) << level.entry_shift())
+    }
+
+    #[inline(always)]
+    const fn plus(self, entries: usize) -> Self {
+        Self { first: self.first, index: self.index + entries }
+    }
+}
+
+/// Whether pages must lose their rmap after a flush under the lock that is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DelayedRmaps {
+    None,
+    Some,
+}
+
+/// Why the loop stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// At the end, or for want of room.
+    Done,
+    /// Before an entry that points to a table.
+    Table,
+}
+
+/// What the loop did.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Done {
+    /// The first entry not looked at.
+    pub(crate) next: usize,
+    /// Leaves cleared.
+    pub(crate) leaves: u32,
+    /// The first leaf cleared; `usize::MAX` so far.
+    low: usize,
+    /// One past the last leaf cleared.
+    high: usize,
+    pub(crate) rmaps: DelayedRmaps,
+    pub(crate) stop: Stop,
+}
+
+impl Done {
+    /// The addresses of the leaves cleared, in a table whose entry 0 maps `start`.
+    #[inline]
+    pub(crate) fn cleared(&self, start: u64, level: Level) -> Option<VirtRange> {
+        let address = |index: usize| start + ((index as u64) << level.entry_shift());
+        VirtRange::new(address(self.low.min(self.high)), address(self.high)).ok()
+    }
+
+    #[inline(always)]
+    fn note(&mut self, cleared: Range<usize>, leaves: u32) {
+        self.low = self.low.min(cleared.start);
+        self.high = cleared.end;
+        self.leaves += leaves;
+    }
+}
+
+/// Clears entries from `at` on, until the last of `entries` or until `spare` is full, or before a table.
+///
+/// # Context
+/// The lock of the table is held.
+#[inline(never)]
+pub(crate) fn zap_entries<K: Platform>(
+    kernel: &K,
+    vma: &Vma<K::Area>,
+    entries: &[Entry],
+    at: At,
+    spare: &mut Spare<'_>,
+    leaves: impl Leaves,
+    clear: impl Clear,
+) -> Done {
+    let work = Work { kernel, area: vma.area, leaves, clear };
+    let mut done = Done {
+        next: at.index,
+        leaves: 0,
+        low: usize::MAX,
+        high: 0,
+        rmaps: DelayedRmaps::None,
+        stop: Stop::Done,
+    };
+    let mut at = at;
+    let (lines, rest) = entries[at.index..].as_chunks::<LINE>();
+    for line in lines {
+        let values = line.each_ref().map(Entry::load);
+        let any = values.iter().fold(0, |any, value| any | value.bits());
+        if any == 0 {
+            at = at.plus(LINE);
+            continue;
+        }
+        let all = values.iter().fold(u64::MAX, |all, value| all & value.bits());
+        let plain = all & work.leaf_bits() == work.leaf_bits()
+            && work.clear.plainly(EntryValue::from_bits(all), EntryValue::from_bits(any))
+            && spare.fits_line();
+        if plain {
+            for entry in line {
+                entry.clear_settled();
+            }
+            work.line_cleared(values, at, spare, &mut done);
+            at = at.plus(LINE);
+        } else {
+            for entry in line {
+                if !work.one(entry, at, spare, &mut done) {
+                    done.next = at.index;
+                    return done;
+                }
+                at = at.plus(1);
+            }
+        }
+    }
+    for entry in rest {
+        if !work.one(entry, at, spare, &mut done) {
+            break;
+        }
+        at = at.plus(1);
+    }
+    done.next = at.index;
+    done
+}
+
+struct Work<'k, K: Platform, L, C> {
+    kernel: &'k K,
+    area: K::Area,
+    leaves: L,
+    clear: C,
+}
+
+impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
+    #[inline(always)]
+    fn leaf_bits(&self) -> u64 {
+        L::BITS.bits()
+    }
+
+    /// Eight leaves are gone from the table; they fit.
+    #[inline(always)]
+    fn line_cleared(&self, values: [EntryValue; LINE], at: At, spare: &mut Spare<'_>, done: &mut Done) {
+        let slots = core::array::from_fn(|offset| self.gone(values[offset], at.plus(offset), done));
+        spare.push_some(slots);
+        done.note(at.index..at.index + LINE, 8);
+    }
+
+    /// Looks at one entry; whether the loop can go on to the next.
+    #[inline(always)]
+    fn one(&self, entry: &Entry, at: At, spare: &mut Spare<'_>, done: &mut Done) -> bool {
+        let level = self.leaves.level();
+        let seen = entry.load();
+        if seen.is_none() {
+            return true;
+        }
+        if seen.bits() & self.leaf_bits() == self.leaf_bits() {
+            if spare.is_full() {
+                return false;
+            }
+            // A and D from the exchange wherever hardware may still set them, never from the read before it.
+            let old = self.clear.take(entry, seen);
+            if let Some(slot) = self.gone(old, at, done) {
+                spare.push(slot);
+            }
+            done.note(at.index..at.index + 1, 1);
+            return true;
+        }
+        self.not_a_leaf(entry, seen, at.address(level), done)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn not_a_leaf(&self, entry: &Entry, seen: EntryValue, address: u64, done: &mut Done) -> bool {
+        let level = self.leaves.level();
+        match seen.decode(level) {
+            Decoded::NonPresent(meaning) => {
+                if self.kernel.unmap_non_present(self.area, address, level, meaning) == Fate::Clear {
+                    // Nothing is cached from an entry that is not present: no range, no flush.
+                    entry.store(EntryValue::NONE);
+                }
+                true
+            }
+            Decoded::Table(_) => {
+                done.stop = Stop::Table;
+                false
+            }
+            Decoded::None | Decoded::Leaf(_) => true,
+        }
+    }
+
+    /// Tells the kernel of a leaf that was cleared; the slot in which its page waits, if it is to be freed.
+    #[inline(always)]
+    fn gone(&self, value: EntryValue, at: At, done: &mut Done) -> Option<Slot> {
+        let level = self.leaves.level();
+        let frame = PhysFrame::containing_address(value.leaf_address(level));
+        let leaf = UnmappedLeaf { address: at.address(level), level, value, frame };
+        match self.kernel.unmap_page(self.area, &leaf) {
+            Disposition::Keep => None,
+            Disposition::Free => Some(Slot::page(frame)),
+            Disposition::FreeAfterRmap => {
+                done.rmaps = DelayedRmaps::Some;
+                Some(Slot::page(frame).delaying_rmap())
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Clearing an entry without a locked exchange: right exactly where hardware has nothing left to set.
+#![expect(unsafe_code, reason = "shares a table between threads")]
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use mmu_gather::pagetable::{Entry, EntryValue, Level, StaleWrites, Table};
+use x86_64::PhysAddr;
+use x86_64::structures::paging::{PageTable, PageTableFlags};
+
+const A: PageTableFlags = PageTableFlags::ACCESSED;
+const D: PageTableFlags = PageTableFlags::DIRTY;
+const W: PageTableFlags = PageTableFlags::WRITABLE;
+
+fn leaf(flags: PageTableFlags) -> EntryValue {
+    EntryValue::leaf(Level::Pte, PhysAddr::new(0x5000), flags)
+}
+
+fn with(value: EntryValue, flags: PageTableFlags) -> EntryValue {
+    EntryValue::from_bits(value.bits() | flags.bits())
+}
+
+/// What hardware may make of a present leaf in one step: SDM vol. 3A 4.8.
+fn steps(value: EntryValue, stale: StaleWrites) -> Vec<EntryValue> {
+    let mut after = vec![with(value, A)];
+    if value.is_writable() || stale == StaleWrites::Possible {
+        after.push(with(value, A | D));
+    }
+    after
+}
+
+fn all_flags() -> impl Iterator<Item = PageTableFlags> {
+    let flags = |number: u32| {
+        let bits = [A, D, W].into_iter().enumerate();
+        bits.filter(|(bit, _)| number & (1 << bit) != 0)
+            .fold(PageTableFlags::empty(), |all, (_, one)| all | one)
+    };
+    (0..8).map(flags)
+}
+
+#[test]
+fn an_entry_is_settled_exactly_if_no_step_of_hardware_changes_it() {
+    for stale in [StaleWrites::None, StaleWrites::Possible] {
+        for value in all_flags().map(leaf) {
+            let changes = steps(value, stale).iter().any(|after| *after != value);
+            // Settled by dirty alone, or by rights alone; never where something could still be set.
+            assert_eq!(value.is_settled(stale), !changes, "{:?}, {stale:?}", value.flags());
+        }
+        assert!(!EntryValue::NONE.is_settled(stale));
+    }
+}
+
+#[test]
+fn a_line_is_settled_only_if_each_of_its_entries_is() {
+    for stale in [StaleWrites::None, StaleWrites::Possible] {
+        for (one, other) in all_flags().flat_map(|one| all_flags().map(move |other| (leaf(one), leaf(other))))
+        {
+            let all = EntryValue::from_bits(one.bits() & other.bits());
+            let any = EntryValue::from_bits(one.bits() | other.bits());
+            if EntryValue::are_settled(all, any, stale) {
+                assert!(one.is_settled(stale) && other.is_settled(stale), "{one:?} {other:?}");
+            }
+        }
+    }
+}
+
+const ROUNDS: usize = 40;
+/// Enough that clearing them takes about as long as a thread waits for a core on a busy machine.
+const TABLES: usize = 64;
+
+/// The race that the rule is about, on real memory: one thread is the page walker of a CPU whose program writes, and sets A and
+/// D as hardware does, in one step with a look at P; the other clears. Each bit set before the clear must come out of it.
+#[test]
+fn no_dirty_bit_is_lost_between_a_program_that_writes_and_a_clear_without_exchange() {
+    let memory = Box::into_raw(Box::new([const { PageTable::new() }; TABLES])).cast::<[Table; TABLES]>();
+    // SAFETY: a `Table` has the size and alignment of a `PageTable` (asserted in its crate) and consists of atomics. The box
+    // is never freed, and nobody else refers to it.
+    let tables: &[Table; TABLES] = unsafe { &*memory };
+    let entries: Vec<&Entry> = tables.iter().flat_map(Table::entries).collect();
+    let written: Vec<AtomicBool> = entries.iter().map(|_| AtomicBool::new(false)).collect();
+    let (round, walking) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let kinds: Vec<PageTableFlags> = all_flags().collect();
+    // Told after the threads have finished: one that panics leaves the other waiting.
+    let mut losses = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for now in 1..=ROUNDS {
+                wait_for(&round, 2 * now - 1);
+                walking.store(2 * now - 1, Ordering::Release);
+                // Somewhere else each time, and around until the round is over.
+                for index in (now * 4099..).map(|index| index % entries.len()) {
+                    if write(entries[index]) {
+                        written[index].store(true, Ordering::Relaxed);
+                    }
+                    if round.load(Ordering::Acquire) >= 2 * now {
+                        break;
+                    }
+                }
+                walking.store(2 * now, Ordering::Release);
+            }
+        });
+        for now in 1..=ROUNDS {
+            for (index, (entry, written)) in entries.iter().zip(&written).enumerate() {
+                entry.store(leaf(kinds[(index * 5 + now) % kinds.len()]));
+                written.store(false, Ordering::Relaxed);
+            }
+            round.store(2 * now - 1, Ordering::Release);
+            wait_for(&walking, 2 * now - 1);
+            let clear = |entry: &&Entry| entry.get_and_clear_seen(entry.load(), StaleWrites::None);
+            let cleared: Vec<EntryValue> = entries.iter().map(clear).collect();
+            round.store(2 * now, Ordering::Release);
+            wait_for(&walking, 2 * now);
+            for (index, (value, written)) in cleared.iter().zip(&written).enumerate() {
+                let left = entries[index].load();
+                if !left.is_none() || written.load(Ordering::Relaxed) && !value.is_dirty() {
+                    losses.push((now, index, value.flags(), left));
+                }
+            }
+        }
+    });
+    assert!(losses.is_empty(), "(round, entry, what came out, what is left): {losses:?}");
+}
+
+/// Waits for the other thread, which may not have a core of its own.
+fn wait_for(number: &AtomicUsize, at_least: usize) {
+    while number.load(Ordering::Acquire) < at_least {
+        for _ in 0..1000 {
+            core::hint::spin_loop();
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// A program writes through the entry: whether it could.
+fn write(entry: &Entry) -> bool {
+    loop {
+        let value = entry.load();
+        if !value.is_present() || !value.is_writable() {
+            return false;
+        }
+        if value == with(value, A | D) || entry.compare_exchange(value, with(value, A | D)).is_ok() {
+            return true;
+        }
+    }
+}
