@@ -8,6 +8,7 @@
 //!  entry.rs     the rows of the table       flushes.rs  the rows of the table in which flushes cost something
 //!  rounds.rs    samples, in rounds of random order           linux.rs   the same shapes in Linux
 //!  steps.rs     counts the instructions of a piece of code   threads.rs threads that play CPUs
+//!  preempted.rs whether a sample was disturbed
 //! ```
 //!
 //! All entries of one table run on tables laid out by one builder, with one allocator and one metadata layout; only the
@@ -25,6 +26,7 @@ pub mod machine;
 pub mod memory;
 #[cfg(feature = "peers")]
 pub mod peers;
+pub mod preempted;
 #[cfg(feature = "peers")]
 pub mod rounds;
 pub mod shape;

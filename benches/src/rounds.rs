@@ -8,6 +8,7 @@ use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 
 use crate::entry::{Clock, Entry, Sampler};
+use crate::preempted::times_preempted;
 use crate::shape::Shape;
 
 /// What was measured of one row on one workload: nanoseconds a leaf, one number a round.
@@ -76,10 +77,4 @@ fn undisturbed(sampler: &Sampler<'_>, shape: &Shape, entry: Entry) -> f64 {
             return clock.nanoseconds_for(shape.nr_leaves());
         }
     }
-}
-
-fn times_preempted() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/thread-self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("nonvoluntary_ctxt_switches:"))?;
-    line.split_whitespace().nth(1)?.parse().ok()
 }

@@ -26,4 +26,12 @@ pub mod strace;
 mod strace_lex;
 #[cfg(test)]
 mod strace_tests;
+pub mod sweep;
+mod sweep_answer;
+pub mod sweep_axes;
+mod sweep_chart;
+mod sweep_html;
+mod sweep_machine;
+pub mod sweep_measure;
+mod sweep_report;
 pub mod trace;

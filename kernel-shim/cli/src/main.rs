@@ -15,6 +15,7 @@ use mmu_cli::capture;
 use mmu_cli::layout::Layout;
 use mmu_cli::report::Report;
 use mmu_cli::run::{RunOptions, run_layout};
+use mmu_cli::sweep::{self, SweepArgs, SweepError};
 use mmu_cli::trace::{TraceLog, run_trace};
 use mmu_gather::Limits;
 use mmu_hosted::{Checking, MachineFault};
@@ -52,6 +53,14 @@ enum Command {
     /// Runs a saved sequence again: the same verdict every time.
     #[command(after_help = "Example: teardown replay failure.sequence")]
     Replay(replay_command::ReplayArgs),
+    /// Compares batch sizes: what a page costs, how often CPUs are interrupted, how much memory waits.
+    ///
+    /// Without --batch and the rest: nine settings, each axis alone from 32Ki dense pages, 2 CPUs, ceiling 33, none refused. With
+    /// some of them: every combination of the values named, the other axes at that base.
+    #[command(
+        after_help = "Example: teardown sweep --html sweep.html\n         teardown sweep --batch 64,510,19x510 --size 33,32Ki --cpus 2,8lazy6"
+    )]
+    Sweep(SweepArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -157,6 +166,7 @@ fn main() -> ExitCode {
         Some(Command::Boot(args)) => boot_image(args),
         Some(Command::Fuzz(args)) => fuzz_command::fuzz(args),
         Some(Command::Replay(args)) => replay_command::replay(args),
+        Some(Command::Sweep(args)) => sweep_batches(args),
     };
     match result {
         Ok(Verdict::Good) => ExitCode::SUCCESS,
@@ -296,6 +306,19 @@ fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {
     match boot::run(args) {
         Ok(BootVerdict::Good) => Ok(Verdict::Good),
         Ok(_) => Ok(Verdict::Violation),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn sweep_batches(args: &SweepArgs) -> Result<Verdict, Failure> {
+    let progress = progress_bar(args.plan().steps());
+    let result = sweep::run(args, || progress.inc(1), || progress.finish_and_clear());
+    match result {
+        Ok(()) => Ok(Verdict::Good),
+        Err(error @ SweepError::Lost { .. }) => {
+            let _ = writeln!(io::stderr(), "teardown: {error}");
+            Ok(Verdict::Violation)
+        }
         Err(error) => Err(error.to_string()),
     }
 }

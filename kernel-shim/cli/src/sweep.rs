@@ -1,0 +1,254 @@
+//! `teardown sweep`: what batch sizes cost, and what else they change.
+
+use core::time::Duration;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use crate::sweep_axes::{Batch, Ceiling, Conditions, CpuMix, Layout, NrPages, Refuse};
+use crate::sweep_measure::{Plan, measure};
+use crate::sweep_report::SweepReport;
+
+/// What `teardown sweep` is told.
+#[derive(Clone, Debug, Default, Args)]
+pub struct SweepArgs {
+    /// Settings to compare: 8 (the slots on the stack), 9 to 510 slots of one page, PAGESxSLOTS such as 19x510 (the default of the
+    /// engine), unlimited, adaptive (as many as the pages need). Default: nine of them.
+    #[arg(long, value_name = "SETTING,..", value_delimiter = ',')]
+    pub batch: Vec<Batch>,
+    /// How many pages are torn down, such as 33,513,32Ki.
+    #[arg(long, value_name = "PAGES,..", value_delimiter = ',')]
+    pub size: Vec<NrPages>,
+    /// How they lie: dense (W1 of the benches), sparse (W3), areas (W4), huge (W5), shuffled (W6).
+    #[arg(long, value_name = "SHAPE,..", value_delimiter = ',')]
+    pub shape: Vec<Layout>,
+    /// CPUs that have the address space loaded, such as 1,2,8lazy6: eight, six of which are lazy. 1: no other is online.
+    #[arg(long, value_name = "CPUS,..", value_delimiter = ',')]
+    pub cpus: Vec<CpuMix>,
+    /// Most pages that a flush invalidates one by one, such as 0,33,never (never: it drops no context).
+    #[arg(long, value_name = "PAGES,..", value_delimiter = ',')]
+    pub ceiling: Vec<Ceiling>,
+    /// Which batch pages are refused: never, always, or N for every N-th.
+    #[arg(long, value_name = "WHICH,..", value_delimiter = ',')]
+    pub refuse: Vec<Refuse>,
+    /// Every value of every axis with every other: 2475 sets of conditions.
+    #[arg(long, conflicts_with_all = ["size", "shape", "cpus", "ceiling", "refuse"])]
+    pub everything: bool,
+    /// Timed samples of each; 0: counts only, which are the same in every run.
+    #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(0..=1001))]
+    pub repeat: u32,
+    /// Seconds of timing after which the third sample of each is the last.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub time: u64,
+    /// What an interrupt to another CPU costs: a model, no measurement.
+    #[arg(long, value_name = "NS", default_value_t = 1000)]
+    pub ipi_ns: u32,
+    /// Writes a line for each setting and set of conditions.
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Writes everything for programs.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Writes a page with charts, and the answer in words.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = SweepFormat::Text)]
+    pub format: SweepFormat,
+}
+
+/// How the report is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SweepFormat {
+    /// A table for people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// Why a sweep did not come to an end.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    /// The machine's memory cannot be had.
+    #[error("{0}")]
+    Memory(io::Error),
+    /// A teardown freed something else than what was mapped.
+    #[error(
+        "batch {batch}, {conditions}: {} of {} pages and {} of {} tables were freed",
+        pages.0, pages.1, tables.0, tables.1
+    )]
+    Lost {
+        /// The setting.
+        batch: Batch,
+        /// The rest of it.
+        conditions: Conditions,
+        /// Freed, and mapped.
+        pages: (u64, u64),
+        /// Freed, and built.
+        tables: (u64, u64),
+    },
+    /// A file could not be written.
+    #[error("cannot write {}: {error}", path.display())]
+    File {
+        /// Its name.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// Nothing was left to do.
+    #[error("the machine has not the frames for any of this: {0}")]
+    TooLarge(Conditions),
+    /// The report could not be written.
+    #[error("cannot write the report: {0}")]
+    Output(io::Error),
+}
+
+impl SweepArgs {
+    /// What these arguments ask for.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        let batches = if self.batch.is_empty() { Batch::ALL.to_vec() } else { unique(&self.batch) };
+        let nothing_named = self.size.is_empty()
+            && self.shape.is_empty()
+            && self.cpus.is_empty()
+            && self.ceiling.is_empty()
+            && self.refuse.is_empty();
+        let conditions = if self.everything {
+            product(&Layout::ALL, &NrPages::ALL, &CpuMix::ALL, &Ceiling::ALL, &Refuse::ALL)
+        } else if nothing_named {
+            one_at_a_time()
+        } else {
+            let base = Conditions::BASE;
+            product(
+                &or(&self.shape, base.shape),
+                &or(&self.size, base.size),
+                &or(&self.cpus, base.cpus),
+                &or(&self.ceiling, base.ceiling),
+                &or(&self.refuse, base.refuse),
+            )
+        };
+        Plan { batches, conditions, repeat: self.repeat, patience: Duration::from_secs(self.time) }
+    }
+}
+
+/// Sweeps, writes the files that were asked for, and prints the report. `step` is called as the work goes on, as often as
+/// [`Plan::steps`] says at the most, and `done` before anything is printed.
+///
+/// # Errors
+/// [`SweepError`]; of [`SweepError::Lost`] the exit code is 1, of all others 2.
+pub fn run(args: &SweepArgs, step: impl FnMut(), done: impl FnOnce()) -> Result<(), SweepError> {
+    let plan = args.plan();
+    let mut files = Vec::new();
+    for path in [&args.csv, &args.json, &args.html] {
+        files.push(path.as_deref().map(Target::create).transpose()?);
+    }
+    let found = measure(&plan, step)?;
+    done();
+    if let (true, Some(first)) = (found.cells.is_empty(), found.left_out.first()) {
+        return Err(SweepError::TooLarge(*first));
+    }
+    let report = SweepReport::new(found, args.ipi_ns);
+    let [csv, json, html] = <[_; 3]>::try_from(files).unwrap_or_default();
+    if let Some(file) = csv {
+        file.write(|out| report.write_csv(out))?;
+    }
+    if let Some(file) = json {
+        file.write(|out| report.write_json(out))?;
+    }
+    if let Some(file) = html {
+        file.write(|out| report.write_html(out))?;
+    }
+    let out = BufWriter::new(io::stdout().lock());
+    let written = match args.format {
+        SweepFormat::Text => report.write_text(out),
+        SweepFormat::Json => report.write_json(out),
+    };
+    written.map_err(SweepError::Output)
+}
+
+/// A file that appears whole or not at all; that it cannot be written is known before the work begins.
+struct Target<'p> {
+    path: &'p Path,
+    temporary: PathBuf,
+    file: File,
+}
+
+impl<'p> Target<'p> {
+    fn create(path: &'p Path) -> Result<Self, SweepError> {
+        let mut temporary = path.to_path_buf().into_os_string();
+        temporary.push(".part");
+        let temporary = PathBuf::from(temporary);
+        match File::create(&temporary) {
+            Ok(file) => Ok(Self { path, temporary, file }),
+            Err(error) => Err(SweepError::File { path: path.to_path_buf(), error }),
+        }
+    }
+
+    fn write(self, content: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<(), SweepError> {
+        let mut out = BufWriter::new(&self.file);
+        content(&mut out)
+            .and_then(|()| out.flush())
+            .and_then(|()| std::fs::rename(&self.temporary, self.path))
+            .map_err(|error| SweepError::File { path: self.path.to_path_buf(), error })
+    }
+}
+
+impl Drop for Target<'_> {
+    fn drop(&mut self) {
+        // Gone already, if it was written.
+        let _ = std::fs::remove_file(&self.temporary);
+    }
+}
+
+fn or<T: Copy + PartialEq>(named: &[T], base: T) -> Vec<T> {
+    if named.is_empty() { vec![base] } else { unique(named) }
+}
+
+/// Each value once, where it came first.
+fn unique<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
+    let mut seen = Vec::new();
+    for value in values {
+        if !seen.contains(value) {
+            seen.push(*value);
+        }
+    }
+    seen
+}
+
+/// The base, and from there each axis alone.
+fn one_at_a_time() -> Vec<Conditions> {
+    let base = Conditions::BASE;
+    let mut all = vec![base];
+    all.extend(Layout::ALL.map(|shape| Conditions { shape, ..base }));
+    all.extend(NrPages::ALL.map(|size| Conditions { size, ..base }));
+    all.extend(CpuMix::ALL.map(|cpus| Conditions { cpus, ..base }));
+    all.extend(Ceiling::ALL.map(|ceiling| Conditions { ceiling, ..base }));
+    all.extend(Refuse::ALL.map(|refuse| Conditions { refuse, ..base }));
+    unique(&all)
+}
+
+fn product(
+    shapes: &[Layout],
+    sizes: &[NrPages],
+    cpu_mixes: &[CpuMix],
+    ceilings: &[Ceiling],
+    refusals: &[Refuse],
+) -> Vec<Conditions> {
+    let mut all = Vec::new();
+    for shape in shapes {
+        for size in sizes {
+            for cpus in cpu_mixes {
+                for ceiling in ceilings {
+                    for refuse in refusals {
+                        let (shape, size, cpus) = (*shape, *size, *cpus);
+                        all.push(Conditions { shape, size, cpus, ceiling: *ceiling, refuse: *refuse });
+                    }
+                }
+            }
+        }
+    }
+    all
+}

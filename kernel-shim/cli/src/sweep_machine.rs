@@ -1,0 +1,261 @@
+//! The machine of a sweep: that of the benches, with a ceiling, lazy CPUs, refused batch pages, and somebody who counts.
+#![expect(unsafe_code, reason = "implements the engine's unsafe traits")]
+
+use core::cell::{Cell, RefCell};
+use core::ptr::NonNull;
+
+use mmu_benches::machine::{Batched, Bits, Machine};
+use mmu_gather::pagetable::{Bounds, TableLock, TableMemory, VirtRange};
+use mmu_gather::tlb::{
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, TlbEvent, enter_lazy_tlb,
+    flush_tlb_func, switch_mm,
+};
+use mmu_gather::{
+    BatchPage, Disposition, FreedPages, GatherEvent, Limits, Mm, MmuGather, Pages, UnmappedLeaf, Vma,
+    VmaKind, unmap_region,
+};
+use x86_64::instructions::tlb::Pcid;
+use x86_64::structures::paging::mapper::PageTableFrameMapping;
+use x86_64::structures::paging::{PageTable, PhysFrame};
+
+use crate::sweep_axes::{Conditions, CpuMix};
+
+/// What one [`MmuGather`] takes on the stack.
+pub(crate) const GATHER_BYTES: usize = size_of::<MmuGather<'_, SweepMachine<'_, Unwatched>>>();
+/// What the engine keeps for one CPU.
+pub(crate) const CPU_BYTES: usize = size_of::<CpuTlb<Bits>>();
+/// What the engine keeps for one address space.
+pub(crate) const MM_BYTES: usize = size_of::<Mm<Bits>>();
+/// What the machine keeps for one frame.
+pub(crate) const FRAME_BYTES: usize = size_of::<mmu_benches::memory::Frame>();
+/// What the engine asks for in it: the lock of a table.
+pub(crate) const LOCK_BYTES: usize = size_of::<TableLock<spin::Spin>>();
+
+/// Somebody who is told what happens. Nothing here is called for each page, but `invlpg`.
+pub(crate) trait Watch {
+    fn gather(&self, _event: GatherEvent) {}
+    fn tlb(&self, _event: TlbEvent) {}
+    fn invlpg(&self) {}
+    fn context_dropped(&self) {}
+    fn batch_taken(&self) {}
+    fn batch_returned(&self) {}
+    fn pages_freed(&self, _pages: FreedPages<'_>) {}
+    fn tables_freed(&self, _tables: &[PhysFrame]) {}
+    fn preemption_point(&self) {}
+}
+
+/// Nobody: for measuring time.
+#[derive(Debug)]
+pub(crate) struct Unwatched;
+
+impl Watch for Unwatched {}
+
+/// Batch pages, kept for the next gather, so that no sample pays for the host's memory.
+#[derive(Debug, Default)]
+pub(crate) struct BatchPool {
+    spare: RefCell<Vec<BatchPage>>,
+}
+
+#[repr(C, align(4096))]
+struct Page([u8; 4096]);
+
+impl BatchPool {
+    fn take(&self) -> BatchPage {
+        self.spare.borrow_mut().pop().unwrap_or_else(|| {
+            let page = Box::leak(Box::new(Page([0; 4096])));
+            // SAFETY: 4096 bytes, aligned to as many, that live for ever and that nobody else knows.
+            unsafe { BatchPage::new(NonNull::from(&mut page.0)) }
+        })
+    }
+
+    fn give_back(&self, page: BatchPage) {
+        self.spare.borrow_mut().push(page);
+    }
+}
+
+/// One thread that plays all CPUs. Page tables, frames and their counts are those of the benches' machine.
+#[derive(Debug)]
+pub(crate) struct SweepMachine<'m, W> {
+    base: &'m Machine<'m, Batched>,
+    pool: &'m BatchPool,
+    cpus: Vec<CpuTlb<Bits>>,
+    conditions: Conditions,
+    asked: Cell<u64>,
+    watch: W,
+}
+
+impl<'m, W: Watch> SweepMachine<'m, W> {
+    pub(crate) fn new(
+        base: &'m Machine<'m, Batched>,
+        pool: &'m BatchPool,
+        conditions: Conditions,
+        watch: W,
+    ) -> Self {
+        let cpus = (0..conditions.cpus.total).map(|_| CpuTlb::new()).collect();
+        Self { base, pool, cpus, conditions, asked: Cell::new(0), watch }
+    }
+
+    pub(crate) const fn watch(&self) -> &W {
+        &self.watch
+    }
+
+    /// Has every CPU load `mm`, the last ones lazily, then does `work`, then has them leave it.
+    pub(crate) fn with_loaded<R>(&self, mm: &Mm<Bits>, work: impl FnOnce() -> R) -> R {
+        let CpuMix { total, lazy } = self.conditions.cpus;
+        for number in 0..total {
+            let cpu = CpuId::new(number);
+            // SAFETY: this thread is each CPU, one after the other, and nothing interrupts it; `mm` is borrowed until every
+            // CPU has left it below, and nothing frees its root.
+            unsafe { switch_mm(self, cpu, Some(mm.context())) };
+            if number >= total - lazy {
+                // SAFETY: as above; nobody uses user addresses here.
+                unsafe { enter_lazy_tlb(self, cpu) };
+            }
+        }
+        self.asked.set(0);
+        let result = work();
+        for number in 0..total {
+            // SAFETY: as above.
+            unsafe { switch_mm(self, CpuId::new(number), None) };
+        }
+        result
+    }
+
+    /// One munmap over all `areas`, and the freeing after it.
+    #[inline(never)]
+    pub(crate) fn munmap(&self, mm: &Mm<Bits>, limits: &Limits, areas: &[VirtRange]) {
+        let vmas = areas.iter().map(|range| Vma { range: *range, kind: VmaKind::Normal, area: () });
+        // SAFETY: this thread alone knows the space, and nothing is mapped in it but the areas.
+        unsafe { unmap_region(self, mm, limits, vmas, Bounds::whole(), || {}) }.free();
+    }
+}
+
+// SAFETY: the frames, their locks and the free list are those of `base`, which answers for them.
+unsafe impl<W: Watch> TableMemory for SweepMachine<'_, W> {
+    type Relax = spin::Spin;
+
+    #[inline]
+    fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
+        self.base.table_lock(frame)
+    }
+
+    fn allocate_table(&self) -> Option<PhysFrame> {
+        self.base.allocate_table()
+    }
+
+    fn free_tables(&self, tables: &[PhysFrame]) {
+        self.base.free_tables(tables);
+        self.watch.tables_freed(tables);
+    }
+}
+
+// SAFETY: as `base` does it.
+unsafe impl<W: Watch> PageTableFrameMapping for SweepMachine<'_, W> {
+    #[inline]
+    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
+        self.base.frame_to_pointer(frame)
+    }
+}
+
+// SAFETY: one thread plays every CPU. `cpu_state` indexes a vector that never changes; `pinned` names CPU 0, which is the
+// one that runs; `flush_others` runs `flush_tlb_func` for each target before it returns; there are no translations to drop.
+unsafe impl<W: Watch> Cpus for SweepMachine<'_, W> {
+    type Bits = Bits;
+
+    #[inline]
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        f(CpuId::new(0))
+    }
+
+    #[inline]
+    fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<Bits> {
+        &self.cpus[cpu.index()]
+    }
+
+    fn init_root(&self) -> PhysFrame {
+        self.base.init_root()
+    }
+
+    fn flush_others(
+        &self,
+        targets: &CpuSet<Bits>,
+        request: &FlushRequest<'_, Bits>,
+        meanwhile: impl FnOnce(),
+    ) {
+        meanwhile();
+        for cpu in targets.iter() {
+            // SAFETY: this thread is that CPU for the moment, and nothing interrupts it.
+            unsafe { flush_tlb_func(self, cpu, request) };
+        }
+    }
+
+    #[inline]
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    #[inline]
+    fn online_cpus(&self) -> OnlineCpus {
+        if self.conditions.cpus.total == 1 { OnlineCpus::One } else { OnlineCpus::Many }
+    }
+
+    #[inline]
+    fn single_page_flush_ceiling(&self) -> u64 {
+        self.conditions.ceiling.pages()
+    }
+
+    #[inline]
+    fn invlpg(&self, _address: u64) {
+        self.watch.invlpg();
+    }
+
+    unsafe fn load_cr3(&self, _root: PhysFrame, _pcid: Pcid, cached: CachedTranslations) {
+        if cached == CachedTranslations::Flush {
+            self.watch.context_dropped();
+        }
+    }
+
+    #[inline]
+    fn observe(&self, event: TlbEvent) {
+        self.watch.tlb(event);
+    }
+}
+
+impl<W: Watch> Pages for SweepMachine<'_, W> {
+    type Area = ();
+
+    #[inline]
+    fn unmap_page(&self, area: (), leaf: &UnmappedLeaf) -> Disposition {
+        self.base.unmap_page(area, leaf)
+    }
+
+    fn free_pages(&self, pages: FreedPages<'_>) {
+        self.base.free_pages(pages);
+        self.watch.pages_freed(pages);
+    }
+
+    fn allocate_batch(&self) -> Option<BatchPage> {
+        let number = self.asked.get() + 1;
+        self.asked.set(number);
+        if self.conditions.refuse.refuses(number) {
+            return None;
+        }
+        self.watch.batch_taken();
+        Some(self.pool.take())
+    }
+
+    fn free_batch(&self, page: BatchPage) {
+        self.watch.batch_returned();
+        self.pool.give_back(page);
+    }
+
+    #[inline]
+    fn cond_resched(&self) {
+        self.watch.preemption_point();
+    }
+
+    #[inline]
+    fn observe_gather(&self, event: GatherEvent) {
+        self.watch.gather(event);
+    }
+}
