@@ -337,11 +337,9 @@ impl<C: Counting> Pages for Machine<'_, C> {
             self.memory.prefetch(later.start_address().as_u64());
         }
         let mut chain = self.memory.chain_start();
-        for later in ahead {
+        for (later, frame) in ahead.zip(frames.by_ref()) {
             self.memory.prefetch(later.start_address().as_u64());
-            if let Some(frame) = frames.next() {
-                chain = self.release(frame, chain);
-            }
+            chain = self.release(frame, chain);
         }
         for frame in frames {
             chain = self.release(frame, chain);

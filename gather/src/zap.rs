@@ -52,7 +52,8 @@ impl<K: Platform> MmuGather<'_, K> {
         // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed while we walk.
         let mut view = unsafe { self.mm.space().root_table(kernel) };
         // Straight down while one entry covers all of it: most areas are smaller than a table's span.
-        while view.level() > Level::Pte && range.within_entry(view.level(), range.start()) == range {
+        let differing = range.start() ^ (range.end() - 1);
+        while view.level() > Level::Pte && differing >> view.level().entry_shift() == 0 {
             // SAFETY: as above; P2: a link leads to a live table of the level below.
             match unsafe { view.child(kernel, range.start()) } {
                 Some(child) => view = child,

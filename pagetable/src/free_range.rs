@@ -1,7 +1,9 @@
 //! Which tables may go when a range of addresses is given up.
+#![expect(unsafe_code, reason = "walking follows links between tables")]
 
 use x86_64::structures::paging::PhysFrame;
 
+use crate::entry::{Entry, EntryValue};
 use crate::level::Level;
 use crate::range::VirtRange;
 use crate::space::AddressSpace;
@@ -40,6 +42,24 @@ impl Bounds {
         Self { floor: self.floor, ceiling: self.ceiling.min(ceiling) }
     }
 
+    /// The part of `range`, rounded out to what last-level tables span, in which such tables may go; `None` if none may, and
+    /// then no table above them may either.
+    #[must_use]
+    #[inline]
+    pub const fn spans_of(self, range: VirtRange) -> Option<VirtRange> {
+        const SPAN: u64 = Level::Pte.table_span();
+        let start = range.start() & !(SPAN - 1);
+        let floor = self.floor.saturating_add(SPAN - 1) & !(SPAN - 1);
+        let end = (range.end() + (SPAN - 1)) & !(SPAN - 1);
+        let ceiling = self.ceiling & !(SPAN - 1);
+        let start = if start > floor { start } else { floor };
+        let end = if end < ceiling { end } else { ceiling };
+        match VirtRange::new(start, end) {
+            Ok(range) => Some(range),
+            Err(_) => None,
+        }
+    }
+
     /// Whether a table that covers `span` may be freed (rule P3).
     #[must_use]
     #[inline]
@@ -63,7 +83,6 @@ pub struct FreedTable {
     pub span: VirtRange,
 }
 
-#[expect(unsafe_code, reason = "walking follows links between tables")]
 impl AddressSpace {
     /// Unhooks every table that `range` used and that `bounds` lets go, lowest level first, and hands each to `sink`.
     ///
@@ -89,13 +108,16 @@ impl AddressSpace {
         bounds: Bounds,
         mut sink: impl FnMut(FreedTable),
     ) {
-        let Some(range) = range.intersect(self.user_range()) else { return };
+        let Some(range) = range.intersect(self.user_range()).and_then(|range| bounds.spans_of(range)) else {
+            return;
+        };
         // SAFETY: by our caller's promise nobody else frees tables in this range.
         let root = unsafe { self.root_table(memory) };
         self.free_below(memory, root, range, bounds, &mut sink);
     }
 
-    /// Frees the tables below `view` that `range` used. `range` lies inside the span of `view`.
+    /// Frees the tables below `view` that `range` used. `range` lies inside the span of `view`, and consists of spans of
+    /// last-level tables that may go.
     fn free_below<'m, M: TableMemory>(
         &self,
         memory: &'m M,
@@ -106,6 +128,10 @@ impl AddressSpace {
     ) {
         let level = view.level();
         let Some(below) = level.below() else { return };
+        if below == Level::Pte {
+            self.free_last_level(memory, view, range, bounds, sink);
+            return;
+        }
         let mut address = range.start();
         while address < range.end() {
             let part = range.within_entry(level, address);
@@ -113,27 +139,88 @@ impl AddressSpace {
             address = part.end();
             // SAFETY: `free_range`'s caller promised that nobody else frees tables in this range.
             let Some(child) = (unsafe { view.child(memory, part.start()) }) else { continue };
-            if below > Level::Pte {
-                self.free_below(memory, child, part, bounds, sink);
-            }
+            self.free_below(memory, child, part, bounds, sink);
             if bounds.allow_freeing(span) {
-                self.unhook(memory, view, part.start());
-                debug_assert!(child.table().is_empty(), "P3: {child:?} is freed with entries in it, {span}");
-                sink(FreedTable { frame: child.frame(), level: below, span });
+                let locked = view.lock(memory);
+                let old = unhook(locked.entry(part.start()));
+                drop(locked);
+                debug_assert!(old.as_table(level) == Some(child.frame()), "P2: {view:?} changed at {span}");
+                self.count_unlinked(below, 1);
+                give(memory, FreedTable { frame: child.frame(), level: below, span }, sink);
             }
         }
     }
 
-    fn unhook<M: TableMemory>(&self, memory: &M, parent: TableView<'_>, address: u64) {
-        let locked = parent.lock(memory);
-        // INVARIANT: P2, the entry is cleared under the parent's lock before the table is handed on.
-        let old = locked.entry(address).get_and_clear();
-        debug_assert!(
-            old.as_table(parent.level()).is_some(),
-            "P2: {parent:?} changed under us at {address:#x}"
-        );
-        if let Some(below) = parent.level().below() {
-            self.count_unlinked(below);
+    /// Frees the last-level tables that `range` of a table of the level above leads to; some at a time under one lock.
+    fn free_last_level<M: TableMemory>(
+        &self,
+        memory: &M,
+        view: TableView<'_>,
+        range: VirtRange,
+        bounds: Bounds,
+        sink: &mut impl FnMut(FreedTable),
+    ) {
+        const LEVEL: Level = Level::Pmd;
+        let entries = view.entries(range);
+        let span =
+            |index: usize| VirtRange::of_entry(LEVEL, range.start() + index as u64 * LEVEL.entry_span());
+        let mut next = first_used(entries, 0);
+        while next < entries.len() {
+            let (mut taken, mut nr_taken) = ([(0, view.frame()); AT_ONCE], 0);
+            let locked = view.lock(memory);
+            while next < entries.len() && nr_taken < AT_ONCE {
+                // Large leaves, and meanings in their place, stay.
+                if let Some(frame) = entries[next].load().as_table(LEVEL) {
+                    debug_assert!(bounds.allow_freeing(span(next)), "P3: {bounds:?} does not let {range} go");
+                    let _ = unhook(&entries[next]);
+                    taken[nr_taken] = (next, frame);
+                    nr_taken += 1;
+                }
+                next = first_used(entries, next + 1);
+            }
+            drop(locked);
+            self.count_unlinked(Level::Pte, nr_taken as u64);
+            for (index, frame) in &taken[..nr_taken] {
+                give(memory, FreedTable { frame: *frame, level: Level::Pte, span: span(*index) }, sink);
+            }
         }
     }
+}
+
+/// How many tables are unhooked under one lock: enough that the lock costs nothing, few enough for the stack.
+const AT_ONCE: usize = 32;
+
+/// Clears an entry that points to a table; its lock is held.
+///
+/// INVARIANT: P2, this comes before the table is handed on. No exchange: hardware may set the accessed bit between the load and
+/// the store, which says nothing to anybody in an entry that maps no page.
+#[inline]
+fn unhook(entry: &Entry) -> EntryValue {
+    entry.get_and_clear_exclusive()
+}
+
+/// The first entry from `from` on that is not none, going by whole lines; the length if there is none.
+#[inline]
+fn first_used(entries: &[Entry], from: usize) -> usize {
+    let mut index = from;
+    while let Some(line) = entries.get(index..).and_then(|rest| rest.first_chunk::<8>()) {
+        if line.iter().fold(0, |any, entry| any | entry.load().bits()) != 0 {
+            break;
+        }
+        index += 8;
+    }
+    while index < entries.len() && entries[index].load().is_none() {
+        index += 1;
+    }
+    index
+}
+
+#[inline]
+fn give<M: TableMemory>(memory: &M, table: FreedTable, sink: &mut impl FnMut(FreedTable)) {
+    if cfg!(debug_assertions) {
+        // SAFETY: the table was live a moment ago, and is not freed before the sink has it.
+        let view = unsafe { TableView::new(memory, table.frame, table.level) };
+        debug_assert!(view.table().is_empty(), "P3: {table:?} is freed with entries in it");
+    }
+    sink(table);
 }

@@ -35,12 +35,14 @@ impl AddressSpace {
 
     /// The frame of the root table: what CR3 points to.
     #[must_use]
+    #[inline]
     pub const fn root(&self) -> PhysFrame {
         self.root
     }
 
     /// How many levels there are.
     #[must_use]
+    #[inline]
     pub const fn mode(&self) -> PagingMode {
         self.mode
     }
@@ -50,6 +52,7 @@ impl AddressSpace {
     /// # Panics
     /// Never: the range is not empty in either mode.
     #[must_use]
+    #[inline]
     pub const fn user_range(&self) -> VirtRange {
         match VirtRange::new(0, self.mode.user_end()) {
             Ok(range) => range,
@@ -83,9 +86,9 @@ impl AddressSpace {
         }
     }
 
-    pub(crate) fn count_unlinked(&self, level: Level) {
+    pub(crate) fn count_unlinked(&self, level: Level, tables: u64) {
         if let Some(counter) = self.counter(level) {
-            counter.fetch_sub(1, Ordering::Relaxed);
+            counter.fetch_sub(tables, Ordering::Relaxed);
         }
     }
 

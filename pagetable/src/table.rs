@@ -148,6 +148,18 @@ impl<'m> TableView<'m> {
         self.table.entry(self.level.index(address)).load()
     }
 
+    /// The entries that `range` selects, which lies inside the span of the table; those it covers in part are among them.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the table.
+    #[must_use]
+    #[inline]
+    pub fn entries(&self, range: VirtRange) -> &'m [Entry] {
+        let first = self.level.index(range.start());
+        let last = self.level.index(range.end() - 1);
+        &self.table.entries[first..=last]
+    }
+
     /// The table that the entry for `address` points to, if it points to one.
     ///
     /// # Safety
@@ -204,17 +216,14 @@ impl<'m, R> LockedTable<'m, R> {
         self.view.table.entry(self.view.level.index(address))
     }
 
-    /// The entries that `range` selects, which lies inside the span of the table; those it covers in part are among them.
+    /// The entries that `range` selects; see [`TableView::entries`].
     ///
     /// # Panics
     /// If `range` reaches beyond the table.
     #[must_use]
     #[inline]
     pub fn entries(&self, range: VirtRange) -> &'m [Entry] {
-        let level = self.view.level;
-        let first = level.index(range.start());
-        let last = level.index(range.end() - 1);
-        &self.view.table.entries[first..=last]
+        self.view.entries(range)
     }
 }
 
