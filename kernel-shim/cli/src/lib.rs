@@ -34,4 +34,6 @@ mod sweep_html;
 mod sweep_machine;
 pub mod sweep_measure;
 mod sweep_report;
+#[cfg(test)]
+mod sweep_tests;
 pub mod trace;

@@ -175,8 +175,8 @@ impl Chart<'_> {
                     mark(style, x, y),
                     series.name,
                     here.label,
-                    self.unit.write_exactly(*value),
-                    self.y_name
+                    self.y_name,
+                    self.unit.write_exactly(*value)
                 ),
             );
         }
@@ -342,7 +342,7 @@ impl Unit {
 
     fn write_exactly(self, value: f64) -> String {
         match self {
-            Self::Bytes => format!("{value} ="),
+            Self::Bytes => format!("{} ({value})", self.write(value)),
             Self::Number => format!("{:.2}", value),
         }
     }
