@@ -56,7 +56,6 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
         jobs: usize::from(args.jobs),
         trial: trial(args.fault),
     };
-    quiet_panics();
     let shows_progress = io::stderr().is_terminal();
     let mut next = Duration::ZERO;
     let progress = |fuzzed: &Fuzzed, time: Duration| {
@@ -66,7 +65,8 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
         }
     };
     let start = Instant::now();
-    let fuzzed = fuzz::fuzz(&options, progress).map_err(|error| format!("cannot make a machine: {error}"))?;
+    let fuzzed = with_quiet_panics(|| fuzz::fuzz(&options, progress))
+        .map_err(|error| format!("cannot make a machine: {error}"))?;
     let time = start.elapsed();
     if shows_progress {
         let _ = write!(io::stderr(), "\r\x1b[2K");
@@ -123,7 +123,11 @@ pub(crate) fn trial(fault: Option<Fault>) -> Trial {
     }
 }
 
-/// A panic is a finding here, told once with its sequence, not on the way.
-pub(crate) fn quiet_panics() {
+/// Runs `f`, in which a panic is a finding: told once with its sequence, not on the way.
+pub(crate) fn with_quiet_panics<R>(f: impl FnOnce() -> R) -> R {
+    let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
+    let result = f();
+    std::panic::set_hook(before);
+    result
 }

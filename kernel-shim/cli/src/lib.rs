@@ -9,9 +9,11 @@ mod boot_qemu;
 pub mod boot_report;
 pub mod bundled;
 pub mod capture;
+pub mod explain;
 pub mod fuzz;
 pub mod fuzz_report;
 mod host;
+pub mod html;
 pub mod layout;
 #[cfg(test)]
 mod layout_tests;
@@ -36,4 +38,8 @@ pub mod sweep_measure;
 mod sweep_report;
 #[cfg(test)]
 mod sweep_tests;
+pub mod timeline;
+mod timeline_focus;
+mod timeline_story;
+mod timeline_words;
 pub mod trace;

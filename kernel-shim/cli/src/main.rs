@@ -51,7 +51,7 @@ enum Command {
     #[command(after_help = "Example: teardown fuzz --time 60 --jobs 2 -o failure.sequence")]
     Fuzz(fuzz_command::FuzzArgs),
     /// Runs a saved sequence again: the same verdict every time.
-    #[command(after_help = "Example: teardown replay failure.sequence")]
+    #[command(after_help = "Example: teardown replay failure.sequence --explain --html failure.html")]
     Replay(replay_command::ReplayArgs),
     /// Compares batch sizes: what a page costs, how often CPUs are interrupted, how much memory waits.
     ///

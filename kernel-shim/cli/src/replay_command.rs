@@ -1,13 +1,16 @@
 //! `teardown replay`.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::PathBuf;
 
 use clap::Args;
+use mmu_cli::explain::{Colour, Shown, explain};
 use mmu_cli::fuzz_report::{verdict_json, verdict_text};
-use mmu_hosted::{Sequence, judge_in};
+use mmu_cli::html::page;
+use mmu_cli::timeline::Timeline;
+use mmu_hosted::{Sequence, Telling, Trial, judge_in};
 
-use crate::fuzz_command::{quiet_panics, trial};
+use crate::fuzz_command::{trial, with_quiet_panics};
 use crate::{Failure, Fault, Format, Verdict};
 
 /// What `replay` is told.
@@ -19,6 +22,16 @@ pub(crate) struct ReplayArgs {
     /// What was wrong on purpose when it was found.
     #[arg(long, value_enum)]
     fault: Option<Fault>,
+    /// Draws what happened, a column a CPU, and says what went wrong. Shows what explains the violation; of a clean sequence, an
+    /// outline.
+    #[arg(long, conflicts_with = "format")]
+    explain: bool,
+    /// With --explain: every event.
+    #[arg(long, requires = "explain")]
+    all: bool,
+    /// Writes the same as one page for a browser, with nothing loaded from anywhere.
+    #[arg(long, value_name = "OUT")]
+    html: Option<PathBuf>,
     /// How the verdict is printed.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
@@ -28,15 +41,31 @@ pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
     let name = args.file.display();
     let text = std::fs::read_to_string(&args.file).map_err(|error| format!("cannot read {name}: {error}"))?;
     let sequence = Sequence::parse(&text).map_err(|error| format!("{name}:{error}"))?;
-    quiet_panics();
-    let run =
-        judge_in(&sequence, trial(args.fault)).map_err(|error| format!("cannot make a machine: {error}"))?;
-    let report = match args.format {
-        Format::Text => verdict_text(&sequence, &run.verdict),
-        Format::Json => format!("{:#}", verdict_json(&sequence, &run.verdict)),
-    };
+    let telling = if args.explain || args.html.is_some() { Telling::All } else { Telling::Last };
+    let run = with_quiet_panics(|| judge_in(&sequence, Trial { telling, ..trial(args.fault) }))
+        .map_err(|error| format!("cannot make a machine: {error}"))?;
+    let mut report = String::new();
+    if args.explain {
+        let shown = if args.all { Shown::All } else { Shown::WhatMatters };
+        report = explain(&Timeline::new(&sequence, &run), shown, colour());
+    }
+    if let Some(path) = &args.html {
+        let file = args.file.file_name().unwrap_or_default().to_string_lossy();
+        let page = page(&Timeline::new(&sequence, &run), &sequence, &run.verdict, &file);
+        std::fs::write(path, page).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    }
+    match args.format {
+        Format::Text => report.push_str(&verdict_text(&sequence, &run.verdict)),
+        Format::Json => report.push_str(&format!("{:#}", verdict_json(&sequence, &run.verdict))),
+    }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = writeln!(out, "{report}").and_then(|()| out.flush());
     written.map_err(|error| format!("cannot write the report: {error}"))?;
     Ok(if run.verdict.is_clean() { Verdict::Good } else { Verdict::Violation })
+}
+
+/// Colour is for a person who has not said no to it (no-color.org).
+fn colour() -> Colour {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if io::stdout().is_terminal() && !refused { Colour::On } else { Colour::Off }
 }

@@ -180,26 +180,31 @@ impl Story {
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "step {:>8}  {}  ", self.step, self.cpu)?;
-        match self.what {
-            What::Allocated(frame, _) => write!(f, "frame {:#x} given out", frame.start_address()),
-            What::Freed(frame, _) => write!(f, "frame {:#x} freed", frame.start_address()),
-            What::Accessed(address, frame) => {
+        write!(f, "step {:>8}  {}  {}", self.step, self.cpu, self.what)
+    }
+}
+
+impl fmt::Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Allocated(frame, _) => write!(f, "frame {:#x} given out", frame.start_address()),
+            Self::Freed(frame, _) => write!(f, "frame {:#x} freed", frame.start_address()),
+            Self::Accessed(address, frame) => {
                 write!(f, "program reaches {:#x} at {address:#x}", frame.start_address())
             }
-            What::Invlpg(address) => write!(f, "INVLPG {address:#x}"),
-            What::LoadedCr3(root, pcid, kept) => {
+            Self::Invlpg(address) => write!(f, "INVLPG {address:#x}"),
+            Self::LoadedCr3(root, pcid, kept) => {
                 let kept = match kept {
                     Kept::Yes => "keeping",
                     Kept::No => "dropping",
                 };
                 write!(f, "CR3 = {:#x}, PCID {pcid}, {kept} what is cached under it", root.start_address())
             }
-            What::Sent(to) => write!(f, "flush request sent to {to}"),
-            What::Answered(from) => write!(f, "flush request of {from} carried out"),
-            What::Lost(from) => write!(f, "flush request of {from} lost, and acknowledged (a planted fault)"),
-            What::Unmapped(start, end) => write!(f, "unmapping of {start:#x}..{end:#x} returns"),
-            What::Detail(detail) => detail.fmt(f),
+            Self::Sent(to) => write!(f, "flush request sent to {to}"),
+            Self::Answered(from) => write!(f, "flush request of {from} carried out"),
+            Self::Lost(from) => write!(f, "flush request of {from} lost, and acknowledged (a planted fault)"),
+            Self::Unmapped(start, end) => write!(f, "unmapping of {start:#x}..{end:#x} returns"),
+            Self::Detail(detail) => detail.fmt(f),
         }
     }
 }
