@@ -4,17 +4,18 @@
 use core::fmt;
 use core::ptr::NonNull;
 
+use arrayvec::ArrayVec;
 use static_assertions::const_assert_eq;
 
 use crate::limits::Limits;
 use crate::platform::{BatchPage, GatherEvent, Pages};
 use crate::slot::{FreedPages, Runs, Slot, Which};
-use crate::spare::{Slots, Spare};
+use crate::spare::{Spare, fill};
 
 /// One batch page. Linux: struct mmu_gather_batch.
 struct Batch {
     next: Option<NonNull<Batch>>,
-    slots: Slots<{ Limits::BATCH_SLOTS }>,
+    slots: ArrayVec<Slot, { Limits::BATCH_SLOTS }>,
 }
 
 const_assert_eq!(size_of::<Batch>(), 4096);
@@ -33,7 +34,7 @@ pub(crate) enum Room {
 /// INVARIANT: `first` starts a list of pages that only this queue knows; `active` is one of them, or `None` for the
 /// bundle; batches after `active` are empty.
 pub(crate) struct PageQueue {
-    bundle: Slots<{ Limits::BUNDLE_SLOTS }>,
+    bundle: ArrayVec<Slot, { Limits::BUNDLE_SLOTS }>,
     delayed_rmaps: DelayedRmaps,
     /// Whether a run was queued since the last time everything was freed.
     runs: Runs,
@@ -52,7 +53,7 @@ impl PageQueue {
     #[inline]
     pub(crate) const fn new() -> Self {
         Self {
-            bundle: Slots::new(),
+            bundle: ArrayVec::new_const(),
             delayed_rmaps: DelayedRmaps::None,
             runs: Runs::None,
             batch_pages: 0,
@@ -61,18 +62,19 @@ impl PageQueue {
         }
     }
 
-    /// The room for single pages in the batch that is being filled. Never empty: the last answer was [`Room::Left`].
+    /// Lets `store` fill the batch with single pages; says whether room is left. There is some at first: the last answer was
+    /// [`Room::Left`].
     ///
     /// One slot is left unused unless a run takes the last two: a record never waits for a second batch. Whoever used up
-    /// what it was given calls [`next_batch`](Self::next_batch).
+    /// the room calls [`next_batch`](Self::next_batch).
     #[inline]
-    pub(crate) fn spare(&mut self, limits: &Limits) -> Spare<'_> {
+    pub(crate) fn fill<R>(&mut self, limits: &Limits, store: impl FnOnce(&mut Spare<'_>) -> R) -> (R, Room) {
         match self.active {
-            None => self.bundle.spare(usize::from(limits.bundle_slots) - 1),
+            None => fill(&mut self.bundle, usize::from(limits.bundle_slots) - 1, store),
             Some(mut batch) => {
                 // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
                 let batch = unsafe { batch.as_mut() };
-                batch.slots.spare(usize::from(limits.batch_slots) - 1)
+                fill(&mut batch.slots, usize::from(limits.batch_slots) - 1, store)
             }
         }
     }
@@ -97,15 +99,20 @@ impl PageQueue {
 
     #[inline]
     fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[Slot]) -> Room {
-        let left = match self.active {
-            None => self.bundle.append(record, usize::from(limits.bundle_slots)),
+        // One slot is left unused unless a run takes the last two: a record never waits for a second batch.
+        let nearly_full = match self.active {
+            None => {
+                append(&mut self.bundle, record);
+                self.bundle.len() + 1 >= usize::from(limits.bundle_slots)
+            }
             Some(mut batch) => {
                 // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
                 let batch = unsafe { batch.as_mut() };
-                batch.slots.append(record, usize::from(limits.batch_slots))
+                append(&mut batch.slots, record);
+                batch.slots.len() + 1 >= usize::from(limits.batch_slots)
             }
         };
-        if left < 2 { self.next_batch(kernel, limits) } else { Room::Left }
+        if nearly_full { self.next_batch(kernel, limits) } else { Room::Left }
     }
 
     /// Goes on to the next batch page: one kept from before the last flush, or a new one.
@@ -135,7 +142,7 @@ impl PageQueue {
         let new = page.into_inner().cast::<Batch>();
         // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a `Batch` has that size and
         // alignment (asserted above).
-        unsafe { new.write(Batch { next: None, slots: Slots::new() }) };
+        unsafe { new.write(Batch { next: None, slots: ArrayVec::new_const() }) };
         match self.active {
             None => self.first = Some(new),
             Some(mut active) => {
@@ -156,18 +163,18 @@ impl PageQueue {
         if self.delayed_rmaps == DelayedRmaps::None {
             return;
         }
-        kernel.remove_rmaps(FreedPages::new(self.bundle.as_slice(), Which::DelayedRmap, self.runs));
+        kernel.remove_rmaps(FreedPages::new(&self.bundle, Which::DelayedRmap, self.runs));
         if let Some(active) = self.active {
             // SAFETY: by the invariant the page is ours alone.
             let batch = unsafe { active.as_ref() };
-            kernel.remove_rmaps(FreedPages::new(batch.slots.as_slice(), Which::DelayedRmap, self.runs));
+            kernel.remove_rmaps(FreedPages::new(&batch.slots, Which::DelayedRmap, self.runs));
         }
         self.delayed_rmaps = DelayedRmaps::None;
     }
 
     /// Hands everything to the kernel, a chunk at a time with a preemption point between; returns how many slots.
     pub(crate) fn free_all<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> u64 {
-        let mut slots = free_slots(kernel, limits, self.bundle.as_slice(), self.runs);
+        let mut slots = free_slots(kernel, limits, &self.bundle, self.runs);
         self.bundle.clear();
         let mut next = self.first;
         while let Some(mut batch) = next {
@@ -176,7 +183,7 @@ impl PageQueue {
             if batch.slots.is_empty() {
                 break;
             }
-            slots += free_slots(kernel, limits, batch.slots.as_slice(), self.runs);
+            slots += free_slots(kernel, limits, &batch.slots, self.runs);
             batch.slots.clear();
             next = batch.next;
         }
@@ -203,6 +210,13 @@ impl PageQueue {
         // The bundle fills first.
         self.bundle.is_empty()
     }
+}
+
+#[inline]
+fn append<const N: usize>(slots: &mut ArrayVec<Slot, N>, record: &[Slot]) {
+    // There is room for two: a batch counts as full one slot early. A capacity error would lose a page, so say so.
+    let stored = slots.try_extend_from_slice(record);
+    debug_assert!(stored.is_ok(), "G5: a record was pushed into a full batch");
 }
 
 /// At most `free_chunk` pages at a time (rule G7), or one run of more.
@@ -242,7 +256,7 @@ fn chunk_with_runs(slots: &[Slot], nr_pages: u64) -> usize {
 impl fmt::Debug for PageQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PageQueue")
-            .field("bundle", &FreedPages::new(self.bundle.as_slice(), Which::All, self.runs))
+            .field("bundle", &FreedPages::new(&self.bundle, Which::All, self.runs))
             .field("batch_pages", &self.batch_pages)
             .finish_non_exhaustive()
     }

@@ -1,68 +1,40 @@
-//! Slots in a row, filled from the front without looking at a length each time.
-#![expect(unsafe_code, reason = "slots are memory that is not written before it is used")]
+//! Filling a row of slots from the front without looking at its length each time.
+#![expect(unsafe_code, reason = "slots are written first, and counted once afterwards")]
 
 use core::mem::{self, MaybeUninit};
-use core::slice;
 
+use arrayvec::ArrayVec;
+
+use crate::batch::Room;
 use crate::slot::Slot;
 
 /// How many slots are stored at a time where that can be: as many as entries share a cache line.
 pub(crate) const LINE: usize = 8;
 
-/// Room for `N` slots. INVARIANT: the first `len` of them are written, and `len` is at most `N`.
-pub(crate) struct Slots<const N: usize> {
-    len: usize,
-    slots: [MaybeUninit<Slot>; N],
-}
-
-impl<const N: usize> Slots<N> {
-    #[inline]
-    pub(crate) const fn new() -> Self {
-        Self { len: 0, slots: [const { MaybeUninit::uninit() }; N] }
-    }
-
-    #[inline]
-    pub(crate) fn as_slice(&self) -> &[Slot] {
-        let written = self.slots[..self.len].as_ptr().cast::<Slot>();
-        // SAFETY: by the invariant the first `len` are written; a `MaybeUninit<Slot>` is laid out as a `Slot`.
-        unsafe { slice::from_raw_parts(written, self.len) }
-    }
-
-    #[inline]
-    pub(crate) const fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    #[inline]
-    pub(crate) const fn clear(&mut self) {
-        self.len = 0;
-    }
-
-    /// The room up to slot `limit`.
-    #[inline]
-    pub(crate) fn spare(&mut self, limit: usize) -> Spare<'_> {
-        let limit = limit.min(N).max(self.len);
-        Spare { free: &mut self.slots[self.len..limit], len: &mut self.len, limit }
-    }
-
-    /// Stores a record, for which there is room; returns how many slots are left below `limit`.
-    #[inline]
-    pub(crate) fn append(&mut self, record: &[Slot], limit: usize) -> usize {
-        let mut spare = self.spare(limit);
-        for slot in record {
-            spare.push(*slot);
-        }
-        spare.free.len()
-    }
-}
-
-/// Room that is being filled. The owner learns how much of it was used when it is dropped.
+/// Room at the end of a row of slots, while [`fill`] lets somebody fill it.
 ///
 /// INVARIANT: every slot that has left `free` has been written.
 pub(crate) struct Spare<'q> {
     free: &'q mut [MaybeUninit<Slot>],
-    len: &'q mut usize,
+}
+
+/// Lets `store` store slots at the end of `slots`, as many as fit below `limit`; says whether room is left there.
+///
+/// If `store` unwinds, what it stored is lost: pages leak, none is freed too early.
+#[inline]
+pub(crate) fn fill<const N: usize, R>(
+    slots: &mut ArrayVec<Slot, N>,
     limit: usize,
+    store: impl FnOnce(&mut Spare<'_>) -> R,
+) -> (R, Room) {
+    let limit = limit.min(N).max(slots.len());
+    let room = limit - slots.len();
+    let mut spare = Spare { free: &mut slots.spare_capacity_mut()[..room] };
+    let result = store(&mut spare);
+    let left = spare.free.len();
+    // SAFETY: by the invariant of `Spare` all slots below `limit` but the last `left` are written; `limit` is at most `N`.
+    unsafe { slots.set_len(limit - left) };
+    (result, if left == 0 { Room::Full } else { Room::Left })
 }
 
 impl Spare<'_> {
@@ -100,13 +72,5 @@ impl Spare<'_> {
             }
         }
         self.free = &mut free[used..];
-    }
-}
-
-impl Drop for Spare<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        // INVARIANT: what has left `free` was written, so the first `limit - free.len()` slots are.
-        *self.len = self.limit - self.free.len();
     }
 }

@@ -198,10 +198,9 @@ impl<K: Platform> MmuGather<'_, K> {
         let mut at = At { first: range.start(), index: 0 };
         let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
         loop {
-            let mut spare = self.state.pages.spare(&self.state.limits);
-            let done = zap_entries(kernel, vma, entries, at, &mut spare, leaves, clear);
-            let full = spare.is_full();
-            drop(spare);
+            let (done, room) = self.state.pages.fill(&self.state.limits, |spare| {
+                zap_entries(kernel, vma, entries, at, spare, leaves, clear)
+            });
             visit.leaves += done.leaves;
             if let Some(cleared) = done.cleared(range.start(), level) {
                 // INVARIANT: G2, before the lock drops.
@@ -212,7 +211,7 @@ impl<K: Platform> MmuGather<'_, K> {
                 self.state.pages.note_delayed_rmaps();
             }
             at.index = done.next;
-            if full {
+            if room == Room::Full {
                 visit.room = self.state.pages.next_batch(kernel, &self.state.limits);
             }
             let at_end = at.index == entries.len();
