@@ -97,6 +97,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Linux: tlb_gather_mmu, mm/mmu_gather.c.
     #[doc(alias = "tlb_gather_mmu")]
     #[must_use]
+    #[inline]
     pub unsafe fn new(kernel: &'a K, mm: &'a Mm<K::Bits>) -> Self {
         let mode = match kernel.online_cpus() {
             OnlineCpus::One => GatherMode::SingleCpu,
@@ -117,10 +118,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Linux: tlb_gather_mmu_fullmm, mm/mmu_gather.c.
     #[doc(alias = "tlb_gather_mmu_fullmm")]
     #[must_use]
+    #[inline]
     pub unsafe fn new_fullmm(kernel: &'a K, mm: &'a Mm<K::Bits>) -> Self {
         Self::begin(kernel, mm, GatherMode::FullMm)
     }
 
+    #[inline]
     fn begin(kernel: &'a K, mm: &'a Mm<K::Bits>, mode: GatherMode) -> Self {
         const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
         mm.open_gather();
@@ -143,6 +146,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// The same gather, holding no more than `limits` allow. Before anything is queued.
     #[must_use]
+    #[inline]
     pub fn with_limits(mut self, limits: &Limits) -> Self {
         self.state.limits = limits.clamped();
         self
@@ -270,9 +274,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Linux: the first half of tlb_finish_mmu, mm/mmu_gather.c.
     #[doc(alias = "tlb_finish_mmu")]
     #[must_use = "drop the locks, then free"]
-    pub fn flush(mut self) -> FlushedGather<'a, K> {
-        self.finish_flush();
-        FlushedGather(self)
+    #[inline]
+    pub fn flush(self) -> FlushedGather<'a, K> {
+        // Wrapped first, so that it is moved once.
+        let mut flushed = FlushedGather(self);
+        flushed.0.finish_flush();
+        flushed
     }
 
     /// Reclaim may have cleared entries here and not flushed yet; the next flush makes up for it.
@@ -390,6 +397,7 @@ impl<K: Platform> FlushedGather<'_, K> {
     ///
     /// # Source
     /// Linux: the second half of tlb_finish_mmu, mm/mmu_gather.c.
+    #[inline]
     pub fn free(self) {
         drop(self);
     }

@@ -62,6 +62,7 @@ impl Limits {
 
     /// The same limits with every value brought into its legal range.
     #[must_use]
+    #[inline]
     pub fn clamped(self) -> Self {
         Self {
             bundle_slots: self.bundle_slots.clamp(2, 8),

@@ -59,12 +59,14 @@ impl<B: CpuBits> Mm<B> {
         self.open_gathers.load(Ordering::Acquire)
     }
 
+    #[inline]
     pub(crate) fn open_gather(&self) {
         // ORDERING: made visible by the unlock of the first table lock the gather takes, to whoever locks it next: a
         // gather that skips an entry this one cleared also sees the count (rule G6).
         self.open_gathers.fetch_add(1, Ordering::AcqRel);
     }
 
+    #[inline]
     pub(crate) fn close_gather(&self) {
         // ORDERING: release: comes after the flush.
         self.open_gathers.fetch_sub(1, Ordering::AcqRel);

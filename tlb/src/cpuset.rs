@@ -46,6 +46,7 @@ pub trait CpuBits: fmt::Debug + Send + Sync {
 
 impl<const WORDS: usize> CpuBits for [AtomicU64; WORDS] {
     fn empty() -> Self {
+        const { assert!(WORDS > 0 && WORDS <= 64, "a set has room for 64 to 4096 CPUs") };
         core::array::from_fn(|_| AtomicU64::new(0))
     }
 
@@ -56,14 +57,22 @@ impl<const WORDS: usize> CpuBits for [AtomicU64; WORDS] {
 }
 
 /// A set of CPUs whose members other CPUs may add and remove meanwhile. Linux: struct cpumask.
+///
+/// A set of more than one word remembers which of its words ever had a member, and looks at no other: what it costs to go
+/// through a large set does not grow with the CPUs that were never in it.
 #[doc(alias = "cpumask")]
-pub struct CpuSet<B: CpuBits>(B);
+pub struct CpuSet<B: CpuBits> {
+    bits: B,
+    /// Bit n: word n has had a member. Never taken back while others see the set, for whoever took it back would race with
+    /// a CPU that joins. Not used with a single word.
+    used: AtomicU64,
+}
 
 impl<B: CpuBits> CpuSet<B> {
     /// The set without members.
     #[must_use]
     pub fn empty() -> Self {
-        Self(B::empty())
+        Self { bits: B::empty(), used: AtomicU64::new(0) }
     }
 
     /// Adds `cpu` with a locked instruction, unless it is there already: the line is not written then.
@@ -75,6 +84,11 @@ impl<B: CpuBits> CpuSet<B> {
         let (word, bit) = self.place(cpu);
         if word.load(Ordering::Relaxed) & bit == 0 {
             word.fetch_or(bit, Ordering::SeqCst);
+        }
+        // ORDERING: after the bit, before the caller's full fence (S3 in switch.rs): whoever must see the one sees both.
+        let used = self.used_bit(cpu);
+        if used != 0 && self.used.load(Ordering::Relaxed) & used == 0 {
+            self.used.fetch_or(used, Ordering::SeqCst);
         }
     }
 
@@ -102,52 +116,79 @@ impl<B: CpuBits> CpuSet<B> {
     pub fn insert(&mut self, cpu: CpuId) {
         let (word, bit) = self.place(cpu);
         word.store(word.load(Ordering::Relaxed) | bit, Ordering::Relaxed);
+        self.used.store(self.used.load(Ordering::Relaxed) | self.used_bit(cpu), Ordering::Relaxed);
     }
 
     /// Adds every member of `other` to a set that nobody else sees.
     pub fn insert_all(&mut self, other: &Self) {
-        for (mine, theirs) in self.0.words().iter().zip(other.0.words()) {
+        let mut used = self.used.load(Ordering::Relaxed);
+        for (number, theirs) in other.used_words() {
+            let mine = &self.bits.words()[number as usize];
             mine.store(mine.load(Ordering::Relaxed) | theirs.load(Ordering::Relaxed), Ordering::Relaxed);
+            used |= 1 << number;
         }
+        self.used.store(used, Ordering::Relaxed);
     }
 
     /// Removes every member of a set that nobody else sees.
     pub fn clear_all(&mut self) {
-        for word in self.0.words() {
+        for (_, word) in self.used_words() {
             word.store(0, Ordering::Relaxed);
         }
+        self.used.store(0, Ordering::Relaxed);
     }
 
     /// Whether there is no member now.
     #[must_use]
+    #[inline]
     pub fn is_empty(&self) -> bool {
-        self.0.words().iter().all(|word| word.load(Ordering::Relaxed) == 0)
+        self.used_words().all(|(_, word)| word.load(Ordering::Relaxed) == 0)
     }
 
     /// How many members there are now.
     #[must_use]
     pub fn len(&self) -> u32 {
-        self.0.words().iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum()
+        self.used_words().map(|(_, word)| word.load(Ordering::Relaxed).count_ones()).sum()
     }
 
     /// The members, lowest first. Each word is read once.
+    #[inline]
     pub fn iter(&self) -> impl Iterator<Item = CpuId> + '_ {
-        (0u32..).step_by(64).zip(self.0.words()).flat_map(|(base, word)| {
-            let mut bits = word.load(Ordering::Relaxed);
-            core::iter::from_fn(move || {
-                let lowest = (bits != 0).then(|| bits.trailing_zeros())?;
-                bits &= bits - 1;
-                Some(CpuId(base + lowest))
-            })
+        self.used_words().flat_map(|(number, word)| {
+            members(word.load(Ordering::Relaxed)).map(move |bit| CpuId(number * 64 + bit))
         })
+    }
+
+    /// The words that may have members, with their numbers.
+    #[inline]
+    fn used_words(&self) -> impl Iterator<Item = (u32, &AtomicU64)> + '_ {
+        let words = self.bits.words();
+        let used = if words.len() == 1 { 1 } else { self.used.load(Ordering::Relaxed) };
+        members(used).map(move |number| (number, &words[number as usize]))
+    }
+
+    /// The bit in `used` for the word that `cpu` is in; none for a set of one word.
+    #[inline]
+    fn used_bit(&self, cpu: CpuId) -> u64 {
+        if self.bits.words().len() == 1 { 0 } else { 1 << (cpu.index() / 64) }
     }
 
     #[inline]
     fn place(&self, cpu: CpuId) -> (&AtomicU64, u64) {
-        let words = self.0.words();
+        let words = self.bits.words();
         assert!(cpu.index() / 64 < words.len(), "{cpu} does not fit a set of {} CPUs", words.len() * 64);
         (&words[cpu.index() / 64], 1 << (cpu.index() % 64))
     }
+}
+
+/// The numbers of the bits that are set, lowest first.
+#[inline]
+fn members(mut bits: u64) -> impl Iterator<Item = u32> {
+    core::iter::from_fn(move || {
+        let lowest = (bits != 0).then(|| bits.trailing_zeros())?;
+        bits &= bits - 1;
+        Some(lowest)
+    })
 }
 
 impl<B: CpuBits> fmt::Debug for CpuSet<B> {
@@ -171,6 +212,24 @@ mod tests {
         assert!(set.iter().eq(members));
         assert_eq!(set.len(), 3);
         assert!(set.contains(CpuId::new(64)) && !set.contains(CpuId::new(63)));
+    }
+
+    #[test]
+    fn a_large_set_looks_only_at_words_that_had_a_member() {
+        let set = CpuSet::<[AtomicU64; 64]>::empty();
+        assert_eq!(set.used_words().count(), 0);
+        set.set(CpuId::new(4095));
+        set.set(CpuId::new(70));
+        set.clear(CpuId::new(70));
+        assert!(set.used_words().map(|(number, _)| number).eq([1, 63]));
+        set.set(CpuId::new(70));
+        assert!(set.iter().eq([70, 4095].map(CpuId::new)));
+        let mut batch = CpuSet::<[AtomicU64; 64]>::empty();
+        batch.insert(CpuId::new(200));
+        batch.insert_all(&set);
+        assert!(batch.iter().eq([70, 200, 4095].map(CpuId::new)));
+        batch.clear_all();
+        assert!(batch.is_empty() && batch.used_words().next().is_none());
     }
 
     #[test]

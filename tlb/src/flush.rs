@@ -201,21 +201,25 @@ pub unsafe fn flush_tlb_func<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushReque
         FlushKind::AllUpdated => None,
     };
     let asid = state.loaded_asid();
+    let local_gen = state.slot(asid).tlb_gen;
+    let wanted = request.wanted();
+    // The generation is read before anything is flushed: what is filled in afterwards comes from tables at least as new.
+    // That is why the slot may be raised to it. It is not read at all, because every CPU that flushes `mm` writes its
+    // line, when the slot shows that the request is satisfied.
+    let generation_of = |mm: &MmContext<C::Bits>| match wanted {
+        Wanted::Range(asked) | Wanted::Mm(asked) if asked <= local_gen => local_gen,
+        _ => mm.tlb_gen(),
+    };
     let (loaded_is, mm_gen) = match (&loaded, target) {
-        (LoadedMm::Mm(mm), None) => (LoadedIs::Requested, mm.tlb_gen()),
-        // The generation is read before anything is flushed: what is filled in afterwards comes from tables at least
-        // as new. That is why the slot may be raised to it.
-        (LoadedMm::Mm(mm), Some(target)) if core::ptr::eq(*mm, target) => (LoadedIs::Requested, mm.tlb_gen()),
+        (LoadedMm::Mm(mm), None) => (LoadedIs::Requested, generation_of(mm)),
+        (LoadedMm::Mm(mm), Some(target)) if core::ptr::eq(*mm, target) => {
+            (LoadedIs::Requested, generation_of(mm))
+        }
         (LoadedMm::Init, None) => (LoadedIs::Init, TlbGen::START),
         _ => (LoadedIs::Other, TlbGen::START),
     };
-    let situation = Situation {
-        loaded: loaded_is,
-        laziness: state.laziness(),
-        local_gen: state.slot(asid).tlb_gen,
-        mm_gen,
-    };
-    let event = match plan(request.wanted(), situation) {
+    let situation = Situation { loaded: loaded_is, laziness: state.laziness(), local_gen, mm_gen };
+    let event = match plan(wanted, situation) {
         Action::Nothing(_) => TlbEvent::AlreadyCurrent,
         Action::LeaveCpumask => {
             if let Some(mm) = target {

@@ -99,8 +99,11 @@ impl TlbGen {
 /// has it loaded.
 ///
 /// Linux: mm_context_t and mm_cpumask.
+///
+/// Aligned to a cache line, so that CPUs that flush different address spaces write no line in common.
 #[doc(alias = "mm_context_t")]
 #[derive(Debug)]
+#[repr(align(64))]
 pub struct MmContext<B: CpuBits> {
     ctx_id: CtxId,
     root: PhysFrame,
@@ -125,6 +128,7 @@ impl<B: CpuBits> MmContext<B> {
 
     /// Its unique name.
     #[must_use]
+    #[inline]
     pub const fn ctx_id(&self) -> CtxId {
         self.ctx_id
     }

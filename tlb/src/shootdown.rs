@@ -70,12 +70,12 @@ fn shoot_down<C: Cpus>(
         if cpus.online_cpus() == OnlineCpus::One {
             flush_here();
         } else {
-            let targets = whom_to_tell(cpus, mm, here, tables);
-            if targets.is_empty() {
-                flush_here();
-            } else {
-                cpus.flush_others(&targets, &request, flush_here);
-                cpus.observe(TlbEvent::IpisSent(targets.len()));
+            match whom_to_tell(cpus, mm, here, tables) {
+                None => flush_here(),
+                Some(targets) => {
+                    cpus.flush_others(&targets, &request, flush_here);
+                    cpus.observe(TlbEvent::IpisSent(targets.len()));
+                }
             }
         }
         tlb_gen
@@ -84,20 +84,22 @@ fn shoot_down<C: Cpus>(
     Flushed::of(mm.ctx_id(), tlb_gen)
 }
 
-/// The other CPUs that must be interrupted.
+/// The other CPUs that must be interrupted, if any. No set is made for none: it may be large.
+#[inline]
 fn whom_to_tell<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     here: CpuId,
     tables: FreedTables,
-) -> CpuSet<C::Bits> {
-    let mut targets = CpuSet::empty();
+) -> Option<CpuSet<C::Bits>> {
+    let mut targets: Option<CpuSet<C::Bits>> = None;
+    let mut tell = |cpu| targets.get_or_insert_with(CpuSet::empty).insert(cpu);
     let (mut lazy, mut elsewhere) = (0, 0);
     for cpu in mm.cpumask().iter().filter(|cpu| *cpu != here) {
         match cpus.cpu_state(cpu).concern(Some(mm)) {
             // T5: speculation on a lazy CPU still walks the tables.
-            _ if tables == FreedTables::Yes => targets.insert(cpu),
-            Concern::MustFlush => targets.insert(cpu),
+            _ if tables == FreedTables::Yes => tell(cpu),
+            Concern::MustFlush => tell(cpu),
             Concern::Lazy => lazy += 1,
             Concern::Elsewhere => elsewhere += 1,
         }
