@@ -286,6 +286,17 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
+    /// Drops one reference on each page, a chunk at a time.
+    pub(crate) fn drop_references(&self, frames: impl IntoIterator<Item = PhysFrame>) {
+        let chunk = usize::from(self.config.limits.free_chunk.max(1));
+        for (number, frame) in (1..).zip(frames) {
+            self.drop_reference(frame);
+            if usize::is_multiple_of(number, chunk) {
+                self.machine.cond_resched();
+            }
+        }
+    }
+
     /// Drops one reference on a page, freeing it if that was the last.
     pub(crate) fn drop_reference(&self, frame: PhysFrame) {
         self.frames.free(self.release_page(frame));

@@ -361,9 +361,7 @@ impl<M: Machine> Kernel<M> {
     /// Gives up the page cache and the page of zeroes: what is left afterwards was lost.
     pub fn drop_caches(&self) {
         let cached = core::mem::take(&mut *self.page_cache.lock());
-        for frame in cached.into_values() {
-            self.drop_reference(frame);
-        }
+        self.drop_references(cached.into_values());
         if let Some(block) = self.zero_block.lock().take() {
             self.machine.note(Note::Freed(block, FrameRole::Block));
             self.frames.free_block(block);

@@ -88,9 +88,7 @@ impl<M: Machine> Kernel<M> {
         self.machine.cond_resched();
         let flushed = batch.flush(self);
         debug_assert!(flushed.is_some() || frames.is_empty(), "G1: pages taken and nothing flushed");
-        for frame in &frames {
-            self.drop_reference(*frame);
-        }
+        self.drop_references(frames.iter().copied());
         frames.len() as u64
     }
 

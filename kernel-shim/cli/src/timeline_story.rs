@@ -276,8 +276,17 @@ const fn rule(kind: ViolationKind) -> &'static str {
         ViolationKind::TwoPageSizes => {
             "Before an address gets pages of another size, every CPU must have forgotten the old ones: a split flushes first."
         }
-        ViolationKind::FreePageMapped => {
+        ViolationKind::FreePageMapped | ViolationKind::CountsDisagree => {
             "Rule G5: what is queued is released once, and what is mapped is not free."
+        }
+        ViolationKind::TableFreedInUse => {
+            "Rule P3: a table goes when all 512 entries are none, never by guess."
+        }
+        ViolationKind::FreedUnderTableLock | ViolationKind::WaitedUnderTableLock => {
+            "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty pages."
+        }
+        ViolationKind::NoPreemptionPoint => {
+            "Rule G7: the work between two preemption points is bounded, whatever the range."
         }
         ViolationKind::SlotIsOlder => {
             "Rule T2: a slot at a generation promises that nothing older is cached there."

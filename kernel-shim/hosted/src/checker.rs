@@ -55,6 +55,16 @@ pub enum ViolationKind {
     TwoPageSizes,
     /// A page that is free is mapped.
     FreePageMapped,
+    /// A table was freed although not all of its entries are none.
+    TableFreedInUse,
+    /// A page is mapped by more or by fewer entries than its count says.
+    CountsDisagree,
+    /// A frame was freed by a CPU that held the lock of a page table.
+    FreedUnderTableLock,
+    /// A CPU that held the lock of a page table waited for others to flush, and not for the sake of dirty pages.
+    WaitedUnderTableLock,
+    /// A CPU did more between two preemption points than it may, whatever the range.
+    NoPreemptionPoint,
     /// A CPU has cached what its page tables no longer say, and its slot claims that it has not.
     SlotIsOlder,
     /// A CPU has an address space in CR3 and is not in its cpumask.
@@ -81,6 +91,11 @@ impl fmt::Display for ViolationKind {
             }
             Self::TwoPageSizes => "a program can use two page sizes for one address",
             Self::FreePageMapped => "a free page is mapped",
+            Self::TableFreedInUse => "a table was freed that still had entries",
+            Self::CountsDisagree => "a page is not mapped as often as its count says",
+            Self::FreedUnderTableLock => "a frame was freed under the lock of a page table",
+            Self::WaitedUnderTableLock => "a CPU waited for others under the lock of a page table",
+            Self::NoPreemptionPoint => "a CPU did too much between two preemption points",
             Self::SlotIsOlder => {
                 "a CPU has cached what page tables no longer say, though its slot is at the newest generation"
             }

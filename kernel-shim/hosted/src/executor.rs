@@ -24,6 +24,7 @@ use crate::program::{HostedKernel, touch};
 use crate::schedule::{self, Schedule};
 use crate::sequence::Sequence;
 use crate::story::{Detail, Event};
+use crate::work::MostWork;
 
 /// What a sequence came to.
 #[derive(Clone, Debug, Default)]
@@ -125,7 +126,9 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(sequence: &Sequence, trial: Trial) -> std::io::Result<Arc<Self>> {
         let Trial { fault, misbehaviour, telling } = trial;
-        let machine = Arc::new(HostedMachine::new(Options { fault, telling, ..sequence.options() })?);
+        let most_work = MostWork::of(&LIMITS);
+        let options = Options { fault, telling, most_work, ..sequence.options() };
+        let machine = Arc::new(HostedMachine::new(options)?);
         let config = Config { limits: LIMITS, misbehaviour, ..Config::default() };
         let short = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
         let kernel: HostedKernel = Kernel::boot(Arc::clone(&machine), config).map_err(short)?;
@@ -286,7 +289,10 @@ impl World {
             Op::Batches(supply) => kernel.set_batch_supply(supply),
             Op::Tables(supply) => kernel.set_table_supply(supply),
             Op::Preempt(seams) => self.machine().preempt_after(seams),
-            Op::Sync => self.compare_caches_with_memory(),
+            Op::Sync => {
+                self.compare_caches_with_memory();
+                self.compare_tables_with_frames();
+            }
         }
     }
 
@@ -390,7 +396,10 @@ impl World {
         let machine = self.machine();
         self.kernel.set_batch_supply(Supply::Always);
         self.kernel.set_table_supply(Supply::Always);
-        machine.on_cpu(CpuId::new(0), || self.compare_caches_with_memory());
+        machine.on_cpu(CpuId::new(0), || {
+            self.compare_caches_with_memory();
+            self.compare_tables_with_frames();
+        });
         for process in &self.processes {
             let process = Arc::clone(&lock(process));
             let exited = self.kernel.exit(&process.mm);

@@ -6,6 +6,7 @@
 //!  machine     CPUs, interrupts, memory: what the small kernel runs on
 //!  mmu ...     the software MMU: arch, features, tlb_cache, structure_cache, walk, invalidate, broadcast
 //!  oversight   at every seam other CPUs run and speculate; at every free the checker looks who may still reach the frame
+//!  returns     what a call has promised   table_locks, work     rules G3, G7      mappings    tables against frames
 //!  checker     frames, who holds them, violations        story      the last events, to tell one
 //! ```
 //!
@@ -23,6 +24,7 @@ mod generate;
 pub mod invalidate;
 mod judge;
 mod machine;
+mod mappings;
 mod memory;
 pub mod mmu;
 mod op;
@@ -39,9 +41,11 @@ mod spaces;
 mod stage;
 mod story;
 pub mod structure_cache;
+mod table_locks;
 pub mod tlb_cache;
 pub mod walk;
 pub mod watch;
+mod work;
 
 pub use boundary::{Boundaries, Boundary};
 pub use checker::{Found, Violation, ViolationKind};
@@ -59,3 +63,4 @@ pub use sequence::{Sequence, SequenceError};
 pub use shrink::shrink;
 pub use stage::HostedStage;
 pub use story::{Detail, Event, Fill, Kept, What};
+pub use work::MostWork;

@@ -5,6 +5,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use mmu_gather::pagetable::TableLock;
 use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, OnlineCpus, PcidSupport};
 use mmu_kernel_shim::{Machine, Moment, Note, Seam};
 use spin::RelaxStrategy;
@@ -22,6 +23,8 @@ use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
 use crate::schedule::{self, Schedule};
 use crate::story::{Detail, Event, Kept, Story, What};
+use crate::table_locks::TableLocks;
+use crate::work::Work;
 
 /// A machine of up to 64 CPUs.
 pub struct HostedMachine {
@@ -74,6 +77,8 @@ pub(crate) struct VirtualCpu {
     /// It has sent a request and waits for the answers.
     waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
+    pub(crate) table_locks: TableLocks,
+    pub(crate) work: Work,
     /// At which seam from here it stays away for long; 0 for none.
     pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
@@ -154,6 +159,8 @@ impl HostedMachine {
                 in_user_mode: AtomicBool::new(false),
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
+                table_locks: TableLocks::default(),
+                work: Work::default(),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
             }
@@ -256,7 +263,8 @@ impl HostedMachine {
             self.become_cpu(cpu);
         };
         let is_done = |cpu: CpuId| self.cpus[cpu.index()].has_turns.store(false, Ordering::Relaxed);
-        schedule.run(&self.choices, becomes, is_done, &on_return);
+        let leaves = |cpu| self.settle_locks(cpu);
+        schedule.run(&self.choices, becomes, leaves, is_done, &on_return);
         self.become_cpu(CpuId::new(0));
     }
 
@@ -294,6 +302,7 @@ impl HostedMachine {
 
     /// This CPU runs a program from now on. The checker looks whether it could reach anything it must not.
     pub fn enter_user_mode(&self) {
+        self.begin_work_anew();
         self.cpu().in_user_mode.store(true, Ordering::Relaxed);
         self.check_stale();
     }
@@ -368,6 +377,9 @@ unsafe impl Machine for HostedMachine {
     }
 
     fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
+        if let Some(checked) = &self.checked {
+            self.check_wait_outside_locks(checked);
+        }
         let request = Request { work, unanswered: AtomicU32::new(targets.len()) };
         for target in targets.iter() {
             self.send(target, &request);
@@ -439,6 +451,7 @@ unsafe impl Machine for HostedMachine {
     }
 
     fn cond_resched(&self) {
+        self.begin_work_anew();
         let turns = self.turns.load(Ordering::Relaxed);
         self.cross_between_steps();
         if self.turns.load(Ordering::Relaxed) != turns {
@@ -457,6 +470,13 @@ unsafe impl Machine for HostedMachine {
     fn note(&self, note: Note) {
         if let Some(checked) = &self.checked {
             self.check_note(checked, note);
+        }
+    }
+
+    fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {
+        if self.checked.is_some() {
+            self.cross(Seam::Lock);
+            self.ask_for_lock(frame, lock);
         }
     }
 

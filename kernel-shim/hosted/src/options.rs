@@ -1,7 +1,10 @@
 //! How a hosted machine is made.
 
-use crate::features::{Capacity, Features};
+use mmu_gather::Limits;
 use mmu_gather::tlb::PcidSupport;
+
+use crate::features::{Capacity, Features};
+use crate::work::MostWork;
 
 /// Everything that decides what a machine does, but for what runs on it.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +27,8 @@ pub struct Options {
     pub adversary: Adversary,
     /// How much of what happens is remembered.
     pub telling: Telling,
+    /// How much a CPU may do between two preemption points.
+    pub most_work: MostWork,
 }
 
 /// Whether the machine models translation caches and watches over them.
@@ -85,6 +90,7 @@ impl Options {
             fault: MachineFault::None,
             adversary: Adversary::Keeper,
             telling: Telling::Last,
+            most_work: MostWork::of(&Limits::DEFAULT),
         }
     }
 }

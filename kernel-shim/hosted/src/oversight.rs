@@ -3,6 +3,7 @@
 use core::cell::Cell;
 use core::sync::atomic::Ordering;
 
+use mmu_gather::GatherEvent;
 use mmu_gather::tlb::CpuId;
 use mmu_kernel_shim::{FrameRole, Note, Seam, UserAccess};
 use x86_64::PhysAddr;
@@ -190,7 +191,14 @@ impl HostedMachine {
                 }
                 checked.checker.allocated(frame, role);
             }
-            Note::Freed(frame, role) => self.check_freed(checked, frame, role),
+            Note::Freed(frame, role) => {
+                self.check_free_outside_locks(checked, frame);
+                self.count_freed(checked, frame);
+                if role == FrameRole::Table {
+                    self.check_freed_table(checked, frame);
+                }
+                self.check_freed(checked, frame, role);
+            }
             Note::MappedByNobody(frame) => self.check_unwritable(checked, frame),
             Note::Unmapped { root, range, caller } => {
                 self.tell(What::Unmapped(range.start(), range.end()));
@@ -207,6 +215,7 @@ impl HostedMachine {
             }
             Note::Mapped { root, address, frame } => self.detail(Detail::Mapped(root, address, frame)),
             Note::Cleared { address, level, frame } => {
+                self.count_cleared(checked, frame);
                 if level != mmu_gather::pagetable::Level::Pte {
                     self.reached.note(Boundary::LargeCleared);
                 }
@@ -214,7 +223,12 @@ impl HostedMachine {
             }
             Note::Restricted { address, level } => self.detail(Detail::Restricted(address, level)),
             Note::Tlb { event, slot } => self.detail(Detail::Tlb(event, slot)),
-            Note::Gather(event) => self.detail(Detail::Gather(event)),
+            Note::Gather(event) => {
+                if event == GatherEvent::DirtyFlush {
+                    self.announce_dirty_flush();
+                }
+                self.detail(Detail::Gather(event));
+            }
         }
     }
 

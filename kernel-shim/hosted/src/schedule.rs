@@ -102,12 +102,13 @@ impl Schedule {
 
     /// Runs until all are done.
     ///
-    /// `becomes` is told which CPU runs from now on; `is_done` which has nothing left to do; `on_return` runs on a CPU whenever
+    /// `becomes` is told which CPU runs from now on, `leaves` which ran until now; `is_done` which has nothing left to do; `on_return` runs on a CPU whenever
     /// it is chosen again, and does not give way.
     pub(crate) fn run(
         mut self,
         choices: &Choices,
         becomes: impl Fn(CpuId),
+        leaves: impl Fn(CpuId),
         is_done: impl Fn(CpuId),
         on_return: &(dyn Fn() + 'static),
     ) {
@@ -120,6 +121,7 @@ impl Schedule {
             WAY_OUT.set(task.way_out);
             let result = catch_unwind(AssertUnwindSafe(|| task.coroutine.resume(())));
             task.way_out = WAY_OUT.replace(ptr::null());
+            leaves(task.cpu);
             let result = result.unwrap_or_else(|panic| {
                 ON_RETURN.set(None);
                 // Unwinding the others would run what they still have to do, with nobody to wait for: leave them.

@@ -1,0 +1,66 @@
+//! How much a CPU does between two preemption points: rule G7, a bounded amount, whatever the range.
+
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use mmu_gather::Limits;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::checker::ViolationKind;
+use crate::machine::{Checked, HostedMachine};
+
+/// What one CPU did since its last preemption point.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    cleared: AtomicU32,
+    freed: AtomicU32,
+}
+
+/// The most that a CPU may do between two preemption points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MostWork {
+    /// Leaves cleared: one table of large ones, then one of small ones.
+    pub cleared: u32,
+    /// Frames given back to the allocator.
+    pub freed: u32,
+}
+
+impl MostWork {
+    /// What gathers with these limits promise.
+    ///
+    /// A chunk of pages, the tables of a batch and one that found none, the batch pages themselves; then the next chunk.
+    #[must_use]
+    pub const fn of(limits: &Limits) -> Self {
+        let chunk = limits.free_chunk as u32 + 1;
+        let tables = limits.table_slots as u32 + 1;
+        Self { cleared: 1024, freed: 2 * chunk + tables + limits.batch_pages as u32 + 2 }
+    }
+}
+
+impl HostedMachine {
+    /// This CPU could run something else now.
+    pub(crate) fn begin_work_anew(&self) {
+        let work = &self.cpu().work;
+        work.cleared.store(0, Ordering::Relaxed);
+        work.freed.store(0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_cleared(&self, checked: &Checked, frame: PhysFrame) {
+        let most = self.options.most_work.cleared;
+        self.count(checked, &self.cpu().work.cleared, most, frame);
+    }
+
+    pub(crate) fn count_freed(&self, checked: &Checked, frame: PhysFrame) {
+        let most = self.options.most_work.freed;
+        self.count(checked, &self.cpu().work.freed, most, frame);
+    }
+
+    fn count(&self, checked: &Checked, counter: &AtomicU32, most: u32, frame: PhysFrame) {
+        let done = counter.load(Ordering::Relaxed) + 1;
+        counter.store(done, Ordering::Relaxed);
+        if done > most {
+            // Told once for each stretch.
+            counter.store(0, Ordering::Relaxed);
+            self.report(checked, ViolationKind::NoPreemptionPoint, self.current(), 0, frame, None);
+        }
+    }
+}
