@@ -241,8 +241,7 @@ impl<M: Machine> Kernel<M> {
             AreaKind::Anon | AreaKind::FilePrivate(_) => {
                 matches!(meta.kind(), FrameKind::Page | FrameKind::Block)
                     && meta.owner() == 0
-                    && meta.maps() == 1
-                    && meta.refs() == 1
+                    && meta.is_exclusive()
             }
         }
     }

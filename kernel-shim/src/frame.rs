@@ -51,10 +51,9 @@ impl FrameKind {
 #[derive(Debug)]
 #[repr(C, align(32))]
 pub struct FrameMeta<R> {
-    /// Users: mappings, the page cache.
-    refs: AtomicU32,
-    /// Entries that map it.
-    maps: AtomicU32,
+    /// Users (mappings, the page cache) in the low half, entries that map it in the high half: one locked instruction changes
+    /// both, and one load finds both as they were at one moment.
+    counts: AtomicU64,
     /// The next free frame, if this one is free.
     next: AtomicU32,
     kind: AtomicU8,
@@ -69,8 +68,7 @@ const_assert_eq!(size_of::<FrameMeta<spin::Spin>>(), 32);
 impl<R: RelaxStrategy> FrameMeta<R> {
     fn new(kind: FrameKind) -> Self {
         Self {
-            refs: AtomicU32::new(0),
-            maps: AtomicU32::new(0),
+            counts: AtomicU64::new(0),
             next: AtomicU32::new(NO_FRAME),
             kind: AtomicU8::new(kind as u8),
             dirty: AtomicU8::new(0),
@@ -88,14 +86,23 @@ impl<R: RelaxStrategy> FrameMeta<R> {
 
     /// How many entries map it.
     #[must_use]
+    #[inline]
     pub fn maps(&self) -> u32 {
-        self.maps.load(Ordering::Relaxed)
+        maps_of(self.counts.load(Ordering::Relaxed))
     }
 
     /// How many users it has.
     #[must_use]
+    #[inline]
     pub fn refs(&self) -> u32 {
-        self.refs.load(Ordering::Relaxed)
+        refs_of(self.counts.load(Ordering::Relaxed))
+    }
+
+    /// Whether one entry maps it, and nobody else uses it.
+    #[must_use]
+    #[inline]
+    pub fn is_exclusive(&self) -> bool {
+        self.counts.load(Ordering::Relaxed) == ONE_MAP + ONE_REF
     }
 
     /// Whether its content must be written back.
@@ -114,30 +121,29 @@ impl<R: RelaxStrategy> FrameMeta<R> {
 
     /// One more mapping, and the reference that it holds.
     pub(crate) fn add_mapping(&self) {
-        self.refs.fetch_add(1, Ordering::Relaxed);
-        self.maps.fetch_add(1, Ordering::Relaxed);
+        self.counts.fetch_add(ONE_MAP + ONE_REF, Ordering::Relaxed);
     }
 
     /// One mapping less; its reference stays until the flush.
     #[inline]
     pub(crate) fn remove_mapping(&self) -> Result<(), CountError> {
-        if self.maps.fetch_sub(1, Ordering::AcqRel) == 0 {
-            self.maps.store(0, Ordering::Relaxed);
+        if maps_of(self.counts.fetch_sub(ONE_MAP, Ordering::AcqRel)) == 0 {
+            self.counts.fetch_add(ONE_MAP, Ordering::Relaxed);
             return Err(CountError);
         }
         Ok(())
     }
 
     pub(crate) fn add_ref(&self) {
-        self.refs.fetch_add(1, Ordering::Relaxed);
+        self.counts.fetch_add(ONE_REF, Ordering::Relaxed);
     }
 
     /// One reference less; whether it was the last.
     #[inline]
     pub(crate) fn drop_ref(&self) -> Result<Last, CountError> {
-        match self.refs.fetch_sub(1, Ordering::AcqRel) {
+        match refs_of(self.counts.fetch_sub(ONE_REF, Ordering::AcqRel)) {
             0 => {
-                self.refs.store(0, Ordering::Relaxed);
+                self.counts.fetch_add(ONE_REF, Ordering::Relaxed);
                 Err(CountError)
             }
             1 => Ok(Last::Yes),
@@ -152,6 +158,17 @@ impl<R: RelaxStrategy> FrameMeta<R> {
     pub(crate) fn owner(&self) -> u64 {
         self.owner.load(Ordering::Relaxed)
     }
+}
+
+const ONE_REF: u64 = 1;
+const ONE_MAP: u64 = 1 << 32;
+
+const fn refs_of(counts: u64) -> u32 {
+    (counts & 0xffff_ffff) as u32
+}
+
+const fn maps_of(counts: u64) -> u32 {
+    (counts >> 32) as u32
 }
 
 /// A count went below zero.
@@ -290,11 +307,10 @@ impl<R: RelaxStrategy> Frames<R> {
     /// Makes 512 single pages of a block, each with the counts that the block had.
     pub(crate) fn split_block(&self, first: PhysFrame) {
         let number = index_of(first);
-        let (refs, maps) = (self.metas[number].refs(), self.metas[number].maps());
+        let counts = self.metas[number].counts.load(Ordering::Relaxed);
         let dirty = self.metas[number].is_dirty();
         for meta in &self.metas[number..number + BLOCK as usize] {
-            meta.refs.store(refs, Ordering::Relaxed);
-            meta.maps.store(maps, Ordering::Relaxed);
+            meta.counts.store(counts, Ordering::Relaxed);
             meta.kind.store(FrameKind::Page as u8, Ordering::Relaxed);
             if dirty {
                 meta.mark_dirty();
@@ -338,8 +354,7 @@ impl<R: RelaxStrategy> Frames<R> {
 
 impl<R> FrameMeta<R> {
     fn reset(&self) {
-        self.refs.store(0, Ordering::Relaxed);
-        self.maps.store(0, Ordering::Relaxed);
+        self.counts.store(0, Ordering::Relaxed);
         self.dirty.store(0, Ordering::Relaxed);
         self.owner.store(0, Ordering::Relaxed);
         self.kind.store(FrameKind::Free as u8, Ordering::Relaxed);

@@ -115,7 +115,7 @@ impl<M: Machine> Kernel<M> {
             let frame = PhysFrame::containing_address(page);
             let meta = self.frames.meta(frame);
             // A page that only this entry uses; others would need their entries found (rmap).
-            if meta.kind() != FrameKind::Page || meta.owner() != 0 || meta.maps() != 1 || meta.refs() != 1 {
+            if meta.kind() != FrameKind::Page || meta.owner() != 0 || !meta.is_exclusive() {
                 continue;
             }
             let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
