@@ -61,7 +61,12 @@ impl Answer {
     /// The answer; none if there is nothing to choose from, or nothing was timed.
     pub(crate) fn new(cells: &[Measured], ipi_ns: u32) -> Option<Self> {
         let groups = groups(cells);
-        let considered: Vec<&[Measured]> = groups.iter().copied().filter(|group| matters(group)).collect();
+        let mut considered: Vec<&[Measured]> =
+            groups.iter().copied().filter(|group| matters(group)).collect();
+        // Memory is compared at the base of the default sweep, or else where most pages go.
+        let base = considered.iter().position(|group| group[0].conditions == Conditions::BASE);
+        let largest = (0..considered.len()).rev().max_by_key(|index| considered[*index][0].conditions.size);
+        considered.swap(0, base.or(largest)?);
         let memory_at = considered.first()?.first()?.conditions;
         let (settings, choice) = choose(&considered, ipi_ns)?;
         let by_ipi_ns = IPI_COSTS
@@ -95,7 +100,7 @@ impl Answer {
         words.push(format!(
             "It costs {:.2} times the cheapest (geometric mean over the {} of {} sets of conditions in which the setting \
              changes how often is flushed; at worst {:.2} times: {}), an interrupt being modelled as {} ns. At the peak {} \
-             wait unfreed, and there are {} flushes ({}).",
+             wait unfreed, and there {} ({}).",
             chosen.mean_ratio,
             self.considered,
             self.conditions,
@@ -103,7 +108,11 @@ impl Answer {
             chosen.worst_at,
             self.ipi_ns,
             bytes(chosen.bytes_unfreed_peak),
-            chosen.flushes,
+            if chosen.flushes == 1 {
+                String::from("is one flush")
+            } else {
+                format!("are {} flushes", chosen.flushes)
+            },
             self.memory_at,
         ));
         let others = self.settings.iter().filter(|setting| setting.batch != self.choice);
@@ -135,7 +144,7 @@ fn matters(group: &[Measured]) -> bool {
     group.iter().any(|cell| cell.counts.flushes != group[0].counts.flushes)
 }
 
-/// How the settings did, and which is chosen.
+/// How the settings did, and which is chosen; memory is that of the first group.
 fn choose(groups: &[&[Measured]], ipi_ns: u32) -> Option<(Vec<Setting>, Batch)> {
     let lead = groups.first()?;
     let mut settings = Vec::new();

@@ -178,8 +178,8 @@ impl SweepReport {
         }
         writeln!(
             out,
-            "<table class=\"settings\"><thead><tr><th>setting</th><th>cost, of the cheapest<br>(mean)</th>\
-             <th>cost, of the cheapest<br>(worst)</th><th>unfreed at the peak<br>(bytes)</th><th>flushes</th></tr></thead><tbody>"
+            "<div class=\"wide\"><table><thead><tr><th>setting</th><th>cost, times the cheapest<br>(mean)</th>\
+             <th>cost, times the cheapest<br>(worst)</th><th>unfreed at the peak<br>(bytes)</th><th>flushes</th></tr></thead><tbody>"
         )?;
         for setting in &answer.settings {
             writeln!(
@@ -193,12 +193,12 @@ impl SweepReport {
                 setting.flushes,
             )?;
         }
-        writeln!(out, "</tbody></table>")?;
+        writeln!(out, "</tbody></table></div>")?;
         writeln!(
             out,
             "<p class=\"note\">Settings: 8 is the slots on the stack alone, N one more page of N slots, KxN so many pages of N \
              slots (19x510 is the engine's default), unlimited as many pages as it takes, adaptive the fewest that come to as \
-             few flushes as 19x510. Unfreed memory and flushes: {}.</p>",
+             few flushes as 19x510. Unfreed memory (pages and tables) and flushes: {}.</p>",
             answer.memory_at
         )
     }
@@ -361,7 +361,7 @@ impl SweepReport {
     fn write_table(&self, out: &mut impl io::Write) -> io::Result<()> {
         writeln!(
             out,
-            "<h2>All numbers</h2>\n<details><summary>{} rows</summary>\n<div class=\"wide\"><table><thead><tr>",
+            "<h2>All numbers</h2>\n<details><summary>{} rows</summary>\n<div class=\"wide rows\"><table><thead><tr>",
             self.cells.len()
         )?;
         for (name, _) in COLUMNS {

@@ -311,7 +311,7 @@ impl Tally {
 /// About where the stack is.
 #[inline(always)]
 fn here() -> usize {
-    let local = 0u8;
+    let local = 0usize;
     core::hint::black_box(ptr::from_ref(&local)).addr()
 }
 

@@ -73,7 +73,9 @@ impl SweepReport {
     pub(crate) fn memory_words(&self) -> [String; 4] {
         let Memory { gather, stack, cpu, mm, table_lock, frame } = self.memory;
         [
-            format!("a gather: {gather} bytes on the stack; {stack} with all calls down to the kernel's own"),
+            format!(
+                "a gather: {gather} bytes on the stack; about {stack} with all calls down to the kernel's own"
+            ),
             format!("each CPU: {cpu} bytes"),
             format!("each address space: {mm} bytes"),
             format!(

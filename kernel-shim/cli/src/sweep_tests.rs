@@ -61,6 +61,18 @@ fn ratios_are_a_geometric_mean_and_the_worst_is_named() {
 }
 
 #[test]
+fn memory_is_compared_at_the_base_or_else_where_most_pages_go() {
+    let of_size = |pages| Conditions { size: NrPages(pages), ..Conditions::BASE };
+    let mut cells = group(of_size(600), [3, 2, 1], [10.0; 3]);
+    cells.extend(group(of_size(9000), [3, 2, 1], [10.0; 3]));
+    cells.extend(group(of_size(700), [3, 2, 1], [10.0; 3]));
+    assert_eq!(Answer::new(&cells, 0).expect("there is a choice").memory_at, of_size(9000));
+    cells.extend(group(Conditions::BASE, [3, 2, 1], [10.0; 3]));
+    cells.extend(group(of_size(90_000), [3, 2, 1], [10.0; 3]));
+    assert_eq!(Answer::new(&cells, 0).expect("there is a choice").memory_at, Conditions::BASE);
+}
+
+#[test]
 fn a_setting_without_times_leaves_no_choice() {
     let mut cells = group(Conditions::BASE, [100, 2, 1], [10.0, 10.0, 10.0]);
     cells[1].measured = None;
