@@ -138,10 +138,11 @@ pub trait Pages {
         Fate::Clear
     }
 
-    /// A large leaf was replaced by a table of 512 smaller ones that map the same memory: spread its counts over them.
+    /// A large leaf was replaced by a table of 512 smaller ones that map the same memory: spread its counts over them. Also
+    /// called for a migration entry in the place of a large leaf, whose value is then not present.
     ///
     /// # Context
-    /// The lock of the table that held the leaf is held.
+    /// The lock of the table that held the leaf is held; for a migration entry only the map lock, for writing.
     fn leaf_was_split(&self, _area: Self::Area, _leaf: &UnmappedLeaf) {}
 
     /// A good moment to run something else. No lock is held.

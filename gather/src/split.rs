@@ -32,7 +32,8 @@ impl fmt::Display for SplitError {
 impl core::error::Error for SplitError {}
 
 impl<K: Platform> MmuGather<'_, K> {
-    /// Makes sure that no large leaf reaches across `address`, splitting one (of 1 GiB, then of 2 MiB) if need be.
+    /// Makes sure that no large leaf reaches across `address`, splitting one (of 1 GiB, then of 2 MiB) if need be. The same goes
+    /// for a migration entry or a marker in the place of one; other meanings are the embedder's to split, and left alone.
     ///
     /// Called for both ends of a range before the point of no return of an unmapping: that is the one place where teardown
     /// needs memory, and where it may still fail.
@@ -63,10 +64,14 @@ impl<K: Platform> MmuGather<'_, K> {
         let (kernel, mm) = (self.kernel, self.mm);
         // SAFETY: the constructor's caller holds the map lock.
         let Some(view) = (unsafe { mm.space().find_table(kernel, address, level) }) else { return Ok(()) };
-        if !matches!(view.load(address).decode(level), Decoded::Leaf(_)) {
-            return Ok(());
-        }
         let Some(below) = level.below() else { return Ok(()) };
+        match view.load(address).decode(level) {
+            Decoded::Leaf(_) => {}
+            Decoded::NonPresent(meaning) => {
+                return self.split_meaning(area, view, address, (level, below), meaning);
+            }
+            Decoded::None | Decoded::Table(_) => return Ok(()),
+        }
         let table = kernel.allocate_table().ok_or(SplitError::NoTable(address))?;
         let whole = VirtRange::of_entry(level, address);
 
@@ -95,6 +100,50 @@ impl<K: Platform> MmuGather<'_, K> {
         debug_assert!(linked.is_ok(), "somebody replaced the migration entry at {address:#x}: {linked:?}");
         if linked.is_err() {
             kernel.free_tables(&[table]);
+        }
+        Ok(())
+    }
+}
+
+impl<K: Platform> MmuGather<'_, K> {
+    /// Replaces a migration entry or a marker by 512 that say the same. Nothing was cached from it: no flush.
+    ///
+    /// Linux: the migration half of __split_huge_pmd_locked, mm/huge_memory.c.
+    fn split_meaning(
+        &mut self,
+        area: K::Area,
+        view: TableView<'_>,
+        address: u64,
+        (level, below): (Level, Level),
+        whole: NonPresent,
+    ) -> Result<(), SplitError> {
+        if !matches!(whole, NonPresent::Migration { .. } | NonPresent::Marker(_)) {
+            return Ok(());
+        }
+        let (kernel, mm) = (self.kernel, self.mm);
+        let table = kernel.allocate_table().ok_or(SplitError::NoTable(address))?;
+        // SAFETY: `allocate_table` returned this zeroed frame and nobody else knows it.
+        let parts = unsafe { TableView::new(kernel, table, below) };
+        for (index, entry) in (0u64..).zip(parts.table().entries()) {
+            let part = match whole {
+                NonPresent::Migration { frame, access } => {
+                    let frame =
+                        PhysFrame::containing_address(frame.start_address() + index * below.entry_span());
+                    NonPresent::Migration { frame, access }
+                }
+                other => other,
+            };
+            entry.store(part.encode());
+        }
+        // SAFETY: the view is live: the constructor's caller holds the map lock; the table is ours, of the level below.
+        if unsafe { mm.space().link_table(kernel, view, address, whole.encode(), table) }.is_err() {
+            // The page has arrived meanwhile, or the marker is gone: what is there now may be a leaf.
+            kernel.free_tables(&[table]);
+            return self.split_at(area, address, level);
+        }
+        if let NonPresent::Migration { frame, .. } = whole {
+            let address = VirtRange::of_entry(level, address).start();
+            kernel.leaf_was_split(area, &UnmappedLeaf { address, level, value: whole.encode(), frame });
         }
         Ok(())
     }

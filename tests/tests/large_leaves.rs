@@ -1,10 +1,11 @@
 //! Pages of 2 MiB and 1 GiB: unmapped whole, split at the ends of a range, and what failing to split leaves.
 
-use mmu_gather::pagetable::{Bounds, EntryValue, Level, MigrationAccess, NonPresent};
+use mmu_gather::pagetable::{Bounds, EntryValue, Level, Marker, MigrationAccess, NonPresent};
 use mmu_gather::tlb::PageSpan;
 use mmu_gather::{Limits, SplitError};
 use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, MIB, Options, PaperKernel, Supply, area, range};
-use x86_64::structures::paging::PageTableFlags;
+use x86_64::PhysAddr;
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 const PAGE: u64 = 4096;
 const AT: u64 = 4 * GIB;
@@ -74,6 +75,44 @@ fn splitting_maps_the_same_memory_in_smaller_pages() {
             assert!(found.value.is_writable() && found.value.is_dirty() && found.value.is_accessed());
             kernel.touch(CPU[1], address, Access::Write).expect("still mapped");
         }
+    }
+}
+
+/// A range that cuts one used to leave all of it behind, and its table could not go.
+#[test]
+fn a_migration_entry_or_marker_of_a_large_page_is_split_where_a_range_cuts_it() {
+    let frame = PhysFrame::containing_address(PhysAddr::new(4 << 20));
+    let migration = NonPresent::Migration { frame, access: MigrationAccess::Writable };
+    for whole in [migration, NonPresent::Marker(Marker::Poison)] {
+        let kernel = PaperKernel::new(Options::default());
+        let mm = kernel.new_mm();
+        kernel.put_non_present(mm, AT, Level::Pmd, whole);
+        if whole == migration {
+            kernel.ledger().add_mapping(frame);
+        }
+        let cut = AT + 7 * PAGE;
+        let mut gather = kernel.gather(mm);
+        gather.split_leaf(Backing::Anonymous, cut).expect("memory");
+        gather.flush().free();
+        for page in [0, 6, 7, 511] {
+            let expected = match whole {
+                NonPresent::Migration { frame, access } => {
+                    NonPresent::Migration { frame: frame + page, access }
+                }
+                other => other,
+            };
+            let found = kernel.lookup(mm, AT + page * PAGE);
+            assert_eq!((found.level, found.value), (Level::Pte, expected.encode()), "page {page}");
+        }
+        assert_eq!(
+            kernel.count(|event| matches!(event, Event::LeafSplit(_))),
+            usize::from(whole == migration)
+        );
+        assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 0, "nothing was cached from it");
+        let vma = area(AT, cut, Backing::Anonymous);
+        kernel.zap(mm, &vma, vma.range).free();
+        assert!(kernel.lookup(mm, cut - PAGE).value.is_none());
+        assert!(!kernel.lookup(mm, cut).value.is_none(), "beyond the range");
     }
 }
 
