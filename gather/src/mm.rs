@@ -1,7 +1,10 @@
 //! One address space, as the engine sees it.
 #![expect(unsafe_code, reason = "takes a root table on trust")]
 
+#[cfg(not(loom))]
 use core::sync::atomic::{AtomicU32, Ordering};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU32, Ordering};
 
 use mmu_pagetable::{AddressSpace, PagingMode};
 use mmu_tlb::{CpuBits, CtxIds, MmContext};

@@ -1,0 +1,255 @@
+//! Two gathers on one address space under loom: what the first to return has promised holds, whichever cleared the entry.
+//!
+//! ```text
+//! RUSTFLAGS="--cfg loom" cargo test -p mmu-gather --test loom --release
+//! ```
+//!
+//! CPUs 0 and 1 zap the same page, CPU 2 runs the program and has the page in its TLB. The entry is cleared under a lock,
+//! as under a table lock: one gather finds it, the other finds it none, has nothing of its own to flush, and must still not
+//! return before CPU 2 has forgotten the page (rule G6). The page table is one entry; the gather, its count of open gathers
+//! and all of `mmu-tlb` are the engine's own source over loom's atomics.
+#![cfg(loom)]
+#![expect(unsafe_code, reason = "plays the platform, which the engine takes on trust")]
+
+use std::sync::{Arc, Mutex as Plain};
+
+use loom::model::Builder;
+use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use loom::sync::{Mutex, MutexGuard};
+use loom::thread;
+use mmu_gather::pagetable::{Level, PagingMode, TableLock, TableMemory, VirtRange};
+use mmu_gather::tlb::{
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushRequest, PcidSupport, flush_tlb_func,
+    switch_mm,
+};
+use mmu_gather::{BatchPage, Disposition, FreedPages, GatherEvent, Mm, MmuGather, Pages, UnmappedLeaf};
+use x86_64::PhysAddr;
+use x86_64::instructions::tlb::Pcid;
+use x86_64::structures::paging::mapper::PageTableFrameMapping;
+use x86_64::structures::paging::{PageTable, PhysFrame};
+
+type Bits = [AtomicU64; 1];
+
+const PAGE: u64 = 4096;
+const CPU: [CpuId; 3] = [CpuId::new(0), CpuId::new(1), CpuId::new(2)];
+
+/// The one entry.
+#[derive(Default)]
+struct Table {
+    mapped: bool,
+}
+
+#[derive(Default)]
+struct Seen {
+    freed: usize,
+    nested: usize,
+}
+
+struct Machine {
+    cpus: [CpuTlb<Bits>; 3],
+    /// Whoever holds it runs on that CPU: interrupts are off there.
+    interrupts: [Mutex<()>; 3],
+    /// Whether each CPU has the page in its TLB. Read by others without any lock: who may rely on it has been told.
+    cached: [AtomicBool; 3],
+    mm: Mm<Bits>,
+    table: Mutex<Table>,
+    seen: Plain<Seen>,
+}
+
+fn frame(number: u64) -> PhysFrame {
+    PhysFrame::containing_address(PhysAddr::new(number * PAGE))
+}
+
+impl Machine {
+    /// The program runs on CPU 2 and has used the page.
+    fn new() -> Arc<Self> {
+        let ids = CtxIds::new();
+        let machine = Arc::new(Self {
+            cpus: core::array::from_fn(|_| CpuTlb::new()),
+            interrupts: core::array::from_fn(|_| Mutex::new(())),
+            cached: core::array::from_fn(|_| AtomicBool::new(false)),
+            // SAFETY: the table is never walked; no root is ever looked at.
+            mm: unsafe { Mm::new(&ids, frame(1), PagingMode::FourLevel) },
+            table: Mutex::new(Table { mapped: true }),
+            seen: Plain::default(),
+        });
+        let there = Cpu { machine: &machine, here: CPU[2] };
+        let off = there.interrupts_off();
+        // SAFETY: this thread is CPU 2, with interrupts off; the context lives in the machine.
+        unsafe { switch_mm(&there, CPU[2], Some(machine.mm.context())) };
+        machine.cached[2].store(true, Ordering::Relaxed);
+        drop(off);
+        machine
+    }
+
+    fn on(&self, cpu: CpuId) -> Cpu<'_> {
+        Cpu { machine: self, here: cpu }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Cpu<'a> {
+    machine: &'a Machine,
+    here: CpuId,
+}
+
+impl<'a> Cpu<'a> {
+    fn interrupts_off(&self) -> MutexGuard<'a, ()> {
+        self.machine.interrupts[self.here.index()].lock().expect("no panic before")
+    }
+
+    /// MADV_DONTNEED of the page: when it returns, no program may use the page.
+    fn zap(&self) {
+        // SAFETY: nobody unmaps the area, which the promise is about; that two zap it is what locks of tables are for.
+        let mut gather = unsafe { MmuGather::new(self, &self.machine.mm) };
+        let mut table = self.machine.table.lock().expect("no panic before");
+        let found = core::mem::take(&mut table.mapped);
+        drop(table);
+        if found {
+            let page = VirtRange::new(PAGE, 2 * PAGE).expect("not empty");
+            gather.remove_page(frame(9), page, Level::Pte);
+        }
+        let flushed = gather.flush();
+        self.assert_forgotten("after the call");
+        flushed.free();
+    }
+
+    fn assert_forgotten(&self, when: &str) {
+        let cached = self.machine.cached[2].load(Ordering::Relaxed);
+        assert!(!cached, "G6: a program can use the page {when} on {}", self.here);
+    }
+
+    fn forget(&self) {
+        // A serialising instruction.
+        fence(Ordering::SeqCst);
+        self.machine.cached[self.here.index()].store(false, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: no table is ever reached: the page table of this machine is one flag.
+unsafe impl PageTableFrameMapping for Cpu<'_> {
+    fn frame_to_pointer(&self, _: PhysFrame) -> *mut PageTable {
+        unreachable!("there are no tables")
+    }
+}
+
+// SAFETY: as above.
+unsafe impl TableMemory for Cpu<'_> {
+    type Relax = spin::Spin;
+
+    fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
+        unreachable!("there are no tables")
+    }
+
+    fn allocate_table(&self) -> Option<PhysFrame> {
+        None
+    }
+
+    fn free_tables(&self, tables: &[PhysFrame]) {
+        assert!(tables.is_empty(), "there are no tables");
+    }
+}
+
+// SAFETY: a thread is one CPU; the lock of its interrupts is held where they are to be off. A flush runs to its end on its
+// target before `flush_others` returns. The pretend TLB drops what is named, and more.
+unsafe impl Cpus for Cpu<'_> {
+    type Bits = Bits;
+
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        f(self.here)
+    }
+
+    fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<Bits> {
+        &self.machine.cpus[cpu.index()]
+    }
+
+    fn init_root(&self) -> PhysFrame {
+        frame(0)
+    }
+
+    fn flush_others(
+        &self,
+        targets: &CpuSet<Bits>,
+        request: &FlushRequest<'_, Bits>,
+        meanwhile: impl FnOnce(),
+    ) {
+        for cpu in targets.iter() {
+            let there = self.machine.on(cpu);
+            let off = there.interrupts_off();
+            // SAFETY: the interrupts of `cpu` are off, and this thread is that CPU meanwhile.
+            unsafe { flush_tlb_func(&there, cpu, request) };
+            drop(off);
+        }
+        meanwhile();
+    }
+
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        let off = self.interrupts_off();
+        let result = f();
+        drop(off);
+        result
+    }
+
+    fn pcid_support(&self) -> PcidSupport {
+        PcidSupport::On
+    }
+
+    fn invlpg(&self, _: u64) {
+        self.forget();
+    }
+
+    unsafe fn load_cr3(&self, _: PhysFrame, _: Pcid, cached: CachedTranslations) {
+        if cached == CachedTranslations::Flush {
+            self.forget();
+        }
+    }
+}
+
+impl Pages for Cpu<'_> {
+    type Area = ();
+
+    fn unmap_page(&self, (): (), _: &UnmappedLeaf) -> Disposition {
+        Disposition::Free
+    }
+
+    fn free_pages(&self, pages: FreedPages<'_>) {
+        self.assert_forgotten("when it is freed");
+        self.machine.seen.lock().expect("no panic before").freed += pages.iter().count();
+    }
+
+    fn allocate_batch(&self) -> Option<BatchPage> {
+        None
+    }
+
+    fn free_batch(&self, _: BatchPage) {}
+
+    fn observe_gather(&self, event: GatherEvent) {
+        if event == GatherEvent::NestedFlush {
+            self.machine.seen.lock().expect("no panic before").nested += 1;
+        }
+    }
+}
+
+#[test]
+fn whichever_of_two_gathers_returns_first_nobody_can_use_the_page_any_more() {
+    let (executions, nested) = (Arc::new(Plain::new(0)), Arc::new(Plain::new(0)));
+    let (count, count_nested) = (executions.clone(), nested.clone());
+    let mut builder = Builder::new();
+    builder.max_branches = 10_000;
+    builder.check(move || {
+        let machine = Machine::new();
+        let other = machine.clone();
+        let other = thread::spawn(move || other.on(CPU[1]).zap());
+        machine.on(CPU[0]).zap();
+        other.join().expect("no panic in a thread");
+        assert_eq!(machine.mm.open_gathers(), 0);
+        let seen = machine.seen.lock().expect("no panic before");
+        assert_eq!(seen.freed, 1, "G5");
+        *count.lock().expect("no panic before") += 1;
+        *count_nested.lock().expect("no panic before") += usize::from(seen.nested > 0);
+    });
+    let (executions, nested) =
+        (*executions.lock().expect("no panic before"), *nested.lock().expect("no panic before"));
+    println!("{executions} executions, {nested} of them with a nested flush");
+    assert!(0 < nested && nested < executions, "both kinds of executions");
+}
