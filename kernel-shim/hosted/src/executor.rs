@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use mmu_gather::Limits;
-use mmu_gather::pagetable::VirtRange;
+use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::{CpuId, CtxId};
 use mmu_kernel_shim::{
     Area, AreaKind, Config, Error, Growth, Kernel, Machine, Misbehaviour, Mm, PageContent, Protection,
@@ -239,8 +239,11 @@ impl World {
             Op::Map(mm, range, backing, rights) => {
                 self.using(mm, |mm| {
                     let mapped = kernel.mmap(mm, Vma { range, area: area(backing, rights) });
-                    if backing == Backing::Huge && mapped.is_ok() {
-                        let _short = kernel.populate(mm, range, PageContent::AnonBlock);
+                    if backing == Backing::Huge
+                        && mapped.is_ok()
+                        && let Some(blocks) = whole_blocks(range)
+                    {
+                        let _short = kernel.populate(mm, blocks, PageContent::AnonBlock);
                     }
                 });
             }
@@ -447,6 +450,12 @@ impl Process {
 
 /// Sequences are made up: a call that the kernel refuses is as good as one that it does not.
 const fn ignore(_refused: Result<(), Error>) {}
+
+/// The part of a range that 2 MiB pages can fill.
+fn whole_blocks(range: VirtRange) -> Option<VirtRange> {
+    let span = Level::Pmd.entry_span();
+    VirtRange::new(range.start().next_multiple_of(span), range.end() & !(span - 1)).ok()
+}
 
 const fn protection(rights: Rights) -> Protection {
     match rights {

@@ -17,7 +17,7 @@ use crate::random::Choices;
 use crate::sequence::Sequence;
 
 /// Places where tables of every level begin and end: bottom and top of user space, 2 MiB, 1 GiB and 512 GiB edges.
-const PLACES: [u64; 7] = [
+pub(crate) const PLACES: [u64; 7] = [
     0x1_0000,
     Level::Pmd.table_span(),
     2 * Level::Pmd.table_span() - 0x10_0000,

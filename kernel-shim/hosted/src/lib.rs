@@ -16,6 +16,7 @@
 pub mod arch;
 mod boundary;
 pub mod broadcast;
+mod bytes;
 mod checker;
 mod compare;
 mod executor;

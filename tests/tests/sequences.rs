@@ -1,0 +1,154 @@
+//! Properties of sequences on the hosted machine: whatever bytes say, and whatever the generator makes up.
+
+use arbitrary::{Arbitrary, Unstructured};
+use mmu_hosted::{
+    MachineFault, Op, Run, Sequence, Telling, Trial, Verdict, generate, judge, judge_in, shrink,
+};
+use proptest::collection::vec;
+use proptest::prelude::{ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
+
+/// Sequences of either kind: from bytes, as a fuzzer would have them, and made up.
+fn sequences(nr_steps: usize) -> impl Strategy<Value = Sequence> {
+    let bytes = vec(any::<u8>(), 0..10 + 16 * nr_steps).prop_map(|bytes| of(&bytes));
+    let made_up = (any::<u64>(), 1..5u32).prop_map(move |(seed, nr_cpus)| generate(seed, nr_cpus, nr_steps));
+    prop_oneof![bytes, made_up]
+}
+
+fn of(bytes: &[u8]) -> Sequence {
+    Sequence::arbitrary(&mut Unstructured::new(bytes)).expect("any bytes are a sequence")
+}
+
+fn trial(fault: MachineFault) -> Trial {
+    Trial { fault, ..Trial::default() }
+}
+
+/// All that is said of a run.
+fn told(run: &Run) -> String {
+    match &run.verdict {
+        Verdict::Panicked(words) => format!("panic: {words}"),
+        Verdict::Ended(outcome) => {
+            let violations: Vec<_> = outcome.found.told.iter().map(ToString::to_string).collect();
+            let counts =
+                (outcome.found.count, outcome.leaked_frames, outcome.leaked_tables, outcome.double_frees);
+            format!("{counts:?}\n{}", violations.concat())
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+
+    #[test]
+    fn any_bytes_are_a_sequence_that_survives_its_text_and_its_bytes(bytes in vec(any::<u8>(), 0..3000)) {
+        let sequence = of(&bytes);
+        let text = sequence.to_string();
+        prop_assert_eq!(Sequence::parse(&text), Ok(sequence.clone()), "{}", text);
+        prop_assert_eq!(Sequence::from_bytes(&sequence.to_bytes()), sequence);
+    }
+
+    #[test]
+    fn what_the_generator_makes_up_survives_as_bytes(seed in any::<u64>(), nr_cpus in 1..9u32) {
+        let sequence = generate(seed, nr_cpus, 200);
+        prop_assert_eq!(Sequence::from_bytes(&sequence.to_bytes()), sequence);
+    }
+
+    #[test]
+    fn a_step_changed_in_its_bytes_changes_no_other(
+        seed in any::<u64>(), at in 0..40usize, byte in 0..16usize, value in any::<u8>()
+    ) {
+        let before = generate(seed, 4, 40);
+        let mut bytes = before.to_bytes();
+        bytes[10 + 16 * at + byte] = value;
+        let after = Sequence::from_bytes(&bytes);
+        for (number, (one, other)) in before.steps.iter().zip(&after.steps).enumerate() {
+            prop_assert!(number == at || one == other, "step {} changed", number);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+    #[test]
+    fn no_sequence_violates_a_rule(sequence in sequences(100)) {
+        let run = judge(&sequence).expect("memory");
+        prop_assert!(run.verdict.is_clean(), "{}\n{}", told(&run), sequence);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(40) })]
+
+    #[test]
+    fn a_run_is_decided_by_its_sequence_alone(sequence in sequences(60)) {
+        for fault in [MachineFault::None, MachineFault::SkipFlush, MachineFault::DropIpi] {
+            let all = Trial { telling: Telling::All, ..trial(fault) };
+            let (one, other) = (judge_in(&sequence, all).expect("memory"), judge_in(&sequence, all).expect("memory"));
+            prop_assert_eq!(told(&one), told(&other));
+            prop_assert!(one.events == other.events, "{:?}: two runs of one sequence differ\n{}", fault, sequence);
+            prop_assert_eq!(one.reached, other.reached);
+            // And looking closely changes nothing.
+            let last = judge_in(&sequence, trial(fault)).expect("memory");
+            prop_assert_eq!(told(&one), told(&last));
+        }
+    }
+}
+
+#[test]
+fn shrinking_keeps_the_sort_of_failure_and_leaves_no_step_that_can_go() {
+    let mut sorts = Vec::new();
+    for fault in [MachineFault::SkipFlush, MachineFault::DropIpi] {
+        let trial = trial(fault);
+        let failing = (0..60).map(|seed| generate(seed, 4, 80)).filter_map(|sequence| {
+            let verdict = judge_in(&sequence, trial).expect("memory").verdict;
+            (!verdict.is_clean()).then_some((sequence, verdict))
+        });
+        for (sequence, verdict) in failing.take(6) {
+            let sort = verdict.sort();
+            let (shrunk, shown) = shrink(&sequence, trial, verdict).expect("memory");
+            assert_eq!(shown.sort(), sort, "{fault:?}\n{sequence}");
+            assert!(shrunk.steps.len() < sequence.steps.len(), "{shrunk}");
+            let again = judge_in(&shrunk, trial).expect("memory").verdict;
+            assert_eq!(again.sort(), sort, "what was shrunk does not replay: {shrunk}");
+            for at in 0..shrunk.steps.len() {
+                let mut shorter = shrunk.clone();
+                shorter.steps.remove(at);
+                let verdict = judge_in(&shorter, trial).expect("memory").verdict;
+                assert_ne!(verdict.sort(), sort, "step {at} could go: {shrunk}");
+            }
+            sorts.push(sort);
+        }
+    }
+    assert!(sorts.len() >= 8, "few sequences fail: {sorts:?}");
+}
+
+/// Sequences that were found once, each with what was planted then.
+const REPRODUCERS: [(&str, MachineFault, &str); 2] = [
+    ("flush-skipped", MachineFault::SkipFlush, include_str!("../reproducers/flush-skipped.sequence")),
+    ("interrupt-lost", MachineFault::DropIpi, include_str!("../reproducers/interrupt-lost.sequence")),
+];
+
+#[test]
+fn a_saved_reproducer_tells_the_same_story_three_times_and_nothing_without_its_fault() {
+    for (name, fault, text) in REPRODUCERS {
+        let sequence = Sequence::parse(text).unwrap_or_else(|error| panic!("{name}:{error}"));
+        let story = || told(&judge_in(&sequence, trial(fault)).expect("memory"));
+        let first = story();
+        assert!(first.contains("violation: "), "{name} shows nothing: {first}");
+        assert_eq!(first, story(), "{name}");
+        assert_eq!(first, story(), "{name}");
+        let clean = judge(&sequence).expect("memory");
+        assert!(clean.verdict.is_clean(), "{name} without the fault: {}", told(&clean));
+    }
+}
+
+#[test]
+fn bytes_reach_every_operation() {
+    let mut seen = [false; Op::WORDS.len()];
+    for number in 0..=255u8 {
+        let mut bytes = [0; 26];
+        bytes[11] = number;
+        seen[of(&bytes).steps[0].op.number()] = true;
+    }
+    assert!(seen.iter().all(|seen| *seen), "{seen:?}");
+}
