@@ -24,6 +24,7 @@ use crate::program::{HostedKernel, touch};
 use crate::schedule::{self, Schedule};
 use crate::sequence::Sequence;
 use crate::story::{Detail, Event};
+use crate::visible::Pace;
 use crate::work::MostWork;
 
 /// What a sequence came to.
@@ -121,10 +122,15 @@ pub(crate) struct World {
     is_done: Box<[AtomicBool]>,
     /// Number of the first step that is not done.
     frontier: AtomicUsize,
+    pub(crate) pace: Pace,
 }
 
 impl World {
     pub(crate) fn new(sequence: &Sequence, trial: Trial) -> std::io::Result<Arc<Self>> {
+        Self::with_pace(sequence, trial, Pace::Overlapping)
+    }
+
+    pub(crate) fn with_pace(sequence: &Sequence, trial: Trial, pace: Pace) -> std::io::Result<Arc<Self>> {
         let Trial { fault, misbehaviour, telling } = trial;
         let most_work = MostWork::of(&LIMITS);
         let options = Options { fault, telling, most_work, ..sequence.options() };
@@ -144,6 +150,7 @@ impl World {
             is_done: steps.iter().map(|_| AtomicBool::new(false)).collect(),
             steps,
             frontier: AtomicUsize::new(0),
+            pace,
             kernel: Arc::new(kernel),
         }))
     }
@@ -216,7 +223,8 @@ impl World {
 
     fn may_begin(&self, index: usize) -> bool {
         let frontier = self.frontier.load(Ordering::Relaxed);
-        if self.steps[index].op == Op::Sync {
+        let is_alone = self.steps[index].op == Op::Sync || matches!(self.pace, Pace::Serial(..));
+        if is_alone {
             return frontier == index;
         }
         let overlapping = &self.steps[frontier.min(index)..index];
@@ -289,12 +297,16 @@ impl World {
                     self.switch(cpu, process);
                 }
             }
-            Op::Batches(supply) => kernel.set_batch_supply(supply),
+            Op::Batches(supply) => match self.pace {
+                Pace::Overlapping => kernel.set_batch_supply(supply),
+                Pace::Serial(supply, _) => kernel.set_batch_supply(supply),
+            },
             Op::Tables(supply) => kernel.set_table_supply(supply),
             Op::Preempt(seams) => self.machine().preempt_after(seams),
             Op::Sync => {
                 self.compare_caches_with_memory();
                 self.compare_tables_with_frames();
+                self.note_view();
             }
         }
     }

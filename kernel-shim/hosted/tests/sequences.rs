@@ -1,6 +1,7 @@
 //! Sequences: their text, their determinism, and what the checker says of them.
 
-use mmu_hosted::{MachineFault, Sequence, execute, execute_with, generate};
+use mmu_hosted::{MachineFault, Sequence, execute, execute_with, generate, views};
+use mmu_kernel_shim::Supply;
 
 const LENGTH: usize = 160;
 
@@ -80,4 +81,23 @@ fn the_same_sequence_tells_the_same_story_every_time() {
     assert!(!first.is_empty());
     assert_eq!(first, story());
     assert_eq!(first, story());
+}
+
+/// Rule G4: what is refused to a gather changes when it flushes, and nothing that a program can see.
+#[test]
+fn refused_batch_pages_are_invisible_in_the_result() {
+    for seed in 0..60 {
+        let sequence = generate(seed, 3, LENGTH);
+        let (outcome, plenty) = views(&sequence, Supply::Always).expect("memory");
+        assert!(outcome.is_clean(), "seed {seed}: {outcome:?}");
+        assert!(plenty.iter().any(|view| !view.areas.is_empty()), "seed {seed}: nothing to be seen");
+        for supply in [Supply::Never, Supply::ExceptEvery(2), Supply::ExceptEvery(3)] {
+            let (outcome, short) = views(&sequence, supply).expect("memory");
+            assert_eq!(short.len(), plenty.len());
+            for (sync, (short, plenty)) in short.iter().zip(&plenty).enumerate() {
+                assert_eq!(short, plenty, "seed {seed}, {supply:?}, sync {sync}\n{sequence}");
+            }
+            assert!(outcome.is_clean(), "seed {seed}, {supply:?}: {outcome:?}");
+        }
+    }
 }

@@ -1,0 +1,98 @@
+//! What programs can see of a sequence: areas, and the pages that hold what they wrote.
+//!
+//! Steps run one after the other here, so that nothing but the steps decides what is seen. Programs' pages have no content in
+//! this model; a page that a program wrote to is told from one that reads as zeroes, or as its file, by whose it is.
+
+use std::io;
+use std::sync::Mutex;
+
+use mmu_gather::pagetable::{Decoded, NonPresent, VirtRange};
+use mmu_kernel_shim::{FrameKind, Supply, Vma};
+use rustc_hash::FxHashSet;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::executor::{Outcome, Trial, World};
+use crate::machine::lock;
+use crate::op::MmId;
+use crate::sequence::Sequence;
+
+/// What programs can see at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// The areas of every address space.
+    pub areas: Vec<(MmId, Vma)>,
+    /// Pages that hold what a program wrote: in memory or in swap, of its own.
+    pub written: Vec<(MmId, u64)>,
+}
+
+/// How the steps of a sequence follow one another.
+#[derive(Debug)]
+pub(crate) enum Pace {
+    /// A few at a time.
+    Overlapping,
+    /// One at a time, gathers getting batch pages as told here and not as the sequence says. Notes what can be seen.
+    Serial(Supply, Mutex<Vec<View>>),
+}
+
+/// Runs `sequence` one step at a time while gathers get batch pages as `supply` says; what could be seen at every sync, and at
+/// the end.
+///
+/// # Errors
+/// If the host refuses memory for the machine.
+pub fn views(sequence: &Sequence, supply: Supply) -> io::Result<(Outcome, Vec<View>)> {
+    let pace = Pace::Serial(supply, Mutex::default());
+    let world = World::with_pace(sequence, Trial::default(), pace)?;
+    world.kernel.set_batch_supply(supply);
+    world.run();
+    world.note_view();
+    let seen = match &world.pace {
+        Pace::Serial(_, seen) => core::mem::take(&mut *lock(seen)),
+        Pace::Overlapping => Vec::new(),
+    };
+    Ok((world.end(), seen))
+}
+
+impl World {
+    /// Notes what can be seen, if anybody wants to know. Nothing else runs.
+    pub(crate) fn note_view(&self) {
+        let Pace::Serial(_, seen) = &self.pace else { return };
+        let cached: FxHashSet<PhysFrame> = self.kernel.cached_pages().into_iter().collect();
+        let mut view = View::default();
+        for (number, process) in (0..).zip(&self.processes) {
+            let process = lock(process);
+            for vma in process.mm.vmas().iter() {
+                view.areas.push((MmId(number), *vma));
+                self.add_written(&process.mm, vma.range, &cached, |page| {
+                    view.written.push((MmId(number), page));
+                });
+            }
+        }
+        lock(seen).push(view);
+    }
+
+    #[expect(unsafe_code, reason = "reads page tables while nothing changes them")]
+    fn add_written(
+        &self,
+        mm: &mmu_kernel_shim::Mm<std::sync::Arc<crate::machine::HostedMachine>>,
+        range: VirtRange,
+        cached: &FxHashSet<PhysFrame>,
+        mut add: impl FnMut(u64),
+    ) {
+        for page in (range.start()..range.end()).step_by(4096) {
+            // SAFETY: nothing else runs, so no table is freed meanwhile.
+            let found = unsafe { mm.engine().space().lookup(&*self.kernel, page) };
+            let is_written = match found.value.decode(found.level) {
+                Decoded::Leaf(start) => {
+                    let frame = PhysFrame::containing_address(start);
+                    let kind = self.kernel.frames().meta(frame).kind();
+                    matches!(kind, FrameKind::Page | FrameKind::Block) && !cached.contains(&frame)
+                }
+                Decoded::NonPresent(meaning) => matches!(meaning, NonPresent::Swap { .. }),
+                Decoded::None | Decoded::Table(_) => false,
+            };
+            if is_written {
+                add(page);
+            }
+        }
+    }
+}
