@@ -1,7 +1,7 @@
 //! The loop over the entries of a locked table: the one part of the engine that runs once a page.
 //!
-//! It goes by whole cache lines. Eight entries are read; if all are none, which in sparse memory most are, it goes on; if all
-//! can be taken with plain stores, all are; otherwise each is looked at alone. It stays a function of its own, so that its few
+//! It goes by whole cache lines. Lines of eight entries that are none, which in sparse memory most are, are passed over; lines of
+//! leaves that can all be taken with plain stores are taken; in any other line each entry is looked at alone. It stays a function of its own, so that its few
 //! values keep their registers, and knows the embedder's page calls, which are inlined into it.
 
 use core::ops::Range;
@@ -15,9 +15,8 @@ use crate::spare::{LINE, Spare};
 
 /// How entries are taken out.
 pub(crate) trait Clear: Copy {
-    /// Whether a plain store will do for every one of a set of present leaves; `all` and `any` are what all and any of them
-    /// have.
-    fn plainly(self, all: EntryValue, any: EntryValue) -> bool;
+    /// With these bits a leaf can be taken with a plain store, whatever else it has. (Without them it may be so still.)
+    const ENOUGH: PageTableFlags;
     /// Takes the value out of one entry, which held `seen` just now.
     fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue;
 }
@@ -31,10 +30,7 @@ pub(crate) struct Exclusive;
 pub(crate) struct Locked(pub(crate) StaleWrites);
 
 impl Clear for Exclusive {
-    #[inline(always)]
-    fn plainly(self, _all: EntryValue, _any: EntryValue) -> bool {
-        true
-    }
+    const ENOUGH: PageTableFlags = PageTableFlags::PRESENT;
 
     #[inline(always)]
     fn take(self, entry: &Entry, _seen: EntryValue) -> EntryValue {
@@ -43,10 +39,7 @@ impl Clear for Exclusive {
 }
 
 impl Clear for Locked {
-    #[inline(always)]
-    fn plainly(self, all: EntryValue, any: EntryValue) -> bool {
-        EntryValue::are_settled(all, any, self.0)
-    }
+    const ENOUGH: PageTableFlags = EntryValue::SETTLED;
 
     #[inline(always)]
     fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue {
@@ -129,7 +122,7 @@ pub(crate) struct Done {
     /// The first entry not looked at.
     pub(crate) next: usize,
     /// Leaves cleared.
-    pub(crate) leaves: u32,
+    pub(crate) leaves: usize,
     /// The first leaf cleared; `usize::MAX` so far.
     low: usize,
     /// One past the last leaf cleared.
@@ -147,10 +140,10 @@ impl Done {
     }
 
     #[inline(always)]
-    fn note(&mut self, cleared: Range<usize>, leaves: u32) {
+    fn note(&mut self, cleared: Range<usize>) {
+        self.leaves += cleared.len();
         self.low = self.low.min(cleared.start);
         self.high = cleared.end;
-        self.leaves += leaves;
     }
 }
 
@@ -178,33 +171,26 @@ pub(crate) fn zap_entries<K: Platform>(
         stop: Stop::Done,
     };
     let mut at = at;
-    let (lines, rest) = entries[at.index..].as_chunks::<LINE>();
-    for line in lines {
-        let values = line.each_ref().map(Entry::load);
-        let any = values.iter().fold(0, |any, value| any | value.bits());
-        if any == 0 {
-            at = at.plus(LINE);
+    let (mut lines, rest) = entries[at.index..].as_chunks::<LINE>();
+    loop {
+        let empty = lines.iter().take_while(|line| bits_of_any(line) == 0).count();
+        at = at.plus(empty * LINE);
+        lines = &lines[empty..];
+        let [line, later @ ..] = lines else { break };
+        let taken = work.plain_lines(lines, at, spare, &mut done);
+        if taken > 0 {
+            at = at.plus(taken * LINE);
+            lines = &lines[taken..];
             continue;
         }
-        let all = values.iter().fold(u64::MAX, |all, value| all & value.bits());
-        let plain = all & work.leaf_bits() == work.leaf_bits()
-            && work.clear.plainly(EntryValue::from_bits(all), EntryValue::from_bits(any))
-            && spare.fits_line();
-        if plain {
-            for entry in line {
-                entry.clear_settled();
+        for entry in line {
+            if !work.one(entry, at, spare, &mut done) {
+                done.next = at.index;
+                return done;
             }
-            work.line_cleared(values, at, spare, &mut done);
-            at = at.plus(LINE);
-        } else {
-            for entry in line {
-                if !work.one(entry, at, spare, &mut done) {
-                    done.next = at.index;
-                    return done;
-                }
-                at = at.plus(1);
-            }
+            at = at.plus(1);
         }
+        lines = later;
     }
     for entry in rest {
         if !work.one(entry, at, spare, &mut done) {
@@ -214,6 +200,11 @@ pub(crate) fn zap_entries<K: Platform>(
     }
     done.next = at.index;
     done
+}
+
+#[inline(always)]
+fn bits_of_any(line: &[Entry; LINE]) -> u64 {
+    line.iter().fold(0, |any, entry| any | entry.load().bits())
 }
 
 struct Work<'k, K: Platform, L, C> {
@@ -229,12 +220,46 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
         L::BITS.bits()
     }
 
-    /// Eight leaves are gone from the table; they fit.
+    /// Clears as many lines from the first on as consist of leaves that can all be taken with plain stores, and fit; returns
+    /// how many.
     #[inline(always)]
-    fn line_cleared(&self, values: [EntryValue; LINE], at: At, spare: &mut Spare<'_>, done: &mut Done) {
-        let slots = core::array::from_fn(|offset| self.gone(values[offset], at.plus(offset), done));
-        spare.push_some(slots);
-        done.note(at.index..at.index + LINE, 8);
+    fn plain_lines(&self, lines: &[[Entry; LINE]], at: At, spare: &mut Spare<'_>, done: &mut Done) -> usize {
+        let enough = L::BITS.union(C::ENOUGH).bits();
+        let mut lines = lines.iter();
+        let mut here = at;
+        // A line some of whose pages the kernel keeps.
+        let mut in_part = None;
+        let mut taken = spare.push_lines(|| {
+            let line = lines.as_slice().first()?;
+            let values = line.each_ref().map(Entry::load);
+            if values.iter().fold(u64::MAX, |all, value| all & value.bits()) & enough != enough {
+                return None;
+            }
+            lines.next();
+            for entry in line {
+                entry.clear_settled();
+            }
+            let slots: [Option<Slot>; LINE] =
+                core::array::from_fn(|offset| self.gone(values[offset], here.plus(offset), done));
+            here = here.plus(LINE);
+            match slots {
+                [Some(a), Some(b), Some(c), Some(d), Some(e), Some(f), Some(g), Some(h)] => {
+                    Some([a, b, c, d, e, f, g, h])
+                }
+                _ => {
+                    in_part = Some(slots);
+                    None
+                }
+            }
+        });
+        if let Some(slots) = in_part {
+            spare.push_some(slots);
+            taken += 1;
+        }
+        if taken > 0 {
+            done.note(at.index..at.index + taken * LINE);
+        }
+        taken
     }
 
     /// Looks at one entry; whether the loop can go on to the next.
@@ -254,7 +279,7 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
             if let Some(slot) = self.gone(old, at, done) {
                 spare.push(slot);
             }
-            done.note(at.index..at.index + 1, 1);
+            done.note(at.index..at.index + 1);
             return true;
         }
         self.not_a_leaf(entry, seen, at.address(level), done)

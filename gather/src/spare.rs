@@ -43,12 +43,6 @@ impl Spare<'_> {
         self.free.is_empty()
     }
 
-    /// Whether [`LINE`] slots fit.
-    #[inline]
-    pub(crate) const fn fits_line(&self) -> bool {
-        self.free.len() >= LINE
-    }
-
     /// Stores one slot. It fits.
     #[inline]
     pub(crate) fn push(&mut self, slot: Slot) {
@@ -56,6 +50,20 @@ impl Spare<'_> {
             mem::take(&mut self.free).split_first_mut().expect("G5: stored where there is room");
         first.write(slot);
         self.free = rest;
+    }
+
+    /// Stores lines of slots, as many as fit and `next` has; returns how many.
+    #[inline(always)]
+    pub(crate) fn push_lines(&mut self, mut next: impl FnMut() -> Option<[Slot; LINE]>) -> usize {
+        let free = mem::take(&mut self.free);
+        let mut stored = 0;
+        for room in free.as_chunks_mut::<LINE>().0 {
+            let Some(slots) = next() else { break };
+            *room = slots.map(MaybeUninit::new);
+            stored += 1;
+        }
+        self.free = &mut free[stored * LINE..];
+        stored
     }
 
     /// Stores those of `slots` that are some, in order. All of them fit.

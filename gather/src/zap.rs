@@ -13,7 +13,7 @@ struct Visit {
     /// The first address not visited.
     next: u64,
     /// Leaves cleared.
-    leaves: u32,
+    leaves: usize,
     /// Whether a page must not lose its rmap before a flush under this lock.
     rmaps: DelayedRmaps,
     room: Room,
@@ -154,7 +154,9 @@ impl<K: Platform> MmuGather<'_, K> {
             self.state.pages.remove_delayed_rmaps(kernel);
         }
         drop(locked);
-        kernel.observe_gather(GatherEvent::LockDropped { leaves: visit.leaves });
+        // At most 512 a table.
+        let leaves = u32::try_from(visit.leaves).unwrap_or(u32::MAX);
+        kernel.observe_gather(GatherEvent::LockDropped { leaves });
         self.carry_on(visit.room, visit.rmaps);
         kernel.cond_resched();
         visit.next

@@ -241,22 +241,15 @@ impl EntryValue {
     #[must_use]
     #[inline]
     pub const fn is_settled(self, stale: StaleWrites) -> bool {
-        Self::are_settled(self, self, stale)
-    }
-
-    /// Whether all of a set of present leaves are [settled](Self::is_settled); `all` has the bits that all of them have,
-    /// `any` those that any has.
-    ///
-    /// May say no where one by one would say yes: entries that are dirty next to others that cannot be written.
-    #[must_use]
-    #[inline]
-    pub const fn are_settled(all: Self, any: Self, stale: StaleWrites) -> bool {
         const USED: u64 = PageTableFlags::PRESENT.bits() | PageTableFlags::ACCESSED.bits();
-        const WRITTEN: u64 = USED | PageTableFlags::DIRTY.bits();
-        let written = all.0 & WRITTEN == WRITTEN;
-        let never = all.0 & USED == USED && !any.is_writable() && matches!(stale, StaleWrites::None);
+        let written = self.0 & Self::SETTLED.bits() == Self::SETTLED.bits();
+        let never = self.0 & USED == USED && !self.is_writable() && matches!(stale, StaleWrites::None);
         written || never
     }
+
+    /// A present leaf with these bits is [settled](Self::is_settled), whatever else it has.
+    pub const SETTLED: PageTableFlags =
+        PageTableFlags::PRESENT.union(PageTableFlags::ACCESSED).union(PageTableFlags::DIRTY);
 
     /// The flag bits. Meaningful for present entries only; in a 4 KiB leaf bit 7 is PAT, not "huge".
     #[must_use]
