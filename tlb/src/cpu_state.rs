@@ -143,22 +143,24 @@ impl<B: CpuBits> CpuTlb<B> {
     #[must_use]
     #[inline]
     pub fn laziness(&self) -> Laziness {
-        if self.shared.is_lazy.load(Ordering::Relaxed) { Laziness::Lazy } else { Laziness::Active }
+        // ORDERING: acquire, pairs with `set_laziness`: who passes a lazy CPU by and frees a page comes after the last use of
+        // the page there.
+        if self.shared.is_lazy.load(Ordering::Acquire) { Laziness::Lazy } else { Laziness::Active }
     }
 
     /// Whether this CPU has `mm` in CR3, by its own account; false while it switches.
     #[must_use]
     #[inline]
     pub fn has_loaded(&self, mm: &MmContext<B>) -> bool {
-        // ORDERING: acquire, pairs with the release store in `set_loaded`: who sees SWITCHING or the new mm (S2, S7)
-        // also sees is_lazy = false (S1).
+        // ORDERING: acquire, as in `may_have_loaded`, when asked of another CPU. Of this one any would do.
         ptr::eq(self.loaded_mm.load(Ordering::Acquire), mm)
     }
 
     /// Whether this CPU may have `mm` in CR3: it has, or it switches, from or to a space it does not name.
     #[must_use]
     pub(crate) fn may_have_loaded(&self, mm: &MmContext<B>) -> bool {
-        // One read, as in `concern`. ORDERING: acquire, pairs with the release store in `set_loaded`.
+        // One read, as in `concern`. ORDERING: acquire, pairs with the release store in `set_loaded`: who finds that the CPU
+        // has gone elsewhere may use the root again, and the last walk there must come first.
         let loaded = self.loaded_mm.load(Ordering::Acquire);
         ptr::eq(loaded, mm) || ptr::eq(loaded, switching())
     }
@@ -171,9 +173,10 @@ impl<B: CpuBits> CpuTlb<B> {
     #[inline]
     pub fn concern(&self, mm: Option<&MmContext<B>>) -> Concern {
         // One read: between two, a switch could go from SWITCHING to `mm` and be taken for neither.
-        // ORDERING: acquire, pairs with the release store in `set_loaded`, and before the read of is_lazy; the switcher
-        // writes the two the other way round. Who sees SWITCHING or the new mm sees is_lazy = false, so a CPU on its way
-        // in is never taken for a lazy one.
+        // ORDERING: acquire, pairs with the release store in `set_loaded`: who finds the CPU elsewhere frees pages without
+        // asking it, and its last use of them must come first. A CPU on its way in is never taken for a lazy one for
+        // another reason: the flusher's fence comes before both reads, the switcher's after both writes (S1, S2), so
+        // either both are seen or S4 sees the new generation.
         let loaded = self.loaded_mm.load(Ordering::Acquire);
         if self.laziness() == Laziness::Lazy {
             return Concern::Lazy;
@@ -233,7 +236,8 @@ impl<B: CpuBits> CpuTlb<B> {
             LoadedMm::Switching => switching(),
             LoadedMm::Mm(mm) => ptr::from_ref(*mm).cast_mut(),
         };
-        // ORDERING: release, pairs with the acquire in `has_loaded` and `concern`; is_lazy was written before.
+        // ORDERING: release, pairs with the acquire in `has_loaded`, `may_have_loaded` and `concern`: what was used and walked
+        // in the old address space comes first.
         self.loaded_mm.store(pointer, Ordering::Release);
     }
 
@@ -242,7 +246,8 @@ impl<B: CpuBits> CpuTlb<B> {
     }
 
     pub(crate) fn set_laziness(&self, laziness: Laziness) {
-        self.shared.is_lazy.store(laziness == Laziness::Lazy, Ordering::Relaxed);
+        // ORDERING: release, pairs with the acquire in `laziness`: user memory was used before this, and is not after it.
+        self.shared.is_lazy.store(laziness == Laziness::Lazy, Ordering::Release);
     }
 
     /// Raises a slot. The flush that makes it true comes with it (rule T2).

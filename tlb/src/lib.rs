@@ -24,15 +24,17 @@
 //!  F2  tlb_gen += 1; fence(SeqCst)              S2  loaded_mm = SWITCHING
 //!  F3  read cpumask                             S3  cpumask |= b; fence(SeqCst)
 //!  F4  read loaded_mm[b]        (acquire)       S4  read tlb_gen, compare with the slot
-//!  F5  read is_lazy[b]                          S5  slot = (ctx_id, gen)
+//!  F5  read is_lazy[b]          (acquire)       S5  slot = (ctx_id, gen)
 //!  F6  send, wait for every answer              S6  write CR3 (flushing or keeping)
 //!  F7  free the frame or the table              S7  loaded_mm = next
 //! ```
 //!
 //! Store buffering on {`tlb_gen`, cpumask + `loaded_mm`}: with a full fence on both sides at least one of "S4 sees the
 //! new generation" and "F3, F4 see b" holds. S2 comes before S4, not merely before S6: otherwise F4 sees the old mm and
-//! sends nothing while S4 has already decided that nothing need be flushed (CVE-2025-37964). S1 comes before S2 in
-//! release order: whoever sees SWITCHING must not see a stale "lazy".
+//! sends nothing while S4 has already decided that nothing need be flushed (CVE-2025-37964). S1 comes before
+//! the fence, too: a CPU on its way in must not be taken for a lazy one. For all this relaxed accesses would do, because the
+//! fences stand between. What needs acquire (F4, F5) and release (S2, S7, going lazy) is the CPU that is *not* told: its last use
+//! of the page comes before whoever found it elsewhere or lazy frees the page.
 //!
 //! # Lazy exit against flush
 //!
@@ -49,6 +51,18 @@
 //!
 //! In Rust's memory model a SeqCst read-modify-write alone is not a full barrier, so both fences are written out; on
 //! x86 the one after a locked instruction costs an `mfence` that the hardware would not need.
+//!
+//! # How the protocol is checked
+//!
+//! | by | proves | does not |
+//! |---|---|---|
+//! | loom (`tests/loom`) | this very source, in fifteen stories of two or three CPUs: no interleaving and no value that C11 lets a read return ends badly; memory passes from its last user to the next owner in order | what no story tells; more than 6 slots' worth of address spaces; load buffering |
+//! | a machine of small steps (`mmu-tests`, `tlb_gen_model`) | every story of two CPUs and two address spaces, up to three generations, exit and reclaim included, with stores that wait; that everything begun can end | this source, but for `plan`: the steps are a copy, compared with the engine call by call; three CPUs |
+//! | the rules (`mmu-tests`, `rules_tlb`) | each sentence above, on one thread that plays all CPUs | what happens between two instructions |
+//! | the fuzzer (`teardown fuzz`) | nothing; it finds what breaks in long random stories of a whole kernel over a software MMU | reordering: its CPUs change over at seams only |
+//! | the boot image (`teardown boot`) | nothing; it runs the real instructions on emulated CPUs | QEMU's TLB keeps less than hardware may |
+//!
+//! Bugs planted in this crate (`tests/planted`) show that each of these can fail.
 #![no_std]
 #![deny(unsafe_code)]
 

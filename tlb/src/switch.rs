@@ -27,7 +27,7 @@ use crate::sync::{Ordering, fence};
 pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<&MmContext<C::Bits>>) {
     let state = cpus.cpu_state(cpu);
     let was = state.laziness();
-    // S1, L1. ORDERING: before S2 by the release store there; before L2's fence in the same-mm case.
+    // S1, L1. ORDERING: before the fence after S3; before L2's fence in the same-mm case.
     if was == Laziness::Lazy {
         state.set_laziness(Laziness::Active);
     }

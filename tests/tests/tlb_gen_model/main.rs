@@ -10,7 +10,7 @@
 //!  model.rs            what can happen next, on which machine
 //!  steps.rs, shoot.rs  what happens; the decision of a CPU that is told is the engine's own `plan`
 //!  claims.rs           what must hold in every state
-//!  planted.rs          22 bugs of the protocol, and what becomes of each
+//!  planted.rs          23 bugs of the protocol, and what becomes of each
 //!  same_as_engine.rs   the same calls made of the engine and of this machine leave both in the same state
 //! ```
 //!

@@ -54,6 +54,7 @@ pub(crate) enum Bug {
     EqualIsStale,
     PagesAfterGap,
     AnsweredBeforeFlush,
+    AnswersCountedTogether,
     TagTakenOverWithoutFlush,
     MaskLeftBeforeCr3,
     FreedWithoutWaiting,
@@ -118,6 +119,7 @@ impl<const CPUS: usize> Model<CPUS> {
             }),
             cpus: core::array::from_fn(|_| CpuState::new()),
             batch: None,
+            answers: 0,
             went_back: false,
         }
     }
@@ -281,6 +283,9 @@ impl<const CPUS: usize> Model<CPUS> {
                 ShootStep::Looking { left: 0, targets } => targets == 0 || quiet,
                 ShootStep::Looking { .. } | ShootStep::LoadedRead { .. } | ShootStep::Here { .. } => true,
                 ShootStep::Flushing { deed, .. } => self.may_do(s, cpu, deed),
+                ShootStep::Waiting { targets } if self.has(Bug::AnswersCountedTogether) => {
+                    u32::from(s.answers) >= targets.count_ones()
+                }
                 ShootStep::Waiting { .. } => {
                     self.has(Bug::FreedWithoutWaiting)
                         || s.cpus.iter().all(|other| other.inbox[cpu].is_none())

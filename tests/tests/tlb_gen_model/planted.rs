@@ -151,6 +151,11 @@ fn an_answer_comes_before_the_flush() {
 }
 
 #[test]
+fn answers_to_two_requests_are_counted_together() {
+    caught(Bug::AnswersCountedTogether, PAGES, PAGE_REACHED, 30);
+}
+
+#[test]
 fn a_tag_is_taken_over_without_a_flush() {
     caught(Bug::TagTakenOverWithoutFlush, with_one_tag(PAGE), MIXED, 11);
     caught(Bug::TagTakenOverWithoutFlush, with_one_tag(PAGE), PAGE_REACHED, 16);

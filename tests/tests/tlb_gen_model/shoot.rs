@@ -35,6 +35,7 @@ impl<const CPUS: usize> Model<CPUS> {
                 looking(members, request.tables && !self.has(Bug::LazySkippedWithTables))
             }
             ShootStep::Looking { left: 0, targets } => {
+                s.answers = 0;
                 for other in (0..CPUS).filter(|other| targets & (1 << other) != 0) {
                     s.cpus[other].inbox[cpu] = Some(request); // F6
                 }

@@ -323,6 +323,8 @@ pub(crate) struct State<const CPUS: usize> {
     pub(crate) spaces: [SpaceState; 2],
     pub(crate) cpus: [CpuState<CPUS>; CPUS],
     pub(crate) batch: Option<Batch>,
+    /// Planted: the answers that came since a request was sent, whose ever they are.
+    pub(crate) answers: u8,
     /// A generation went back: of a space, or of a slot that kept its context.
     pub(crate) went_back: bool,
 }

@@ -80,6 +80,7 @@ impl<const CPUS: usize> Model<CPUS> {
                 s.cpus[cpu].inbox[initiator] = None;
             }
             s.cpus[cpu].handler = None;
+            s.answers += u8::from(self.has(Bug::AnswersCountedTogether));
         } else {
             let initiator = u8::try_from(initiator).expect("few CPUs");
             s.cpus[cpu].handler = Some(Handler { initiator, deed });

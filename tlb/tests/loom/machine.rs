@@ -9,6 +9,7 @@
 
 use std::sync::{Arc, Mutex as Plain};
 
+use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use mmu_tlb::{
@@ -45,7 +46,12 @@ pub(crate) struct Machine {
     entries: [AtomicBool; 2],
     link: AtomicBool,
     freed_pages: [AtomicBool; 2],
+    /// What the pages hold: used by programs, and by the next owner. loom objects where neither comes first.
+    contents: [UnsafeCell<()>; 2],
     freed_table: AtomicBool,
+    /// The root table: read by every walk, written when it is used for something else. loom objects where neither comes
+    /// first.
+    root_table: UnsafeCell<()>,
 }
 
 fn frame(number: u64) -> PhysFrame {
@@ -66,7 +72,9 @@ impl Machine {
             entries: core::array::from_fn(|_| AtomicBool::new(true)),
             link: AtomicBool::new(true),
             freed_pages: core::array::from_fn(|_| AtomicBool::new(false)),
+            contents: core::array::from_fn(|_| UnsafeCell::new(())),
             freed_table: AtomicBool::new(false),
+            root_table: UnsafeCell::new(()),
         })
     }
 
@@ -170,10 +178,12 @@ impl<'a> Cpu<'a> {
         }
         let freed = self.machine.freed_pages[page].load(Ordering::Relaxed);
         assert!(!freed, "{who} on {} reaches page {page}, which is free", self.here);
+        self.machine.contents[page].with(|_| ());
     }
 
     /// Whether the table can be reached; remembers the link.
     fn walk_to_table(&self, hardware: &mut Hardware, who: &str) -> bool {
+        self.machine.root_table.with(|_| ());
         let tag = hardware.pcid;
         hardware.link[tag] |= self.machine.link.load(Ordering::Relaxed);
         if hardware.link[tag] {
@@ -196,6 +206,7 @@ impl Cpu<'_> {
 
     fn free(&self, page: usize) {
         self.machine.freed_pages[page].store(true, Ordering::Relaxed);
+        self.machine.contents[page].with_mut(|_| ());
     }
 
     /// Clears the entry of `page`, flushes, frees.
@@ -213,6 +224,15 @@ impl Cpu<'_> {
         let span = PageSpan { start: 0, end: 2 << 20, stride_shift: 21 };
         let _flushed = flush_tlb_mm_range(self, &self.machine.mm, span, FreedTables::Yes);
         self.machine.freed_table.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the address space, in which nothing is mapped any more, in the order of `exit_mmap`; its root is used for something
+    /// else.
+    pub(crate) fn exit(&self) {
+        if self.machine.mm.may_be_loaded_somewhere(self) {
+            let _left = flush_tlb_mm(self, &self.machine.mm);
+        }
+        self.machine.root_table.with_mut(|_| ());
     }
 
     /// Clears the entry of `page`, notes it in a batch, flushes the batch, frees.
@@ -302,6 +322,8 @@ unsafe impl Cpus for Cpu<'_> {
         // A serialising instruction.
         fence(Ordering::SeqCst);
         let mut hardware = self.hardware();
+        // Up to this instruction speculation walks the old tables.
+        self.refill(&mut hardware);
         hardware.root = root.start_address().as_u64() / PAGE;
         hardware.pcid = usize::from(pcid.value());
         if cached == CachedTranslations::Flush {
