@@ -151,6 +151,8 @@ pub struct Shape {
     pub areas: Vec<VirtRange>,
     /// Their pages; ascending, but for W7, which unmaps one after the other in this order.
     pub leaves: Vec<Leaf>,
+    /// 2 MiB leaves among them, where the others are 4 KiB; ascending.
+    pub blocks: Vec<Leaf>,
     /// Pages that stay.
     pub staying: Vec<Leaf>,
     /// The order in which the allocator hands out tables.
@@ -169,7 +171,7 @@ impl Shape {
     /// Leaves torn down for one sample.
     #[must_use]
     pub const fn nr_leaves(&self) -> u64 {
-        self.leaves.len() as u64 * self.repeats
+        (self.leaves.len() + self.blocks.len()) as u64 * self.repeats
     }
 
     fn new(workload: Workload, level: Level) -> Self {
@@ -178,6 +180,7 @@ impl Shape {
             level,
             areas: Vec::new(),
             leaves: Vec::new(),
+            blocks: Vec::new(),
             staying: Vec::new(),
             tables: Order::Ascending,
             repeats: 1,

@@ -58,23 +58,40 @@ impl<'s> Space<'s> {
         Self::below(machine, shape, root)
     }
 
+    /// As [`new`](Self::new), without the stretches, which only the floors need: areas may be as large as they like.
+    ///
+    /// # Panics
+    /// If memory is short.
+    #[must_use]
+    pub fn without_stretches<C: Counting>(machine: &Machine<'_, C>, shape: &'s Shape) -> Self {
+        reset(machine, shape);
+        let root = machine.memory().allocate_table().expect("memory was just reset");
+        Self::mapped(machine, shape, root)
+    }
+
     /// Maps `shape` below `root`, an empty table from this machine's memory, which has been [`reset`] for the shape.
     ///
     /// # Panics
     /// If memory is short.
     #[must_use]
     pub fn below<C: Counting>(machine: &Machine<'_, C>, shape: &'s Shape, root: PhysFrame) -> Self {
+        let mut space = Self::mapped(machine, shape, root);
+        space.find_stretches(machine);
+        space
+    }
+
+    fn mapped<C: Counting>(machine: &Machine<'_, C>, shape: &'s Shape, root: PhysFrame) -> Self {
         // SAFETY: `root` is an empty table by the contract of this function (a harness; it frees no root in use).
         let mm = Box::new(unsafe { Mm::new(&CtxIds::new(), root, PagingMode::FourLevel) });
         let mut space = Self { shape, mm, stretches: Vec::new(), links: Vec::new(), free_tables_before: 0 };
         let mut table = None;
-        for leaf in &shape.staying {
-            space.put(machine, *leaf, &mut table);
+        for leaf in shape.staying.iter().chain(&shape.leaves) {
+            space.put(machine, shape.level, *leaf, &mut table);
         }
-        for leaf in &shape.leaves {
-            space.put(machine, *leaf, &mut table);
+        table = None;
+        for block in &shape.blocks {
+            space.put(machine, Level::Pmd, *block, &mut table);
         }
-        space.find_stretches(machine);
         if shape.is_one_by_one() {
             // What stays keeps every table.
         } else {
@@ -88,7 +105,7 @@ impl<'s> Space<'s> {
     pub fn refill<C: Counting>(&mut self, machine: &Machine<'_, C>) {
         let mut table = None;
         for leaf in &self.shape.leaves {
-            self.put(machine, *leaf, &mut table);
+            self.put(machine, self.shape.level, *leaf, &mut table);
         }
     }
 
@@ -109,8 +126,13 @@ impl<'s> Space<'s> {
         self.links.len() as u64
     }
 
-    fn put<C: Counting>(&self, machine: &Machine<'_, C>, leaf: Leaf, table: &mut Option<(u64, PhysFrame)>) {
-        let level = self.shape.level;
+    fn put<C: Counting>(
+        &self,
+        machine: &Machine<'_, C>,
+        level: Level,
+        leaf: Leaf,
+        table: &mut Option<(u64, PhysFrame)>,
+    ) {
         let span = leaf.address / level.table_span();
         let frame = match *table {
             Some((cached, frame)) if cached == span => frame,
@@ -168,10 +190,20 @@ impl<'s> Space<'s> {
 
 /// Makes memory ready for `shape`: as many free tables as it can need, in its order.
 pub fn reset<C: Counting>(machine: &Machine<'_, C>, shape: &Shape) {
-    // One for each leaf at the most, and for each area what leads there.
-    let last_level = match shape.workload {
-        crate::shape::Workload::W3Sparse => shape.leaves.len() as u64,
-        _ => shape.leaves.len() as u64 / 512 + shape.areas.len() as u64,
+    let spans = |leaves: &[Leaf], level: Level| {
+        let span = |leaf: &Leaf| leaf.address / level.table_span();
+        leaves.chunk_by(|one, next| span(one) == span(next)).count() as u64
     };
-    machine.memory().reset(last_level + last_level / 256 + 16, shape.tables);
+    let mut tables = 16;
+    let mut level = Some(Level::Pte);
+    while let Some(here) = level {
+        if here >= shape.level {
+            tables += spans(&shape.staying, here) + spans(&shape.leaves, here);
+        }
+        if here >= Level::Pmd {
+            tables += spans(&shape.blocks, here);
+        }
+        level = here.above();
+    }
+    machine.memory().reset(tables, shape.tables);
 }

@@ -35,6 +35,7 @@ mod sweep_chart;
 mod sweep_html;
 mod sweep_machine;
 pub mod sweep_measure;
+pub mod sweep_process;
 mod sweep_report;
 #[cfg(test)]
 mod sweep_tests;

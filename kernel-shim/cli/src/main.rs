@@ -311,8 +311,9 @@ fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {
 }
 
 fn sweep_batches(args: &SweepArgs) -> Result<Verdict, Failure> {
-    let progress = progress_bar(args.plan().steps());
-    let result = sweep::run(args, || progress.inc(1), || progress.finish_and_clear());
+    let plan = args.plan().map_err(|error| error.to_string())?;
+    let progress = progress_bar(plan.steps());
+    let result = sweep::run(args, &plan, || progress.inc(1), || progress.finish_and_clear());
     match result {
         Ok(()) => Ok(Verdict::Good),
         Err(error @ SweepError::Lost { .. }) => {

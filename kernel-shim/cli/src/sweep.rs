@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use crate::sweep_axes::{Batch, Ceiling, Conditions, CpuMix, Layout, NrPages, Refuse};
+use crate::bundled::LAYOUTS;
+use crate::layout::{Layout, LayoutError};
+use crate::sweep_axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
 use crate::sweep_measure::{Plan, measure};
+use crate::sweep_process::Process;
 use crate::sweep_report::SweepReport;
 
 /// What `teardown sweep` is told.
@@ -21,9 +24,13 @@ pub struct SweepArgs {
     /// How many pages are torn down, such as 33,513,32Ki.
     #[arg(long, value_name = "PAGES,..", value_delimiter = ',')]
     pub size: Vec<NrPages>,
-    /// How they lie: dense (W1 of the benches), sparse (W3), areas (W4), huge (W5), shuffled (W6).
+    /// How they lie: dense (W1 of the benches), sparse (W3), areas (W4), huge (W5), shuffled (W6), or as in a real process that is
+    /// bundled, such as redis-server; of those, --size is their own.
     #[arg(long, value_name = "SHAPE,..", value_delimiter = ',')]
-    pub shape: Vec<Layout>,
+    pub shape: Vec<Arrangement>,
+    /// A layout file of a process, from `teardown capture`; as if named in --shape.
+    #[arg(long, value_name = "FILE")]
+    pub layout: Vec<PathBuf>,
     /// CPUs that have the address space loaded, such as 1,2,8lazy6: eight, six of which are lazy. 1: no other is online.
     #[arg(long, value_name = "CPUS,..", value_delimiter = ',')]
     pub cpus: Vec<CpuMix>,
@@ -34,7 +41,7 @@ pub struct SweepArgs {
     #[arg(long, value_name = "WHICH,..", value_delimiter = ',')]
     pub refuse: Vec<Refuse>,
     /// Every value of every axis with every other: 2475 sets of conditions.
-    #[arg(long, conflicts_with_all = ["size", "shape", "cpus", "ceiling", "refuse"])]
+    #[arg(long, conflicts_with_all = ["size", "shape", "layout", "cpus", "ceiling", "refuse"])]
     pub everything: bool,
     /// Timed samples of each; 0: counts only, which are the same in every run.
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(0..=1001))]
@@ -98,6 +105,17 @@ pub enum SweepError {
         /// What the host said.
         error: io::Error,
     },
+    /// A layout could not be read.
+    #[error("cannot read {}: {error}", path.display())]
+    Read {
+        /// Its name.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// A file is no layout.
+    #[error("{0}")]
+    Layout(#[from] LayoutError),
     /// Nothing was left to do.
     #[error("the machine has not the frames for any of this: {0}")]
     TooLarge(Conditions),
@@ -108,44 +126,74 @@ pub enum SweepError {
 
 impl SweepArgs {
     /// What these arguments ask for.
-    #[must_use]
-    pub fn plan(&self) -> Plan {
+    ///
+    /// # Errors
+    /// [`SweepError::Read`] and [`SweepError::Layout`].
+    pub fn plan(&self) -> Result<Plan, SweepError> {
         let batches = if self.batch.is_empty() { Batch::ALL.to_vec() } else { unique(&self.batch) };
+        let mut shapes = unique(&self.shape);
+        let mut processes = Vec::new();
+        for path in &self.layout {
+            let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| SweepError::Read { path: path.clone(), error })?;
+            let layout = Layout::parse(&path.display().to_string(), &text)?;
+            // Conditions are copied about, and say whose layout it is as long as the command runs.
+            let name: &'static str = Box::leak(name.into_boxed_str());
+            processes.push(Process { name, layout });
+            shapes.push(Arrangement::Process(name));
+        }
         let nothing_named = self.size.is_empty()
-            && self.shape.is_empty()
+            && shapes.is_empty()
             && self.cpus.is_empty()
             && self.ceiling.is_empty()
             && self.refuse.is_empty();
-        let conditions = if self.everything {
-            product(&Layout::ALL, &NrPages::ALL, &CpuMix::ALL, &Ceiling::ALL, &Refuse::ALL)
+        let mut conditions = if self.everything {
+            product(&Arrangement::ALL, &NrPages::ALL, &CpuMix::ALL, &Ceiling::ALL, &Refuse::ALL)
         } else if nothing_named {
             one_at_a_time()
         } else {
             let base = Conditions::BASE;
             product(
-                &or(&self.shape, base.shape),
+                &or(&shapes, base.shape),
                 &or(&self.size, base.size),
                 &or(&self.cpus, base.cpus),
                 &or(&self.ceiling, base.ceiling),
                 &or(&self.refuse, base.refuse),
             )
         };
-        Plan { batches, conditions, repeat: self.repeat, patience: Duration::from_secs(self.time) }
+        for conditions in &mut conditions {
+            let Arrangement::Process(name) = conditions.shape else { continue };
+            if !processes.iter().any(|process| process.name == name) {
+                let bundled = LAYOUTS.iter().find(|bundled| bundled.name == name);
+                let text = bundled.map_or("", |bundled| bundled.text);
+                processes.push(Process { name, layout: Layout::parse(name, text)? });
+            }
+            let pages = processes.iter().find(|process| process.name == name).map(Process::nr_pages);
+            conditions.size = NrPages(pages.unwrap_or_default());
+        }
+        let conditions = unique(&conditions);
+        Ok(Plan {
+            batches,
+            conditions,
+            processes,
+            repeat: self.repeat,
+            patience: Duration::from_secs(self.time),
+        })
     }
 }
 
-/// Sweeps, writes the files that were asked for, and prints the report. `step` is called as the work goes on, as often as
+/// Carries out the plan of `args`, writes the files that were asked for, and prints the report. `step` is called as the work goes on, as often as
 /// [`Plan::steps`] says at the most, and `done` before anything is printed.
 ///
 /// # Errors
 /// [`SweepError`]; of [`SweepError::Lost`] the exit code is 1, of all others 2.
-pub fn run(args: &SweepArgs, step: impl FnMut(), done: impl FnOnce()) -> Result<(), SweepError> {
-    let plan = args.plan();
+pub fn run(args: &SweepArgs, plan: &Plan, step: impl FnMut(), done: impl FnOnce()) -> Result<(), SweepError> {
     let mut files = Vec::new();
     for path in [&args.csv, &args.json, &args.html] {
         files.push(path.as_deref().map(Target::create).transpose()?);
     }
-    let found = measure(&plan, step)?;
+    let found = measure(plan, step)?;
     done();
     if let (true, Some(first)) = (found.cells.is_empty(), found.left_out.first()) {
         return Err(SweepError::TooLarge(*first));
@@ -218,11 +266,15 @@ fn unique<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
     seen
 }
 
+/// Of the bundled processes: many small areas, many tables, and 2 MiB leaves among the rest.
+const PROCESSES: [&str; 3] = ["postgres-backend", "chromium-renderer", "jvm-g1-thp"];
+
 /// The base, and from there each axis alone.
 fn one_at_a_time() -> Vec<Conditions> {
     let base = Conditions::BASE;
     let mut all = vec![base];
-    all.extend(Layout::ALL.map(|shape| Conditions { shape, ..base }));
+    all.extend(Arrangement::ALL.map(|shape| Conditions { shape, ..base }));
+    all.extend(PROCESSES.map(|name| Conditions { shape: Arrangement::Process(name), ..base }));
     all.extend(NrPages::ALL.map(|size| Conditions { size, ..base }));
     all.extend(CpuMix::ALL.map(|cpus| Conditions { cpus, ..base }));
     all.extend(Ceiling::ALL.map(|ceiling| Conditions { ceiling, ..base }));
@@ -231,7 +283,7 @@ fn one_at_a_time() -> Vec<Conditions> {
 }
 
 fn product(
-    shapes: &[Layout],
+    shapes: &[Arrangement],
     sizes: &[NrPages],
     cpu_mixes: &[CpuMix],
     ceilings: &[Ceiling],

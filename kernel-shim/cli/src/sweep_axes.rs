@@ -7,6 +7,8 @@ use mmu_benches::shape::{Shape, Workload};
 use mmu_gather::Limits;
 use serde::{Serialize, Serializer};
 
+use crate::bundled::LAYOUTS;
+
 /// Why a word names no value of an axis.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("expected {expected}")]
@@ -212,7 +214,7 @@ impl fmt::Display for NrPages {
 
 /// How the pages lie: a workload of the benches, of any size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Layout {
+pub enum Arrangement {
     /// W1: side by side, frames in order.
     Dense,
     /// W3: one in each 2 MiB.
@@ -223,49 +225,49 @@ pub enum Layout {
     Huge,
     /// W6: as dense, frames and tables in random order.
     Shuffled,
+    /// As in a captured process of this name.
+    Process(&'static str),
 }
 
-impl Layout {
+impl Arrangement {
     pub(crate) const ALL: [Self; 5] = [Self::Dense, Self::Sparse, Self::Areas, Self::Huge, Self::Shuffled];
 
-    const fn workload(self) -> Workload {
+    const fn workload(self) -> Option<Workload> {
         match self {
-            Self::Dense => Workload::W1Dense,
-            Self::Sparse => Workload::W3Sparse,
-            Self::Areas => Workload::W4Areas,
-            Self::Huge => Workload::W5Huge,
-            Self::Shuffled => Workload::W6Shuffled,
+            Self::Dense => Some(Workload::W1Dense),
+            Self::Sparse => Some(Workload::W3Sparse),
+            Self::Areas => Some(Workload::W4Areas),
+            Self::Huge => Some(Workload::W5Huge),
+            Self::Shuffled => Some(Workload::W6Shuffled),
+            Self::Process(_) => None,
         }
     }
 
-    /// So many pages laid out like this; `None` if the machine has not so many frames.
+    /// So many pages laid out like this; `None` if the machine has not so many frames, or of a process.
     #[must_use]
     pub fn shape(self, pages: NrPages) -> Option<Shape> {
-        self.workload().of_leaves(pages.0)
-    }
-
-    /// Bytes of one page.
-    #[must_use]
-    pub const fn page_bytes(self) -> u64 {
-        match self {
-            Self::Huge => 2 << 20,
-            _ => 4096,
-        }
+        self.workload()?.of_leaves(pages.0)
     }
 }
 
-impl FromStr for Layout {
+impl FromStr for Arrangement {
     type Err = AxisError;
 
     fn from_str(word: &str) -> Result<Self, AxisError> {
-        Self::ALL
-            .into_iter()
-            .find(|layout| layout.to_string() == word || layout.workload().name().eq_ignore_ascii_case(word))
-            .ok_or(AxisError { expected: "dense (W1), sparse (W3), areas (W4), huge (W5) or shuffled (W6)" })
+        let named = |arrangement: &Self| {
+            let workload = arrangement.workload();
+            arrangement.to_string() == word
+                || workload.is_some_and(|workload| workload.name().eq_ignore_ascii_case(word))
+        };
+        let processes = LAYOUTS.iter().map(|bundled| Self::Process(bundled.name));
+        Self::ALL.into_iter().chain(processes).find(named).ok_or(AxisError {
+            expected: "dense (W1), sparse (W3), areas (W4), huge (W5), shuffled (W6), or a bundled process such as \
+                       redis-server",
+        })
     }
 }
 
-impl fmt::Display for Layout {
+impl fmt::Display for Arrangement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Dense => "dense",
@@ -273,6 +275,7 @@ impl fmt::Display for Layout {
             Self::Areas => "areas",
             Self::Huge => "huge",
             Self::Shuffled => "shuffled",
+            Self::Process(name) => name,
         })
     }
 }
@@ -370,7 +373,7 @@ macro_rules! serialize_as_words {
         }
     )*};
 }
-serialize_as_words!(Batch, Refuse, Layout, CpuMix, Ceiling);
+serialize_as_words!(Batch, Refuse, Arrangement, CpuMix, Ceiling);
 
 impl Serialize for NrPages {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -382,7 +385,7 @@ impl Serialize for NrPages {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Conditions {
     /// How the pages lie.
-    pub shape: Layout,
+    pub shape: Arrangement,
     /// How many there are.
     pub size: NrPages,
     /// Who must be told.
@@ -396,7 +399,7 @@ pub struct Conditions {
 impl Conditions {
     /// What the default sweep departs from, one axis at a time.
     pub const BASE: Self = Self {
-        shape: Layout::Dense,
+        shape: Arrangement::Dense,
         size: NrPages(32 << 10),
         cpus: CpuMix { total: 2, lazy: 0 },
         ceiling: Ceiling::Pages(33),

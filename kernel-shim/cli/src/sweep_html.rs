@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::sweep_answer::modelled_ns;
-use crate::sweep_axes::{Batch, Conditions};
+use crate::sweep_axes::{Arrangement, Batch, Conditions};
 use crate::sweep_chart::{Chart, Place, STYLES, Series, Unit, key};
 use crate::sweep_measure::Measured;
 use crate::sweep_report::{COLUMNS, SweepReport, bytes};
@@ -108,8 +108,15 @@ const VIEWS: [View; 5] = [
     View {
         id: "shape",
         name: "how the pages lie",
-        value: |conditions| conditions.shape.to_string(),
-        with: |base, other| Conditions { shape: other.shape, ..base },
+        value: |conditions| match conditions.shape {
+            Arrangement::Process(name) => format!("{name}, {} pages", conditions.size),
+            shape => shape.to_string(),
+        },
+        with: |base, other| match other.shape {
+            // Of its own size.
+            Arrangement::Process(_) => Conditions { shape: other.shape, size: other.size, ..base },
+            shape => Conditions { shape, ..base },
+        },
     },
     View {
         id: "size",
@@ -226,8 +233,8 @@ impl SweepReport {
             "<p class=\"note\"><b class=\"tag counted\">counted</b> is the same in every run. <b class=\"tag measured\">measured</b> \
              is what the machine that ran the sweep needed, the median of its samples, with no cost for interrupts. \
              <b class=\"tag modelled\">modelled</b> adds {} ns for each interrupt sent. The shaded setting is the one chosen \
-             above. Lines that would lie on each other are drawn a little apart. A page of <i>huge</i> is 2 MiB, all others \
-             4 KiB.{}</p>",
+             above. Lines that would lie on each other are drawn a little apart. A page is 4 KiB, of <i>huge</i> 2 MiB, \
+             of a process what it was; a process is of its own size.{}</p>",
             self.model.ipi_ns,
             self.noise_words().map_or_else(String::new, |words| format!(" {words}"))
         )?;
@@ -259,7 +266,11 @@ impl SweepReport {
                 lines.push(conditions);
             }
         }
-        lines.sort_by_key(|conditions| (conditions.size, conditions.cpus.total, conditions.ceiling.pages()));
+        if view.id != "shape" {
+            lines.sort_by_key(|conditions| {
+                (conditions.size, conditions.cpus.total, conditions.ceiling.pages())
+            });
+        }
         lines
     }
 

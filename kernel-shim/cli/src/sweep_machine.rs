@@ -31,9 +31,10 @@ pub(crate) const FRAME_BYTES: usize = size_of::<mmu_benches::memory::Frame>();
 /// What the engine asks for in it: the lock of a table.
 pub(crate) const LOCK_BYTES: usize = size_of::<TableLock<spin::Spin>>();
 
-/// Somebody who is told what happens. Nothing here is called for each page, but `invlpg`.
+/// Somebody who is told what happens. Two of these are called for each page.
 pub(crate) trait Watch {
     fn gather(&self, _event: GatherEvent) {}
+    fn page_cleared(&self, _frame: PhysFrame) {}
     fn tlb(&self, _event: TlbEvent) {}
     fn invlpg(&self) {}
     fn context_dropped(&self) {}
@@ -226,6 +227,7 @@ impl<W: Watch> Pages for SweepMachine<'_, W> {
 
     #[inline]
     fn unmap_page(&self, area: (), leaf: &UnmappedLeaf) -> Disposition {
+        self.watch.page_cleared(leaf.frame);
         self.base.unmap_page(area, leaf)
     }
 

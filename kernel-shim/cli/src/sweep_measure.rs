@@ -16,8 +16,9 @@ use serde::Serialize;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::sweep::SweepError;
-use crate::sweep_axes::{Batch, Conditions, Layout, NrPages};
+use crate::sweep_axes::{Arrangement, Batch, Conditions, NrPages};
 use crate::sweep_machine::{BatchPool, SweepMachine, Unwatched, Watch};
+use crate::sweep_process::{Process, page_bytes};
 
 /// What is to be compared, under which conditions, how often.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct Plan {
     pub batches: Vec<Batch>,
     /// Each setting is tried under each of these.
     pub conditions: Vec<Conditions>,
+    /// The processes that conditions name.
+    pub processes: Vec<Process>,
     /// Timed samples of each; none: only counts.
     pub repeat: u32,
     /// When this has passed, a third sample of each is the last.
@@ -124,7 +127,7 @@ pub fn measure(plan: &Plan, mut step: impl FnMut()) -> Result<Found, SweepError>
     let mut rig = Rig { memory: &memory, base: &base, pool: &pool, shapes: Vec::new() };
     let mut found = Found { cells: Vec::new(), left_out: Vec::new(), clock_ns: clock_ns(), stack_bytes: 0 };
     for conditions in &plan.conditions {
-        if !rig.prepare(conditions.shape, conditions.size) {
+        if !rig.prepare(plan, conditions) {
             found.left_out.push(*conditions);
             continue;
         }
@@ -177,28 +180,35 @@ struct Rig<'m> {
     memory: &'m Memory,
     base: &'m Machine<'m, Batched>,
     pool: &'m BatchPool,
-    shapes: Vec<((Layout, NrPages), Shape)>,
+    shapes: Vec<((Arrangement, NrPages), Shape)>,
 }
 
 impl Rig<'_> {
-    /// Makes a layout, once; says whether it fits.
-    fn prepare(&mut self, layout: Layout, pages: NrPages) -> bool {
-        if self.shape(layout, pages).is_some() {
+    /// Lays the pages out, once; says whether they fit.
+    fn prepare(&mut self, plan: &Plan, conditions: &Conditions) -> bool {
+        if self.shape(*conditions).is_some() {
             return true;
         }
-        let Some(shape) = layout.shape(pages) else { return false };
-        self.shapes.push(((layout, pages), shape));
+        let shape = match conditions.shape {
+            Arrangement::Process(name) => {
+                plan.processes.iter().find(|process| process.name == name).and_then(Process::shape)
+            }
+            arrangement => arrangement.shape(conditions.size),
+        };
+        let Some(shape) = shape else { return false };
+        self.shapes.push(((conditions.shape, conditions.size), shape));
         true
     }
 
-    fn shape(&self, layout: Layout, pages: NrPages) -> Option<&Shape> {
-        self.shapes.iter().find(|(key, _)| *key == (layout, pages)).map(|(_, shape)| shape)
+    fn shape(&self, conditions: Conditions) -> Option<&Shape> {
+        let wanted = (conditions.shape, conditions.size);
+        self.shapes.iter().find(|(key, _)| *key == wanted).map(|(_, shape)| shape)
     }
 
     fn count(&self, batch: Batch, conditions: Conditions) -> Result<(Counts, usize), SweepError> {
-        let machine = SweepMachine::new(self.base, self.pool, conditions, Tally::default());
+        let tally = Tally { shape: self.shape(conditions), ..Tally::default() };
+        let machine = SweepMachine::new(self.base, self.pool, conditions, tally);
         let tally = machine.watch();
-        tally.page_bytes.set(conditions.shape.page_bytes());
         let mut counts = Counts::default();
         self.tear_down(&machine, batch, conditions, |munmap| {
             tally.begin();
@@ -239,8 +249,8 @@ impl Rig<'_> {
         conditions: Conditions,
         measure: impl FnOnce(&dyn Fn()),
     ) -> Result<(), SweepError> {
-        let Some(shape) = self.shape(conditions.shape, conditions.size) else { return Ok(()) };
-        let space = Space::new(self.base, shape);
+        let Some(shape) = self.shape(conditions) else { return Ok(()) };
+        let space = Space::without_stretches(self.base, shape);
         let limits: Limits = batch.limits(shape.nr_leaves());
         let free_before = self.memory.nr_free_tables();
         machine.with_loaded(&space.mm, || measure(&|| machine.munmap(&space.mm, &limits, &shape.areas)));
@@ -260,9 +270,9 @@ impl Rig<'_> {
 
 /// Counts what one teardown does.
 #[derive(Debug, Default)]
-struct Tally {
+struct Tally<'s> {
+    shape: Option<&'s Shape>,
     counts: Cell<Counts>,
-    page_bytes: Cell<u64>,
     /// Cleared or unhooked, and not freed.
     waiting_bytes: Cell<u64>,
     batch_pages: Cell<u64>,
@@ -273,7 +283,7 @@ struct Tally {
     deepest: Cell<usize>,
 }
 
-impl Tally {
+impl Tally<'_> {
     fn begin(&self) {
         self.counts.set(Counts::default());
         self.stretch.set(0);
@@ -303,6 +313,10 @@ impl Tally {
         self.waiting_bytes.set(self.waiting_bytes.get() - bytes);
     }
 
+    fn page_bytes(&self, frame: PhysFrame) -> u64 {
+        self.shape.map_or(0, |shape| page_bytes(shape, frame.start_address().as_u64()))
+    }
+
     fn note_depth(&self) {
         self.deepest.set(self.deepest.get().max(self.stack_start.get().saturating_sub(here())));
     }
@@ -315,15 +329,12 @@ fn here() -> usize {
     core::hint::black_box(ptr::from_ref(&local)).addr()
 }
 
-impl Watch for Tally {
+impl Watch for Tally<'_> {
     fn gather(&self, event: GatherEvent) {
         match event {
             GatherEvent::ForcedFlush => self.update(|counts| counts.forced_flushes += 1),
             GatherEvent::LockDropped { leaves } => {
-                let leaves = u64::from(leaves);
-                self.update(|counts| counts.pages += leaves);
-                self.waits(leaves * self.page_bytes.get());
-                self.worked(leaves);
+                self.worked(u64::from(leaves));
             }
             GatherEvent::TableUnhooked(_) => {
                 self.update(|counts| counts.tables += 1);
@@ -332,6 +343,11 @@ impl Watch for Tally {
             }
             _ => {}
         }
+    }
+
+    fn page_cleared(&self, frame: PhysFrame) {
+        self.update(|counts| counts.pages += 1);
+        self.waits(self.page_bytes(frame));
     }
 
     fn tlb(&self, event: TlbEvent) {
@@ -370,9 +386,10 @@ impl Watch for Tally {
 
     fn pages_freed(&self, pages: FreedPages<'_>) {
         self.note_depth();
-        let pages = pages.iter().map(|run| u64::from(run.nr_pages)).sum();
-        self.freed(pages * self.page_bytes.get());
-        self.worked(pages);
+        for run in pages.iter() {
+            self.freed(u64::from(run.nr_pages) * self.page_bytes(run.frame));
+        }
+        self.worked(pages.iter().map(|run| u64::from(run.nr_pages)).sum());
     }
 
     fn tables_freed(&self, tables: &[PhysFrame]) {

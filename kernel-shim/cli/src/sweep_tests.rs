@@ -1,7 +1,7 @@
 //! The choice a sweep makes, and where its charts put things.
 
 use crate::sweep_answer::Answer;
-use crate::sweep_axes::{Batch, Ceiling, Conditions, CpuMix, Layout, NrPages, Refuse};
+use crate::sweep_axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
 use crate::sweep_chart::{Chart, Place, Series, Unit};
 use crate::sweep_measure::{Counts, Measured, Timing};
 
@@ -50,7 +50,7 @@ fn conditions_under_which_all_settings_flush_alike_do_not_count() {
 
 #[test]
 fn ratios_are_a_geometric_mean_and_the_worst_is_named() {
-    let sparse = Conditions { shape: Layout::Sparse, ..Conditions::BASE };
+    let sparse = Conditions { shape: Arrangement::Sparse, ..Conditions::BASE };
     let mut cells = group(Conditions::BASE, [2, 1, 1], [8.0, 2.0, 2.0]);
     cells.extend(group(sparse, [2, 1, 1], [6.0, 6.0, 6.0]));
     let answer = Answer::new(&cells, 0).expect("there is a choice");
@@ -90,8 +90,8 @@ fn what_an_axis_prints_it_reads() {
     for size in NrPages::ALL {
         assert_eq!(size.to_string().parse::<NrPages>().expect("printed"), size);
     }
-    for layout in Layout::ALL {
-        assert_eq!(layout.to_string().parse::<Layout>().expect("printed"), layout);
+    for layout in Arrangement::ALL {
+        assert_eq!(layout.to_string().parse::<Arrangement>().expect("printed"), layout);
     }
     for cpus in CpuMix::ALL {
         assert_eq!(cpus.to_string().parse::<CpuMix>().expect("printed"), cpus);

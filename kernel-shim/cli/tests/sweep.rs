@@ -5,6 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use mmu_cli::bundled::LAYOUTS;
+use mmu_cli::layout::Layout;
 use serde_json::Value;
 
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sweep.snapshot");
@@ -121,9 +123,9 @@ fn counts_do_not_depend_on_how_often_times_are_taken_nor_on_the_other_cells() {
 #[test]
 fn the_default_sweep_tries_every_value_of_every_axis_one_axis_at_a_time() {
     let report = json(&["--batch", "510", "--repeat", "0"]);
-    assert_eq!(cells(&report).len(), 23);
+    assert_eq!(cells(&report).len(), 26);
     for (axis, values) in [
-        ("shape", "areas dense huge shuffled sparse"),
+        ("shape", "areas chromium-renderer dense huge jvm-g1-thp postgres-backend shuffled sparse"),
         ("cpus", "1 2 8lazy6"),
         ("ceiling", "0 1 33 512 never"),
         ("refuse", "7 always never"),
@@ -131,7 +133,8 @@ fn the_default_sweep_tries_every_value_of_every_axis_one_axis_at_a_time() {
         let seen: BTreeSet<&str> = cells(&report).iter().filter_map(|cell| cell[axis].as_str()).collect();
         assert_eq!(seen.into_iter().collect::<Vec<_>>().join(" "), values, "{axis}");
     }
-    let sizes: BTreeSet<u64> = cells(&report).iter().filter_map(|cell| cell["size"].as_u64()).collect();
+    let dense = cells(&report).iter().filter(|cell| cell["shape"] == "dense");
+    let sizes: BTreeSet<u64> = dense.filter_map(|cell| cell["size"].as_u64()).collect();
     assert_eq!(sizes.into_iter().collect::<Vec<_>>(), [1, 2, 4, 8, 32, 33, 34, 512, 513, 32_768, 262_144]);
 }
 
@@ -330,7 +333,10 @@ fn bad_input_names_what_was_expected_and_ends_with_2() {
         (["--size", "0"], "from 1 to 1Mi"),
         (["--size", "2Mi"], "from 1 to 1Mi"),
         (["--size", "1Gi"], "such as 513 or 32Ki"),
-        (["--shape", "square"], "dense (W1), sparse (W3), areas (W4), huge (W5) or shuffled (W6)"),
+        (
+            ["--shape", "square"],
+            "dense (W1), sparse (W3), areas (W4), huge (W5), shuffled (W6), or a bundled process",
+        ),
         (["--cpus", "8lazy8"], "one at least is not"),
         (["--cpus", "65"], "1 to 64 CPUs"),
         (["--ceiling=-1", "--repeat=0"], "or never"),
@@ -341,6 +347,8 @@ fn bad_input_names_what_was_expected_and_ends_with_2() {
         (["--ipi-ns", "fast"], "--ipi-ns"),
         (["--csv", "/nonexistent/x.csv"], "cannot write /nonexistent/x.csv"),
         (["--html", "/nonexistent/x.html"], "cannot write /nonexistent/x.html"),
+        (["--layout", "/nonexistent/x.layout"], "cannot read /nonexistent/x.layout"),
+        (["--layout", "/dev/null"], "/dev/null:"),
         (["--everything", "--size=33"], "--everything"),
     ] {
         let output = teardown(&[&["sweep"], &args[..]].concat());
@@ -391,6 +399,39 @@ fn files_appear_whole_or_not_at_all() {
         .status()
         .expect("the command starts");
     assert_eq!(status.code(), Some(2));
+}
+
+#[test]
+fn of_a_real_process_all_that_is_resident_waits_if_nothing_is_flushed_before_the_end() {
+    for name in ["jvm-g1-thp", "postgres-backend", "redis-swapped"] {
+        let text = LAYOUTS.iter().find(|bundled| bundled.name == name).expect("bundled").text;
+        let layout = Layout::parse(name, text).expect("bundled");
+        let report = json(&["--batch", "unlimited", "--shape", name, "--size", "33,513", "--repeat", "0"]);
+        // Of its own size, whatever --size says, and therefore once.
+        assert_eq!(cells(&report).len(), 1);
+        let totals = layout.totals();
+        let leaves = totals.nr_anon + totals.nr_file + totals.nr_huge / 512;
+        assert_eq!(count(&report, "unlimited", "pages"), leaves, "{name}");
+        assert_eq!(cells(&report)[0]["size"], leaves, "{name}");
+        // Fewer than a batch of tables, so no flush is forced; 2 MiB leaves weigh what they are.
+        let tables = count(&report, "unlimited", "tables");
+        assert!(tables < 511, "{name}: {tables}");
+        let held = (totals.nr_resident() + tables) * 4096;
+        assert_eq!(count(&report, "unlimited", "bytes_unfreed_peak"), held, "{name}");
+    }
+}
+
+#[test]
+fn a_layout_file_is_swept_like_the_bundled_one_of_its_name() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/layouts/redis-bgsave-child.layout");
+    let options = ["--batch", "64", "--cpus", "2,8lazy6", "--repeat", "0"];
+    let from_file = json(&[&["--layout", path], &options[..]].concat());
+    assert_eq!(
+        from_file["cells"],
+        json(&[&["--shape", "redis-bgsave-child"], &options[..]].concat())["cells"]
+    );
+    assert_eq!(cells(&from_file).len(), 2);
+    assert!(count(&json(&["--batch", "64", "--layout", path, "--repeat", "0"]), "64", "pages") > 1000);
 }
 
 #[test]
