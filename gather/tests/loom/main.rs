@@ -230,6 +230,8 @@ impl Pages for Cpu<'_> {
     }
 }
 
+/// No bound; 82870 executions, 9 s. Seen to fail with: nested gathers ignored; the count lowered before the flush; the count
+/// lowered without release.
 #[test]
 fn whichever_of_two_gathers_returns_first_nobody_can_use_the_page_any_more() {
     let (executions, nested) = (Arc::new(Plain::new(0)), Arc::new(Plain::new(0)));
