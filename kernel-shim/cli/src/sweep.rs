@@ -15,7 +15,7 @@ use crate::sweep_process::Process;
 use crate::sweep_report::SweepReport;
 
 /// What `teardown sweep` is told.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct SweepArgs {
     /// Settings to compare: 8 (the slots on the stack), 9 to 510 slots of one page, PAGESxSLOTS such as 19x510 (the default of the
     /// engine), unlimited, adaptive (as many as the pages need). Default: nine of them.
@@ -40,13 +40,13 @@ pub struct SweepArgs {
     /// Which batch pages are refused: never, always, or N for every N-th.
     #[arg(long, value_name = "WHICH,..", value_delimiter = ',')]
     pub refuse: Vec<Refuse>,
-    /// Every value of every axis with every other: 2475 sets of conditions.
+    /// Every value of every axis with every other: 2475 sets of conditions, which takes minutes.
     #[arg(long, conflicts_with_all = ["size", "shape", "layout", "cpus", "ceiling", "refuse"])]
     pub everything: bool,
     /// Timed samples of each; 0: counts only, which are the same in every run.
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(0..=1001))]
     pub repeat: u32,
-    /// Seconds of timing after which the third sample of each is the last.
+    /// Stops timing after so many seconds, once there are three samples of each.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub time: u64,
     /// What an interrupt to another CPU costs: a model, no measurement.
@@ -67,10 +67,9 @@ pub struct SweepArgs {
 }
 
 /// How the report is printed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SweepFormat {
     /// A table for people.
-    #[default]
     Text,
     /// For programs.
     Json,
@@ -134,12 +133,10 @@ impl SweepArgs {
         let mut shapes = unique(&self.shape);
         let mut processes = Vec::new();
         for path in &self.layout {
-            let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
             let text = std::fs::read_to_string(path)
                 .map_err(|error| SweepError::Read { path: path.clone(), error })?;
             let layout = Layout::parse(&path.display().to_string(), &text)?;
-            // Conditions are copied about, and say whose layout it is as long as the command runs.
-            let name: &'static str = Box::leak(name.into_boxed_str());
+            let name = name_for(path, &processes);
             processes.push(Process { name, layout });
             shapes.push(Arrangement::Process(name));
         }
@@ -183,8 +180,9 @@ impl SweepArgs {
     }
 }
 
-/// Carries out the plan of `args`, writes the files that were asked for, and prints the report. `step` is called as the work goes on, as often as
-/// [`Plan::steps`] says at the most, and `done` before anything is printed.
+/// Carries out the plan of `args`, writes the files that were asked for, and prints the report.
+///
+/// `step` is called as the work goes on, as often as [`Plan::steps`] says at the most, and `done` before anything is printed.
 ///
 /// # Errors
 /// [`SweepError`]; of [`SweepError::Lost`] the exit code is 1, of all others 2.
@@ -249,6 +247,21 @@ impl Drop for Target<'_> {
         // Gone already, if it was written.
         let _ = std::fs::remove_file(&self.temporary);
     }
+}
+
+/// A name for the layout in the file at `path`: its own, of letters that mean nothing in CSV and HTML, and no other's. It lives as
+/// long as the command, because conditions are copied about and name it.
+fn name_for(path: &Path, taken: &[Process]) -> &'static str {
+    let stem = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
+    let plain = |letter: char| letter.is_alphanumeric() || "-_.".contains(letter);
+    let stem: String = stem.chars().map(|letter| if plain(letter) { letter } else { '_' }).collect();
+    let mut name = stem.clone();
+    let mut number = 2;
+    while taken.iter().any(|process| process.name == name) {
+        name = format!("{stem}-{number}");
+        number += 1;
+    }
+    Box::leak(name.into_boxed_str())
 }
 
 fn or<T: Copy + PartialEq>(named: &[T], base: T) -> Vec<T> {

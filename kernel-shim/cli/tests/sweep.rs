@@ -435,6 +435,22 @@ fn a_layout_file_is_swept_like_the_bundled_one_of_its_name() {
 }
 
 #[test]
+fn layout_files_of_one_name_are_told_apart_and_odd_names_break_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let text = |name| LAYOUTS.iter().find(|bundled| bundled.name == name).expect("bundled").text;
+    let paths =
+        [("a,<b>.layout", "sqlite-query"), ("a__b_.layout", "redis-bgsave-child")].map(|(file, bundled)| {
+            let path = folder.path().join(file);
+            fs::write(&path, text(bundled)).expect("written");
+            path.to_str().expect("UTF-8").to_owned()
+        });
+    let report = json(&["--batch", "8", "--repeat", "0", "--layout", &paths[0], "--layout", &paths[1]]);
+    let shapes: Vec<&str> = cells(&report).iter().filter_map(|cell| cell["shape"].as_str()).collect();
+    assert_eq!(shapes, ["a__b_", "a__b_-2"]);
+    assert_ne!(cells(&report)[0]["counts"], cells(&report)[1]["counts"]);
+}
+
+#[test]
 fn the_memory_tables_of_the_readme_are_what_a_sweep_finds() {
     let readme =
         fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).expect("readable");
