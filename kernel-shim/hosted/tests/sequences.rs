@@ -31,6 +31,8 @@ fn a_text_that_is_none_is_refused_at_its_line() {
         (4, "0 unmap m0 1000+ffffffffffffffff"),
         (4, "0 lazy now"),
         (4, "0 leap"),
+        (4, "0 preempt"),
+        (4, "0 preempt soon"),
         (4, "x lazy"),
     ] {
         let mut broken = lines.clone();
