@@ -276,8 +276,14 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[must_use = "drop the locks, then free"]
     #[inline]
     pub fn flush(self) -> FlushedGather<'a, K> {
-        // Wrapped first, so that it is moved once.
+        self.flush_after(|_| {})
+    }
+
+    /// Does `work`, then flushes: as [`flush`](Self::flush), without moving what has been filled (200 bytes, twice).
+    #[inline]
+    pub(crate) fn flush_after(self, work: impl FnOnce(&mut Self)) -> FlushedGather<'a, K> {
         let mut flushed = FlushedGather(self);
+        work(&mut flushed.0);
         flushed.0.finish_flush();
         flushed
     }
@@ -399,7 +405,7 @@ impl<K: Platform> FlushedGather<'_, K> {
     /// Linux: the second half of tlb_finish_mmu, mm/mmu_gather.c.
     #[inline]
     pub fn free(self) {
-        drop(self);
+        // Dropped where it lies: `drop(self)` would move it once more.
     }
 }
 

@@ -35,12 +35,13 @@ where
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
     // SAFETY: passed on to our caller.
-    let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
-    gather.unmap_vmas(vmas.clone(), mm.space().user_range());
-    gather.flush_pfn_maps();
-    unlink();
-    gather.free_pgtables(vmas, bounds);
-    gather.flush()
+    let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
+    gather.flush_after(|gather| {
+        gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+        gather.flush_pfn_maps();
+        unlink();
+        gather.free_pgtables(vmas, bounds);
+    })
 }
 
 /// Removes the pages of `range` in one area and keeps its tables: madvise(MADV_DONTNEED), truncation.
@@ -59,11 +60,12 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
     range: VirtRange,
 ) -> FlushedGather<'a, K> {
     // SAFETY: passed on to our caller.
-    let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
-    if let Some(range) = range.intersect(vma.range) {
-        gather.zap_vma_range(vma, range);
-    }
-    gather.flush()
+    let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
+    gather.flush_after(|gather| {
+        if let Some(range) = range.intersect(vma.range) {
+            gather.zap_vma_range(vma, range);
+        }
+    })
 }
 
 /// Unmaps everything: the last program has left the address space.
