@@ -143,6 +143,16 @@ fn a_saved_reproducer_tells_the_same_story_three_times_and_nothing_without_its_f
 }
 
 #[test]
+fn many_short_calls_in_a_row_are_not_one_long_one() {
+    let bytes: Vec<u8> =
+        [0; 10].into_iter().chain([0, 7].into_iter().chain([0; 14]).cycle().take(16 * 200)).collect();
+    let sequence = of(&bytes);
+    assert!(sequence.steps.iter().all(|step| matches!(step.op, Op::Exit(_))), "{sequence}");
+    let run = judge(&sequence).expect("memory");
+    assert!(run.verdict.is_clean(), "{}", told(&run));
+}
+
+#[test]
 fn bytes_reach_every_operation() {
     let mut seen = [false; Op::WORDS.len()];
     for number in 0..=255u8 {

@@ -195,6 +195,8 @@ impl World {
             self.machine().detail(Detail::Began(index, self.names(step.op)));
             self.take(cpu, step.op);
             self.machine().detail(Detail::Ended(index));
+            // The way back from a system call is a preemption point.
+            self.machine().begin_work_anew();
             self.note_done(index);
         }
         // Whoever has nothing left to do stays lazily where it was.
