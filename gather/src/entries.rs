@@ -1,8 +1,8 @@
 //! The loop over the entries of a locked table: the one part of the engine that runs once a page.
 //!
 //! It goes by whole cache lines. Lines of eight entries that are none, which in sparse memory most are, are passed over; lines of
-//! leaves that can all be taken with plain stores are taken; in any other line each entry is looked at alone. It stays a function of its own, so that its few
-//! values keep their registers, and knows the embedder's page calls, which are inlined into it.
+//! leaves that can all be taken with plain stores are taken; in any other line each entry is looked at alone. It stays a function of
+//! its own, so that its few values keep their registers, and knows the embedder's page calls, which are inlined into it.
 
 use core::ops::Range;
 
