@@ -84,8 +84,8 @@ impl<M: Machine> Kernel<M> {
         let mut frames = Vec::new();
         for (mm, range) in victims {
             self.unmap_to_swap(mm, range, &mut batch, &mut frames);
+            self.machine.cond_resched();
         }
-        self.machine.cond_resched();
         let flushed = batch.flush(self);
         debug_assert!(flushed.is_some() || frames.is_empty(), "G1: pages taken and nothing flushed");
         self.drop_references(frames.iter().copied());
@@ -101,6 +101,10 @@ impl<M: Machine> Kernel<M> {
     ) {
         let vmas = mm.vmas.read();
         for address in (range.start()..range.end()).step_by(4096) {
+            if address.is_multiple_of(Level::Pmd.entry_span()) {
+                // Rule G7: no more than one table at a time.
+                self.machine.cond_resched();
+            }
             // Detached areas are being unmapped by somebody: not ours to look into.
             if vmas.find(address).is_none() {
                 continue;

@@ -57,6 +57,18 @@ fn random_sequences_are_clean() {
     }
 }
 
+/// Reclaim once took a thousand pages and more without a preemption point, when huge ones had been split (rule G7).
+#[test]
+fn reclaim_of_a_large_range_can_be_preempted() {
+    let text = "mmu-gather sequence 1\ncpus 4\nseed 15541764258020549807\nmmu pcid intel keeper\n\
+        2 map m2 7fffe00000+512 huge write\n0 remap m2 7fffe00000+512 401f8000\n2 touch 331000+3 write\n\
+        0 map m0 40000000+1024 huge write\n0 touch c0015000+2 write\n3 touch 1d000+2 read\n\
+        2 map m2 4000c000+5 anon write\n1 movestack m0 40004000+6 152\n1 reclaim m0 m2 40000000+1024\nend\n";
+    let sequence = Sequence::parse(text).expect("a sequence");
+    let outcome = execute(&sequence).expect("memory");
+    assert!(outcome.is_clean(), "{outcome:?}");
+}
+
 #[test]
 fn a_machine_that_skips_flushes_or_loses_interrupts_is_found_out() {
     for fault in [MachineFault::SkipFlush, MachineFault::DropIpi] {
