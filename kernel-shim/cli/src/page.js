@@ -115,6 +115,8 @@ all.addEventListener("change", () => {
   draw();
 });
 addEventListener("resize", draw);
-const first = lanes.querySelector(".mark.violation") || marks.find(isShown);
+// The page is about the last violation; earlier ones may be among the events not shown.
+const shown = marks.filter(isShown);
+const first = shown.findLast((mark) => mark.classList.contains("violation")) || shown[0];
 if (first) choose(first, false);
 draw();
