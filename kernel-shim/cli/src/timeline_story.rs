@@ -274,7 +274,7 @@ const fn rule(kind: ViolationKind) -> &'static str {
             "Rule G2: when a call returns, every entry that it cleared or restricted has been flushed."
         }
         ViolationKind::TwoPageSizes => {
-            "Before an address gets pages of another size, every CPU must have forgotten the old ones: a split flushes first."
+            "Before a page is mapped in another size, every CPU must have forgotten the old one: a split flushes first."
         }
         ViolationKind::FreePageMapped | ViolationKind::CountsDisagree => {
             "Rule G5: what is queued is released once, and what is mapped is not free."

@@ -51,7 +51,7 @@ pub enum ViolationKind {
     PageUsableAfterDiscard,
     /// A call that takes rights away returned while a CPU could still use them.
     RightsUsableAfterProtect,
-    /// A CPU has cached two page sizes for one address, and runs a program.
+    /// A CPU has cached one page in two sizes for one address, and runs a program.
     TwoPageSizes,
     /// A page that is free is mapped.
     FreePageMapped,

@@ -289,15 +289,20 @@ impl HostedMachine {
         }
     }
 
-    /// Two page sizes for one address are more than a program may meet: SDM vol. 3A 4.10.2.3, 4.10.4.2.
+    /// One page must not be met through two sizes: SDM vol. 3A 4.10.2.3, 4.10.4.2. Whoever splits it flushes in between.
     ///
-    /// A lazy CPU, or one that has not yet compared generations, may get there by speculation; it flushes before it runs a program.
+    /// Where the sizes lead to different memory, the larger is a page that was discarded and whose flush is still to come: that
+    /// it goes before the call returns and before the page is freed is checked elsewhere. A lazy CPU, or one that has not yet
+    /// compared generations, may get there by speculation; it flushes before it runs a program.
     pub(crate) fn check_sizes(&self, checked: &Checked, index: usize) {
         let Some(cpu) = self.cpus.get(index).filter(|cpu| self.is_in_user_mode(cpu.id)) else { return };
-        let found = lock(&cpu.caches).as_mut().and_then(|Caches { mmu, .. }| mmu.mixed());
-        if let Some((address, _, small)) = found {
-            let frame = PhysFrame::containing_address(small.start());
-            self.report(checked, ViolationKind::TwoPageSizes, cpu.id, address.as_u64(), frame, None);
+        loop {
+            let found = lock(&cpu.caches).as_mut().and_then(|Caches { mmu, .. }| mmu.mixed());
+            let Some((address, large, small)) = found else { return };
+            if large.translate(address) == small.translate(address) {
+                let frame = PhysFrame::containing_address(small.start());
+                self.report(checked, ViolationKind::TwoPageSizes, cpu.id, address.as_u64(), frame, None);
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
 use mmu_hosted::{Found, HostedKernel, HostedMachine, HostedStage, Options, Schedule, give_way, touch};
-use mmu_kernel_shim::{Area, Config, Mm, Protection, Stage, UserAccess, Vma};
+use mmu_kernel_shim::{Area, Config, Mm, PageContent, Protection, Stage, UserAccess, Vma};
 
 const PAGE: u64 = 0x7000_0000_0000;
 const SEEDS: u64 = 200;
@@ -108,6 +108,44 @@ fn exit_makes_a_cpu_that_is_switching_leave_too() {
         let mut schedule = Schedule::new();
         rig.add(&mut schedule, 0, |kernel, mm, _| kernel.exit(mm).expect("every CPU is lazy"));
         rig.add(&mut schedule, 1, |kernel, _, other| kernel.switch_to(Some(other)));
+        let found = rig.run(schedule);
+        assert_eq!(found.count, 0, "seed {seed}: {}", found.told[0]);
+    }
+}
+
+/// Another thread may fault a small page in where a large one is being discarded. A third then has both sizes cached until it is
+/// told, with different memory behind them: neither outlives the call, and that is all a discard promises.
+#[test]
+fn a_fault_beside_the_discard_of_a_large_page_is_no_violation() {
+    let block = VirtRange::new(PAGE, PAGE + (2 << 20)).expect("a good range");
+    for seed in 0..SEEDS {
+        let rig = Rig::new(seed);
+        let kernel = rig.stage.kernel();
+        kernel.mmap(&rig.mm, Vma { range: block, area: Area::anon() }).expect("nothing is there");
+        kernel.populate(&rig.mm, block, PageContent::AnonBlock).expect("frames");
+        for cpu in [1, 2] {
+            rig.stage.on_cpu(CpuId::new(cpu), &|| kernel.switch_to(Some(&rig.mm)));
+        }
+        rig.stage.on_cpu(CpuId::new(1), &|| {
+            touch(kernel, &rig.mm, PAGE, UserAccess::Write);
+        });
+        let mut schedule = Schedule::new();
+        rig.add(&mut schedule, 0, move |kernel, mm, _| kernel.madvise_dontneed(mm, block).expect("no split"));
+        rig.add(&mut schedule, 1, |kernel, _, _| {
+            kernel.machine().enter_user_mode();
+            for _ in 0..100 {
+                give_way();
+            }
+            kernel.machine().leave_user_mode();
+        });
+        rig.add(&mut schedule, 2, move |kernel, mm, _| {
+            for _ in 0..seed % 16 {
+                give_way();
+            }
+            for page in 0..64 {
+                touch(kernel, mm, PAGE + page * 4096, UserAccess::Write);
+            }
+        });
         let found = rig.run(schedule);
         assert_eq!(found.count, 0, "seed {seed}: {}", found.told[0]);
     }
