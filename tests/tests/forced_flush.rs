@@ -16,7 +16,7 @@ const SINGLE_PAGES: [(u64, [usize; 3]); 4] =
     [(512, [0, 0, 73]), (9677, [0, 18, 1382]), (9678, [1, 18, 1382]), (262_144, [27, 508, 37449])];
 
 #[test]
-fn single_pages_force_a_flush_every_9678_517_or_7_records() {
+fn single_pages_force_a_flush_every_9678_516_or_7_records() {
     for (nr_pages, expected) in SINGLE_PAGES {
         for (limits, expected) in [Limits::DEFAULT, ONE_BATCH, NO_BATCH].iter().zip(expected) {
             let kernel = PaperKernel::new(Options::default());
