@@ -253,10 +253,12 @@ mod memory_functions {
     }
 
     /// Named by the unwinding tables of the prebuilt `core`, which this image discards; never called.
+    // SAFETY: nothing else in the image defines this name.
     #[unsafe(no_mangle)]
     extern "C" fn rust_eh_personality() {}
 
     /// Named by the landing pads of the prebuilt `alloc`; never called, because a panic ends the run where it happens.
+    // SAFETY: nothing else in the image defines this name.
     #[unsafe(no_mangle)]
     extern "C" fn _Unwind_Resume() -> ! {
         crate::exit::exit(crate::exit::Verdict::Panic)
