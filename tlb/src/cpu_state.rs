@@ -89,24 +89,25 @@ struct SlotCell {
     tlb_gen: AtomicU64,
 }
 
-/// One CPU's state. Only the CPU itself writes it; others read `loaded_mm` and `is_lazy`.
+/// One CPU's state. Only the CPU itself writes it; others read what is in `shared`.
 ///
-/// The part the CPU alone uses is two cache lines; `is_lazy` has a line of its own, because flushing CPUs read it at
-/// every shootdown. Linux: cpu_tlbstate and cpu_tlbstate_shared.
+/// The part the CPU alone uses is two cache lines, which it writes whenever it flushes. What flushing CPUs read at every
+/// shootdown has a line of its own, which it writes only when it switches, goes lazy or wakes. Linux: cpu_tlbstate and
+/// cpu_tlbstate_shared; there `loaded_mm` is in the first.
 #[doc(alias = "cpu_tlbstate")]
 #[repr(C, align(64))]
 pub struct CpuTlb<B: CpuBits> {
-    /// Null is init_mm, `switching()` is between two.
-    loaded_mm: AtomicPtr<MmContext<B>>,
     loaded_asid: AtomicU16,
     next_asid: AtomicU16,
     slots: [SlotCell; NR_DYN_ASIDS as usize],
-    shared: SharedLine,
+    shared: SharedLine<B>,
 }
 
 #[derive(Debug)]
 #[repr(C, align(64))]
-struct SharedLine {
+struct SharedLine<B: CpuBits> {
+    /// Null is init_mm, `switching()` is between two.
+    loaded_mm: AtomicPtr<MmContext<B>>,
     is_lazy: AtomicBool,
 }
 
@@ -114,11 +115,12 @@ struct SharedLine {
 mod layout {
     use super::{CpuTlb, SharedLine};
     use crate::sync::AtomicU64;
-    use static_assertions::{assert_impl_all, assert_not_impl_any, const_assert, const_assert_eq};
+    use static_assertions::{assert_impl_all, assert_not_impl_any, const_assert_eq};
 
     const_assert_eq!(core::mem::offset_of!(CpuTlb<[AtomicU64; 1]>, shared), 128);
     const_assert_eq!(size_of::<CpuTlb<[AtomicU64; 1]>>(), 192);
-    const_assert!(align_of::<SharedLine>() == 64);
+    const_assert_eq!(align_of::<SharedLine<[AtomicU64; 1]>>(), 64);
+    const_assert_eq!(size_of::<SharedLine<[AtomicU64; 64]>>(), 64);
     assert_impl_all!(CpuTlb<[AtomicU64; 1]>: Send, Sync);
     assert_not_impl_any!(CpuTlb<[AtomicU64; 1]>: Clone, Copy);
 }
@@ -128,14 +130,16 @@ impl<B: CpuBits> CpuTlb<B> {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            loaded_mm: AtomicPtr::new(ptr::null_mut()),
             loaded_asid: AtomicU16::new(0),
             next_asid: AtomicU16::new(0),
             slots: core::array::from_fn(|_| SlotCell {
                 ctx_id: AtomicU64::new(0),
                 tlb_gen: AtomicU64::new(0),
             }),
-            shared: SharedLine { is_lazy: AtomicBool::new(false) },
+            shared: SharedLine {
+                loaded_mm: AtomicPtr::new(ptr::null_mut()),
+                is_lazy: AtomicBool::new(false),
+            },
         }
     }
 
@@ -153,7 +157,7 @@ impl<B: CpuBits> CpuTlb<B> {
     #[inline]
     pub fn has_loaded(&self, mm: &MmContext<B>) -> bool {
         // ORDERING: acquire, as in `may_have_loaded`, when asked of another CPU. Of this one any would do.
-        ptr::eq(self.loaded_mm.load(Ordering::Acquire), mm)
+        ptr::eq(self.shared.loaded_mm.load(Ordering::Acquire), mm)
     }
 
     /// Whether this CPU may have `mm` in CR3: it has, or it switches, from or to a space it does not name.
@@ -161,7 +165,7 @@ impl<B: CpuBits> CpuTlb<B> {
     pub(crate) fn may_have_loaded(&self, mm: &MmContext<B>) -> bool {
         // One read, as in `concern`. ORDERING: acquire, pairs with the release store in `set_loaded`: who finds that the CPU
         // has gone elsewhere may use the root again, and the last walk there must come first.
-        let loaded = self.loaded_mm.load(Ordering::Acquire);
+        let loaded = self.shared.loaded_mm.load(Ordering::Acquire);
         ptr::eq(loaded, mm) || ptr::eq(loaded, switching())
     }
 
@@ -177,7 +181,7 @@ impl<B: CpuBits> CpuTlb<B> {
         // asking it, and its last use of them must come first. A CPU on its way in is never taken for a lazy one for
         // another reason: the flusher's fence comes before both reads, the switcher's after both writes (S1, S2), so
         // either both are seen or S4 sees the new generation.
-        let loaded = self.loaded_mm.load(Ordering::Acquire);
+        let loaded = self.shared.loaded_mm.load(Ordering::Acquire);
         if self.laziness() == Laziness::Lazy {
             return Concern::Lazy;
         }
@@ -217,7 +221,7 @@ impl<B: CpuBits> CpuTlb<B> {
     /// promised that a context lives while it is loaded, and says nothing about afterwards.
     #[must_use]
     pub unsafe fn loaded_mm(&self) -> LoadedMm<'_, B> {
-        let pointer = self.loaded_mm.load(Ordering::Relaxed);
+        let pointer = self.shared.loaded_mm.load(Ordering::Relaxed);
         if pointer.is_null() {
             LoadedMm::Init
         } else if ptr::eq(pointer, switching()) {
@@ -238,7 +242,7 @@ impl<B: CpuBits> CpuTlb<B> {
         };
         // ORDERING: release, pairs with the acquire in `has_loaded`, `may_have_loaded` and `concern`: what was used and walked
         // in the old address space comes first.
-        self.loaded_mm.store(pointer, Ordering::Release);
+        self.shared.loaded_mm.store(pointer, Ordering::Release);
     }
 
     pub(crate) fn set_loaded_asid(&self, asid: Asid) {
@@ -318,7 +322,7 @@ impl<B: CpuBits> Default for CpuTlb<B> {
 impl<B: CpuBits> fmt::Debug for CpuTlb<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CpuTlb")
-            .field("loaded_mm", &self.loaded_mm.load(Ordering::Relaxed))
+            .field("loaded_mm", &self.shared.loaded_mm.load(Ordering::Relaxed))
             .field("loaded_asid", &self.loaded_asid())
             .field("laziness", &self.laziness())
             .field("slots", &self.slots)

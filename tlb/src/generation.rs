@@ -113,6 +113,9 @@ pub struct MmContext<B: CpuBits> {
     batched: AtomicU64,
 }
 
+#[cfg(not(loom))]
+static_assertions::const_assert_eq!(align_of::<MmContext<[AtomicU64; 1]>>(), 64);
+
 impl<B: CpuBits> MmContext<B> {
     /// The context of a new address space whose top table is `root`. No CPU may have it loaded yet.
     #[must_use]
