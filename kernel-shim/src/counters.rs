@@ -1,18 +1,23 @@
-//! What happened: counted where it happens, read for the report.
+//! What happened: counted where it happens, on lines of the CPU's own, and added up when it is read for the report.
 
+use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_gather::GatherEvent;
 use mmu_gather::pagetable::Level;
-use mmu_gather::tlb::TlbEvent;
+use mmu_gather::tlb::{CpuId, TlbEvent};
+use static_assertions::const_assert_eq;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// Counters of one kernel, shared by its CPUs. None is touched once per page.
+        /// What one CPU has counted. None is touched once per page.
+        ///
+        /// On cache lines of its own: counting an event takes nothing away from another CPU.
         #[derive(Debug, Default)]
-        pub struct Counters { $($(#[$doc])* pub(crate) $name: AtomicU64,)* }
+        #[repr(align(64))]
+        pub struct CpuCounters { $($(#[$doc])* pub(crate) $name: AtomicU64,)* }
 
-        /// The counters at one moment.
+        /// The counters at one moment: of one CPU, or of all.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct Snapshot { $($(#[$doc])* pub $name: u64,)* }
 
@@ -34,18 +39,26 @@ macro_rules! counters {
                 }
             }
 
+            /// What two CPUs have counted together: the sums, and the higher of the high-water marks (`max_...`).
+            #[must_use]
+            pub fn and(&self, other: &Self) -> Self {
+                let both = |name: &str, one: u64, other: u64| {
+                    if is_mark(name) { one.max(other) } else { one.wrapping_add(other) }
+                };
+                Self { $($name: both(stringify!($name), self.$name, other.$name),)* }
+            }
+
             /// What was counted since `before`; the high-water marks (`max_...`) stay as they are.
             #[must_use]
             pub fn since(&self, before: &Self) -> Self {
-                let less = |name: &str, now: u64, then: u64| {
-                    if name.starts_with("max_") { now } else { now.wrapping_sub(then) }
-                };
+                let less =
+                    |name: &str, now: u64, then: u64| if is_mark(name) { now } else { now.wrapping_sub(then) };
                 Self { $($name: less(stringify!($name), self.$name, before.$name),)* }
             }
         }
 
-        impl Counters {
-            /// The counters now.
+        impl CpuCounters {
+            /// The counters of this CPU now.
             #[must_use]
             pub fn snapshot(&self) -> Snapshot {
                 Snapshot { $($name: self.$name.load(Ordering::Relaxed),)* }
@@ -127,11 +140,47 @@ counters! {
     swap_ins,
 }
 
+const_assert_eq!(align_of::<CpuCounters>(), 64);
+
+/// Whether this counter is a high-water mark.
+fn is_mark(name: &str) -> bool {
+    name.starts_with("max_")
+}
+
+/// The counters of one kernel: a block for each CPU.
+#[derive(Debug)]
+pub struct Counters {
+    cpus: Box<[CpuCounters]>,
+}
+
+impl Counters {
+    pub(crate) fn new(nr_cpus: u32) -> Self {
+        Self { cpus: (0..nr_cpus).map(|_| CpuCounters::default()).collect() }
+    }
+
+    /// What `cpu` has counted.
+    ///
+    /// # Panics
+    /// If there is no such CPU.
+    #[must_use]
+    #[inline]
+    pub fn of(&self, cpu: CpuId) -> &CpuCounters {
+        &self.cpus[cpu.index()]
+    }
+
+    /// What all CPUs have counted together.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.cpus.iter().fold(Snapshot::default(), |sum, cpu| sum.and(&cpu.snapshot()))
+    }
+}
+
+/// Not with a plain store: an interrupt on this CPU counts, too.
 fn add(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
-impl Counters {
+impl CpuCounters {
     pub(crate) fn tlb(&self, event: TlbEvent, ceiling: u64) {
         match event {
             TlbEvent::Raised { span, .. } => {

@@ -73,7 +73,7 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
 
     fn allocate_table(&self) -> Option<PhysFrame> {
         if !self.table_supply.grants() {
-            self.counters.table_refused();
+            self.count().table_refused();
             return None;
         }
         let frame = self.frames.allocate(FrameKind::Table)?;
@@ -89,7 +89,7 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
         self.machine.seam(Seam::Free);
         for table in tables {
             if self.frames.meta(*table).kind() != FrameKind::Table {
-                self.counters.double_free();
+                self.count().double_free();
             }
             self.machine.note(Note::Freed(*table, FrameRole::Table));
         }
@@ -152,8 +152,8 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
     }
 
     fn observe(&self, event: TlbEvent) {
-        self.counters.tlb(event, self.config.flush_ceiling);
         let slot = self.machine.pinned(|cpu| {
+            self.counters.of(cpu).tlb(event, self.config.flush_ceiling);
             let tlb = &self.cpus[cpu.index()].tlb;
             tlb.slot(tlb.loaded_asid())
         });
@@ -238,7 +238,7 @@ impl<M: Machine> Pages for Kernel<M> {
     }
 
     fn leaf_was_split(&self, _area: EngineArea, leaf: &UnmappedLeaf) {
-        self.counters.split();
+        self.count().split();
         if leaf.level == Level::Pmd && self.frames.meta(leaf.frame).kind() == FrameKind::Block {
             self.frames.split_block(leaf.frame);
         }
@@ -249,7 +249,7 @@ impl<M: Machine> Pages for Kernel<M> {
     }
 
     fn observe_gather(&self, event: GatherEvent) {
-        self.counters.gather(event);
+        self.count().gather(event);
         self.machine.note(Note::Gather(event));
     }
 }
@@ -257,7 +257,7 @@ impl<M: Machine> Pages for Kernel<M> {
 impl<M: Machine> Kernel<M> {
     pub(crate) fn unmap_counted(&self, frame: PhysFrame) {
         if self.frames.meta(frame).remove_mapping().is_err() {
-            self.counters.double_free();
+            self.count().double_free();
         }
     }
 
@@ -274,13 +274,13 @@ impl<M: Machine> Kernel<M> {
             }
             Ok(Last::Yes) => {
                 if meta.maps() != 0 {
-                    self.counters.double_free();
+                    self.count().double_free();
                 }
                 self.machine.note(Note::Freed(frame, FrameRole::Page));
                 Some(frame)
             }
             Err(_) => {
-                self.counters.double_free();
+                self.count().double_free();
                 None
             }
         }

@@ -73,7 +73,7 @@ impl<M: Machine> Kernel<M> {
             }
             match self.try_fault(mm, vma, page, access)? {
                 Try::Done => {
-                    self.counters.fault();
+                    self.count().fault();
                     return Ok(());
                 }
                 Try::Again => {
@@ -81,7 +81,7 @@ impl<M: Machine> Kernel<M> {
                     self.machine.cond_resched();
                 }
                 Try::Replace(seen) => {
-                    self.counters.copied();
+                    self.count().copied();
                     // SAFETY: the map lock is held for reading until the flush is done.
                     let mut gather =
                         unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
@@ -159,7 +159,7 @@ impl<M: Machine> Kernel<M> {
                 let frame = self.new_page().ok_or(FaultError::NoMemory)?;
                 self.swap_slots.fetch_sub(1, Ordering::Relaxed);
                 entry.store(leaf(frame, vma.area.protection));
-                self.counters.swapped_in();
+                self.count().swapped_in();
                 self.note_mapped(mm, page, frame);
                 Ok(Try::Done)
             }

@@ -10,6 +10,8 @@ use static_assertions::const_assert_eq;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
+use crate::own_lines::OwnLines;
+
 /// Frames in a block of 2 MiB.
 pub(crate) const BLOCK: u32 = 512;
 
@@ -189,7 +191,7 @@ const NO_FRAME: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct Frames<R> {
     metas: Box<[FrameMeta<R>]>,
-    free: SpinMutex<FreeLists, R>,
+    free: OwnLines<SpinMutex<FreeLists, R>>,
 }
 
 #[derive(Debug)]
@@ -214,13 +216,13 @@ impl<R: RelaxStrategy> Frames<R> {
         let kind = |number| if number < reserved { FrameKind::Reserved } else { FrameKind::Free };
         Self {
             metas: (0..nr_frames).map(|number| FrameMeta::new(kind(number))).collect(),
-            free: SpinMutex::new(FreeLists {
+            free: OwnLines::new(SpinMutex::new(FreeLists {
                 frames: NO_FRAME,
                 blocks: NO_FRAME,
                 nr_free: u64::from(nr_frames - reserved),
                 fresh: reserved,
                 fresh_end: nr_frames,
-            }),
+            })),
         }
     }
 

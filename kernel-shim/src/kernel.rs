@@ -14,14 +14,17 @@ use spin::mutex::SpinMutex;
 use spin::rwlock::RwLock;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::counters::Counters;
+use crate::counters::{Counters, CpuCounters};
 use crate::frame::{FrameKind, Frames};
 use crate::machine::{FrameRole, Machine, Note};
 use crate::mm::Mm;
+use crate::own_lines::OwnLines;
 use crate::reclaim::{Pressure, Supply};
 use crate::vma::{Area, AreaKind, Protection, Vma, VmaTree};
 
 /// The kernel.
+///
+/// What every flush reads (the configuration, the CPUs) shares no cache line with what calls write.
 pub struct Kernel<M: Machine> {
     pub(crate) machine: M,
     pub(crate) frames: Frames<M::Relax>,
@@ -30,15 +33,18 @@ pub struct Kernel<M: Machine> {
     pub(crate) config: Config,
     pub(crate) counters: Counters,
     /// Pages of files: the cache holds one reference on each.
-    pub(crate) page_cache: SpinMutex<BTreeMap<(u32, u64), PhysFrame>, M::Relax>,
+    pub(crate) page_cache: OwnLines<SpinMutex<PageCache, M::Relax>>,
     /// The 2 MiB page of zeroes, once it was needed.
-    pub(crate) zero_block: SpinMutex<Option<PhysFrame>, M::Relax>,
+    pub(crate) zero_block: OwnLines<SpinMutex<Option<PhysFrame>, M::Relax>>,
     /// Places in swap that entries name.
-    pub(crate) swap_slots: AtomicI64,
-    ids: CtxIds,
+    pub(crate) swap_slots: OwnLines<AtomicI64>,
+    ids: OwnLines<CtxIds>,
     pub(crate) batch_supply: Pressure,
     pub(crate) table_supply: Pressure,
 }
+
+/// Frames by file and page.
+type PageCache = BTreeMap<(u32, u64), PhysFrame>;
 
 /// What the kernel keeps of one CPU.
 pub(crate) struct Cpu<M: Machine> {
@@ -120,17 +126,18 @@ impl<M: Machine> Kernel<M> {
     pub fn boot(machine: M, config: Config) -> Result<Self, Error> {
         let frames = Frames::new(machine.nr_frames(), machine.nr_reserved_frames());
         let cpus = (0..machine.nr_cpus()).map(|_| Cpu { tlb: CpuTlb::new(), active: SpinMutex::new(None) });
+        let counters = Counters::new(machine.nr_cpus());
         let mut kernel = Self {
             cpus: cpus.collect(),
             frames,
             machine,
             init_root: PhysFrame::containing_address(x86_64::PhysAddr::zero()),
             config,
-            counters: Counters::default(),
-            page_cache: SpinMutex::new(BTreeMap::new()),
-            zero_block: SpinMutex::new(None),
-            swap_slots: AtomicI64::new(0),
-            ids: CtxIds::new(),
+            counters,
+            page_cache: OwnLines::new(SpinMutex::new(BTreeMap::new())),
+            zero_block: OwnLines::new(SpinMutex::new(None)),
+            swap_slots: OwnLines::new(AtomicI64::new(0)),
+            ids: OwnLines::new(CtxIds::new()),
             batch_supply: Pressure::new(config.batches),
             table_supply: Pressure::new(Supply::Always),
         };
@@ -160,6 +167,12 @@ impl<M: Machine> Kernel<M> {
     /// What happened so far.
     pub const fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Where this CPU counts.
+    #[inline]
+    pub(crate) fn count(&self) -> &CpuCounters {
+        self.machine.pinned(|cpu| self.counters.of(cpu))
     }
 
     /// How it was told to behave.

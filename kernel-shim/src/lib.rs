@@ -11,7 +11,8 @@
 //! | fault | demand faults |
 //! | fork | copies of address spaces, pages shared until written |
 //! | kernel | munmap, madvise, mprotect, mremap, exit, context switch, lazy CPUs |
-//! | counters | what happened, for the report |
+//! | counters | what happened, each CPU for itself, for the report |
+//! | own_lines | what CPUs write, kept off the lines of what they read |
 //! | stage, drill, plan | the same work on any machine, so that what it counts can be compared |
 //!
 //! It allocates areas from the heap (`alloc`); the engine below it allocates nothing.
@@ -29,6 +30,7 @@ mod frame;
 mod kernel;
 mod machine;
 mod mm;
+mod own_lines;
 pub mod plan;
 mod populate;
 mod protect;
@@ -37,7 +39,7 @@ mod remap;
 mod stage;
 mod vma;
 
-pub use counters::{Counters, Snapshot};
+pub use counters::{Counters, CpuCounters, Snapshot};
 pub use drill::{Failure, drill};
 pub use embed::EngineArea;
 pub use fault::{FaultError, UserAccess};

@@ -30,7 +30,6 @@ pub(crate) struct BareMachine {
     fault: Fault,
     pub(crate) ledger: Ledger,
     cpus: [CpuState; MAX_CPUS],
-    pub(crate) shootdowns: Shootdowns,
     nr_freed: AtomicU64,
 }
 
@@ -53,21 +52,39 @@ const LINGER_EVERY: u64 = 64;
 /// longer than the time slice of a host.
 const LINGER_US: u64 = 5_000;
 
-/// What is known of one CPU.
+/// What is known of one CPU; on a cache line of its own.
 #[derive(Debug)]
+#[repr(align(64))]
 struct CpuState {
     /// The root it has loaded.
     root: AtomicU64,
     /// It carries out what another CPU asked for.
     is_told: AtomicBool,
+    /// How often it told others to flush, and how many cycles it waited: in all, and the shortest time.
+    nr_shootdowns: AtomicU64,
+    waited: AtomicU64,
+    least_waited: AtomicU64,
+}
+
+impl CpuState {
+    const fn new() -> Self {
+        Self {
+            root: AtomicU64::new(0),
+            is_told: AtomicBool::new(false),
+            nr_shootdowns: AtomicU64::new(0),
+            waited: AtomicU64::new(0),
+            least_waited: AtomicU64::new(u64::MAX),
+        }
+    }
 }
 
 /// How often CPUs told others to flush, and how long they waited.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Shootdowns {
-    pub(crate) count: AtomicU64,
-    pub(crate) cycles: AtomicU64,
-    pub(crate) least_cycles: AtomicU64,
+    pub(crate) count: u64,
+    pub(crate) cycles: u64,
+    /// `None` if there was none.
+    pub(crate) least_cycles: Option<u64>,
 }
 
 impl BareMachine {
@@ -85,14 +102,22 @@ impl BareMachine {
             nr_frames: number(range.end),
             fault,
             ledger: Ledger::new(number(range.end)),
-            cpus: [const { CpuState { root: AtomicU64::new(0), is_told: AtomicBool::new(false) } }; MAX_CPUS],
+            cpus: [const { CpuState::new() }; MAX_CPUS],
             nr_freed: AtomicU64::new(0),
-            shootdowns: Shootdowns {
-                count: AtomicU64::new(0),
-                cycles: AtomicU64::new(0),
-                least_cycles: AtomicU64::new(u64::MAX),
-            },
         })
+    }
+
+    /// The shootdowns of all CPUs so far.
+    pub(crate) fn shootdowns(&self) -> Shootdowns {
+        let sum = |of: fn(&CpuState) -> &AtomicU64| {
+            self.cpus.iter().map(|cpu| of(cpu).load(Ordering::Relaxed)).sum()
+        };
+        let least = self.cpus.iter().map(|cpu| cpu.least_waited.load(Ordering::Relaxed)).min();
+        Shootdowns {
+            count: sum(|cpu| &cpu.nr_shootdowns),
+            cycles: sum(|cpu| &cpu.waited),
+            least_cycles: least.filter(|least| *least != u64::MAX),
+        }
     }
 
     /// What it does wrong.
@@ -210,9 +235,10 @@ unsafe impl Machine for BareMachine {
         };
         ipi::call_on_meanwhile(mask_of(targets), &told, meanwhile);
         let cycles = clock::cycles().wrapping_sub(start);
-        self.shootdowns.count.fetch_add(1, Ordering::Relaxed);
-        self.shootdowns.cycles.fetch_add(cycles, Ordering::Relaxed);
-        self.shootdowns.least_cycles.fetch_min(cycles, Ordering::Relaxed);
+        let me = self.me();
+        me.nr_shootdowns.fetch_add(1, Ordering::Relaxed);
+        me.waited.fetch_add(cycles, Ordering::Relaxed);
+        me.least_waited.fetch_min(cycles, Ordering::Relaxed);
         watchdog::progress();
     }
 

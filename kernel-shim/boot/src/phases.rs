@@ -1,12 +1,11 @@
 //! The parts of a workload, one after the other, and what each came to. A violation ends the run where it is found.
 
 use alloc::string::{String, ToString};
-use core::sync::atomic::Ordering;
 
 use mmu_kernel_shim::Misbehaviour;
 
 use crate::exit::Verdict;
-use crate::machine::Fault;
+use crate::machine::{Fault, Shootdowns};
 use crate::program::BareKernel;
 use crate::{churn, clock, lazy, measure, println, stage, threads, violation, watchdog};
 
@@ -79,10 +78,9 @@ impl<'a> Phases<'a> {
     pub(crate) fn verdict(self) -> Verdict {
         let machine = self.kernel.machine();
         let counted = self.kernel.counters().snapshot();
-        let shootdowns = &machine.shootdowns;
-        let count = shootdowns.count.load(Ordering::Relaxed);
-        let mean = shootdowns.cycles.load(Ordering::Relaxed).checked_div(count).unwrap_or(0);
-        let least = if count == 0 { 0 } else { shootdowns.least_cycles.load(Ordering::Relaxed) };
+        let Shootdowns { count, cycles, least_cycles } = machine.shootdowns();
+        let mean = cycles.checked_div(count).unwrap_or(0);
+        let least = least_cycles.unwrap_or(0);
         if let Some((name, why)) = self.refused {
             println!("workload: {name}: {why}");
             return Verdict::Usage;
@@ -120,7 +118,7 @@ impl<'a> Phases<'a> {
         }
         println!("progress: {name}");
         let before = self.kernel.counters().snapshot();
-        let shootdowns = self.kernel.machine().shootdowns.count.load(Ordering::Relaxed);
+        let shootdowns = self.kernel.machine().shootdowns().count;
         let start = clock::cycles();
         match work(self.kernel, self.module) {
             Ok(nr_exits) => self.nr_exits += nr_exits,
@@ -136,7 +134,7 @@ impl<'a> Phases<'a> {
             milliseconds_since(start),
             counted.leaves,
             counted.released_tables + counted.table_fallbacks,
-            self.kernel.machine().shootdowns.count.load(Ordering::Relaxed) - shootdowns,
+            self.kernel.machine().shootdowns().count - shootdowns,
             counted.ipis_sent,
             counted.faults,
         );
