@@ -1,7 +1,8 @@
 //! The peer table: the engine, the floors, other crates and Linux on the same work, in one run.
 //!
 //! `cargo bench -p mmu-benches --bench peers` prints it; `-- --test` runs every row once on small sizes; `-- --quick` takes
-//! fewer rounds; `-- --variants` adds what the same costs under other conditions.
+//! fewer rounds; `-- --variants` adds what the same costs under other conditions; `-- --engine W1,W5` has only the floors and the
+//! engine, on these workloads.
 
 use core::time::Duration;
 
@@ -16,6 +17,9 @@ use mmu_gather::tlb::OnlineCpus;
 
 fn main() {
     let has = |flag: &str| std::env::args().any(|argument| argument == flag);
+    if let Some(names) = std::env::args().skip_while(|argument| argument != "--engine").nth(1) {
+        return engine_only(&names);
+    }
     let (size, rounds, patience) = if has("--test") {
         (Size::Small, 1, Duration::ZERO)
     } else if has("--quick") {
@@ -50,6 +54,34 @@ fn main() {
     print_table(&entries, &columns, |series, column| series.ratio_to(row(column, Entry::PLAIN)?));
     println!("\nMedian of the ratios to the exchange floor, round by round\n");
     print_table(&entries, &columns, |series, column| series.ratio_to(row(column, Entry::EXCHANGE)?));
+}
+
+/// The floors and the engine on the workloads named, in more rounds.
+fn engine_only(names: &str) {
+    let memory = Memory::new();
+    let sampler = Sampler::new(&memory);
+    let size = Size::for_this_machine();
+    println!(
+        "Median ns a leaf, and of the ratios round by round to the plain floor and to the exchange floor\n"
+    );
+    for workload in
+        Workload::ALL.into_iter().filter(|workload| names.split(',').any(|name| name == workload.name()))
+    {
+        let shape = workload.shape(size);
+        let rows = [Entry::PLAIN, Entry::EXCHANGE].into_iter().chain(Entry::ENGINE);
+        let rows: Vec<Entry> = rows.filter(|entry| entry.applies_to(workload)).collect();
+        let series = measure(&sampler, &shape, &rows, 61, Duration::from_secs(30));
+        let column: Column = rows.into_iter().zip(series).collect();
+        for (entry, series) in &column {
+            let cells = [
+                series.median(),
+                row(&column, Entry::PLAIN).and_then(|floor| series.ratio_to(floor)),
+                row(&column, Entry::EXCHANGE).and_then(|floor| series.ratio_to(floor)),
+            ];
+            let cells = cells.map(|number| number.map_or_else(|| "-".into(), three_digits));
+            println!("| {} | {} | {} |", workload.name(), entry.name(), cells.join(" | "));
+        }
+    }
 }
 
 /// Linux on the same shapes. W5 is 2 GiB there, and W7 256 pages: it needs real memory.

@@ -112,6 +112,12 @@ impl Entry {
         Self::Multiarch(Told::Areas, Tables::Kept),
         Self::Multiarch(Told::Pages, Tables::Freed),
     ];
+    /// The engine alone.
+    pub const ENGINE: [Self; 3] = [
+        Self::Engine(Path::Exit, Counts::Batched),
+        Self::Engine(Path::Munmap, Counts::Batched),
+        Self::Engine(Path::MunmapEach, Counts::Batched),
+    ];
     /// The floor with plain stores: what exit is held against.
     pub const PLAIN: Self = Self::Floor(Clear::Plain);
     /// The floor with locked exchanges: what munmap is held against.

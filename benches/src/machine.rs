@@ -329,7 +329,7 @@ impl<C: Counting> Pages for Machine<'_, C> {
     }
 
     fn free_pages(&self, pages: FreedPages<'_>) {
-        let Some(mut frames) = pages.frames() else {
+        let Some(frames) = pages.frames() else {
             // Nothing here queues runs.
             debug_assert!(false, "{pages:?}");
             return;
@@ -349,18 +349,12 @@ impl<C: Counting> Pages for Machine<'_, C> {
             self.memory.free_chain(chain);
             return;
         }
-        let mut ahead = frames.clone();
-        for later in ahead.by_ref().take(PREFETCH) {
-            self.memory.prefetch(later.start_address().as_u64());
-        }
         let mut chain = self.memory.chain_start();
-        for (later, frame) in ahead.zip(frames.by_ref()) {
-            self.memory.prefetch(later.start_address().as_u64());
-            chain = self.release(frame, chain);
-        }
-        for frame in frames {
-            chain = self.release(frame, chain);
-        }
+        frames.for_each_fetching(
+            PREFETCH,
+            |later| self.memory.prefetch(later.start_address().as_u64()),
+            |frame| chain = self.release(frame, chain),
+        );
         self.memory.free_chain(chain);
     }
 
