@@ -159,6 +159,16 @@ impl<B: CpuBits> CpuSet<B> {
         })
     }
 
+    /// Calls `f` for the members other than `cpu`, lowest first. Each word is read once.
+    #[inline]
+    pub(crate) fn for_each_but(&self, cpu: CpuId, mut f: impl FnMut(CpuId)) {
+        for (number, word) in self.used_words() {
+            let bits = word.load(Ordering::Relaxed);
+            let others = if number == cpu.0 / 64 { bits & !(1 << (cpu.0 % 64)) } else { bits };
+            members(others).for_each(|bit| f(CpuId(number * 64 + bit)));
+        }
+    }
+
     /// The words that may have members, with their numbers.
     #[inline]
     fn used_words(&self) -> impl Iterator<Item = (u32, &AtomicU64)> + '_ {

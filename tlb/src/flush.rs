@@ -23,11 +23,14 @@ pub struct PageSpan {
 impl PageSpan {
     /// How many INVLPGs it takes.
     #[must_use]
+    #[inline]
     pub const fn nr_pages(self) -> u64 {
-        (self.end - self.start).div_ceil(1 << self.stride_shift)
+        // No address is so high that this overflows.
+        (self.end - self.start + ((1 << self.stride_shift) - 1)) >> self.stride_shift
     }
 
     /// The addresses to invalidate.
+    #[inline]
     pub fn pages(self) -> impl Iterator<Item = u64> {
         (0..self.nr_pages()).map(move |page| self.start + (page << self.stride_shift))
     }
@@ -80,6 +83,7 @@ pub struct FlushRequest<'a, B: CpuBits> {
 impl<B: CpuBits> FlushRequest<'_, B> {
     /// The part of the request that decides.
     #[must_use]
+    #[inline]
     pub const fn wanted(&self) -> Wanted {
         match self.kind {
             FlushKind::Range { tlb_gen, .. } => Wanted::Range(tlb_gen),
@@ -156,6 +160,7 @@ pub enum WhyNothing {
 /// # Source
 /// Linux: flush_tlb_func, arch/x86/mm/tlb.c.
 #[must_use]
+#[inline]
 pub fn plan(wanted: Wanted, situation: Situation) -> Action {
     let Situation { loaded, laziness, local_gen, mm_gen } = situation;
     match loaded {
@@ -193,6 +198,16 @@ pub fn plan(wanted: Wanted, situation: Situation) -> Action {
 /// # Source
 /// Linux: flush_tlb_func, arch/x86/mm/tlb.c.
 pub unsafe fn flush_tlb_func<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushRequest<'_, C::Bits>) {
+    // SAFETY: passed on to our caller.
+    unsafe { carry_out(cpus, cpu, request) };
+}
+
+/// The same, inlined: whoever made the request knows its kind.
+///
+/// # Safety
+/// As for [`flush_tlb_func`].
+#[inline(always)]
+pub(crate) unsafe fn carry_out<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushRequest<'_, C::Bits>) {
     let state = cpus.cpu_state(cpu);
     // SAFETY: interrupts are off on this CPU, so it cannot switch under us.
     let loaded = unsafe { state.loaded_mm() };

@@ -6,7 +6,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::cpuset::{CpuBits, CpuSet};
 use crate::mmu::Flushed;
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU64, Ordering, fetch_add_fenced};
 
 /// Unique name of one address space, never zero and never used again.
 ///
@@ -167,13 +167,12 @@ impl<B: CpuBits> MmContext<B> {
     ///
     /// Linux: inc_mm_tlb_gen.
     #[doc(alias = "inc_mm_tlb_gen")]
+    #[inline]
     pub fn raise_tlb_gen(&self) -> TlbGen {
-        // ORDERING: release half pairs with the acquire in `tlb_gen`: the page-table change comes first.
-        let old = self.tlb_gen.fetch_add(1, Ordering::SeqCst);
-        // ORDERING: pairs with the fences of `switch_mm` and of the lazy exit in switch.rs; one of the two must see the
-        // other: they the new generation, or we (in the reads that follow) them as a CPU to tell.
-        fence(Ordering::SeqCst);
-        TlbGen(old + 1)
+        // ORDERING: the fence before it pairs with the acquire in `tlb_gen`: the page-table change comes first. The one behind it
+        // pairs with the fences of `switch_mm` and of the lazy exit in switch.rs; one of the two must see the other: they the new
+        // generation, or we (in the reads that follow) them as a CPU to tell.
+        TlbGen(fetch_add_fenced(&self.tlb_gen, 1) + 1)
     }
 
     /// Notes that reclaim cleared entries here and has raised the generation, but nobody was told yet.

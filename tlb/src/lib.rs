@@ -49,8 +49,9 @@
 //! The same shape on {`tlb_gen`, `is_lazy`}: either b is told, or b sees the new generation. Entering lazy mode needs
 //! no fence: a request that races with it finds either an active CPU, which flushes, or a lazy one, which leaves.
 //!
-//! In Rust's memory model a SeqCst read-modify-write alone is not a full barrier, so both fences are written out; on
-//! x86 the one after a locked instruction costs an `mfence` that the hardware would not need.
+//! In Rust's memory model a SeqCst read-modify-write alone is not a full barrier, so loom is shown a fence after it. On x86 the
+//! locked instruction is that fence already, and the compiler may not know it: F2 is one instruction of assembly
+//! (`sync::fetch_add_fenced`) instead of two locked ones.
 //!
 //! # How the protocol is checked
 //!

@@ -3,8 +3,8 @@
 
 use crate::cpu_state::Concern;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
-use crate::flush::{FlushKind, FlushRequest, FreedTables, PageSpan, flush_tlb_func};
-use crate::generation::MmContext;
+use crate::flush::{FlushKind, FlushRequest, FreedTables, PageSpan, carry_out, flush_tlb_func};
+use crate::generation::{MmContext, TlbGen};
 use crate::mmu::{Cpus, Flushed, OnlineCpus, TlbEvent};
 
 /// More pages than this are not invalidated one by one. Linux's default; about 227 cycles an INVLPG against 2300 for a
@@ -29,8 +29,7 @@ pub fn flush_tlb_mm_range<C: Cpus>(
     span: PageSpan,
     tables: FreedTables,
 ) -> Flushed {
-    let ranged = span.nr_pages() <= cpus.single_page_flush_ceiling();
-    shoot_down(cpus, mm, ranged.then_some(span), tables, Some(span))
+    shoot_down(cpus, mm, Some(&span), tables)
 }
 
 /// Makes every CPU forget all of `mm`, tables included, lazy CPUs too.
@@ -41,47 +40,74 @@ pub fn flush_tlb_mm_range<C: Cpus>(
 /// # Source
 /// Linux: flush_tlb_mm, arch/x86/include/asm/tlbflush.h.
 pub fn flush_tlb_mm<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) -> Flushed {
-    shoot_down(cpus, mm, None, FreedTables::Yes, None)
+    shoot_down(cpus, mm, None, FreedTables::Yes)
 }
 
+/// `changed` is what was changed, if the caller knows.
+#[inline]
 fn shoot_down<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
-    span: Option<PageSpan>,
+    changed: Option<&PageSpan>,
     tables: FreedTables,
-    secondary: Option<PageSpan>,
 ) -> Flushed {
-    cpus.observe(TlbEvent::Requested { pages: span.map(PageSpan::nr_pages), tables });
-    let tlb_gen = cpus.pinned(|here| {
-        // T1: before looking who must be told, and even if nobody must.
-        let tlb_gen = mm.raise_tlb_gen();
-        cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: secondary });
-        let kind = match span {
-            Some(span) => FlushKind::Range { mm, tlb_gen, span },
-            None => FlushKind::Mm { mm, tlb_gen },
-        };
-        let request = FlushRequest { kind, tables, initiator: here };
-        let flush_here = || {
-            if cpus.cpu_state(here).has_loaded(mm) {
-                // SAFETY: pinned to `here`, interrupts off.
-                cpus.without_interrupts(|| unsafe { flush_tlb_func(cpus, here, &request) });
-            }
-        };
-        if cpus.online_cpus() == OnlineCpus::One {
-            flush_here();
-        } else {
-            match whom_to_tell(cpus, mm, here, tables) {
-                None => flush_here(),
-                Some(targets) => {
-                    cpus.flush_others(&targets, &request, flush_here);
-                    cpus.observe(TlbEvent::IpisSent(targets.len()));
-                }
-            }
-        }
-        tlb_gen
-    });
-    cpus.invalidate_secondary(mm.ctx_id(), secondary);
+    let tlb_gen = cpus.pinned(|here| shoot_down_from(cpus, here, mm, changed, tables));
+    cpus.invalidate_secondary(mm.ctx_id(), changed.copied());
     Flushed::of(mm.ctx_id(), tlb_gen)
+}
+
+/// The part that stays on one CPU. Not in the closure above: an embedder's `pinned` is inlined with a small one only.
+fn shoot_down_from<C: Cpus>(
+    cpus: &C,
+    here: CpuId,
+    mm: &MmContext<C::Bits>,
+    changed: Option<&PageSpan>,
+    tables: FreedTables,
+) -> TlbGen {
+    let span = changed.copied().filter(|span| span.nr_pages() <= cpus.single_page_flush_ceiling());
+    cpus.observe(TlbEvent::Requested { pages: span.map(PageSpan::nr_pages), tables });
+    // T1: before looking who must be told, and even if nobody must.
+    let tlb_gen = mm.raise_tlb_gen();
+    cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: changed.copied() });
+    let kind = match span {
+        Some(span) => FlushKind::Range { mm, tlb_gen, span },
+        None => FlushKind::Mm { mm, tlb_gen },
+    };
+    let request = FlushRequest { kind, tables, initiator: here };
+    let targets = match cpus.online_cpus() {
+        OnlineCpus::One => None,
+        OnlineCpus::Many => whom_to_tell(cpus, mm, here, tables),
+    };
+    match targets {
+        // SAFETY: pinned to `here`, interrupts off.
+        None => flush_here(cpus, mm, here, || unsafe { carry_out(cpus, here, &request) }),
+        Some(targets) => tell(cpus, mm, &targets, request),
+    }
+    tlb_gen
+}
+
+/// The initiator's own part of a request: `flush`, with interrupts off, if it has `mm` loaded. Pinned to `here`.
+#[inline]
+fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: impl FnOnce()) {
+    if cpus.cpu_state(here).has_loaded(mm) {
+        cpus.without_interrupts(flush);
+    }
+}
+
+/// Interrupts `targets`. Apart, so that who need not keeps the request in registers.
+#[inline(never)]
+fn tell<C: Cpus>(
+    cpus: &C,
+    mm: &MmContext<C::Bits>,
+    targets: &CpuSet<C::Bits>,
+    request: FlushRequest<'_, C::Bits>,
+) {
+    let here = request.initiator;
+    cpus.flush_others(targets, &request, || {
+        // SAFETY: pinned to `here`, interrupts off.
+        flush_here(cpus, mm, here, || unsafe { flush_tlb_func(cpus, here, &request) });
+    });
+    cpus.observe(TlbEvent::IpisSent(targets.len()));
 }
 
 /// The other CPUs that must be interrupted, if any. No set is made for none: it may be large.
@@ -95,7 +121,7 @@ fn whom_to_tell<C: Cpus>(
     let mut targets: Option<CpuSet<C::Bits>> = None;
     let mut tell = |cpu| targets.get_or_insert_with(CpuSet::empty).insert(cpu);
     let (mut lazy, mut elsewhere) = (0, 0);
-    for cpu in mm.cpumask().iter().filter(|cpu| *cpu != here) {
+    mm.cpumask().for_each_but(here, |cpu| {
         match cpus.cpu_state(cpu).concern(Some(mm)) {
             // T5: speculation on a lazy CPU still walks the tables.
             _ if tables == FreedTables::Yes => tell(cpu),
@@ -103,7 +129,7 @@ fn whom_to_tell<C: Cpus>(
             Concern::Lazy => lazy += 1,
             Concern::Elsewhere => elsewhere += 1,
         }
-    }
+    });
     if lazy + elsewhere > 0 {
         cpus.observe(TlbEvent::IpisSaved { lazy, elsewhere });
     }
@@ -134,12 +160,10 @@ pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) ->
         let request = FlushRequest { kind: FlushKind::AllUpdated, tables: FreedTables::No, initiator: here };
         let mut targets = CpuSet::empty();
         let mut lazy = 0;
-        for cpu in cpumask.iter().filter(|cpu| *cpu != here) {
-            match cpus.cpu_state(cpu).concern(None) {
-                Concern::Lazy => lazy += 1,
-                Concern::MustFlush | Concern::Elsewhere => targets.insert(cpu),
-            }
-        }
+        cpumask.for_each_but(here, |cpu| match cpus.cpu_state(cpu).concern(None) {
+            Concern::Lazy => lazy += 1,
+            Concern::MustFlush | Concern::Elsewhere => targets.insert(cpu),
+        });
         if lazy > 0 {
             cpus.observe(TlbEvent::IpisSaved { lazy, elsewhere: 0 });
         }

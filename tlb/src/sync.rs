@@ -1,4 +1,11 @@
 //! The atomics of this crate: those of `core`, or loom's when the protocol is model-checked, or recorded ones in unit tests.
+#![cfg_attr(
+    not(any(test, loom)),
+    expect(
+        unsafe_code,
+        reason = "a locked instruction that is a full fence, too, as no function of core is"
+    )
+)]
 
 #[cfg(all(test, not(loom)))]
 pub(crate) use crate::recorded::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64};
@@ -8,3 +15,36 @@ pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64}
 pub(crate) use core::sync::atomic::{Ordering, fence};
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering, fence};
+
+/// Adds `value` (SeqCst), then fences fully (SeqCst); returns what was there before. In one instruction.
+///
+/// The compiler makes a locked instruction of the addition, and another one, or an MFENCE, of the fence: in its model the two
+/// differ, so it may not drop the second. On x86 no access passes a locked instruction, in either direction.
+///
+/// # Source
+/// Intel SDM vol. 3A 10.2.2: reads and writes are not reordered with locked instructions. Linux: smp_mb__after_atomic,
+/// arch/x86/include/asm/barrier.h.
+#[cfg(not(any(test, loom)))]
+#[inline]
+pub(crate) fn fetch_add_fenced(counter: &AtomicU64, value: u64) -> u64 {
+    let old;
+    // SAFETY: eight aligned bytes, which live as long as `counter` and which anybody may change atomically, as this does. The
+    // block may touch all memory (there is no `nomem`), so the compiler moves no access across it either.
+    unsafe {
+        core::arch::asm!(
+            "lock xadd qword ptr [{counter}], {value}",
+            counter = in(reg) counter.as_ptr(),
+            value = inout(reg) value => old,
+            options(nostack),
+        );
+    }
+    old
+}
+
+/// The same in Rust's model: what loom explores, and unit tests record.
+#[cfg(any(test, loom))]
+pub(crate) fn fetch_add_fenced(counter: &AtomicU64, value: u64) -> u64 {
+    let old = counter.fetch_add(value, Ordering::SeqCst);
+    fence(Ordering::SeqCst);
+    old
+}
