@@ -68,18 +68,19 @@ impl Sequence {
     /// The first line that is wrong, and what was expected there.
     pub fn parse(text: &str) -> Result<Self, SequenceError> {
         let mut lines = text.lines().zip(1..).filter(|(line, _)| !line.trim_start().starts_with('#'));
-        let mut last = 0;
+        let after_all = text.lines().count() + 1;
         let mut next = |expected| {
-            let (line, number) = lines.next().ok_or(SequenceError { line: last + 1, expected })?;
-            last = number;
+            let (line, number) = lines.next().ok_or(SequenceError { line: after_all, expected })?;
             Ok((line.trim(), number))
         };
         let (first, line) = next(HEADER)?;
         if first != HEADER {
             return Err(SequenceError { line, expected: HEADER });
         }
+        let expected = "cpus and a number from 1 to 64";
+        let cpus = next(expected)?;
         let mut sequence = Self {
-            nr_cpus: number(next("cpus N")?, "cpus", "cpus and a number from 1 to 64")?,
+            nr_cpus: number(cpus, "cpus", expected)?,
             seed: number(next("seed N")?, "seed", "seed and a number")?,
             pcid: PcidSupport::On,
             uppers: InvlpgUppers::All,
@@ -87,7 +88,7 @@ impl Sequence {
             steps: Vec::new(),
         };
         if !(1..=64).contains(&sequence.nr_cpus) {
-            return Err(SequenceError { line: 2, expected: "cpus and a number from 1 to 64" });
+            return Err(SequenceError { line: cpus.1, expected });
         }
         let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter";
         let (mmu, line) = next(expected)?;

@@ -39,10 +39,21 @@ fn a_text_that_is_none_is_refused_at_its_line() {
         broken[at] = bad;
         let error = Sequence::parse(&broken.join("\n")).expect_err(bad);
         assert_eq!(error.line, at + 1, "{bad}: {error}");
+        // Comments are lines.
+        for before in 0..=at {
+            let mut commented = broken.clone();
+            commented.splice(before..before, ["# one", "  # two"]);
+            let error = Sequence::parse(&commented.join("\n")).expect_err(bad);
+            assert_eq!(error.line, at + 3, "{bad}, comments before line {}: {error}", before + 1);
+        }
     }
     // Cut short anywhere, it is noticed.
     for kept in 0..lines.len() {
-        assert!(Sequence::parse(&lines[..kept].join("\n")).is_err(), "{kept} lines");
+        let error = Sequence::parse(&lines[..kept].join("\n")).expect_err("it has no end");
+        assert_eq!(error.line, kept + 1, "{error}");
+        let commented = [&lines[..kept], &["# the end is missing"]].concat().join("\n");
+        let error = Sequence::parse(&commented).expect_err("it has no end");
+        assert_eq!(error.line, kept + 2, "{error}");
     }
 }
 
