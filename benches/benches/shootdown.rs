@@ -1,6 +1,9 @@
 //! Flushing one page while other threads play CPUs: alone, beside others, and against others.
 //!
-//! Where there are more CPUs than cores, what is measured is mostly how soon the operating system runs the next thread.
+//! `EachItsOwn` is the CPU time of one flush, which waits for nobody: it stays what it is for one CPU as long as the CPUs write no
+//! line in common, and other work on the machine hardly disturbs it. The other two are the time from when the first CPU begins
+//! until the last has finished. Where there are more CPUs than cores, what is measured there is mostly how soon the operating
+//! system runs the next thread.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
@@ -9,6 +12,7 @@ use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mmu_benches::machine::Bits;
+use mmu_benches::preempted::cpu_time;
 use mmu_benches::threads::{Cpu, MAX_CPUS, Threads};
 use mmu_gather::tlb::{CtxIds, FreedTables, MmContext, PageSpan, flush_tlb_mm_range, switch_mm};
 use x86_64::PhysAddr;
@@ -32,8 +36,9 @@ fn shootdown(criterion: &mut Criterion) {
     for who in [Who::EachItsOwn, Who::AllTheSame, Who::OneTellsAll] {
         let mut group = criterion.benchmark_group(format!("shootdown/{who:?}, {cores} cores"));
         for cpus in [1, 2, 4, 8, MAX_CPUS] {
-            let initiators = if who == Who::OneTellsAll { 1 } else { cpus as u64 };
-            group.throughput(Throughput::Elements(initiators));
+            // Flushes at a time.
+            let elements = if who == Who::AllTheSame { cpus as u64 } else { 1 };
+            group.throughput(Throughput::Elements(elements));
             group.bench_function(BenchmarkId::new("CPUs", cpus), |bencher| {
                 bencher.iter_custom(|iterations| run(who, cpus, iterations));
             });
@@ -42,21 +47,66 @@ fn shootdown(criterion: &mut Criterion) {
     }
 }
 
+/// When the initiators began and ended.
+#[derive(Debug)]
+struct Times {
+    zero: Instant,
+    /// Nanoseconds after `zero`.
+    first_start: AtomicU64,
+    last_end: AtomicU64,
+    /// Nanoseconds that each ran, together.
+    cpu_time: AtomicU64,
+}
+
+impl Times {
+    fn new() -> Self {
+        Self {
+            zero: Instant::now(),
+            first_start: AtomicU64::new(u64::MAX),
+            last_end: AtomicU64::new(0),
+            cpu_time: AtomicU64::new(0),
+        }
+    }
+
+    /// Does what one initiator does.
+    fn measure(&self, work: impl FnOnce()) {
+        self.first_start.fetch_min(nanoseconds(self.zero.elapsed()), Ordering::Relaxed);
+        let ran = cpu_time();
+        work();
+        let ran = cpu_time() - ran;
+        self.last_end.fetch_max(nanoseconds(self.zero.elapsed()), Ordering::Relaxed);
+        self.cpu_time.fetch_add(nanoseconds(ran), Ordering::Relaxed);
+    }
+
+    fn of(self, who: Who, cpus: usize) -> Duration {
+        match who {
+            Who::EachItsOwn => Duration::from_nanos(self.cpu_time.into_inner() / cpus as u64),
+            Who::AllTheSame | Who::OneTellsAll => {
+                Duration::from_nanos(self.last_end.into_inner() - self.first_start.into_inner())
+            }
+        }
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// How long `iterations` flushes of each initiator took, all at the same time.
 fn run(who: Who, cpus: usize, iterations: u64) -> Duration {
     let threads = Threads::new(cpus);
     let ids = CtxIds::new();
-    let spaces: Vec<Padded> = (0..cpus)
-        .map(|_| Padded(MmContext::new(&ids, PhysFrame::containing_address(PhysAddr::zero()))))
-        .collect();
+    // Side by side: their own alignment keeps them apart.
+    let spaces: Vec<_> =
+        (0..cpus).map(|_| MmContext::new(&ids, PhysFrame::containing_address(PhysAddr::zero()))).collect();
     let ready = Barrier::new(cpus);
-    let longest = AtomicU64::new(0);
+    let times = Times::new();
     std::thread::scope(|scope| {
         for number in 0..u32::try_from(cpus).expect("at most 16") {
-            let (threads, spaces, ready, longest) = (&threads, &spaces, &ready, &longest);
+            let (threads, spaces, ready, times) = (&threads, &spaces, &ready, &times);
             scope.spawn(move || {
                 // Spread over the cores by the operating system.
-                play(threads, spaces, ready, longest, who, number, iterations);
+                play(threads, spaces, ready, times, who, number, iterations);
             });
         }
     });
@@ -64,35 +114,31 @@ fn run(who: Who, cpus: usize, iterations: u64) -> Duration {
         // Every CPU forgot the page each time, or more at once.
         assert!(threads.invalidations() > 0, "nobody flushed");
     }
-    Duration::from_nanos(longest.load(Ordering::Relaxed))
+    times.of(who, cpus)
 }
-
-#[repr(align(128))]
-struct Padded(MmContext<Bits>);
 
 #[expect(unsafe_code, reason = "plays a CPU")]
 fn play(
     threads: &Threads,
-    spaces: &[Padded],
+    spaces: &[MmContext<Bits>],
     ready: &Barrier,
-    longest: &AtomicU64,
+    times: &Times,
     who: Who,
     number: u32,
     iterations: u64,
 ) {
     // SAFETY: each thread has its own number.
     let cpu = unsafe { Cpu::new(threads, number) };
-    let space = if who == Who::EachItsOwn { &spaces[number as usize].0 } else { &spaces[0].0 };
+    let space = if who == Who::EachItsOwn { &spaces[number as usize] } else { &spaces[0] };
     // SAFETY: this thread is that CPU; the spaces outlive the threads, and their root is never walked.
     unsafe { switch_mm(&cpu, cpu.id(), Some(space)) };
     ready.wait();
     if who != Who::OneTellsAll || number == 0 {
-        let start = Instant::now();
-        for _ in 0..iterations {
-            let _flushed = flush_tlb_mm_range(&cpu, space, PAGE, FreedTables::No);
-        }
-        let nanoseconds = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        longest.fetch_max(nanoseconds, Ordering::Relaxed);
+        times.measure(|| {
+            for _ in 0..iterations {
+                let _flushed = flush_tlb_mm_range(&cpu, space, PAGE, FreedTables::No);
+            }
+        });
     }
     cpu.answer_until_all_finish();
 }
