@@ -173,8 +173,8 @@ impl World {
     pub(crate) fn run(self: &Arc<Self>) {
         let mut schedule = Schedule::new();
         for number in 0..self.machine().nr_cpus() {
-            let world = Arc::clone(self);
-            schedule.spawn(CpuId::new(number), move || world.work_as(CpuId::new(number)));
+            let cpu = CpuId::new(number);
+            schedule.spawn_on(cpu, self, move |world| world.work_as(cpu));
         }
         self.machine().run(schedule);
     }
@@ -491,4 +491,26 @@ const fn area(backing: Backing, rights: Rights) -> Area {
         _ => Growth::Fixed,
     };
     Area { kind, protection: protection(rights), growth, file_base: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use core::panic::AssertUnwindSafe;
+    use std::panic::catch_unwind;
+
+    use super::*;
+    use crate::generate::generate;
+
+    #[test]
+    fn a_run_that_panics_gives_its_machine_back() {
+        let mut world = World::new(&generate(1, 4, 40), Trial::default()).expect("memory");
+        let machine = Arc::downgrade(world.machine());
+        // There is no place to note that step 20 is done; by then other CPUs are in the middle of theirs.
+        Arc::get_mut(&mut world).expect("nobody else has it yet").is_done =
+            (0..20).map(|_| AtomicBool::new(false)).collect();
+        let ended = catch_unwind(AssertUnwindSafe(|| world.run()));
+        assert!(ended.is_err(), "it ended");
+        drop(world);
+        assert_eq!(machine.strong_count(), 0);
+    }
 }

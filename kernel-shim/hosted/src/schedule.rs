@@ -1,11 +1,13 @@
 //! Who runs: one coroutine a CPU, all on one thread, the next one chosen by the seed.
-#![expect(unsafe_code, reason = "a coroutine finds its way out by pointer")]
+#![expect(unsafe_code, reason = "a coroutine finds its way out, and what it works on, by pointer")]
 
+use core::any::Any;
 use core::cell::Cell;
 use core::fmt;
 use core::panic::AssertUnwindSafe;
 use core::ptr;
 use std::panic::{catch_unwind, resume_unwind};
+use std::sync::Arc;
 
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use mmu_gather::tlb::CpuId;
@@ -71,6 +73,8 @@ struct Task {
     cpu: CpuId,
     coroutine: Coroutine<(), (), ()>,
     way_out: *const Way,
+    /// What the coroutine uses by pointer, dropped after it.
+    kept: Option<Arc<dyn Any>>,
 }
 
 /// CPUs with something to do, interleaved until all are done.
@@ -92,7 +96,24 @@ impl Schedule {
             WAY_OUT.set(way);
             work();
         });
-        self.tasks.push(Task { cpu, coroutine, way_out: ptr::null() });
+        self.tasks.push(Task { cpu, coroutine, way_out: ptr::null(), kept: None });
+    }
+
+    /// As [`spawn`](Self::spawn), with something to work on that is given back even if the coroutine never ends.
+    pub(crate) fn spawn_on<T: 'static>(
+        &mut self,
+        cpu: CpuId,
+        shared: &Arc<T>,
+        work: impl FnOnce(&T) + 'static,
+    ) {
+        let pointer = Arc::as_ptr(shared);
+        self.spawn(cpu, move || {
+            // SAFETY: the task keeps what this points to as long as its coroutine may run.
+            work(unsafe { &*pointer });
+        });
+        if let Some(task) = self.tasks.last_mut() {
+            task.kept = Some(Arc::<T>::clone(shared));
+        }
     }
 
     /// The CPUs that have something to do.
@@ -124,8 +145,11 @@ impl Schedule {
             leaves(task.cpu);
             let result = result.unwrap_or_else(|panic| {
                 ON_RETURN.set(None);
-                // Unwinding the others would run what they still have to do, with nobody to wait for: leave them.
-                core::mem::forget(core::mem::take(&mut self.tasks));
+                // Unwinding the others would run what they still have to do, with nobody to wait for: leave them, and their
+                // stacks, to which mail may point. They never run again.
+                for task in self.tasks.drain(..) {
+                    core::mem::forget(task.coroutine);
+                }
                 resume_unwind(panic)
             });
             if matches!(result, CoroutineResult::Return(())) {
