@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use core::time::Duration;
 use std::time::Instant;
 
-use mmu_gather::pagetable::{TableLock, TableMemory};
+use mmu_gather::pagetable::{TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, PcidSupport, flush_tlb_func,
     switch_mm,
@@ -238,6 +238,11 @@ unsafe impl<C: Counting> TableMemory for Machine<'_, C> {
     #[inline]
     fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
         self.memory.frame(frame.start_address().as_u64()).lock()
+    }
+
+    #[inline]
+    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        Some(self.memory.frame(frame.start_address().as_u64()).used_lines())
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {

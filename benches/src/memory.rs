@@ -6,7 +6,7 @@ use core::ptr;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::io;
 
-use mmu_gather::pagetable::TableLock;
+use mmu_gather::pagetable::{TableLock, UsedLines};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
@@ -33,6 +33,7 @@ pub struct Frame {
     pub mapcount: AtomicU32,
     flags: AtomicU32,
     lock: TableLock<spin::Spin>,
+    used_lines: UsedLines,
     /// Physical address of the next free frame; 0 ends the list.
     next: AtomicU64,
 }
@@ -46,6 +47,7 @@ impl Frame {
             mapcount: AtomicU32::new(count),
             flags: AtomicU32::new(flags),
             lock: TableLock::new(()),
+            used_lines: UsedLines::new(),
             next: AtomicU64::new(0),
         }
     }
@@ -55,6 +57,13 @@ impl Frame {
     #[inline]
     pub const fn lock(&self) -> &TableLock<spin::Spin> {
         &self.lock
+    }
+
+    /// Which lines of the table in the frame are used.
+    #[must_use]
+    #[inline]
+    pub const fn used_lines(&self) -> &UsedLines {
+        &self.used_lines
     }
 }
 

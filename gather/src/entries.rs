@@ -127,8 +127,17 @@ pub(crate) struct Done {
     low: usize,
     /// One past the last leaf cleared.
     high: usize,
+    /// Whether something was left where it was, and passed over.
+    pub(crate) kept: Kept,
     pub(crate) rmaps: DelayedRmaps,
     pub(crate) stop: Stop,
+}
+
+/// Whether all entries that the loop has passed are none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kept {
+    Nothing,
+    Something,
 }
 
 impl Done {
@@ -167,6 +176,7 @@ pub(crate) fn zap_entries<K: Platform>(
         leaves: 0,
         low: usize::MAX,
         high: 0,
+        kept: Kept::Nothing,
         rmaps: DelayedRmaps::None,
         stop: Stop::Done,
     };
@@ -294,6 +304,8 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
                 if self.kernel.unmap_non_present(self.area, address, level, meaning) == Fate::Clear {
                     // Nothing is cached from an entry that is not present: no range, no flush.
                     entry.store(EntryValue::NONE);
+                } else {
+                    done.kept = Kept::Something;
                 }
                 true
             }
@@ -301,7 +313,11 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
                 done.stop = Stop::Table;
                 false
             }
-            Decoded::None | Decoded::Leaf(_) => true,
+            Decoded::None => true,
+            Decoded::Leaf(_) => {
+                done.kept = Kept::Something;
+                true
+            }
         }
     }
 

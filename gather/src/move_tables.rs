@@ -113,27 +113,30 @@ impl<K: Platform> MmuGather<'_, K> {
         self.note_deferred_flushes();
         let mut dirty = false;
         let mut leaves = 0;
-        for offset in (0..stretch.len_bytes()).step_by(4096) {
-            let entry = old_locked.entry(stretch.start() + offset);
+        let pages =
+            old_table.used_parts(kernel, stretch).flat_map(|part| (part.start()..part.end()).step_by(4096));
+        for page in pages {
+            let entry = old_locked.entry(page);
             if entry.load().is_none() {
                 continue;
             }
-            let index = Level::Pte.index(new_start + offset);
-            let target = new_table.table().entry(index);
+            let target_page = page - stretch.start() + new_start;
+            let target = new_locked.as_ref().unwrap_or(&old_locked).entry(target_page);
             if !target.load().is_none() {
-                debug_assert!(false, "something is mapped at {:#x}", new_start + offset);
+                debug_assert!(false, "something is mapped at {target_page:#x}");
                 continue;
             }
             let value = entry.get_and_clear();
             if value.is_present() {
                 dirty |= value.is_dirty();
                 leaves += 1;
-                self.state
-                    .range
-                    .cleared(VirtRange::of_entry(Level::Pte, stretch.start() + offset), Level::Pte);
+                self.state.range.cleared(VirtRange::of_entry(Level::Pte, page), Level::Pte);
             }
             target.store(value);
         }
+        old_locked.forget_empty_lines(
+            &(Level::Pte.index(stretch.start())..Level::Pte.index(stretch.end() - 1) + 1),
+        );
         if dirty {
             // The stated exception of G3.
             kernel.observe_gather(GatherEvent::DirtyFlush);

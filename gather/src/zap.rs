@@ -4,9 +4,14 @@
 use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
 
 use crate::batch::Room;
-use crate::entries::{At, Clear, DelayedRmaps, Exclusive, Large, Leaves, Locked, Small, Stop, zap_entries};
+use crate::entries::{
+    At, Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Small, Stop, zap_entries,
+};
 use crate::gather::{GatherMode, MmuGather, PfnMaps};
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
+
+/// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
+const FETCH_AHEAD: u64 = 8;
 
 /// How one visit under a table lock ended.
 struct Visit {
@@ -73,21 +78,37 @@ impl<K: Platform> MmuGather<'_, K> {
             return;
         };
         let kernel = self.kernel;
-        let mut address = range.start();
-        while address < range.end() {
-            let part = range.within_entry(level, address);
-            address = match view.load(address).decode(level) {
-                Decoded::None => part.end(),
-                Decoded::Table(frame) => {
-                    // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
-                    let child = unsafe { TableView::new(kernel, frame, below) };
-                    self.zap_table(vma, child, part);
-                    part.end()
-                }
-                Decoded::Leaf(_) | Decoded::NonPresent(_) => self.zap_large(vma, view, address, range.end()),
-            };
+        for used in view.used_parts(kernel, range) {
+            let mut address = used.start();
+            while address < used.end() {
+                let part = used.within_entry(level, address);
+                address = match view.load(address).decode(level) {
+                    Decoded::None => part.end(),
+                    Decoded::Table(frame) => {
+                        self.prefetch_table(view, address + FETCH_AHEAD * level.entry_span(), used);
+                        // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
+                        let child = unsafe { TableView::new(kernel, frame, below) };
+                        self.zap_table(vma, child, part);
+                        part.end()
+                    }
+                    Decoded::Leaf(_) | Decoded::NonPresent(_) => {
+                        self.zap_large(vma, view, address, used.end())
+                    }
+                };
+            }
         }
         kernel.cond_resched();
+    }
+
+    /// Fetches what will be looked at first in the table that the entry for `address` points to, if that lies in `range`.
+    #[inline]
+    fn prefetch_table(&self, view: TableView<'_>, address: u64, range: VirtRange) {
+        if range.contains(address) {
+            // SAFETY: as in `zap_vma_range`.
+            if let Some(child) = unsafe { view.child(self.kernel, address) } {
+                child.prefetch(self.kernel);
+            }
+        }
     }
 
     /// Clears the entries of `range` in one last-level table, which covers all of it.
@@ -197,13 +218,22 @@ impl<K: Platform> MmuGather<'_, K> {
         let kernel = self.kernel;
         let level = leaves.level();
         let entries = locked.entries(range);
+        let first = level.index(range.start());
+        let used = locked.used_lines();
+        let mut kept = Kept::Nothing;
         let mut at = At { first: range.start(), index: 0 };
         let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
         loop {
+            // INVARIANT: P4, what lies between is none.
+            let run = used.first_run(&(first + at.index..first + entries.len()));
+            at.index = run.start - first;
             let (done, room) = self.state.pages.fill(&self.state.limits, |spare| {
-                zap_entries(kernel, vma, entries, at, spare, leaves, clear)
+                zap_entries(kernel, vma, &entries[..run.end - first], at, spare, leaves, clear)
             });
             visit.leaves += done.leaves;
+            if done.kept == Kept::Something {
+                kept = Kept::Something;
+            }
             if let Some(cleared) = done.cleared(range.start(), level) {
                 // INVARIANT: G2, before the lock drops.
                 self.state.range.cleared(cleared, level);
@@ -220,6 +250,9 @@ impl<K: Platform> MmuGather<'_, K> {
             if at_end || visit.room == Room::Full || done.stop == Stop::Table {
                 if !at_end {
                     visit.next = at.address(level);
+                }
+                if kept == Kept::Nothing {
+                    locked.forget_cleared_lines(&(first..first + at.index));
                 }
                 return visit;
             }

@@ -1,13 +1,13 @@
 //! The engine's three traits, implemented for this kernel: the part to copy from.
 //!
-//! Fourteen methods that do something, three of them one line to the machine. Nothing else in this crate is known to the
+//! Fifteen methods that do something, three of them one line to the machine. Nothing else in this crate is known to the
 //! engine, and the engine is reached through nothing else.
 #![expect(unsafe_code, reason = "the engine believes the implementor about memory and CPUs")]
 
 use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
 
-use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory};
+use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, PcidSupport, TlbEvent,
     flush_tlb_func,
@@ -69,6 +69,11 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
         let lock = self.frames.meta(frame).table_lock();
         self.machine.about_to_lock(frame, lock);
         lock
+    }
+
+    #[inline]
+    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        Some(self.frames.meta(frame).used_lines())
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {

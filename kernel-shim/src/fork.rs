@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use mmu_gather::MmuGather;
-use mmu_gather::pagetable::{Decoded, Entry, EntryValue, Level, NonPresent, TableView, VirtRange};
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, LockedEntry, NonPresent, TableView, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::frame::FrameKind;
@@ -151,7 +151,13 @@ impl<M: Machine> Kernel<M> {
     }
 
     /// Takes the right to write from the parent's `entry`. What the child's is to be.
-    fn share(&self, gather: &mut MmuGather<'_, Self>, vma: &Vma, entry: &Entry, address: u64) -> EntryValue {
+    fn share(
+        &self,
+        gather: &mut MmuGather<'_, Self>,
+        vma: &Vma,
+        entry: LockedEntry<'_>,
+        address: u64,
+    ) -> EntryValue {
         let mut old = entry.load();
         while vma.area.kind != AreaKind::Pfn && old.is_writable() {
             let new = EntryValue::from_bits(old.bits() & !PageTableFlags::WRITABLE.bits());

@@ -3,7 +3,7 @@
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use mmu_gather::pagetable::TableLock;
+use mmu_gather::pagetable::{TableLock, UsedLines};
 use spin::RelaxStrategy;
 use spin::mutex::SpinMutex;
 use static_assertions::const_assert_eq;
@@ -61,6 +61,8 @@ pub struct FrameMeta<R> {
     kind: AtomicU8,
     dirty: AtomicU8,
     lock: TableLock<R>,
+    /// Of a table: which of its lines are used.
+    used_lines: UsedLines,
     /// Which page of which file it is, so that the page cache can let go of it; 0 for none.
     owner: AtomicU64,
 }
@@ -75,6 +77,7 @@ impl<R: RelaxStrategy> FrameMeta<R> {
             kind: AtomicU8::new(kind as u8),
             dirty: AtomicU8::new(0),
             lock: TableLock::new(()),
+            used_lines: UsedLines::new(),
             owner: AtomicU64::new(0),
         }
     }
@@ -119,6 +122,10 @@ impl<R: RelaxStrategy> FrameMeta<R> {
 
     pub(crate) const fn table_lock(&self) -> &TableLock<R> {
         &self.lock
+    }
+
+    pub(crate) const fn used_lines(&self) -> &UsedLines {
+        &self.used_lines
     }
 
     /// One more mapping, and the reference that it holds.

@@ -142,7 +142,9 @@ impl AddressSpace {
             self.free_below(memory, child, part, bounds, sink);
             if bounds.allow_freeing(span) {
                 let locked = view.lock(memory);
-                let old = unhook(locked.entry(part.start()));
+                let index = level.index(part.start());
+                let old = unhook(view.table().entry(index));
+                locked.forget_empty_lines(&(index..index + 1));
                 drop(locked);
                 debug_assert!(old.as_table(level) == Some(child.frame()), "P2: {view:?} changed at {span}");
                 self.count_unlinked(below, 1);
@@ -164,10 +166,18 @@ impl AddressSpace {
         let entries = view.entries(range);
         let span =
             |index: usize| VirtRange::of_entry(LEVEL, range.start() + index as u64 * LEVEL.entry_span());
-        let mut next = first_used(entries, 0);
+        let used = view.used_lines(memory);
+        let first = LEVEL.index(range.start());
+        let find = |from: usize| {
+            // Lines that are noted may be empty, too.
+            let noted = used.first_run(&(first + from..first + entries.len())).start - first;
+            first_used(entries, noted)
+        };
+        let mut next = find(0);
         while next < entries.len() {
             let (mut taken, mut nr_taken) = ([(0, view.frame()); AT_ONCE], 0);
             let locked = view.lock(memory);
+            let from = next;
             while next < entries.len() && nr_taken < AT_ONCE {
                 // Large leaves, and meanings in their place, stay.
                 if let Some(frame) = entries[next].load().as_table(LEVEL) {
@@ -176,8 +186,9 @@ impl AddressSpace {
                     taken[nr_taken] = (next, frame);
                     nr_taken += 1;
                 }
-                next = first_used(entries, next + 1);
+                next = find(next + 1);
             }
+            locked.forget_empty_lines(&(first + from..first + next));
             drop(locked);
             self.count_unlinked(Level::Pte, nr_taken as u64);
             for (index, frame) in &taken[..nr_taken] {

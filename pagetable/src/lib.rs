@@ -17,6 +17,7 @@
 //!   parent entry.
 //! - **P3** Table lifetime is decided by VMAs (floor/ceiling), or by "all 512 entries none under both locks", never
 //!   by guess.
+//! - **P4** Where a kernel notes the used lines of its tables ([`UsedLines`]), the line of every entry that is not none is noted.
 //!
 //! P1 costs a locked exchange wherever hardware may still set a bit between a load and a store. Where it has nothing left to
 //! set (A is set, and D is set or nothing can write) a load and a store do: [`EntryValue::is_settled`] has the argument.
@@ -30,6 +31,7 @@ mod map;
 mod range;
 mod space;
 mod table;
+mod used_lines;
 mod walk;
 
 pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent, StaleWrites};
@@ -38,5 +40,6 @@ pub use level::{Level, PagingMode};
 pub use map::MapError;
 pub use range::{RangeError, VirtRange};
 pub use space::AddressSpace;
-pub use table::{LockedTable, Table, TableLock, TableMemory, TableView};
+pub use table::{LockedEntry, LockedTable, Table, TableLock, TableMemory, TableView};
+pub use used_lines::{Line, Lines, LinesIter, UsedLines, UsedParts};
 pub use walk::Mapping;

@@ -70,6 +70,9 @@ impl AddressSpace {
                 continue;
             }
             let new = memory.allocate_table().ok_or(MapError::NoTable(address))?;
+            if let Some(used) = memory.used_lines(new) {
+                used.forget_all();
+            }
             let locked = view.lock(memory);
             let found = locked.entry(address).load();
             if found.is_none() {
@@ -145,6 +148,9 @@ impl AddressSpace {
         let found = locked.entry(address).load();
         if found != expected || found.is_present() {
             return Err(found);
+        }
+        if let Some(used) = memory.used_lines(table) {
+            used.note_all();
         }
         locked.entry(address).store(EntryValue::table(table));
         if let Some(below) = view.level().below() {

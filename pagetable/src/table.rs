@@ -1,7 +1,10 @@
 //! One table page: 512 entries, a lock, and the memory they live in.
 #![expect(unsafe_code, reason = "the one place where a frame number becomes a table")]
 
+use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use core::fmt;
+use core::ops::Range;
+use core::ptr;
 
 use spin::RelaxStrategy;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
@@ -12,6 +15,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::entry::{Entry, EntryValue};
 use crate::level::Level;
 use crate::range::VirtRange;
+use crate::used_lines::{Line, Lines, UsedLines, UsedParts};
 
 /// A table page in the hardware's format.
 #[derive(Debug)]
@@ -46,6 +50,13 @@ impl Table {
     pub fn is_empty(&self) -> bool {
         self.entries.iter().all(|entry| entry.load().is_none())
     }
+
+    /// Whether the entries of one cache line are all none now.
+    #[inline]
+    fn line_is_empty(&self, line: Line) -> bool {
+        let first = line.first_entry();
+        self.entries[first..first + Line::ENTRIES].iter().fold(0, |any, entry| any | entry.load().bits()) == 0
+    }
 }
 
 /// The lock of one table page. Guards the entries of that page against other software, never against hardware.
@@ -66,13 +77,24 @@ pub type TableLock<R> = SpinMutex<(), R>;
 ///   readable and writable, for as long as the frame is a table; no Rust reference other than `&Table` to it exists.
 /// - `allocate_table` returns a frame that nobody else uses and that reads as zero.
 /// - `table_lock` returns the same lock for the same frame until the frame is freed, and locks of tables on one path
-///   from a root are distinct.
+///   from a root are distinct;
+/// - `used_lines` returns the same one for the same frame until the frame is freed, and another for every other frame; once it
+///   does, entries of linked tables become something only through [`LockedTable::entry`] (rule P4).
 pub unsafe trait TableMemory: PageTableFrameMapping {
     /// What a CPU does while it waits for a table lock.
     type Relax: RelaxStrategy;
 
     /// The lock of the table in `frame`.
     fn table_lock(&self, frame: PhysFrame) -> &TableLock<Self::Relax>;
+
+    /// Where it is noted which cache lines of the table in `frame` may hold entries; best beside the lock.
+    ///
+    /// A kernel that keeps it has sparse memory torn down by looking at the lines that are used, not at all 64 of each table. One
+    /// that does not, or that writes entries by means of its own, says `None`: every line is then looked at.
+    #[inline]
+    fn used_lines(&self, _frame: PhysFrame) -> Option<&UsedLines> {
+        None
+    }
 
     /// A zeroed frame for a new table; `None` when memory is short.
     ///
@@ -180,12 +202,38 @@ impl<'m> TableView<'m> {
     /// Spins. Never taken while a lock of the same or a lower level is held.
     #[inline]
     pub fn lock<M: TableMemory>(&self, memory: &'m M) -> LockedTable<'m, M::Relax> {
-        LockedTable { view: *self, _guard: memory.table_lock(self.frame).lock() }
+        let guard = memory.table_lock(self.frame).lock();
+        LockedTable { view: *self, used: memory.used_lines(self.frame), _guard: guard }
     }
 
     /// Takes the table's lock if nobody holds it.
     pub fn try_lock<M: TableMemory>(&self, memory: &'m M) -> Option<LockedTable<'m, M::Relax>> {
-        Some(LockedTable { view: *self, _guard: memory.table_lock(self.frame).try_lock()? })
+        let guard = memory.table_lock(self.frame).try_lock()?;
+        Some(LockedTable { view: *self, used: memory.used_lines(self.frame), _guard: guard })
+    }
+
+    /// The lines that may hold entries: all, if the kernel does not note them. Without the lock they may change at any time.
+    #[must_use]
+    #[inline]
+    pub fn used_lines<M: TableMemory>(&self, memory: &M) -> Lines {
+        memory.used_lines(self.frame).map_or(Lines::ALL, UsedLines::load)
+    }
+
+    /// The parts of `range`, which lies inside the span of the table, whose entries may be something; see
+    /// [`used_lines`](Self::used_lines).
+    #[inline]
+    pub fn used_parts<M: TableMemory>(&self, memory: &M, range: VirtRange) -> UsedParts {
+        UsedParts::new(self.used_lines(memory), self.level, range)
+    }
+
+    /// Fetches the first used line into this CPU's cache, for somebody who will soon look at the table.
+    #[inline]
+    pub fn prefetch<M: TableMemory>(&self, memory: &M) {
+        if let Some(line) = self.used_lines(memory).first() {
+            let line = ptr::from_ref(self.table.entry(line.first_entry()));
+            // SAFETY: a prefetch reads nothing that the program can tell, and SSE is in the baseline of x86_64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+        }
     }
 }
 
@@ -198,6 +246,7 @@ impl fmt::Debug for TableView<'_> {
 /// A table whose lock is held: the proof that no other software changes its entries. Hardware still may set A/D.
 pub struct LockedTable<'m, R> {
     view: TableView<'m>,
+    used: Option<&'m UsedLines>,
     _guard: SpinMutexGuard<'m, (), R>,
 }
 
@@ -212,11 +261,16 @@ impl<'m, R> LockedTable<'m, R> {
     /// The entry that `address` selects.
     #[must_use]
     #[inline]
-    pub fn entry(&self, address: u64) -> &'m Entry {
-        self.view.table.entry(self.view.level.index(address))
+    pub const fn entry(&self, address: u64) -> LockedEntry<'_> {
+        self.entry_at(self.view.level.index(address))
     }
 
-    /// The entries that `range` selects; see [`TableView::entries`].
+    const fn entry_at(&self, index: usize) -> LockedEntry<'_> {
+        LockedEntry { entry: self.view.table.entry(index), index, used: self.used }
+    }
+
+    /// The entries that `range` selects; see [`TableView::entries`]. To look at and to clear; what is put in goes through
+    /// [`entry`](Self::entry).
     ///
     /// # Panics
     /// If `range` reaches beyond the table.
@@ -224,6 +278,98 @@ impl<'m, R> LockedTable<'m, R> {
     #[inline]
     pub fn entries(&self, range: VirtRange) -> &'m [Entry] {
         self.view.entries(range)
+    }
+
+    /// The lines that may hold entries: all, if the kernel does not note them.
+    #[must_use]
+    #[inline]
+    pub fn used_lines(&self) -> Lines {
+        self.used.map_or(Lines::ALL, UsedLines::load)
+    }
+
+    /// Forgets the lines that lie in `entries` (indices) with all eight of theirs; all of `entries` are none now.
+    ///
+    /// Lines that reach beyond either end stay noted, empty or not: looking at them costs more than it will ever save.
+    #[inline]
+    pub fn forget_cleared_lines(&self, entries: &Range<usize>) {
+        let lines = Lines::inside(entries);
+        if let Some(used) = self.used
+            && !lines.is_empty()
+        {
+            debug_assert!(
+                lines.into_iter().all(|line| self.view.table.line_is_empty(line)),
+                "P4: {self:?} has entries in {lines:?}"
+            );
+            used.forget(lines);
+        }
+    }
+
+    /// Forgets the lines that are empty among those that `entries` (indices) touch; looks at each that is noted.
+    pub fn forget_empty_lines(&self, entries: &Range<usize>) {
+        if let Some(used) = self.used {
+            let noted = used.load().both(Lines::touched_by(entries)).into_iter();
+            let empty = noted.filter(|line| self.view.table.line_is_empty(*line));
+            used.forget(empty.fold(Lines::NONE, Lines::with));
+        }
+    }
+}
+
+/// An entry of a table whose lock is held. What is stored here is noted in the table's [`UsedLines`].
+#[derive(Clone, Copy, Debug)]
+pub struct LockedEntry<'l> {
+    entry: &'l Entry,
+    index: usize,
+    used: Option<&'l UsedLines>,
+}
+
+impl LockedEntry<'_> {
+    /// As [`Entry::load`].
+    #[must_use]
+    #[inline]
+    pub fn load(&self) -> EntryValue {
+        self.entry.load()
+    }
+
+    /// As [`Entry::store`].
+    #[inline]
+    pub fn store(&self, value: EntryValue) {
+        self.note(value);
+        self.entry.store(value);
+    }
+
+    /// As [`Entry::exchange`].
+    #[must_use]
+    #[inline]
+    pub fn exchange(&self, new: EntryValue) -> EntryValue {
+        self.note(new);
+        self.entry.exchange(new)
+    }
+
+    /// As [`Entry::compare_exchange`].
+    ///
+    /// # Errors
+    /// The value found, when it was another one.
+    #[inline]
+    pub fn compare_exchange(&self, current: EntryValue, new: EntryValue) -> Result<(), EntryValue> {
+        self.note(new);
+        self.entry.compare_exchange(current, new)
+    }
+
+    /// As [`Entry::get_and_clear`].
+    #[must_use]
+    #[inline]
+    pub fn get_and_clear(&self) -> EntryValue {
+        self.entry.get_and_clear()
+    }
+
+    /// INVARIANT: P4, before the entry is something: whoever can see it finds its line noted.
+    #[inline]
+    fn note(&self, value: EntryValue) {
+        if let Some(used) = self.used
+            && !value.is_none()
+        {
+            used.note(self.index);
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use core::sync::atomic::AtomicU64;
 use std::collections::BTreeSet;
 
 use bumpalo::Bump;
-use mmu_gather::pagetable::{PagingMode, TableLock};
+use mmu_gather::pagetable::{PagingMode, TableLock, UsedLines};
 use mmu_gather::tlb::{CpuId, CtxIds, OnlineCpus, PcidSupport, SINGLE_PAGE_FLUSH_CEILING};
 use mmu_gather::{BatchArena, BatchPage, Mm};
 use x86_64::PhysAddr;
@@ -24,11 +24,21 @@ pub type Bits = [AtomicU64; 1];
 /// An address space of this kernel.
 pub type PaperMm = Mm<Bits>;
 
-/// A table and, beside it, its lock: what a kernel finds in its `struct page`.
+/// A table and, beside it, its lock and the note of its used lines: what a kernel finds in its `struct page`.
 #[repr(C, align(4096))]
 pub(crate) struct TablePage {
     entries: [u64; 512],
     pub(crate) lock: TableLock<Deadlock>,
+    pub(crate) used_lines: UsedLines,
+}
+
+/// Whether the kernel keeps a note of the lines that its tables use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LineNotes {
+    /// Yes.
+    Kept,
+    /// No: the engine looks at every line.
+    NotKept,
 }
 
 /// What machine the kernel runs on.
@@ -44,6 +54,8 @@ pub struct Options {
     pub mode: PagingMode,
     /// More pages than this become a full flush.
     pub flush_ceiling: u64,
+    /// Whether used lines are noted.
+    pub line_notes: LineNotes,
 }
 
 impl Default for Options {
@@ -54,6 +66,7 @@ impl Default for Options {
             pcid: PcidSupport::On,
             mode: PagingMode::FourLevel,
             flush_ceiling: SINGLE_PAGE_FLUSH_CEILING,
+            line_notes: LineNotes::Kept,
         }
     }
 }
@@ -269,7 +282,8 @@ impl fmt::Debug for PaperKernel {
 
 /// A zeroed table in `arena`; its frame number is its address.
 fn table_in(arena: &Bump) -> PhysFrame {
-    let page: *mut TablePage = arena.alloc(TablePage { entries: [0; 512], lock: TableLock::new(()) });
+    let page = TablePage { entries: [0; 512], lock: TableLock::new(()), used_lines: UsedLines::new() };
+    let page: *mut TablePage = arena.alloc(page);
     let address = page.expose_provenance() as u64;
     PhysFrame::from_start_address(PhysAddr::new(address)).expect("a table page is aligned to 4096")
 }

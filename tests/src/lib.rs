@@ -28,7 +28,7 @@ mod program;
 
 pub use check::Violation;
 pub use cpu::{Access, Fault, Translation};
-pub use kernel::{Bits, Options, PaperKernel, PaperMm, Supply};
+pub use kernel::{Bits, LineNotes, Options, PaperKernel, PaperMm, Supply};
 pub use ledger::PageAccount;
 pub use log::{Event, Noted};
 pub use platform::Backing;

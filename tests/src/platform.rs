@@ -7,7 +7,7 @@
 
 use core::ptr;
 
-use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory};
+use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, PcidSupport, TlbEvent,
     flush_tlb_func,
@@ -18,7 +18,7 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
-use crate::kernel::{Bits, PaperKernel, TablePage};
+use crate::kernel::{Bits, LineNotes, PaperKernel, TablePage};
 use crate::log::Event;
 
 /// What stands behind an area: this kernel's word for it, handed back by the engine with every page.
@@ -56,6 +56,13 @@ unsafe impl TableMemory for PaperKernel {
     fn table_lock(&self, frame: PhysFrame) -> &TableLock<Deadlock> {
         self.note_lock(frame);
         self.lock_of(frame)
+    }
+
+    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        match self.options().line_notes {
+            LineNotes::Kept => Some(self.used_lines_of(frame)),
+            LineNotes::NotKept => None,
+        }
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {
@@ -200,11 +207,19 @@ impl Pages for PaperKernel {
 
 impl PaperKernel {
     pub(crate) fn lock_of(&self, table: PhysFrame) -> &TableLock<Deadlock> {
-        let page: *const TablePage = ptr::with_exposed_provenance(address_of(table));
         // SAFETY: only frames of tables come here, and those are the first bytes of a `TablePage` in the arena, which lives
         // as long as `self`. The entries are not touched through this reference.
-        unsafe { &(*page).lock }
+        unsafe { &(*page_of(table)).lock }
     }
+
+    fn used_lines_of(&self, table: PhysFrame) -> &UsedLines {
+        // SAFETY: as in `lock_of`.
+        unsafe { &(*page_of(table)).used_lines }
+    }
+}
+
+fn page_of(table: PhysFrame) -> *const TablePage {
+    ptr::with_exposed_provenance(address_of(table))
 }
 
 /// A frame's number is an address of this process.

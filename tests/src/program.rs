@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "the engine's entry points take the map lock and the CPU on trust")]
 
 use mmu_gather::pagetable::{
-    Bounds, Decoded, EntryValue, Level, Mapping, NonPresent, Table, TableView, VirtRange,
+    Bounds, Decoded, EntryValue, Level, Lines, Mapping, NonPresent, Table, TableView, VirtRange,
 };
 use mmu_gather::tlb::{CpuId, CpuTlb, Laziness, UnmapBatch, enter_lazy_tlb, init_cpu, leave_mm, switch_mm};
 use mmu_gather::{FlushedGather, Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region, zap_page_range};
@@ -127,6 +127,21 @@ impl PaperKernel {
     #[must_use]
     pub fn has_entries(&self, table: PhysFrame) -> bool {
         !self.table(table).is_empty()
+    }
+
+    /// Tables below the root with an entry that is not none in a line that is not noted as used (rule P4).
+    #[must_use]
+    pub fn tables_with_unnoted_entries(&self, mm: &PaperMm) -> Vec<(Level, PhysFrame)> {
+        let mut tables = Vec::new();
+        self.for_each_table(mm, &mut |view| {
+            let noted = view.used_lines(self);
+            let is_noted = |index: usize| !noted.both(Lines::touched_by(&(index..index + 1))).is_empty();
+            let mut entries = view.table().entries().iter().enumerate();
+            if entries.any(|(index, entry)| !entry.load().is_none() && !is_noted(index)) {
+                tables.push((view.level(), view.frame()));
+            }
+        });
+        tables
     }
 
     pub(crate) fn root_of(&self, mm: &PaperMm) -> TableView<'_> {

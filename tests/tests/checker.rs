@@ -149,7 +149,7 @@ fn a_pretend_tlb_keeps_everything_until_it_is_told() {
 
     // The link to the table is remembered too, so an entry put back is found without a walk from the root.
     let view = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
-    view.table().entry(0).store(EntryValue::leaf(
+    view.lock(&kernel).entry(GIB).store(EntryValue::leaf(
         Level::Pte,
         first.start_address(),
         x86_64::structures::paging::PageTableFlags::USER_ACCESSIBLE,

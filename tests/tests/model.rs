@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mmu_gather::pagetable::{Bounds, Level, PagingMode, VirtRange};
 use mmu_gather::tlb::{OnlineCpus, PcidSupport};
 use mmu_gather::{Limits, Vma};
-use mmu_tests::{Access, Backing, CPU, GIB, MIB, Options, PaperKernel, Supply, TIB, area, range};
+use mmu_tests::{Access, Backing, CPU, GIB, LineNotes, MIB, Options, PaperKernel, Supply, TIB, area, range};
 use proptest::collection::vec;
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 use x86_64::structures::paging::PhysFrame;
@@ -191,6 +191,7 @@ impl Run {
         assert_eq!(kernel.ledger().nr_held(), reference.pages.len(), "pages kept");
         assert_eq!(kernel.batches_lent(), 0);
         assert_eq!(mm.open_gathers(), 0);
+        assert_eq!(kernel.tables_with_unnoted_entries(mm), []);
         assert_eq!(kernel.take_violations(), []);
     }
 }
@@ -210,12 +211,14 @@ fn limits() -> impl Strategy<Value = Limits> {
 fn machines() -> impl Strategy<Value = Options> {
     let pcid = prop_oneof![Just(PcidSupport::Off), Just(PcidSupport::On)];
     let mode = prop_oneof![3 => Just(PagingMode::FourLevel), 1 => Just(PagingMode::FiveLevel)];
-    (pcid, mode, 0..40u64).prop_map(|(pcid, mode, flush_ceiling)| Options {
+    let line_notes = prop_oneof![3 => Just(LineNotes::Kept), 1 => Just(LineNotes::NotKept)];
+    (pcid, mode, 0..40u64, line_notes).prop_map(|(pcid, mode, flush_ceiling, line_notes)| Options {
         cpus: 3,
         online: OnlineCpus::Many,
         pcid,
         mode,
         flush_ceiling,
+        line_notes,
     })
 }
 

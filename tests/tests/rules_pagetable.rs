@@ -1,10 +1,10 @@
-//! Rules P1 to P3, each by its sentence.
+//! Rules P1 to P4, each by its sentence.
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use std::time::Instant;
 
-use mmu_gather::pagetable::{Bounds, Entry, EntryValue, Level};
+use mmu_gather::pagetable::{Bounds, Entry, EntryValue, Level, Line, Marker, NonPresent};
 use mmu_gather::{GatherEvent, Limits};
 use mmu_tests::{Backing, CPU, Event, GIB, MIB, Options, PaperKernel, TIB, area, range};
 use x86_64::PhysAddr;
@@ -133,4 +133,57 @@ fn p3_table_lifetime_is_decided_by_vmas_floor_and_ceiling_never_by_guess() {
     kernel.unmap(mm, &Limits::DEFAULT, &[gone], Bounds::between(Some(TIB + PAGE), None));
     assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0]);
     assert!(kernel.lookup(mm, TIB).value.is_present());
+}
+
+#[test]
+fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_that_is_not_none_is_noted() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let holds = |when: &str| assert_eq!(kernel.tables_with_unnoted_entries(mm), [], "{when}");
+    let used_lines = |address: u64| {
+        let table = kernel.find_table(mm, address, Level::Pte).expect("linked");
+        table.used_lines(&kernel).into_iter().map(Line::first_entry).collect::<Vec<_>>()
+    };
+    let vma = area(GIB, GIB + 4 * MIB, Backing::Anonymous);
+    for page in [0, 7, 8, 300, 511, 512, 700] {
+        kernel.map(mm, GIB + page * PAGE, Level::Pte);
+    }
+    holds("after mapping");
+    assert_eq!(used_lines(GIB), [0, 8, 296, 504]);
+
+    // A line whose other pages stay: noted on. One that is left empty by a range that covers it: forgotten.
+    kernel.zap(mm, &vma, range(GIB + 7 * PAGE, GIB + 304 * PAGE)).free();
+    holds("after pages went");
+    assert_eq!(used_lines(GIB), [0, 504]);
+
+    // What the kernel keeps keeps its line.
+    kernel.put_non_present(mm, GIB + 100 * PAGE, Level::Pte, NonPresent::Marker(Marker::Guard));
+    kernel.zap(mm, &vma, vma.range).free();
+    holds("after all pages went");
+    assert!(used_lines(GIB).contains(&96));
+    assert_ne!(kernel.lookup(mm, GIB + 100 * PAGE).value, EntryValue::NONE);
+    let table = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
+    table.lock(&kernel).entry(GIB + 100 * PAGE).store(EntryValue::NONE);
+    kernel.zap(mm, &vma, vma.range).free();
+    assert!(used_lines(GIB).is_empty());
+
+    // Moved entries are noted where they arrive, and no longer where they were.
+    kernel.map(mm, GIB + 600 * PAGE, Level::Pte);
+    let mut gather = kernel.gather(mm);
+    gather.move_page_tables(range(GIB + 600 * PAGE, GIB + 601 * PAGE), GIB + 200 * PAGE).expect("room");
+    gather.flush().free();
+    holds("after a move");
+    assert!(used_lines(GIB).contains(&200) && used_lines(GIB + 2 * MIB).is_empty());
+
+    // A table that takes a large leaf's place is full at once.
+    let large = area(TIB, TIB + 2 * MIB, Backing::Anonymous);
+    kernel.map(mm, TIB, Level::Pmd);
+    let mut gather = kernel.gather(mm);
+    gather.split_leaf(large.area, TIB + 17 * PAGE).expect("memory");
+    gather.flush().free();
+    holds("after a split");
+    assert_eq!(used_lines(TIB).len(), 64);
+
+    kernel.unmap(mm, &Limits::DEFAULT, &[vma, large], Bounds::whole());
+    assert_eq!(kernel.nr_tables(mm), [0; 4]);
 }

@@ -5,7 +5,7 @@ use core::cell::{Cell, RefCell};
 use core::ptr::NonNull;
 
 use mmu_benches::machine::{Batched, Bits, Machine};
-use mmu_gather::pagetable::{Bounds, TableLock, TableMemory, VirtRange};
+use mmu_gather::pagetable::{Bounds, TableLock, TableMemory, UsedLines, VirtRange};
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, TlbEvent, enter_lazy_tlb,
     flush_tlb_func, switch_mm,
@@ -28,8 +28,8 @@ pub(crate) const CPU_BYTES: usize = size_of::<CpuTlb<Bits>>();
 pub(crate) const MM_BYTES: usize = size_of::<Mm<Bits>>();
 /// What the machine keeps for one frame.
 pub(crate) const FRAME_BYTES: usize = size_of::<mmu_benches::memory::Frame>();
-/// What the engine asks for in it: the lock of a table.
-pub(crate) const LOCK_BYTES: usize = size_of::<TableLock<spin::Spin>>();
+/// What the engine asks for in it: the lock of a table, and the note of its used lines.
+pub(crate) const TABLE_BYTES: usize = size_of::<TableLock<spin::Spin>>() + size_of::<UsedLines>();
 
 /// Somebody who is told what happens. Two of these are called for each page.
 pub(crate) trait Watch {
@@ -138,6 +138,11 @@ unsafe impl<W: Watch> TableMemory for SweepMachine<'_, W> {
     #[inline]
     fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
         self.base.table_lock(frame)
+    }
+
+    #[inline]
+    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        self.base.used_lines(frame)
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::sweep_answer::{Answer, groups, modelled_ns};
 use crate::sweep_axes::Conditions;
-use crate::sweep_machine::{CPU_BYTES, FRAME_BYTES, GATHER_BYTES, LOCK_BYTES, MM_BYTES};
+use crate::sweep_machine::{CPU_BYTES, FRAME_BYTES, GATHER_BYTES, MM_BYTES, TABLE_BYTES};
 use crate::sweep_measure::{Found, Measured};
 
 /// Everything a sweep has to say.
@@ -44,8 +44,8 @@ pub(crate) struct Memory {
     pub(crate) cpu: usize,
     /// Of each address space.
     pub(crate) mm: usize,
-    /// Of each frame that is a table: its lock.
-    pub(crate) table_lock: usize,
+    /// Of each frame that is a table: its lock, and the note of its used lines.
+    pub(crate) table: usize,
     /// Of each frame, with this machine's counts and free list.
     pub(crate) frame: usize,
 }
@@ -63,7 +63,7 @@ impl SweepReport {
                 stack: found.stack_bytes,
                 cpu: CPU_BYTES,
                 mm: MM_BYTES,
-                table_lock: LOCK_BYTES,
+                table: TABLE_BYTES,
                 frame: FRAME_BYTES,
             },
         }
@@ -71,16 +71,14 @@ impl SweepReport {
 
     /// The same on one line each, in words.
     pub(crate) fn memory_words(&self) -> [String; 4] {
-        let Memory { gather, stack, cpu, mm, table_lock, frame } = self.memory;
+        let Memory { gather, stack, cpu, mm, table, frame } = self.memory;
         [
             format!(
                 "a gather: {gather} bytes on the stack; about {stack} with all calls down to the kernel's own"
             ),
             format!("each CPU: {cpu} bytes"),
             format!("each address space: {mm} bytes"),
-            format!(
-                "each table: a lock of {table_lock} byte; each frame, with this machine's counts: {frame} bytes"
-            ),
+            format!("each table: {table} bytes; each frame, with this machine's counts: {frame} bytes"),
         ]
     }
 

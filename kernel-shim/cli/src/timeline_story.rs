@@ -282,6 +282,9 @@ const fn rule(kind: ViolationKind) -> &'static str {
         ViolationKind::TableFreedInUse => {
             "Rule P3: a table goes when all 512 entries are none, never by guess."
         }
+        ViolationKind::EntryNotNoted => {
+            "Rule P4: where used lines are noted, the line of every entry that is not none is."
+        }
         ViolationKind::FreedUnderTableLock | ViolationKind::WaitedUnderTableLock => {
             "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty pages."
         }

@@ -239,7 +239,7 @@ fn times_are_measured_and_interrupts_modelled_and_neither_is_among_the_counts() 
         assert!(!counts.keys().any(|key| key.contains("ns")), "{cell}");
     }
     assert!(report["answer"]["choice"].is_string(), "{report}");
-    for key in ["gather", "stack", "cpu", "mm", "table_lock", "frame"] {
+    for key in ["gather", "stack", "cpu", "mm", "table", "frame"] {
         assert!(report["memory"][key].as_u64().is_some_and(|bytes| bytes > 0), "{key}");
     }
     assert!(report["memory"]["gather"].as_u64().is_some_and(|bytes| bytes <= 256));
@@ -474,7 +474,7 @@ fn the_memory_tables_of_the_readme_are_what_a_sweep_finds() {
         ("a gather, on the stack", "gather"),
         ("each CPU", "cpu"),
         ("each address space", "mm"),
-        ("each table: its lock", "table_lock"),
+        ("each table: its lock, and the note of its used lines", "table"),
         ("each frame, with counts and free list of the benches' machine", "frame"),
     ] {
         let row = format!("| {what} | {} |", memory[key]);

@@ -57,6 +57,8 @@ pub enum ViolationKind {
     FreePageMapped,
     /// A table was freed although not all of its entries are none.
     TableFreedInUse,
+    /// A table does not note that it uses a line in which an entry is something: nobody would find that.
+    EntryNotNoted,
     /// A page is mapped by more or by fewer entries than its count says.
     CountsDisagree,
     /// A frame was freed by a CPU that held the lock of a page table.
@@ -92,6 +94,7 @@ impl fmt::Display for ViolationKind {
             Self::TwoPageSizes => "a program can use two page sizes for one address",
             Self::FreePageMapped => "a free page is mapped",
             Self::TableFreedInUse => "a table was freed that still had entries",
+            Self::EntryNotNoted => "an entry is in a line that its table is noted not to use",
             Self::CountsDisagree => "a page is not mapped as often as its count says",
             Self::FreedUnderTableLock => "a frame was freed under the lock of a page table",
             Self::WaitedUnderTableLock => "a CPU waited for others under the lock of a page table",

@@ -2,6 +2,7 @@
 //!
 //! Read with the software MMU's own eyes ([`decode`]), not the engine's.
 
+use mmu_gather::pagetable::{Lines, TableMemory, UsedLines};
 use mmu_kernel_shim::FrameKind;
 use rustc_hash::{FxHashMap, FxHashSet};
 use x86_64::PhysAddr;
@@ -60,8 +61,12 @@ impl World {
             return;
         }
         let machine = self.kernel.machine();
-        for (index, entry) in (0..).zip(entries(machine, table)) {
-            let address = start + (index << level.entry_shift());
+        let noted = self.kernel.used_lines(table).map_or(Lines::ALL, UsedLines::load);
+        for (index, entry) in entries(machine, table).enumerate() {
+            let address = start + ((index as u64) << level.entry_shift());
+            if entry != 0 && noted.both(Lines::touched_by(&(index..index + 1))).is_empty() {
+                mapped.wrong.get_or_insert((ViolationKind::EntryNotNoted, table, address));
+            }
             match decode(entry, level, machine.options.features.physical_bits) {
                 Meaning::NotPresent => {}
                 Meaning::Reserved => {
