@@ -6,7 +6,7 @@
 
 use core::ops::Range;
 
-use mmu_pagetable::{Decoded, Entry, EntryValue, Level, StaleWrites, VirtRange};
+use mmu_pagetable::{Decoded, Entry, EntryValue, Level, Lines, LockedTable, StaleWrites, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::platform::{Disposition, Fate, Platform, UnmappedLeaf, Vma};
@@ -79,24 +79,37 @@ impl Leaves for Large {
     }
 }
 
-/// Where in a table the loop is.
-#[derive(Clone, Copy)]
-pub(crate) struct At {
-    /// The address of the first entry.
-    pub(crate) first: u64,
-    /// The entry, counted from that one.
-    pub(crate) index: usize,
+/// The part of a locked table to go through.
+pub(crate) struct Part<'t> {
+    entries: &'t [Entry; 512],
+    /// The address of the first entry of the table.
+    start: u64,
+    used: Lines,
+    /// The entry to begin with.
+    pub(crate) first: usize,
+    /// One past the last entry.
+    pub(crate) end: usize,
 }
 
-impl At {
-    #[inline(always)]
-    pub(crate) const fn address(self, level: Level) -> u64 {
-        self.first + ((self.index as u64) << level.entry_shift())
+impl<'t> Part<'t> {
+    /// The entries of `range`, which lies inside the span of the table.
+    #[inline]
+    pub(crate) fn new<R>(locked: &LockedTable<'t, R>, range: VirtRange) -> Self {
+        let view = locked.view();
+        let level = view.level();
+        Self {
+            entries: view.table().entries(),
+            start: range.start() & !(level.table_span() - 1),
+            used: locked.used_lines(),
+            first: level.index(range.start()),
+            end: level.index(range.end() - 1) + 1,
+        }
     }
 
+    /// The address of an entry.
     #[inline(always)]
-    const fn plus(self, entries: usize) -> Self {
-        Self { first: self.first, index: self.index + entries }
+    pub(crate) const fn address(&self, index: usize, level: Level) -> u64 {
+        self.start + ((index as u64) << level.entry_shift())
     }
 }
 
@@ -141,11 +154,11 @@ pub(crate) enum Kept {
 }
 
 impl Done {
-    /// The addresses of the leaves cleared, in a table whose entry 0 maps `start`.
+    /// The addresses of the leaves cleared.
     #[inline]
-    pub(crate) fn cleared(&self, start: u64, level: Level) -> Option<VirtRange> {
-        let address = |index: usize| start + ((index as u64) << level.entry_shift());
-        VirtRange::new(address(self.low.min(self.high)), address(self.high)).ok()
+    pub(crate) fn cleared(&self, part: &Part<'_>, level: Level) -> Option<VirtRange> {
+        let first = part.address(self.low.min(self.high), level);
+        VirtRange::new(first, part.address(self.high, level)).ok()
     }
 
     #[inline(always)]
@@ -156,7 +169,7 @@ impl Done {
     }
 }
 
-/// Clears entries from `at` on, until the last of `entries` or until `spare` is full, or before a table.
+/// Clears the entries of `part` from `first` on, until its end, until `spare` is full, or before a table.
 ///
 /// # Context
 /// The lock of the table is held.
@@ -164,15 +177,15 @@ impl Done {
 pub(crate) fn zap_entries<K: Platform>(
     kernel: &K,
     vma: &Vma<K::Area>,
-    entries: &[Entry],
-    at: At,
+    part: &Part<'_>,
+    first: usize,
     spare: &mut Spare<'_>,
     leaves: impl Leaves,
     clear: impl Clear,
 ) -> Done {
-    let work = Work { kernel, area: vma.area, leaves, clear };
+    let work = Work { kernel, area: vma.area, start: part.start, leaves, clear };
     let mut done = Done {
-        next: at.index,
+        next: first,
         leaves: 0,
         low: usize::MAX,
         high: 0,
@@ -180,35 +193,14 @@ pub(crate) fn zap_entries<K: Platform>(
         rmaps: DelayedRmaps::None,
         stop: Stop::Done,
     };
-    let mut at = at;
-    let (mut lines, rest) = entries[at.index..].as_chunks::<LINE>();
-    loop {
-        let empty = lines.iter().take_while(|line| bits_of_any(line) == 0).count();
-        at = at.plus(empty * LINE);
-        lines = &lines[empty..];
-        let [line, later @ ..] = lines else { break };
-        let taken = work.plain_lines(lines, at, spare, &mut done);
-        if taken > 0 {
-            at = at.plus(taken * LINE);
-            lines = &lines[taken..];
-            continue;
-        }
-        for entry in line {
-            if !work.one(entry, at, spare, &mut done) {
-                done.next = at.index;
-                return done;
-            }
-            at = at.plus(1);
-        }
-        lines = later;
-    }
-    for entry in rest {
-        if !work.one(entry, at, spare, &mut done) {
+    while done.next < part.end {
+        // INVARIANT: P4, what lies between is none.
+        let run = part.used.first_run(&(done.next..part.end));
+        done.next = run.start;
+        if !work.run(&part.entries[run], spare, &mut done) {
             break;
         }
-        at = at.plus(1);
     }
-    done.next = at.index;
     done
 }
 
@@ -220,6 +212,8 @@ fn bits_of_any(line: &[Entry; LINE]) -> u64 {
 struct Work<'k, K: Platform, L, C> {
     kernel: &'k K,
     area: K::Area,
+    /// The address of the first entry of the table.
+    start: u64,
     leaves: L,
     clear: C,
 }
@@ -230,13 +224,52 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
         L::BITS.bits()
     }
 
+    #[inline(always)]
+    fn address(&self, index: usize) -> u64 {
+        self.start + ((index as u64) << self.leaves.level().entry_shift())
+    }
+
+    /// Goes through entries that follow one another, the first of which is `done.next`; whether to the end.
+    #[inline(always)]
+    fn run(&self, entries: &[Entry], spare: &mut Spare<'_>, done: &mut Done) -> bool {
+        let (mut lines, rest) = entries.as_chunks::<LINE>();
+        loop {
+            let empty = lines.iter().take_while(|line| bits_of_any(line) == 0).count();
+            done.next += empty * LINE;
+            lines = &lines[empty..];
+            let [line, later @ ..] = lines else { break };
+            let taken = self.plain_lines(lines, spare, done);
+            if taken > 0 {
+                lines = &lines[taken..];
+                continue;
+            }
+            if !self.each(line, spare, done) {
+                return false;
+            }
+            lines = later;
+        }
+        self.each(rest, spare, done)
+    }
+
+    /// Looks at entries one by one; whether at all of them.
+    #[inline(always)]
+    fn each(&self, entries: &[Entry], spare: &mut Spare<'_>, done: &mut Done) -> bool {
+        for entry in entries {
+            if !self.one(entry, spare, done) {
+                return false;
+            }
+            done.next += 1;
+        }
+        true
+    }
+
     /// Clears as many lines from the first on as consist of leaves that can all be taken with plain stores, and fit; returns
     /// how many.
     #[inline(always)]
-    fn plain_lines(&self, lines: &[[Entry; LINE]], at: At, spare: &mut Spare<'_>, done: &mut Done) -> usize {
+    fn plain_lines(&self, lines: &[[Entry; LINE]], spare: &mut Spare<'_>, done: &mut Done) -> usize {
         let enough = L::BITS.union(C::ENOUGH).bits();
         let mut lines = lines.iter();
-        let mut here = at;
+        let mut here = done.next;
         // A line some of whose pages the kernel keeps.
         let mut in_part = None;
         let mut taken = spare.push_lines(|| {
@@ -250,8 +283,8 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
                 entry.clear_settled();
             }
             let slots: [Option<Slot>; LINE] =
-                core::array::from_fn(|offset| self.gone(values[offset], here.plus(offset), done));
-            here = here.plus(LINE);
+                core::array::from_fn(|offset| self.gone(values[offset], here + offset, done));
+            here += LINE;
             match slots {
                 [Some(a), Some(b), Some(c), Some(d), Some(e), Some(f), Some(g), Some(h)] => {
                     Some([a, b, c, d, e, f, g, h])
@@ -267,15 +300,16 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
             taken += 1;
         }
         if taken > 0 {
-            done.note(at.index..at.index + taken * LINE);
+            done.note(done.next..done.next + taken * LINE);
+            done.next += taken * LINE;
         }
         taken
     }
 
     /// Looks at one entry; whether the loop can go on to the next.
     #[inline(always)]
-    fn one(&self, entry: &Entry, at: At, spare: &mut Spare<'_>, done: &mut Done) -> bool {
-        let level = self.leaves.level();
+    fn one(&self, entry: &Entry, spare: &mut Spare<'_>, done: &mut Done) -> bool {
+        let index = done.next;
         let seen = entry.load();
         if seen.is_none() {
             return true;
@@ -286,19 +320,20 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
             }
             // A and D from the exchange wherever hardware may still set them, never from the read before it.
             let old = self.clear.take(entry, seen);
-            if let Some(slot) = self.gone(old, at, done) {
+            if let Some(slot) = self.gone(old, index, done) {
                 spare.push(slot);
             }
-            done.note(at.index..at.index + 1);
+            done.note(index..index + 1);
             return true;
         }
-        self.not_a_leaf(entry, seen, at.address(level), done)
+        self.not_a_leaf(entry, seen, done)
     }
 
     #[cold]
     #[inline(never)]
-    fn not_a_leaf(&self, entry: &Entry, seen: EntryValue, address: u64, done: &mut Done) -> bool {
+    fn not_a_leaf(&self, entry: &Entry, seen: EntryValue, done: &mut Done) -> bool {
         let level = self.leaves.level();
+        let address = self.address(done.next);
         match seen.decode(level) {
             Decoded::NonPresent(meaning) => {
                 if self.kernel.unmap_non_present(self.area, address, level, meaning) == Fate::Clear {
@@ -323,10 +358,10 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
 
     /// Tells the kernel of a leaf that was cleared; the slot in which its page waits, if it is to be freed.
     #[inline(always)]
-    fn gone(&self, value: EntryValue, at: At, done: &mut Done) -> Option<Slot> {
+    fn gone(&self, value: EntryValue, index: usize, done: &mut Done) -> Option<Slot> {
         let level = self.leaves.level();
         let frame = PhysFrame::containing_address(value.leaf_address(level));
-        let leaf = UnmappedLeaf { address: at.address(level), level, value, frame };
+        let leaf = UnmappedLeaf { address: self.address(index), level, value, frame };
         match self.kernel.unmap_page(self.area, &leaf) {
             Disposition::Keep => None,
             Disposition::Free => Some(Slot::page(frame)),

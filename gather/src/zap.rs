@@ -5,7 +5,7 @@ use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRan
 
 use crate::batch::Room;
 use crate::entries::{
-    At, Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Small, Stop, zap_entries,
+    Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries,
 };
 use crate::gather::{GatherMode, MmuGather, PfnMaps};
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
@@ -217,45 +217,40 @@ impl<K: Platform> MmuGather<'_, K> {
     ) -> Visit {
         let kernel = self.kernel;
         let level = leaves.level();
-        let entries = locked.entries(range);
-        let first = level.index(range.start());
-        let used = locked.used_lines();
+        let part = Part::new(locked, range);
+        let mut next = part.first;
         let mut kept = Kept::Nothing;
-        let mut at = At { first: range.start(), index: 0 };
         let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
         loop {
-            // INVARIANT: P4, what lies between is none.
-            let run = used.first_run(&(first + at.index..first + entries.len()));
-            at.index = run.start - first;
             let (done, room) = self.state.pages.fill(&self.state.limits, |spare| {
-                zap_entries(kernel, vma, &entries[..run.end - first], at, spare, leaves, clear)
+                zap_entries(kernel, vma, &part, next, spare, leaves, clear)
             });
+            next = done.next;
             visit.leaves += done.leaves;
-            if done.kept == Kept::Something {
-                kept = Kept::Something;
-            }
-            if let Some(cleared) = done.cleared(range.start(), level) {
+            if let Some(cleared) = done.cleared(&part, level) {
                 // INVARIANT: G2, before the lock drops.
                 self.state.range.cleared(cleared, level);
+            }
+            if done.kept == Kept::Something {
+                kept = Kept::Something;
             }
             if done.rmaps == DelayedRmaps::Some {
                 visit.rmaps = DelayedRmaps::Some;
                 self.state.pages.note_delayed_rmaps();
             }
-            at.index = done.next;
             if room == Room::Full {
                 visit.room = self.state.pages.next_batch(kernel, &self.state.limits);
             }
-            let at_end = at.index == entries.len();
-            if at_end || visit.room == Room::Full || done.stop == Stop::Table {
-                if !at_end {
-                    visit.next = at.address(level);
-                }
-                if kept == Kept::Nothing {
-                    locked.forget_cleared_lines(&(first..first + at.index));
-                }
-                return visit;
+            if next == part.end || visit.room == Room::Full || done.stop == Stop::Table {
+                break;
             }
         }
+        if next != part.end {
+            visit.next = part.address(next, level);
+        }
+        if kept == Kept::Nothing {
+            locked.forget_cleared_lines(&(part.first..next));
+        }
+        visit
     }
 }
