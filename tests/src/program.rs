@@ -304,6 +304,17 @@ impl PaperKernel {
         unsafe { unmap_region(self, mm, limits, vmas, bounds, || {}) }.free();
     }
 
+    /// Queues one page so often, at as many addresses, in one gather, and finishes it. Nothing maps the page.
+    pub fn remove_single_pages(&self, mm: &PaperMm, limits: &Limits, nr_pages: u64) {
+        let mut gather = self.gather(mm).with_limits(limits);
+        let frame = self.ledger().new_page(4096);
+        for page in 0..nr_pages {
+            self.ledger().add_reference(frame);
+            let address = GIB + page * 4096;
+            gather.remove_page(frame, range(address, address + 4096), Level::Pte);
+        }
+    }
+
     /// Drops the pages of `range` in `vma` and keeps the tables; madvise(MADV_DONTNEED).
     pub fn zap<'a>(
         &'a self,

@@ -21,14 +21,7 @@ fn single_pages_force_a_flush_every_9678_516_or_7_records() {
         for (limits, expected) in [Limits::DEFAULT, ONE_BATCH, NO_BATCH].iter().zip(expected) {
             let kernel = PaperKernel::new(Options::default());
             let mm = kernel.new_mm();
-            let mut gather = kernel.gather(mm).with_limits(limits);
-            let frame = kernel.ledger().new_page(4096);
-            for page in 0..nr_pages {
-                kernel.ledger().add_reference(frame);
-                let address = GIB + page * 4096;
-                gather.remove_page(frame, range(address, address + 4096), Level::Pte);
-            }
-            drop(gather);
+            kernel.remove_single_pages(mm, limits, nr_pages);
             assert_eq!(forced_flushes(&kernel), expected, "{nr_pages} pages, {limits:?}");
             assert_eq!(kernel.ledger().nr_held(), 0);
             assert_eq!(kernel.batches_lent(), 0);

@@ -1,21 +1,13 @@
 //! Limits chosen for what is about to be torn down: as few flushes as the default, and less memory waiting.
 
-use mmu_gather::pagetable::Level;
 use mmu_gather::{GatherEvent, Limits};
-use mmu_tests::{Event, GIB, Options, PaperKernel, range};
+use mmu_tests::{Event, Options, PaperKernel};
 
 /// Forced flushes of a teardown of `nr_pages`, and whether any flush released more than `most_waiting` pages.
 fn tear_down(nr_pages: u64, limits: &Limits, most_waiting: u64) -> (usize, bool) {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
-    let mut gather = kernel.gather(mm).with_limits(limits);
-    let frame = kernel.ledger().new_page(4096);
-    for page in 0..nr_pages {
-        kernel.ledger().add_reference(frame);
-        let address = GIB + page * 4096;
-        gather.remove_page(frame, range(address, address + 4096), Level::Pte);
-    }
-    drop(gather);
+    kernel.remove_single_pages(mm, limits, nr_pages);
     assert_eq!(kernel.ledger().nr_held(), 0, "{nr_pages} pages, {limits:?}");
     let forced = kernel.count(|event| *event == Event::Gather(GatherEvent::ForcedFlush));
     let beyond = kernel.count(
