@@ -229,6 +229,21 @@ impl<'m, C: Counting> Machine<'m, C> {
     }
 }
 
+/// Carries out a request on every target, one after the other.
+///
+/// # Safety
+/// The calling thread plays all CPUs of `cpus`, and nothing interrupts it.
+pub unsafe fn answer_for_all<C: Cpus>(
+    cpus: &C,
+    targets: &CpuSet<C::Bits>,
+    request: &FlushRequest<'_, C::Bits>,
+) {
+    for cpu in targets.iter() {
+        // SAFETY: this thread is that CPU for the moment, by our caller's word.
+        unsafe { flush_tlb_func(cpus, cpu, request) };
+    }
+}
+
 // SAFETY: `memory::pointer` names the frame's 4096 bytes in a mapping that lives as long as the process; they are used
 // through `&Table` or, by peers that run alone, through `PageTable`. `allocate_table` takes a frame off the free list and
 // zeroes it. The lock is in the frame's own metadata, so locks of different frames are distinct.
@@ -290,10 +305,8 @@ unsafe impl<C: Counting> Cpus for Machine<'_, C> {
         meanwhile: impl FnOnce(),
     ) {
         meanwhile();
-        for cpu in targets.iter() {
-            // SAFETY: this thread is that CPU for the moment, and nothing interrupts it.
-            unsafe { flush_tlb_func(self, cpu, request) };
-        }
+        // SAFETY: this thread plays every CPU.
+        unsafe { answer_for_all(self, targets, request) };
         self.pay_for_flush(targets.len());
     }
 

@@ -3,12 +3,14 @@
 
 use core::cell::{Cell, RefCell};
 use core::ptr::NonNull;
+use core::time::Duration;
 
-use mmu_benches::machine::{Batched, Bits, Machine};
+use mmu_benches::machine::{Batched, Bits, Machine, answer_for_all};
+use mmu_benches::memory::Memory;
 use mmu_gather::pagetable::{Bounds, TableLock, TableMemory, UsedLines, VirtRange};
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, TlbEvent, enter_lazy_tlb,
-    flush_tlb_func, switch_mm,
+    switch_mm,
 };
 use mmu_gather::{
     BatchPage, Disposition, FreedPages, GatherEvent, Limits, Mm, MmuGather, Pages, UnmappedLeaf, Vma,
@@ -74,26 +76,27 @@ impl BatchPool {
     }
 }
 
-/// One thread that plays all CPUs. Page tables, frames and their counts are those of the benches' machine.
+/// The benches' machine, one thread of which plays all CPUs: its page tables, frames and CPUs, with somebody who watches.
 #[derive(Debug)]
 pub(crate) struct SweepMachine<'m, W> {
-    base: &'m Machine<'m, Batched>,
+    base: Machine<'m, Batched>,
     pool: &'m BatchPool,
-    cpus: Vec<CpuTlb<Bits>>,
     conditions: Conditions,
     asked: Cell<u64>,
     watch: W,
 }
 
 impl<'m, W: Watch> SweepMachine<'m, W> {
-    pub(crate) fn new(
-        base: &'m Machine<'m, Batched>,
-        pool: &'m BatchPool,
-        conditions: Conditions,
-        watch: W,
-    ) -> Self {
-        let cpus = (0..conditions.cpus.total).map(|_| CpuTlb::new()).collect();
-        Self { base, pool, cpus, conditions, asked: Cell::new(0), watch }
+    pub(crate) fn new(memory: &'m Memory, pool: &'m BatchPool, conditions: Conditions, watch: W) -> Self {
+        let total = conditions.cpus.total;
+        let online = if total == 1 { OnlineCpus::One } else { OnlineCpus::Many };
+        let base = Machine::new(memory, online).with_others(total as usize - 1, Duration::ZERO);
+        Self { base, pool, conditions, asked: Cell::new(0), watch }
+    }
+
+    /// The machine that nobody watches.
+    pub(crate) const fn base(&self) -> &Machine<'m, Batched> {
+        &self.base
     }
 
     pub(crate) const fn watch(&self) -> &W {
@@ -163,19 +166,19 @@ unsafe impl<W: Watch> PageTableFrameMapping for SweepMachine<'_, W> {
     }
 }
 
-// SAFETY: one thread plays every CPU. `cpu_state` indexes a vector that never changes; `pinned` names CPU 0, which is the
-// one that runs; `flush_others` runs `flush_tlb_func` for each target before it returns; there are no translations to drop.
+// SAFETY: the CPUs are those of `base`, which answers for them. Only what is watched, and what must name this machine for it to be
+// watched, is done here: `flush_others` as `base` does it; there are no translations to drop.
 unsafe impl<W: Watch> Cpus for SweepMachine<'_, W> {
     type Bits = Bits;
 
     #[inline]
     fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
-        f(CpuId::new(0))
+        self.base.pinned(f)
     }
 
     #[inline]
     fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<Bits> {
-        &self.cpus[cpu.index()]
+        self.base.cpu_state(cpu)
     }
 
     fn init_root(&self) -> PhysFrame {
@@ -189,20 +192,18 @@ unsafe impl<W: Watch> Cpus for SweepMachine<'_, W> {
         meanwhile: impl FnOnce(),
     ) {
         meanwhile();
-        for cpu in targets.iter() {
-            // SAFETY: this thread is that CPU for the moment, and nothing interrupts it.
-            unsafe { flush_tlb_func(self, cpu, request) };
-        }
+        // SAFETY: this thread plays every CPU.
+        unsafe { answer_for_all(self, targets, request) };
     }
 
     #[inline]
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
-        f()
+        self.base.without_interrupts(f)
     }
 
     #[inline]
     fn online_cpus(&self) -> OnlineCpus {
-        if self.conditions.cpus.total == 1 { OnlineCpus::One } else { OnlineCpus::Many }
+        self.base.online_cpus()
     }
 
     #[inline]

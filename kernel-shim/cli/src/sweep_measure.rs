@@ -5,12 +5,11 @@ use core::ptr;
 use core::time::Duration;
 use std::time::Instant;
 
-use mmu_benches::machine::{Batched, Machine};
 use mmu_benches::memory::Memory;
 use mmu_benches::preempted::times_preempted;
 use mmu_benches::shape::{Shape, shuffle};
 use mmu_benches::space::Space;
-use mmu_gather::tlb::{OnlineCpus, TlbEvent};
+use mmu_gather::tlb::TlbEvent;
 use mmu_gather::{FreedPages, GatherEvent, Limits};
 use serde::Serialize;
 use x86_64::structures::paging::PhysFrame;
@@ -122,9 +121,8 @@ pub struct Found {
 /// If memory cannot be had, or a page or table was not freed.
 pub fn measure(plan: &Plan, mut step: impl FnMut()) -> Result<Found, SweepError> {
     let memory = Memory::map().map_err(SweepError::Memory)?;
-    let base = Machine::new(&memory, OnlineCpus::Many);
     let pool = BatchPool::default();
-    let mut rig = Rig { memory: &memory, base: &base, pool: &pool, shapes: Vec::new() };
+    let mut rig = Rig { memory: &memory, pool: &pool, shapes: Vec::new() };
     let mut found = Found { cells: Vec::new(), left_out: Vec::new(), clock_ns: clock_ns(), stack_bytes: 0 };
     for conditions in &plan.conditions {
         if !rig.prepare(plan, conditions) {
@@ -178,7 +176,6 @@ impl Timing {
 /// The memory, and the layouts that go into it.
 struct Rig<'m> {
     memory: &'m Memory,
-    base: &'m Machine<'m, Batched>,
     pool: &'m BatchPool,
     shapes: Vec<((Arrangement, NrPages), Shape)>,
 }
@@ -207,7 +204,7 @@ impl Rig<'_> {
 
     fn count(&self, batch: Batch, conditions: Conditions) -> Result<(Counts, usize), SweepError> {
         let tally = Tally { shape: self.shape(conditions), ..Tally::default() };
-        let machine = SweepMachine::new(self.base, self.pool, conditions, tally);
+        let machine = SweepMachine::new(self.memory, self.pool, conditions, tally);
         let tally = machine.watch();
         let mut counts = Counts::default();
         self.tear_down(&machine, batch, conditions, |munmap| {
@@ -220,7 +217,7 @@ impl Rig<'_> {
 
     /// One sample: nanoseconds a page. Small layouts are torn down several times for it.
     fn time(&self, batch: Batch, conditions: Conditions, clock_ns: f64) -> Result<f64, SweepError> {
-        let machine = SweepMachine::new(self.base, self.pool, conditions, Unwatched);
+        let machine = SweepMachine::new(self.memory, self.pool, conditions, Unwatched);
         let times = (256 / conditions.size.0).clamp(1, 64);
         let mut tries = 0;
         loop {
@@ -250,7 +247,7 @@ impl Rig<'_> {
         measure: impl FnOnce(&dyn Fn()),
     ) -> Result<(), SweepError> {
         let Some(shape) = self.shape(conditions) else { return Ok(()) };
-        let space = Space::without_stretches(self.base, shape);
+        let space = Space::without_stretches(machine.base(), shape);
         let limits: Limits = batch.limits(shape.nr_leaves());
         let free_before = self.memory.nr_free_tables();
         machine.with_loaded(&space.mm, || measure(&|| machine.munmap(&space.mm, &limits, &shape.areas)));
