@@ -164,6 +164,20 @@ fn the_page_is_whole_in_itself_and_shows_the_violation() {
         links += 1;
     }
     assert!(links >= 4, "{links} links");
+    // Every mark has words, and whoever asks is answered, not the other way round.
+    let mut partners = 0;
+    for mark in page.lines().filter(|line| line.contains("<button")) {
+        let words = mark.strip_suffix("</button></div>").and_then(|mark| mark.rsplit('>').next());
+        let words = words.expect("a mark");
+        assert!(!words.is_empty(), "a mark without words: {mark}");
+        assert_eq!(mark.contains("class=\"mark violation\""), words.starts_with("VIOLATION: "), "{mark}");
+        if let Some((_, is)) = mark.split_once("data-partner-is=\"") {
+            let expected = if is.starts_with("Answered at\"") { "asks CPU" } else { "answers CPU" };
+            assert!(words.starts_with(expected), "{mark}");
+            partners += 1;
+        }
+    }
+    assert!(partners >= 2, "{partners} marks with a partner");
 }
 
 #[test]
