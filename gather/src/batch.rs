@@ -192,9 +192,37 @@ impl PageQueue {
         slots
     }
 
+    /// The queue, moved out of here field by field and slot by slot; what stays behind is empty.
+    ///
+    /// Not `mem::replace`: that loads sixteen bytes at a time what was stored eight at a time just before, for which a CPU waits.
+    #[inline]
+    pub(crate) fn leave(&mut self) -> Self {
+        let mut bundle = ArrayVec::new_const();
+        for slot in &self.bundle {
+            bundle.push(*slot);
+        }
+        self.bundle.clear();
+        Self {
+            bundle,
+            delayed_rmaps: self.delayed_rmaps,
+            runs: self.runs,
+            batch_pages: self.batch_pages,
+            first: self.first.take(),
+            active: self.active.take(),
+        }
+    }
+
     /// Returns the batch pages. Nothing is queued.
+    #[inline]
     pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: pages queued and never freed");
+        if self.first.is_some() {
+            self.give_back_pages(kernel);
+        }
+    }
+
+    #[inline(never)]
+    fn give_back_pages<K: Pages>(&mut self, kernel: &K) {
         self.active = None;
         let mut next = self.first.take();
         while let Some(batch) = next {
@@ -206,6 +234,7 @@ impl PageQueue {
         self.batch_pages = 0;
     }
 
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         // The bundle fills first.
         self.bundle.is_empty()

@@ -1,20 +1,23 @@
 //! The gather itself: on the stack of whoever unmaps, from the first entry cleared to the last page freed.
-#![expect(unsafe_code, reason = "the constructors take the map lock on trust")]
+#![expect(
+    unsafe_code,
+    reason = "the constructors take the map lock on trust; a flushed gather leaves its queues behind"
+)]
 
-use core::fmt;
+use core::{fmt, mem};
 
 use mmu_pagetable::{FreedTable, Level, VirtRange};
 use mmu_tlb::{DeferredFlushes, Flushed, OnlineCpus, flush_tlb_mm, flush_tlb_mm_range};
-use static_assertions::assert_not_impl_any;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::batch::{PageQueue, Room};
+use crate::batch::Room;
 use crate::limits::Limits;
 use crate::mm::Mm;
 use crate::platform::{GatherEvent, Platform};
 use crate::range::FlushRange;
 use crate::slot::Slot;
-use crate::table_batch::{Queued, TableQueue};
+use crate::table_batch::Queued;
+use crate::waiting::{Covered, Waiting};
 
 /// What a gather may assume about other users of the address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,35 +50,25 @@ pub struct MmuGather<'a, K: Platform> {
     pub(crate) kernel: &'a K,
     pub(crate) mm: &'a Mm<K::Bits>,
     pub(crate) state: State,
+    pub(crate) waiting: Waiting,
 }
 
-/// Everything that does not depend on the kernel's types.
+/// What is known until the flush.
 pub(crate) struct State {
     pub(crate) mode: GatherMode,
     pub(crate) pfn_maps: PfnMaps,
-    phase: Phase,
-    pub(crate) limits: Limits,
     pub(crate) range: FlushRange,
     /// Reclaim's deferred flushes seen under a table lock: the next flush is of the whole address space.
     deferred: Option<DeferredFlushes>,
-    /// The last flush. INVARIANT: while `range` is empty it covers everything queued.
-    receipt: Option<Flushed>,
-    pub(crate) pages: PageQueue,
-    tables: TableQueue,
+    /// The last flush. INVARIANT: while `range` is empty it covers everything that waits.
+    receipt: Option<Covered>,
 }
 
-assert_not_impl_any!(State: Send, Sync, Clone);
-
 impl State {
+    #[inline]
     pub(crate) const fn has_deferred_flushes(&self) -> bool {
         self.deferred.is_some()
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Open,
-    Flushed,
 }
 
 /// Whether entries of a [`PfnMap`](crate::VmaKind::PfnMap) area were cleared. Sticky: a later area does not undo it.
@@ -133,14 +126,11 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             state: State {
                 mode,
                 pfn_maps: PfnMaps::NotSeen,
-                phase: Phase::Open,
-                limits: Limits::DEFAULT,
                 range: FlushRange::empty(),
                 deferred: None,
                 receipt: None,
-                pages: PageQueue::new(),
-                tables: TableQueue::new(),
             },
+            waiting: Waiting::new(),
         }
     }
 
@@ -148,7 +138,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[must_use]
     #[inline]
     pub fn with_limits(mut self, limits: &Limits) -> Self {
-        self.state.limits = limits.clamped();
+        self.waiting.limits = limits.clamped();
         self
     }
 
@@ -183,7 +173,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[doc(alias = "tlb_remove_page")]
     pub fn remove_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
         self.state.range.cleared(cleared, level);
-        if self.state.pages.push(self.kernel, &self.state.limits, Slot::page(frame)) == Room::Full {
+        if self.waiting.pages.push(self.kernel, &self.waiting.limits, Slot::page(frame)) == Room::Full {
             self.forced_flush();
         }
     }
@@ -197,7 +187,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     pub fn remove_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) {
         self.state.range.cleared(cleared, Level::Pte);
         let run = Slot::run(frame, nr_pages);
-        if self.state.pages.push_run(self.kernel, &self.state.limits, run) == Room::Full {
+        if self.waiting.pages.push_run(self.kernel, &self.waiting.limits, run) == Room::Full {
             self.forced_flush();
         }
     }
@@ -215,7 +205,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     pub fn remove_table(&mut self, table: FreedTable, address: u64) {
         self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level));
         self.state.range.freed_table(&table, address);
-        match self.state.tables.push(self.kernel, &self.state.limits, table.frame) {
+        match self.waiting.tables.push(self.kernel, &self.waiting.limits, table.frame) {
             Queued::Room => {}
             Queued::Full => self.forced_flush(),
             Queued::NoBatch(alone) => {
@@ -224,7 +214,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 // INVARIANT: G1, `range` held this table, so the flush just done was made for it too.
                 let receipt = self.take_receipt();
                 self.kernel.free_tables(&[alone]);
-                self.free_pending(receipt);
+                self.waiting.free_all(self.kernel, receipt);
             }
         }
     }
@@ -238,15 +228,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Linux: tlb_flush_mmu_tlbonly, include/asm-generic/tlb.h.
     #[doc(alias = "tlb_flush_mmu_tlbonly")]
     pub fn flush_tlb_only(&mut self) {
-        let Some(span) = self.state.range.span() else { return };
-        let whole =
-            self.state.mode == GatherMode::FullMm || self.state.deferred.is_some() || self.is_nested();
-        let receipt = if whole {
-            flush_tlb_mm(self.kernel, self.mm.context())
-        } else {
-            flush_tlb_mm_range(self.kernel, self.mm.context(), span, self.state.range.tables())
-        };
-        self.note_flushed(receipt, if whole { Scope::Whole } else { Scope::Range });
+        if !self.state.range.is_empty() {
+            let scope = if self.is_nested() { Scope::Whole } else { self.scope() };
+            self.shoot_down(scope);
+        }
     }
 
     /// Flushes, then frees everything queued so far; the gather can be filled again.
@@ -279,13 +264,19 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.flush_after(|_| {})
     }
 
-    /// Does `work`, then flushes: as [`flush`](Self::flush), without moving what has been filled (200 bytes, twice).
+    /// Does `work`, then flushes: as [`flush`](Self::flush), with nothing moved between the two.
+    ///
+    /// Only what waits moves on, field by field: a copy of all 200 bytes, sixteen at a time, waits for the narrow stores that
+    /// filled them, which took longer (11 ns) than beginning and finishing a gather takes now.
     #[inline]
-    pub(crate) fn flush_after(self, work: impl FnOnce(&mut Self)) -> FlushedGather<'a, K> {
-        let mut flushed = FlushedGather(self);
-        work(&mut flushed.0);
-        flushed.0.finish_flush();
-        flushed
+    pub(crate) fn flush_after(mut self, work: impl FnOnce(&mut Self)) -> FlushedGather<'a, K> {
+        work(&mut self);
+        let receipt = self.finish_flush();
+        let waiting = self.waiting.leave();
+        let kernel = self.kernel;
+        // Closed, and nothing waits in it: there is nothing left for it to do when dropped.
+        mem::forget(self);
+        FlushedGather { kernel, waiting, receipt }
     }
 
     /// Reclaim may have cleared entries here and not flushed yet; the next flush makes up for it.
@@ -313,28 +304,51 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.flush_mmu();
     }
 
+    #[inline]
     pub(crate) fn is_nested(&self) -> bool {
         self.mm.open_gathers() > 1
     }
 
     /// Makes every CPU forget what this gather cleared, and what others that are open cleared and have not flushed.
+    #[inline(always)]
     pub(crate) fn flush_for_all_gathers(&mut self) {
-        if self.is_nested() || (self.state.deferred.is_some() && self.state.range.is_empty()) {
-            if self.is_nested() {
-                self.kernel.observe_gather(GatherEvent::NestedFlush);
-            }
-            let receipt = flush_tlb_mm(self.kernel, self.mm.context());
-            self.note_flushed(receipt, Scope::Whole);
-        } else {
-            self.flush_tlb_only();
+        if self.is_nested() {
+            self.kernel.observe_gather(GatherEvent::NestedFlush);
+            self.shoot_down(Scope::Whole);
+        } else if self.state.has_deferred_flushes() || !self.state.range.is_empty() {
+            self.shoot_down(self.scope());
         }
     }
 
-    fn finish_flush(&mut self) {
+    /// Flushes for the last time and closes the gather; returns the receipt, if anything waits for it.
+    #[inline(always)]
+    fn finish_flush(&mut self) -> Option<Covered> {
         self.flush_for_all_gathers();
         // INVARIANT: G6, the count goes down only after the flush.
         self.mm.close_gather();
-        self.state.phase = Phase::Flushed;
+        if self.waiting.is_empty() { None } else { Some(self.take_receipt()) }
+    }
+
+    /// How much must be flushed when no other gather is open.
+    #[inline]
+    fn scope(&self) -> Scope {
+        if self.state.mode == GatherMode::FullMm || self.state.has_deferred_flushes() {
+            Scope::Whole
+        } else {
+            Scope::Range
+        }
+    }
+
+    #[inline(never)]
+    fn shoot_down(&mut self, scope: Scope) {
+        let (kernel, context) = (self.kernel, self.mm.context());
+        let receipt = match (scope, self.state.range.span()) {
+            (Scope::Range, Some(span)) => {
+                flush_tlb_mm_range(kernel, context, span, self.state.range.tables())
+            }
+            _ => flush_tlb_mm(kernel, context),
+        };
+        self.note_flushed(receipt, scope);
     }
 
     fn note_flushed(&mut self, receipt: Flushed, scope: Scope) {
@@ -345,30 +359,26 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
         // INVARIANT: G2, the range is emptied together with the flush, nowhere else.
         self.state.range.reset();
-        self.state.receipt = Some(receipt);
+        self.state.receipt = Some(Covered::by(receipt));
     }
 
-    /// Frees everything queued, on the strength of the last flush.
+    /// Frees everything that waits, on the strength of the last flush.
     fn release(&mut self) {
-        if self.state.pages.is_empty() && self.state.tables.is_empty() {
-            return;
+        if !self.waiting.is_empty() {
+            let receipt = self.take_receipt();
+            self.waiting.free_all(self.kernel, receipt);
         }
-        let receipt = self.take_receipt();
-        self.free_pending(receipt);
     }
 
     /// The receipt of the last flush, which covers everything queued.
-    fn take_receipt(&mut self) -> Flushed {
+    #[inline]
+    fn take_receipt(&mut self) -> Covered {
         debug_assert!(self.state.range.is_empty(), "G1: {:?} not flushed before freeing", self.state.range);
-        // Without a receipt nothing was flushed since something was queued. That cannot be; if it is, flush all.
-        self.state.receipt.take().unwrap_or_else(|| flush_tlb_mm(self.kernel, self.mm.context()))
-    }
-
-    /// The one way from pending to free. INVARIANT: G1, it takes a receipt.
-    fn free_pending(&mut self, _receipt: Flushed) {
-        let tables = self.state.tables.free_all(self.kernel);
-        let slots = self.state.pages.free_all(self.kernel, &self.state.limits);
-        self.kernel.observe_gather(GatherEvent::Released { slots, tables });
+        if self.state.receipt.is_none() {
+            // Nothing was flushed since something was queued. That cannot be; if it is, flush all.
+            self.shoot_down(Scope::Whole);
+        }
+        self.state.receipt.take().expect("a flush leaves one")
     }
 }
 
@@ -380,12 +390,8 @@ enum Scope {
 
 impl<K: Platform> Drop for MmuGather<'_, K> {
     fn drop(&mut self) {
-        if self.state.phase == Phase::Open {
-            self.finish_flush();
-        }
-        self.release();
-        self.state.pages.give_back(self.kernel);
-        self.state.tables.give_back(self.kernel);
+        let receipt = self.finish_flush();
+        self.waiting.finish(self.kernel, receipt);
     }
 }
 
@@ -393,7 +399,12 @@ impl<K: Platform> Drop for MmuGather<'_, K> {
 ///
 /// Made to be freed after the locks are dropped; dropping it frees too.
 #[must_use = "drop the locks, then free"]
-pub struct FlushedGather<'a, K: Platform>(MmuGather<'a, K>);
+pub struct FlushedGather<'a, K: Platform> {
+    kernel: &'a K,
+    waiting: Waiting,
+    /// INVARIANT: there is one unless nothing waits.
+    receipt: Option<Covered>,
+}
 
 impl<K: Platform> FlushedGather<'_, K> {
     /// Hands the pages and tables to the kernel, a slice at a time.
@@ -409,19 +420,26 @@ impl<K: Platform> FlushedGather<'_, K> {
     }
 }
 
+impl<K: Platform> Drop for FlushedGather<'_, K> {
+    #[inline]
+    fn drop(&mut self) {
+        let receipt = self.receipt.take();
+        self.waiting.finish(self.kernel, receipt);
+    }
+}
+
 impl<K: Platform> fmt::Debug for MmuGather<'_, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MmuGather")
             .field("mode", &self.state.mode)
             .field("range", &self.state.range)
-            .field("pages", &self.state.pages)
-            .field("tables", &self.state.tables)
+            .field("waiting", &self.waiting)
             .finish_non_exhaustive()
     }
 }
 
 impl<K: Platform> fmt::Debug for FlushedGather<'_, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("FlushedGather").field(&self.0).finish()
+        f.debug_struct("FlushedGather").field("waiting", &self.waiting).finish_non_exhaustive()
     }
 }

@@ -46,6 +46,7 @@ mod spare;
 mod split;
 mod table_batch;
 mod teardown;
+mod waiting;
 mod zap;
 
 pub use mmu_pagetable as pagetable;

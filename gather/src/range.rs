@@ -45,6 +45,7 @@ impl FlushRange {
         self.cleared_levels == 0
     }
 
+    #[inline]
     pub(crate) const fn tables(&self) -> FreedTables {
         self.tables
     }
@@ -52,6 +53,7 @@ impl FlushRange {
     /// The span to flush, its ends rounded out to the stride; `None` if nothing was cleared.
     ///
     /// Rounding matters: from an unrounded start, steps of 2 MiB can stride over the last 2 MiB touched.
+    #[inline]
     pub(crate) fn span(&self) -> Option<PageSpan> {
         if self.is_empty() {
             return None;
@@ -60,12 +62,13 @@ impl FlushRange {
         let stride = smallest.entry_span();
         Some(PageSpan {
             start: self.start & !(stride - 1),
-            end: self.end.next_multiple_of(stride),
+            end: (self.end + (stride - 1)) & !(stride - 1),
             stride_shift: smallest.entry_shift(),
         })
     }
 
     /// Everything noted so far has been flushed.
+    #[inline]
     pub(crate) const fn reset(&mut self) {
         *self = Self::empty();
     }

@@ -76,7 +76,14 @@ impl TableQueue {
         tables
     }
 
+    /// The queue, moved out of here; what stays behind is empty.
+    #[inline]
+    pub(crate) const fn leave(&mut self) -> Self {
+        Self { batch: self.batch.take() }
+    }
+
     /// Returns the batch page. Nothing is queued.
+    #[inline]
     pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: tables queued and never freed");
         if let Some(batch) = self.batch.take() {
@@ -85,6 +92,7 @@ impl TableQueue {
         }
     }
 
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         match self.batch {
             // SAFETY: by the invariant the page is ours alone.

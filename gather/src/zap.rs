@@ -172,7 +172,7 @@ impl<K: Platform> MmuGather<'_, K> {
             // still writes to it through an old entry.
             kernel.observe_gather(GatherEvent::DirtyFlush);
             self.flush_tlb_only();
-            self.state.pages.remove_delayed_rmaps(kernel);
+            self.waiting.pages.remove_delayed_rmaps(kernel);
         }
         drop(locked);
         // At most 512 a table.
@@ -222,7 +222,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let mut kept = Kept::Nothing;
         let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
         loop {
-            let (done, room) = self.state.pages.fill(&self.state.limits, |spare| {
+            let (done, room) = self.waiting.pages.fill(&self.waiting.limits, |spare| {
                 zap_entries(kernel, vma, &part, next, spare, leaves, clear)
             });
             next = done.next;
@@ -236,10 +236,10 @@ impl<K: Platform> MmuGather<'_, K> {
             }
             if done.rmaps == DelayedRmaps::Some {
                 visit.rmaps = DelayedRmaps::Some;
-                self.state.pages.note_delayed_rmaps();
+                self.waiting.pages.note_delayed_rmaps();
             }
             if room == Room::Full {
-                visit.room = self.state.pages.next_batch(kernel, &self.state.limits);
+                visit.room = self.waiting.pages.next_batch(kernel, &self.waiting.limits);
             }
             if next == part.end || visit.room == Room::Full || done.stop == Stop::Table {
                 break;

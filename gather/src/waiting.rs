@@ -1,0 +1,68 @@
+//! What a gather has unhooked and not freed yet: the pages, the tables, and how many of each may wait.
+
+use mmu_tlb::Flushed;
+use static_assertions::assert_not_impl_any;
+
+use crate::batch::PageQueue;
+use crate::limits::Limits;
+use crate::platform::{GatherEvent, Platform};
+use crate::table_batch::TableQueue;
+
+/// What is left of the receipt of a flush, once it is known to be one of everything that waits: the proof, which takes no room.
+#[derive(Debug)]
+pub(crate) struct Covered(());
+
+impl Covered {
+    #[inline]
+    pub(crate) fn by(_receipt: Flushed) -> Self {
+        Self(())
+    }
+}
+
+/// The two queues. They outlive the flush: whoever flushed moves them on, and frees them when the locks are dropped.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    pub(crate) pages: PageQueue,
+    pub(crate) tables: TableQueue,
+    pub(crate) limits: Limits,
+}
+
+assert_not_impl_any!(Waiting: Send, Sync, Clone);
+
+impl Waiting {
+    #[inline]
+    pub(crate) const fn new() -> Self {
+        Self { pages: PageQueue::new(), tables: TableQueue::new(), limits: Limits::DEFAULT }
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pages.is_empty() && self.tables.is_empty()
+    }
+
+    /// Everything that waits, moved out of here; nothing does here any more.
+    #[inline]
+    pub(crate) fn leave(&mut self) -> Self {
+        Self { pages: self.pages.leave(), tables: self.tables.leave(), limits: self.limits }
+    }
+
+    /// The one way from pending to free. INVARIANT: G1, it takes the receipt of a flush of everything here.
+    #[inline(never)]
+    pub(crate) fn free_all<K: Platform>(&mut self, kernel: &K, _receipt: Covered) {
+        let tables = self.tables.free_all(kernel);
+        let slots = self.pages.free_all(kernel, &self.limits);
+        kernel.observe_gather(GatherEvent::Released { slots, tables });
+    }
+
+    /// Frees everything, for the last time, and returns the batch pages. `receipt` is that of a flush of everything here; none if
+    /// nothing is.
+    #[inline(always)]
+    pub(crate) fn finish<K: Platform>(&mut self, kernel: &K, receipt: Option<Covered>) {
+        debug_assert!(receipt.is_some() || self.is_empty(), "G1: freed without a flush");
+        if let Some(receipt) = receipt {
+            self.free_all(kernel, receipt);
+        }
+        self.pages.give_back(kernel);
+        self.tables.give_back(kernel);
+    }
+}
