@@ -130,8 +130,8 @@ impl<M: Machine> Kernel<M> {
             let entry = source.entry(address);
             match entry.load().decode(Level::Pte) {
                 Decoded::Leaf(page) => {
-                    let value = self.share(gather, vma, entry, address);
                     let frame = PhysFrame::containing_address(page);
+                    let value = self.share(gather, vma, entry, address, frame);
                     if vma.area.kind != AreaKind::Pfn && self.frames.meta(frame).kind() == FrameKind::Page {
                         self.frames.meta(frame).add_mapping();
                     }
@@ -147,16 +147,19 @@ impl<M: Machine> Kernel<M> {
                 Decoded::None | Decoded::Table(_) | Decoded::NonPresent(_) => {}
             }
         }
+        drop((source, target));
+        self.machine.cond_resched();
         Ok(())
     }
 
-    /// Takes the right to write from the parent's `entry`. What the child's is to be.
+    /// Takes the right to write from the parent's `entry`, which maps `frame`. What the child's is to be.
     fn share(
         &self,
         gather: &mut MmuGather<'_, Self>,
         vma: &Vma,
         entry: LockedEntry<'_>,
         address: u64,
+        frame: PhysFrame,
     ) -> EntryValue {
         let mut old = entry.load();
         while vma.area.kind != AreaKind::Pfn && old.is_writable() {
@@ -164,7 +167,7 @@ impl<M: Machine> Kernel<M> {
             // Hardware may set A/D meanwhile; then look again.
             match entry.compare_exchange(old, new) {
                 Ok(()) => {
-                    self.machine.note(Note::Restricted { address, level: Level::Pte });
+                    self.machine.note(Note::Restricted { address, level: Level::Pte, frame });
                     gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte);
                     old = new;
                 }

@@ -195,6 +195,8 @@ pub enum Note {
         address: u64,
         /// Level of the table it is in.
         level: Level,
+        /// The (first) frame it maps.
+        frame: PhysFrame,
     },
     /// The shootdown core did something on this CPU.
     Tlb {

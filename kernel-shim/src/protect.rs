@@ -65,7 +65,10 @@ impl<M: Machine> Kernel<M> {
                         self.protect_table(gather, vma, child, part);
                     }
                 }
-                Decoded::Leaf(_) => self.protect_leaf(gather, vma.area, &view.lock(self), address),
+                Decoded::Leaf(_) => {
+                    self.protect_leaf(gather, vma.area, &view.lock(self), address);
+                    self.machine.cond_resched();
+                }
                 Decoded::None | Decoded::NonPresent(_) => {}
             }
             address = part.end();
@@ -96,7 +99,7 @@ impl<M: Machine> Kernel<M> {
                 Ok(()) => {
                     let lost = old.bits() & !new.bits() & rights.bits();
                     if lost != 0 {
-                        self.machine.note(Note::Restricted { address, level });
+                        self.machine.note(Note::Restricted { address, level, frame });
                         gather.changed(VirtRange::of_entry(level, address), level);
                     }
                     return;

@@ -215,13 +215,16 @@ impl HostedMachine {
             }
             Note::Mapped { root, address, frame } => self.detail(Detail::Mapped(root, address, frame)),
             Note::Cleared { address, level, frame } => {
-                self.count_cleared(checked, frame);
+                self.count_leaf(checked, frame);
                 if level != mmu_gather::pagetable::Level::Pte {
                     self.reached.note(Boundary::LargeCleared);
                 }
                 self.detail(Detail::Cleared(address, level, frame));
             }
-            Note::Restricted { address, level } => self.detail(Detail::Restricted(address, level)),
+            Note::Restricted { address, level, frame } => {
+                self.count_leaf(checked, frame);
+                self.detail(Detail::Restricted(address, level));
+            }
             Note::Tlb { event, slot } => self.detail(Detail::Tlb(event, slot)),
             Note::Gather(event) => {
                 if event == GatherEvent::DirtyFlush {

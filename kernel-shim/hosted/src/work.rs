@@ -11,15 +11,15 @@ use crate::machine::{Checked, HostedMachine};
 /// What one CPU did since its last preemption point.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
-    cleared: AtomicU32,
+    leaves: AtomicU32,
     freed: AtomicU32,
 }
 
 /// The most that a CPU may do between two preemption points.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MostWork {
-    /// Leaves cleared: one table of large ones, then one of small ones.
-    pub cleared: u32,
+    /// Leaves cleared, or restricted: all of one table.
+    pub leaves: u32,
     /// Frames given back to the allocator.
     pub freed: u32,
 }
@@ -32,7 +32,7 @@ impl MostWork {
     pub const fn of(limits: &Limits) -> Self {
         let chunk = limits.free_chunk as u32 + 1;
         let tables = limits.table_slots as u32 + 1;
-        Self { cleared: 1024, freed: 2 * chunk + tables + limits.batch_pages as u32 + 2 }
+        Self { leaves: 512, freed: 2 * chunk + tables + limits.batch_pages as u32 + 2 }
     }
 }
 
@@ -40,13 +40,14 @@ impl HostedMachine {
     /// This CPU could run something else now.
     pub(crate) fn begin_work_anew(&self) {
         let work = &self.cpu().work;
-        work.cleared.store(0, Ordering::Relaxed);
+        work.leaves.store(0, Ordering::Relaxed);
         work.freed.store(0, Ordering::Relaxed);
     }
 
-    pub(crate) fn count_cleared(&self, checked: &Checked, frame: PhysFrame) {
-        let most = self.options.most_work.cleared;
-        self.count(checked, &self.cpu().work.cleared, most, frame);
+    /// An entry that mapped `frame` was cleared or lost rights.
+    pub(crate) fn count_leaf(&self, checked: &Checked, frame: PhysFrame) {
+        let most = self.options.most_work.leaves;
+        self.count(checked, &self.cpu().work.leaves, most, frame);
     }
 
     pub(crate) fn count_freed(&self, checked: &Checked, frame: PhysFrame) {
