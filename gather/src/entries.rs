@@ -326,32 +326,16 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
             done.note(index..index + 1);
             return true;
         }
-        self.not_a_leaf(entry, seen, done)
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn not_a_leaf(&self, entry: &Entry, seen: EntryValue, done: &mut Done) -> bool {
         let level = self.leaves.level();
-        let address = self.address(done.next);
-        match seen.decode(level) {
-            Decoded::NonPresent(meaning) => {
-                if self.kernel.unmap_non_present(self.area, address, level, meaning) == Fate::Clear {
-                    // Nothing is cached from an entry that is not present: no range, no flush.
-                    entry.store(EntryValue::NONE);
-                } else {
-                    done.kept = Kept::Something;
-                }
-                true
-            }
-            Decoded::Table(_) => {
-                done.stop = Stop::Table;
-                false
-            }
-            Decoded::None => true,
-            Decoded::Leaf(_) => {
+        match not_a_leaf(self.kernel, self.area, entry, seen, level, self.address(index)) {
+            Met::Cleared => true,
+            Met::Kept => {
                 done.kept = Kept::Something;
                 true
+            }
+            Met::Table => {
+                done.stop = Stop::Table;
+                false
             }
         }
     }
@@ -370,5 +354,37 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
                 Some(Slot::page(frame).delaying_rmap())
             }
         }
+    }
+}
+
+/// What became of an entry that is something, but no leaf.
+enum Met {
+    Cleared,
+    Kept,
+    Table,
+}
+
+#[cold]
+#[inline(never)]
+fn not_a_leaf<K: Platform>(
+    kernel: &K,
+    area: K::Area,
+    entry: &Entry,
+    seen: EntryValue,
+    level: Level,
+    address: u64,
+) -> Met {
+    match seen.decode(level) {
+        Decoded::NonPresent(meaning) => {
+            let fate = kernel.unmap_non_present(area, address, level, meaning);
+            if fate == Fate::Keep {
+                return Met::Kept;
+            }
+            // Nothing is cached from an entry that is not present: no range, no flush.
+            entry.store(EntryValue::NONE);
+            Met::Cleared
+        }
+        Decoded::Table(_) => Met::Table,
+        Decoded::None | Decoded::Leaf(_) => Met::Kept,
     }
 }

@@ -1,7 +1,7 @@
 //! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
+use mmu_pagetable::{Decoded, LockedTable, StaleWrites, TableView, VirtRange};
 
 use crate::batch::Room;
 use crate::entries::{
@@ -11,7 +11,7 @@ use crate::gather::{GatherMode, MmuGather, PfnMaps};
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 
 /// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
-const FETCH_AHEAD: u64 = 8;
+const FETCH_AHEAD: u64 = 16;
 
 /// How one visit under a table lock ended.
 struct Visit {
@@ -54,17 +54,9 @@ impl<K: Platform> MmuGather<'_, K> {
             self.state.pfn_maps = PfnMaps::Seen;
         }
         let kernel = self.kernel;
-        // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed while we walk.
-        let mut view = unsafe { self.mm.space().root_table(kernel) };
         // Straight down while one entry covers all of it: most areas are smaller than a table's span.
-        let differing = range.start() ^ (range.end() - 1);
-        while view.level() > Level::Pte && differing >> view.level().entry_shift() == 0 {
-            // SAFETY: as above; P2: a link leads to a live table of the level below.
-            match unsafe { view.child(kernel, range.start()) } {
-                Some(child) => view = child,
-                None => break,
-            }
-        }
+        // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed while we walk.
+        let view = unsafe { self.mm.space().lowest_table_of(kernel, range) };
         self.zap_table(vma, view, range);
     }
 

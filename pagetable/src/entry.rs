@@ -261,8 +261,9 @@ impl EntryValue {
     #[must_use]
     #[inline]
     pub fn as_table(self, level: Level) -> Option<PhysFrame> {
-        let huge = level.may_be_leaf() && self.0 & PageTableFlags::HUGE_PAGE.bits() != 0;
-        if self.is_present() && level > Level::Pte && !huge {
+        const KIND: u64 = PageTableFlags::PRESENT.bits() | PageTableFlags::HUGE_PAGE.bits();
+        // Bit 7 is reserved (0) in entries of levels that have no leaves.
+        if level > Level::Pte && self.0 & KIND == PageTableFlags::PRESENT.bits() {
             Some(PhysFrame::containing_address(PhysAddr::new(self.0 & ADDRESS_MASK)))
         } else {
             None

@@ -4,6 +4,7 @@ use x86_64::PhysAddr;
 
 use crate::entry::{Decoded, EntryValue};
 use crate::level::Level;
+use crate::range::VirtRange;
 use crate::space::AddressSpace;
 use crate::table::{TableMemory, TableView};
 
@@ -65,5 +66,29 @@ impl AddressSpace {
             view = unsafe { view.child(memory, address) }?;
         }
         Some(view)
+    }
+
+    /// The lowest table all of whose span covers `range`, or the one above it where the path ends.
+    ///
+    /// # Safety
+    /// As for [`AddressSpace::root_table`].
+    #[must_use]
+    #[inline]
+    pub unsafe fn lowest_table_of<'m, M: TableMemory>(
+        &self,
+        memory: &'m M,
+        range: VirtRange,
+    ) -> TableView<'m> {
+        // SAFETY: passed on to our caller.
+        let mut view = unsafe { self.root_table(memory) };
+        let differing = range.start() ^ (range.end() - 1);
+        while let Some(below) = view.level().below()
+            && differing >> view.level().entry_shift() == 0
+        {
+            let Some(frame) = view.load(range.start()).as_table(view.level()) else { break };
+            // SAFETY: P2: a link in a live table leads to a live table of the level below; our caller keeps it alive.
+            view = unsafe { TableView::new(memory, frame, below) };
+        }
+        view
     }
 }
