@@ -177,6 +177,9 @@ pub unsafe trait Cpus {
     fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}
 
     /// Counts an event. Not called per page.
+    ///
+    /// Called for requests that find nothing to do, too: count on lines of this CPU's own, or every flush writes what all
+    /// CPUs write.
     fn observe(&self, _event: TlbEvent) {}
 }
 
