@@ -30,7 +30,9 @@ pub enum GatherMode {
     /// was removed from Linux for that reason.)
     SingleCpu,
     /// The whole address space is dying and no program runs in it any more, though lazy CPUs may have it loaded: plain
-    /// stores, one full flush.
+    /// stores, full flushes. The first makes the lazy CPUs leave, so the later ones find nobody to interrupt, and nothing is
+    /// gained by holding much: a gather in this mode takes one batch page at the most
+    /// ([`Limits::EXIT_BATCH_PAGES`]), whatever its limits.
     FullMm,
 }
 
@@ -130,7 +132,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 deferred: None,
                 receipt: None,
             },
-            waiting: Waiting::new(),
+            waiting: Waiting::new(Limits::DEFAULT.of(mode)),
         }
     }
 
@@ -138,7 +140,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[must_use]
     #[inline]
     pub fn with_limits(mut self, limits: &Limits) -> Self {
-        self.waiting.limits = limits.clamped();
+        self.waiting.limits = limits.clamped().of(self.state.mode);
         self
     }
 

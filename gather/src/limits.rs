@@ -1,5 +1,7 @@
 //! How much a gather may hold before it must flush.
 
+use crate::gather::GatherMode;
+
 /// Capacities, all of them upper bounds of what one gather keeps unfreed.
 ///
 /// The default is Linux's. Tests shrink them so that every boundary runs; a kernel short of memory may too.
@@ -26,6 +28,16 @@ impl Limits {
     pub const BATCH_SLOTS: usize = 510;
     /// Tables in a table batch page: (4096 - 8 for the length) / 8.
     pub const TABLE_SLOTS: usize = 511;
+
+    /// Batch pages that the gather of a dying address space takes at the most.
+    ///
+    /// Its first flush makes lazy CPUs leave, and later ones interrupt nobody: they cost a generation each. Metadata and slots of 516
+    /// pages stay in the first-level cache until the pages are freed, those of 9678 do not: 1.06 times the plain floor in dense
+    /// memory instead of 1.19 (benches/README.md, W1). Freed smaller still, fetching metadata ahead begins anew too often.
+    pub const EXIT_BATCH_PAGES: u16 = 1;
+    /// Large leaves that it frees at a time. Their metadata lies far apart, often in a few sets of the caches; the processor waits
+    /// for it while it clears the next ones.
+    pub(crate) const EXIT_LARGE_LEAVES: usize = 64;
 
     /// Linux's capacities.
     pub const DEFAULT: Self = Self {
@@ -58,6 +70,17 @@ impl Limits {
         }
         let batch_slots = beyond_bundle.div_ceil(batch_pages) + 1;
         Self { batch_pages: batch_pages as u16, batch_slots: batch_slots as u16, ..default }
+    }
+
+    /// These limits, as far as a gather in `mode` can use them.
+    #[inline]
+    pub(crate) const fn of(self, mode: GatherMode) -> Self {
+        match mode {
+            GatherMode::FullMm if self.batch_pages > Self::EXIT_BATCH_PAGES => {
+                Self { batch_pages: Self::EXIT_BATCH_PAGES, ..self }
+            }
+            _ => self,
+        }
     }
 
     /// The same limits with every value brought into its legal range.

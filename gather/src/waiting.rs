@@ -31,8 +31,8 @@ assert_not_impl_any!(Waiting: Send, Sync, Clone);
 
 impl Waiting {
     #[inline]
-    pub(crate) const fn new() -> Self {
-        Self { pages: PageQueue::new(), tables: TableQueue::new(), limits: Limits::DEFAULT }
+    pub(crate) const fn new(limits: Limits) -> Self {
+        Self { pages: PageQueue::new(), tables: TableQueue::new(), limits }
     }
 
     #[inline]

@@ -1,13 +1,14 @@
 //! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use mmu_pagetable::{Decoded, LockedTable, StaleWrites, TableView, VirtRange};
+use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
 
 use crate::batch::Room;
 use crate::entries::{
     Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries,
 };
 use crate::gather::{GatherMode, MmuGather, PfnMaps};
+use crate::limits::Limits;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 
 /// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
@@ -123,7 +124,10 @@ impl<K: Platform> MmuGather<'_, K> {
     fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, address: u64, end: u64) -> u64 {
         let level = view.level();
         let span = level.entry_span();
-        let whole_end = end & !(span - 1);
+        let mut whole_end = end & !(span - 1);
+        if self.frees_by_shares() {
+            whole_end = whole_end.min(address.saturating_add(span * Limits::EXIT_LARGE_LEAVES as u64));
+        }
         match VirtRange::new(address, whole_end) {
             Ok(whole) if address.is_multiple_of(span) => self.visit(vma, view, whole, Large(level)),
             _ => {
@@ -187,6 +191,11 @@ impl<K: Platform> MmuGather<'_, K> {
         }
     }
 
+    /// Whether large leaves are freed so many at a time: in a dying address space, where a flush costs next to nothing.
+    fn frees_by_shares(&self) -> bool {
+        self.state.mode == GatherMode::FullMm
+    }
+
     /// What must be done between two visits, with no lock held.
     fn carry_on(&mut self, room: Room, rmaps: DelayedRmaps) {
         if room == Room::Full {
@@ -236,6 +245,9 @@ impl<K: Platform> MmuGather<'_, K> {
             if next == part.end || visit.room == Room::Full || done.stop == Stop::Table {
                 break;
             }
+        }
+        if level > Level::Pte && visit.leaves >= Limits::EXIT_LARGE_LEAVES && self.frees_by_shares() {
+            visit.room = Room::Full;
         }
         if next != part.end {
             visit.next = part.address(next, level);

@@ -2,7 +2,7 @@
 
 use mmu_gather::pagetable::{Level, TableMemory};
 use mmu_gather::tlb::PcidSupport;
-use mmu_gather::{Limits, exit_mmap};
+use mmu_gather::{GatherEvent, Limits, exit_mmap};
 use mmu_tests::{Access, Backing, CPU, Event, GIB, MIB, Options, PaperKernel, Supply, area, range};
 
 const PAGE: u64 = 4096;
@@ -77,6 +77,50 @@ fn an_address_space_that_no_cpu_ever_loaded_interrupts_nobody() {
     kernel.exit(mm, &Limits::DEFAULT, &[area(GIB, GIB + 50 * PAGE, Backing::Anonymous)]);
     assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 0);
     assert_eq!(kernel.ledger().nr_held(), 0);
+}
+
+/// Batch by batch: the pages each flush released.
+fn released(kernel: &PaperKernel) -> Vec<u64> {
+    let slots = |event: &Event| match event {
+        Event::Gather(GatherEvent::Released { slots, .. }) => Some(*slots),
+        _ => None,
+    };
+    kernel.take_events().iter().filter_map(|noted| slots(&noted.event)).collect()
+}
+
+#[test]
+fn a_lazy_cpu_is_interrupted_once_however_many_flushes_an_exit_takes() {
+    const PAGES: u64 = 2000;
+    for pcid in [PcidSupport::Off, PcidSupport::On] {
+        let kernel = PaperKernel::new(Options { pcid, ..Options::default() });
+        let mm = kernel.new_mm();
+        kernel.map_range(mm, range(GIB, GIB + PAGES * PAGE));
+        for cpu in &CPU[..3] {
+            kernel.run(*cpu, mm);
+            kernel.touch(*cpu, GIB, Access::Write).expect("mapped");
+            kernel.go_lazy(*cpu);
+        }
+        kernel.take_events();
+        kernel.exit(mm, &Limits::DEFAULT, &[area(GIB, GIB + PAGES * PAGE, Backing::Anonymous)]);
+        assert!(mm.context().cpumask().is_empty());
+        // CPU 0 runs the exit.
+        assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 2);
+        let released = released(&kernel);
+        assert_eq!(released.iter().sum::<u64>(), PAGES);
+        assert!(released.len() > 3 && released.iter().all(|slots| *slots <= 516), "{released:?}");
+    }
+}
+
+#[test]
+fn an_exit_frees_large_leaves_64_at_a_time() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let end = GIB + 150 * 2 * MIB;
+    for leaf in (GIB..end).step_by(2 << 20) {
+        kernel.map(mm, leaf, Level::Pmd);
+    }
+    kernel.exit(mm, &Limits::DEFAULT, &[area(GIB, end, Backing::Anonymous)]);
+    assert_eq!(released(&kernel), [64, 64, 22]);
 }
 
 #[test]

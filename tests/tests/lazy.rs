@@ -134,6 +134,25 @@ fn a_request_that_finds_its_target_lazy_makes_it_leave() {
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Err(Fault::NotPresent));
 }
 
+#[test]
+fn a_cpu_made_to_leave_is_not_interrupted_again() {
+    for pcid in [PcidSupport::Off, PcidSupport::On] {
+        let kernel = kernel_with_a_lazy_cpu(pcid);
+        let mm = kernel.mm(0);
+        for (address, interrupts) in [(GIB, 1), (2 * GIB, 0)] {
+            kernel.map(mm, address + 3 * PAGE, Level::Pte);
+            let vma = area(address, address + 4 * PAGE, Backing::Anonymous);
+            kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());
+            assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), interrupts, "{address:#x}");
+            kernel.take_events();
+        }
+        assert!(!mm.context().cpumask().contains(CPU[1]));
+        kernel.run(CPU[1], mm);
+        assert!(mm.context().cpumask().contains(CPU[1]));
+        assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Err(Fault::NotPresent));
+    }
+}
+
 /// The initiator itself may be the lazy one: a kernel thread that unmaps what it borrows.
 #[test]
 fn a_lazy_initiator_leaves_too() {

@@ -154,8 +154,9 @@ impl<B: CpuBits> CpuSet<B> {
     /// The members, lowest first. Each word is read once.
     #[inline]
     pub fn iter(&self) -> impl Iterator<Item = CpuId> + '_ {
+        // ORDERING: as in `for_each_but`.
         self.used_words().flat_map(|(number, word)| {
-            members(word.load(Ordering::Relaxed)).map(move |bit| CpuId(number * 64 + bit))
+            members(word.load(Ordering::Acquire)).map(move |bit| CpuId(number * 64 + bit))
         })
     }
 
@@ -163,7 +164,9 @@ impl<B: CpuBits> CpuSet<B> {
     #[inline]
     pub(crate) fn for_each_but(&self, cpu: CpuId, mut f: impl FnMut(CpuId)) {
         for (number, word) in self.used_words() {
-            let bits = word.load(Ordering::Relaxed);
+            // ORDERING: acquire, pairs with `clear`: who does not find a CPU frees pages and tables without asking it, and its
+            // last use of them must come first.
+            let bits = word.load(Ordering::Acquire);
             let others = if number == cpu.0 / 64 { bits & !(1 << (cpu.0 % 64)) } else { bits };
             members(others).for_each(|bit| f(CpuId(number * 64 + bit)));
         }

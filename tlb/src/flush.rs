@@ -135,7 +135,7 @@ pub enum Action {
     Nothing(WhyNothing),
     /// Takes itself out of the cpumask: it runs something else.
     LeaveCpumask,
-    /// Goes to the kernel's own address space; the slot keeps its old generation.
+    /// Goes to the kernel's own address space, and takes itself out of the cpumask; the slot keeps its old generation.
     LoadInit,
     /// Invalidates the pages named and raises the slot to this generation.
     Pages(TlbGen),
@@ -247,6 +247,11 @@ pub(crate) unsafe fn carry_out<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushReq
         Action::LoadInit => {
             // SAFETY: on this CPU, interrupts off.
             unsafe { switch::switch_mm(cpus, cpu, None) };
+            // After CR3: from here on nobody asks this CPU. A context that the request does not name may be gone by now, for
+            // whoever looks for CPUs that have it loaded finds none; the one it names lives, for the initiator waits.
+            if let Some(mm) = target {
+                mm.cpumask().clear(cpu);
+            }
             TlbEvent::LeftLazyMm
         }
         Action::Pages(raise_to) => {

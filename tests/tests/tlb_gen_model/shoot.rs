@@ -174,7 +174,12 @@ impl<const CPUS: usize> Model<CPUS> {
                 self.announce_init(s, cpu, main);
                 return Deed::LoadInitCr3;
             }
-            Deed::LoadInitCr3 => self.load_init(s, cpu),
+            Deed::LoadInitCr3 => {
+                self.load_init(s, cpu);
+                if request.is_some_and(|request| !matches!(request.what, What::AllUpdated(_))) {
+                    return Deed::LeaveCpumask;
+                }
+            }
             Deed::Pages(tlb_gen) => {
                 let Loaded::Space(space) = s.cpus[cpu].own_loaded() else { return Deed::Done };
                 match request.map(|request| request.what) {
