@@ -138,6 +138,10 @@ counters! {
     copies,
     /// Faults answered from swap.
     swap_ins,
+    /// Guards that stayed when pages around them were dropped.
+    guards_kept,
+    /// Faults refused because of a guard.
+    guard_faults,
 }
 
 const_assert_eq!(align_of::<CpuCounters>(), 64);
@@ -257,5 +261,13 @@ impl CpuCounters {
 
     pub(crate) fn swapped_in(&self) {
         add(&self.swap_ins, 1);
+    }
+
+    pub(crate) fn guard_kept(&self) {
+        add(&self.guards_kept, 1);
+    }
+
+    pub(crate) fn guard_fault(&self) {
+        add(&self.guard_faults, 1);
     }
 }

@@ -236,7 +236,14 @@ impl<M: Machine> Pages for Kernel<M> {
                 self.swap_slots.fetch_sub(1, Ordering::Relaxed);
                 Fate::Clear
             }
-            NonPresent::Marker(Marker::Poison | Marker::Guard) => area.markers,
+            NonPresent::Marker(Marker::Poison) => area.markers,
+            NonPresent::Marker(Marker::Guard) => {
+                match area.markers {
+                    Fate::Clear => drop(self.guards.fetch_sub(1, Ordering::Relaxed)),
+                    Fate::Keep => self.count().guard_kept(),
+                }
+                area.markers
+            }
             // A leaf is being split, under the map lock: not by somebody else.
             NonPresent::Migration { .. } | NonPresent::Other(_) => Fate::Keep,
         }

@@ -1,7 +1,7 @@
 //! Demand faults.
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
-use mmu_gather::pagetable::{Decoded, EntryValue, Level, MapError, NonPresent, VirtRange};
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, MapError, Marker, NonPresent, VirtRange};
 use mmu_gather::{Disposition, GatherEvent, MmuGather, Pages, UnmappedLeaf};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
@@ -163,7 +163,12 @@ impl<M: Machine> Kernel<M> {
                 self.note_mapped(mm, page, frame);
                 Ok(Try::Done)
             }
-            Decoded::NonPresent(_) => Err(FaultError::NotAllowed),
+            Decoded::NonPresent(meaning) => {
+                if meaning == NonPresent::Marker(Marker::Guard) {
+                    self.count().guard_fault();
+                }
+                Err(FaultError::NotAllowed)
+            }
             Decoded::None => {
                 let value = self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?;
                 entry.store(value);

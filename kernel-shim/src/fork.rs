@@ -5,7 +5,9 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use mmu_gather::MmuGather;
-use mmu_gather::pagetable::{Decoded, EntryValue, Level, LockedEntry, NonPresent, TableView, VirtRange};
+use mmu_gather::pagetable::{
+    Decoded, EntryValue, Level, LockedEntry, Marker, NonPresent, TableView, VirtRange,
+};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::frame::FrameKind;
@@ -141,7 +143,10 @@ impl<M: Machine> Kernel<M> {
                     self.swap_slots.fetch_add(1, Ordering::Relaxed);
                     target.entry(address).store(meaning.encode());
                 }
-                Decoded::NonPresent(meaning @ NonPresent::Marker(_)) => {
+                Decoded::NonPresent(meaning @ NonPresent::Marker(marker)) => {
+                    if marker == Marker::Guard {
+                        self.guards.fetch_add(1, Ordering::Relaxed);
+                    }
                     target.entry(address).store(meaning.encode());
                 }
                 Decoded::None | Decoded::Table(_) | Decoded::NonPresent(_) => {}

@@ -11,7 +11,7 @@ use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
 use mmu_gather::tlb::{CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, init_cpu, switch_mm};
 use mmu_gather::{Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region, zap_page_range};
 use spin::mutex::SpinMutex;
-use spin::rwlock::RwLock;
+use spin::rwlock::{RwLock, RwLockReadGuard};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::counters::{Counters, CpuCounters};
@@ -38,6 +38,8 @@ pub struct Kernel<M: Machine> {
     pub(crate) zero_block: OwnLines<SpinMutex<Option<PhysFrame>, M::Relax>>,
     /// Places in swap that entries name.
     pub(crate) swap_slots: OwnLines<AtomicI64>,
+    /// Entries that are guards.
+    pub(crate) guards: OwnLines<AtomicI64>,
     ids: OwnLines<CtxIds>,
     pub(crate) batch_supply: Pressure,
     pub(crate) table_supply: Pressure,
@@ -98,6 +100,8 @@ pub enum Error {
     Overlap(VirtRange),
     /// Outside user space.
     NotUserSpace(u64),
+    /// What is mapped at this address is not the program's own.
+    NotPrivate(u64),
     /// A CPU still runs programs in the address space.
     Busy(CpuId),
 }
@@ -109,6 +113,7 @@ impl fmt::Display for Error {
             Self::NoArea(address) => write!(f, "nothing is mapped at {address:#x}"),
             Self::Overlap(range) => write!(f, "{range} overlaps an area"),
             Self::NotUserSpace(address) => write!(f, "{address:#x} is outside user space"),
+            Self::NotPrivate(address) => write!(f, "{address:#x} is not in a private area"),
             Self::Busy(cpu) => write!(f, "{cpu} still runs programs there"),
         }
     }
@@ -137,6 +142,7 @@ impl<M: Machine> Kernel<M> {
             page_cache: OwnLines::new(SpinMutex::new(BTreeMap::new())),
             zero_block: OwnLines::new(SpinMutex::new(None)),
             swap_slots: OwnLines::new(AtomicI64::new(0)),
+            guards: OwnLines::new(AtomicI64::new(0)),
             ids: OwnLines::new(CtxIds::new()),
             batch_supply: Pressure::new(config.batches),
             table_supply: Pressure::new(Supply::Always),
@@ -242,14 +248,7 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was dropped then.
     pub fn madvise_dontneed(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
-        let mut vmas = mm.vmas.read();
-        // Large pages come and go under the lock held for writing only.
-        if self.ends_cut_a_large_page(mm, &vmas, range) {
-            drop(vmas);
-            let locked = mm.vmas.write();
-            self.split_ends(mm, &locked, range)?;
-            vmas = locked.downgrade();
-        }
+        let vmas = self.lock_with_whole_ends(mm, range)?;
         for vma in vmas.iter() {
             let Some(part) = vma.range.intersect(range) else { continue };
             let since = self.machine.moment();
@@ -395,6 +394,23 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
+    /// Takes the map lock for reading, and sees to it that no end of `range` lies inside a large page.
+    pub(crate) fn lock_with_whole_ends<'m>(
+        &self,
+        mm: &'m Mm<M>,
+        range: VirtRange,
+    ) -> Result<RwLockReadGuard<'m, VmaTree, M::Relax>, Error> {
+        let vmas = mm.vmas.read();
+        if !self.ends_cut_a_large_page(mm, &vmas, range) {
+            return Ok(vmas);
+        }
+        drop(vmas);
+        // Large pages come and go under the lock held for writing only.
+        let vmas = mm.vmas.write();
+        self.split_ends(mm, &vmas, range)?;
+        Ok(vmas.downgrade())
+    }
+
     /// Whether an end of `range` lies inside a large page. The map lock is held, for reading at least.
     fn ends_cut_a_large_page(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange) -> bool {
         let ends = [range.start(), range.end()].into_iter().filter(|end| vmas.find(*end).is_some());
@@ -455,7 +471,7 @@ impl<M: Machine> Kernel<M> {
         self.machine.note(Note::Protected { root: mm.root(), range, most, caller });
     }
 
-    fn laziness_here(&self) -> Laziness {
+    pub(crate) fn laziness_here(&self) -> Laziness {
         self.machine.pinned(|cpu| self.cpus[cpu.index()].tlb.laziness())
     }
 

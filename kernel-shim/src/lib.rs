@@ -10,6 +10,7 @@
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
 //! | fault | demand faults |
 //! | fork | copies of address spaces, pages shared until written |
+//! | guard | guard pages: entries that are kept when pages are dropped |
 //! | kernel | munmap, madvise, mprotect, mremap, exit, context switch, lazy CPUs |
 //! | counters | what happened, each CPU for itself, for the report |
 //! | own_lines | what CPUs write, kept off the lines of what they read |
@@ -27,6 +28,7 @@ mod embed;
 mod fault;
 mod fork;
 mod frame;
+mod guard;
 mod kernel;
 mod machine;
 mod mm;

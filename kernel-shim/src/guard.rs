@@ -1,0 +1,159 @@
+//! Guard pages: addresses of an area that nobody may use; madvise(MADV_GUARD_INSTALL, MADV_GUARD_REMOVE).
+#![expect(unsafe_code, reason = "walks tables under the map lock")]
+
+use core::sync::atomic::Ordering;
+
+use mmu_gather::MmuGather;
+use mmu_gather::pagetable::{EntryValue, Level, MapError, Marker, NonPresent, TableView, VirtRange};
+
+use crate::kernel::{Error, Kernel};
+use crate::machine::{Machine, Moment, Note};
+use crate::mm::Mm;
+use crate::vma::{AreaKind, Vma, VmaTree};
+
+const GUARD: NonPresent = NonPresent::Marker(Marker::Guard);
+
+/// How one try to fill a range with guards ended.
+enum Filled {
+    /// Every entry is one. What CPUs had cached of the range by this moment, somebody had cleared before.
+    Wholly(Moment),
+    /// Something else was met: a fault was faster.
+    Partly,
+}
+
+impl<M: Machine> Kernel<M> {
+    /// Drops the pages in `range` and puts guards in their place: faults are refused there, whatever the area allows;
+    /// madvise(MADV_GUARD_INSTALL). Several of these, and of other calls like it, may run at once.
+    ///
+    /// When this returns no program can use what a CPU had cached of the range. Guards outlive MADV_DONTNEED, are copied by
+    /// fork and moved by mremap; they go with their area, or by [`guard_remove`](Self::guard_remove). Where no area is,
+    /// nothing happens.
+    ///
+    /// # Errors
+    /// [`Error::NotPrivate`] if an area in the range is not the program's own; nothing was changed. [`Error::NoMemory`] if a
+    /// large page at one end cannot be split, or for want of a page table; pages may be gone and some guards be in place then.
+    ///
+    /// # Source
+    /// Linux: madvise_guard_install, mm/madvise.c.
+    #[doc(alias = "madvise_guard_install")]
+    pub fn guard_install(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
+        let vmas = self.lock_with_whole_ends(mm, range)?;
+        all_private(&vmas, range)?;
+        for vma in vmas.iter() {
+            if let Some(part) = vma.range.intersect(range) {
+                self.install_in_area(mm, vma, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the guards in `range` out: the next fault there is answered again; madvise(MADV_GUARD_REMOVE).
+    ///
+    /// # Errors
+    /// [`Error::NotPrivate`], as for [`guard_install`](Self::guard_install).
+    ///
+    /// # Source
+    /// Linux: madvise_guard_remove, mm/madvise.c.
+    #[doc(alias = "madvise_guard_remove")]
+    pub fn guard_remove(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
+        let vmas = mm.vmas.read();
+        all_private(&vmas, range)?;
+        for vma in vmas.iter() {
+            let Some(mut rest) = vma.range.intersect(range) else { continue };
+            loop {
+                let part = rest.within_entry(Level::Pmd, rest.start());
+                // SAFETY: the map lock is held for reading, and no area in the range is detached: its tables stay.
+                if let Some(view) = unsafe { mm.engine.space().find_table(self, part.start(), Level::Pte) } {
+                    self.take_guards(view, part);
+                }
+                self.machine.cond_resched();
+                let Ok(next) = VirtRange::new(part.end(), rest.end()) else { break };
+                rest = next;
+            }
+        }
+        Ok(())
+    }
+
+    /// Guards there are now, over all address spaces.
+    pub fn guards(&self) -> i64 {
+        self.guards.load(Ordering::Relaxed)
+    }
+
+    fn install_in_area(&self, mm: &Mm<M>, vma: &Vma, part: VirtRange) -> Result<(), Error> {
+        let mut since = self.machine.moment();
+        // SAFETY: the map lock is held for reading until the flush is done; other calls like this one may run too.
+        let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+        let result = loop {
+            gather.zap_vma_range(&vma.staying(), part);
+            match self.fill_with_guards(mm, part) {
+                Ok(Filled::Wholly(moment)) => {
+                    since = moment;
+                    break Ok(());
+                }
+                Ok(Filled::Partly) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        // One gather, and its flush after the last guard: whoever cleared an entry that was found none meanwhile has flushed, or
+        // is open still and makes this flush whole (rule G6).
+        let flushed = gather.flush();
+        let caller = self.laziness_here();
+        self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
+        flushed.free();
+        result
+    }
+
+    /// Makes every entry of `range` a guard that is none, until one is something else.
+    fn fill_with_guards(&self, mm: &Mm<M>, range: VirtRange) -> Result<Filled, Error> {
+        let mut since = None;
+        let mut rest = range;
+        loop {
+            let part = rest.within_entry(Level::Pmd, rest.start());
+            // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
+            let view = match unsafe { mm.engine.space().ensure_table(self, part.start(), Level::Pte) } {
+                Ok(view) => view,
+                Err(MapError::Occupied(..)) => return Ok(Filled::Partly),
+                Err(_) => return Err(Error::NoMemory),
+            };
+            let locked = view.lock(self);
+            let moment = *since.get_or_insert_with(|| self.machine.moment());
+            for address in (part.start()..part.end()).step_by(4096) {
+                let entry = locked.entry(address);
+                let found = entry.load();
+                if found.is_none() {
+                    self.guards.fetch_add(1, Ordering::Relaxed);
+                    entry.store(GUARD.encode());
+                } else if found != GUARD.encode() {
+                    return Ok(Filled::Partly);
+                }
+            }
+            drop(locked);
+            self.machine.cond_resched();
+            let Ok(next) = VirtRange::new(part.end(), rest.end()) else { return Ok(Filled::Wholly(moment)) };
+            rest = next;
+        }
+    }
+
+    /// Clears the guards in `part` of a last-level table. Nothing is cached of them: no flush.
+    fn take_guards(&self, view: TableView<'_>, part: VirtRange) {
+        let locked = view.lock(self);
+        for address in (part.start()..part.end()).step_by(4096) {
+            let entry = locked.entry(address);
+            if entry.load() == GUARD.encode() {
+                entry.store(EntryValue::NONE);
+                self.guards.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        let first = Level::Pte.index(part.start());
+        // A part of one table: at most 512 entries.
+        let entries = locked.entries(part).len();
+        locked.forget_empty_lines(&(first..first + entries));
+    }
+}
+
+/// Guards are for private memory: a shared page would be there for others all the same.
+fn all_private(vmas: &VmaTree, range: VirtRange) -> Result<(), Error> {
+    let is_private = |vma: &Vma| matches!(vma.area.kind, AreaKind::Anon | AreaKind::FilePrivate(_));
+    let parts = vmas.iter().filter_map(|vma| vma.range.intersect(range).filter(|_| !is_private(vma)));
+    parts.map(|part| Error::NotPrivate(part.start())).next().map_or(Ok(()), Err)
+}
