@@ -162,3 +162,14 @@ fn bytes_reach_every_operation() {
     }
     assert!(seen.iter().all(|seen| *seen), "{seen:?}");
 }
+
+/// Saved bytes outlive new operations.
+#[test]
+fn a_byte_that_is_no_number_of_an_operation_means_what_it_meant_when_there_were_17() {
+    for number in 0..=255u8 {
+        let mut bytes = [0; 26];
+        bytes[11] = number;
+        let meant = usize::from(number) % if usize::from(number) < Op::WORDS.len() { 256 } else { 17 };
+        assert_eq!(of(&bytes).steps[0].op.number(), meant, "byte {number}");
+    }
+}

@@ -199,7 +199,7 @@ impl Timeline {
 
 /// Whether a violation is about an address; one about a lost write names a frame only.
 pub(crate) const fn has_address(kind: ViolationKind) -> bool {
-    !matches!(kind, ViolationKind::WriteLost)
+    !matches!(kind, ViolationKind::WriteLost | ViolationKind::MeaningsDisagree)
 }
 
 fn told(verdict: &Verdict) -> Option<&Violation> {

@@ -285,6 +285,9 @@ const fn rule(kind: ViolationKind) -> &'static str {
         ViolationKind::EntryNotNoted => {
             "Rule P4: where used lines are noted, the line of every entry that is not none is."
         }
+        ViolationKind::MeaningsDisagree => {
+            "What an entry means besides a page is the kernel's: it is told of each that is dropped, once, and says which stay."
+        }
         ViolationKind::FreedUnderTableLock | ViolationKind::WaitedUnderTableLock => {
             "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty pages."
         }

@@ -69,6 +69,8 @@ boundaries! {
     Preempted, "preemption", "Another CPU ran at a preemption point.";
     Copied, "copied on write", "A write replaced a shared page by a copy.";
     SwappedIn, "swapped in", "A program used a page that reclaim had taken.";
+    GuardKept, "guard kept", "Pages were dropped around a guard, and it stayed.";
+    GuardMet, "guard met", "A program was refused by a guard.";
 }
 
 /// A set of them.
@@ -135,6 +137,8 @@ impl Boundaries {
             (B::ElsewhereSkipped, counted.ipis_saved_elsewhere > 0),
             (B::Copied, counted.copies > 0),
             (B::SwappedIn, counted.swap_ins > 0),
+            (B::GuardKept, counted.guards_kept > 0),
+            (B::GuardMet, counted.guard_faults > 0),
         ];
         let reached = reached.into_iter().filter(|(_, reached)| *reached);
         reached.fold(Self::default(), |set, (boundary, _)| set.with(boundary))

@@ -6,15 +6,17 @@
 //! | byte | header | step |
 //! |---|---|---|
 //! | 0 | CPUs | CPU |
-//! | 1 | what the MMUs are like | operation |
+//! | 1 | what the MMUs are like | operation, by its number |
 //! | 2 | seed, 8 bytes | address space, and another in the high half |
-//! | 3 | | backing, rights, access; or how scarce |
+//! | 3 | | backing, rights, access, install or remove; or how scarce |
 //! | 4 | | first page, 5 bytes |
 //! | 9 | | pages, 2 bytes |
 //! | 11 | | where to, 5 bytes; or a small number |
 //!
 //! Most values of a page lead to one of a few places where tables begin and end, for steps must meet to matter; the others are
 //! the page itself, so that addresses of real programs can be said.
+//!
+//! A byte that is no number of an operation means the one it meant when there were 17: saved bytes keep their meaning.
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
@@ -22,7 +24,7 @@ use mmu_kernel_shim::{Supply, UserAccess};
 
 use crate::features::InvlpgUppers;
 use crate::generate::PLACES;
-use crate::op::{Backing, MmId, NR_MMS, Op, Rights, Step};
+use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
 use crate::options::Adversary;
 use crate::sequence::Sequence;
 
@@ -43,6 +45,8 @@ const USER_PAGES: u64 = (1 << 47) >> 12;
 /// Bits of a page number; the five above them are 0 if it is meant as it stands.
 const PAGE_BITS: u32 = 35;
 const SEAMS: u64 = 1 << 12;
+/// Operations there were at first.
+const FIRST_OPS: usize = 17;
 
 impl Sequence {
     /// The sequence that these bytes are. Any are.
@@ -96,7 +100,9 @@ fn step(bytes: &[u8; STEP]) -> Step {
     let count = u64::from(u16::from_le_bytes([count_low, count_high]));
     let range = range(page_of(page), pages(count));
     let small = number(to);
-    let op = match usize::from(op) % Op::WORDS.len() {
+    let number =
+        if usize::from(op) < Op::WORDS.len() { usize::from(op) } else { usize::from(op) % FIRST_OPS };
+    let op = match number {
         0 => Op::Map(mm, range, backing(what), rights(what)),
         1 => Op::Unmap(mm, range),
         2 => Op::Discard(mm, range),
@@ -116,6 +122,7 @@ fn step(bytes: &[u8; STEP]) -> Step {
         13 => Op::Batches(supply(what)),
         14 => Op::Tables(supply(what)),
         15 => Op::Sync,
+        17 => Op::Guard(mm, range, if what & 1 == 0 { Guarding::Install } else { Guarding::Remove }),
         // Seams are counted in thousands at the most.
         _ => Op::Preempt(u32::try_from(small % SEAMS).unwrap_or(0)),
     };
@@ -147,6 +154,9 @@ fn bytes_of(Step { cpu, op }: Step) -> [u8; STEP] {
         Op::Touch(range, access) => (place, what) = (Some(range), u8::from(access == UserAccess::Read)),
         Op::Batches(supply) | Op::Tables(supply) => what = supply_bits(supply),
         Op::Preempt(seams) => to = u64::from(seams),
+        Op::Guard(mm, range, guarding) => {
+            (mms.0, place, what) = (mm.0, Some(range), u8::from(guarding == Guarding::Remove));
+        }
         Op::Lazy | Op::Wake | Op::Sync => {}
     }
     bytes[2] = mms.0 | mms.1 << 4;

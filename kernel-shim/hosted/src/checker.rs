@@ -61,6 +61,8 @@ pub enum ViolationKind {
     EntryNotNoted,
     /// A page is mapped by more or by fewer entries than its count says.
     CountsDisagree,
+    /// There are more or fewer places in swap, or guards, in page tables than the kernel was told of.
+    MeaningsDisagree,
     /// A frame was freed by a CPU that held the lock of a page table.
     FreedUnderTableLock,
     /// A CPU that held the lock of a page table waited for others to flush, and not for the sake of dirty pages.
@@ -96,6 +98,9 @@ impl fmt::Display for ViolationKind {
             Self::TableFreedInUse => "a table was freed that still had entries",
             Self::EntryNotNoted => "an entry is in a line that its table is noted not to use",
             Self::CountsDisagree => "a page is not mapped as often as its count says",
+            Self::MeaningsDisagree => {
+                "page tables hold other places in swap, or guards, than the kernel knows of"
+            }
             Self::FreedUnderTableLock => "a frame was freed under the lock of a page table",
             Self::WaitedUnderTableLock => "a CPU waited for others under the lock of a page table",
             Self::NoPreemptionPoint => "a CPU did too much between two preemption points",

@@ -18,7 +18,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::boundary::Boundaries;
 use crate::checker::{Found, Violation, ViolationKind};
 use crate::machine::{HostedMachine, lock};
-use crate::op::{Backing, MmId, NR_MMS, Op, Rights, Step};
+use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
 use crate::options::{MachineFault, Options, Telling};
 use crate::program::{HostedKernel, touch};
 use crate::schedule::{self, Schedule};
@@ -259,6 +259,12 @@ impl World {
             }
             Op::Unmap(mm, range) => self.using(mm, |mm| ignore(kernel.munmap(mm, range))),
             Op::Discard(mm, range) => self.using(mm, |mm| ignore(kernel.madvise_dontneed(mm, range))),
+            Op::Guard(mm, range, Guarding::Install) => {
+                self.using(mm, |mm| ignore(kernel.guard_install(mm, range)));
+            }
+            Op::Guard(mm, range, Guarding::Remove) => {
+                self.using(mm, |mm| ignore(kernel.guard_remove(mm, range)));
+            }
             Op::Protect(mm, range, rights) => {
                 self.using(mm, |mm| ignore(kernel.mprotect(mm, range, protection(rights))));
             }

@@ -11,7 +11,7 @@ use mmu_gather::tlb::PcidSupport;
 use mmu_kernel_shim::{Supply, UserAccess};
 
 use crate::features::InvlpgUppers;
-use crate::op::{Backing, MmId, NR_MMS, Op, Rights, Step};
+use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
 use crate::options::Adversary;
 use crate::random::Choices;
 use crate::sequence::Sequence;
@@ -139,8 +139,10 @@ impl Maker<'_> {
             }
             8..11 => Op::Unmap(mm, range),
             11..12 => Op::Unmap(mm, whole),
-            12..20 => Op::Discard(mm, range),
-            20..24 => Op::Reclaim(mm, mm, range),
+            // All of it at times: whole cache lines of entries.
+            12..19 => Op::Discard(mm, if self.choices.one_in(4) { whole } else { range }),
+            19..21 => Op::Guard(mm, range, self.guarding()),
+            21..24 => Op::Reclaim(mm, mm, range),
             24..26 => Op::Reclaim(mm, self.mm(), range),
             26..30 => Op::Protect(mm, range, self.rights()),
             30..31 => Op::Remap(mm, range, whole.end()),
@@ -160,13 +162,14 @@ impl Maker<'_> {
             0..10 => self.map(),
             10..17 => Op::Unmap(mm, range),
             17..22 => Op::Discard(mm, range),
-            22..25 => Op::Protect(mm, range, self.rights()),
-            25..27 => Op::Remap(mm, range, self.place().start()),
-            27..28 => Op::MoveStack(mm, range, 1 + self.choices.below(600)),
-            28..29 => Op::Fork(mm, self.mm()),
-            29..30 => Op::Exit(mm),
-            30..33 => Op::Reclaim(mm, self.mm(), range),
-            33..54 => {
+            22..24 => Op::Guard(mm, range, self.guarding()),
+            24..27 => Op::Protect(mm, range, self.rights()),
+            27..29 => Op::Remap(mm, range, self.place().start()),
+            29..30 => Op::MoveStack(mm, range, 1 + self.choices.below(600)),
+            30..31 => Op::Fork(mm, self.mm()),
+            31..32 => Op::Exit(mm),
+            32..35 => Op::Reclaim(mm, self.mm(), range),
+            35..54 => {
                 let access = if self.choices.one_in(3) { UserAccess::Read } else { UserAccess::Write };
                 Op::Touch(self.part_of(range, 24), access)
             }
@@ -237,6 +240,10 @@ impl Maker<'_> {
             1 => Rights::Read,
             _ => Rights::Write,
         }
+    }
+
+    fn guarding(&self) -> Guarding {
+        if self.choices.one_in(3) { Guarding::Remove } else { Guarding::Install }
     }
 
     fn supply(&self) -> Supply {

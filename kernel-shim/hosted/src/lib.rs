@@ -56,7 +56,7 @@ pub use generate::generate;
 pub use judge::{Run, Verdict, judge, judge_in};
 pub use machine::{GiveWay, HostedMachine};
 pub use memory::Memory;
-pub use op::{Backing, MmId, NR_MMS, Op, Rights, Step};
+pub use op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
 pub use options::{Adversary, Checking, MachineFault, Options, Telling};
 pub use program::{HostedKernel, Touched, touch};
 pub use random::Choices;

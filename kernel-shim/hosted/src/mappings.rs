@@ -1,8 +1,10 @@
-//! What page tables map must be there: no entry leads to a free frame, and counts are those of the entries.
+//! What page tables map must be there: no entry leads to a free frame, and counts are those of the entries. That of places in
+//! swap and of guards, too: an engine that drops such an entry tells the kernel, once, and does not drop one that it must keep.
 //!
 //! Read with the software MMU's own eyes ([`decode`]), not the engine's.
 
-use mmu_gather::pagetable::{Lines, TableMemory, UsedLines};
+use mmu_gather::pagetable::Level::Pte;
+use mmu_gather::pagetable::{Decoded, EntryValue, Lines, Marker, NonPresent, TableMemory, UsedLines};
 use mmu_kernel_shim::FrameKind;
 use rustc_hash::{FxHashMap, FxHashSet};
 use x86_64::PhysAddr;
@@ -20,6 +22,8 @@ struct Mapped {
     /// How many entries map each frame, and where one of them is.
     pages: FxHashMap<PhysFrame, (u32, u64)>,
     tables: FxHashSet<PhysFrame>,
+    swapped: i64,
+    guards: i64,
     wrong: Option<(ViolationKind, PhysFrame, u64)>,
 }
 
@@ -41,6 +45,12 @@ impl World {
                 let disagrees = is_counted && meta.maps() != *count;
                 disagrees.then_some((ViolationKind::CountsDisagree, *frame, *address))
             });
+        }
+        if mapped.wrong.is_none()
+            && (mapped.swapped, mapped.guards) != (self.kernel.swap_slots(), self.kernel.guards())
+        {
+            let root = lock(&self.processes[0]).mm.root();
+            mapped.wrong = Some((ViolationKind::MeaningsDisagree, root, 0));
         }
         if let Some((kind, frame, address)) = mapped.wrong {
             machine.report(checked, kind, machine.current(), address, frame, None);
@@ -68,7 +78,12 @@ impl World {
                 mapped.wrong.get_or_insert((ViolationKind::EntryNotNoted, table, address));
             }
             match decode(entry, level, machine.options.features.physical_bits) {
-                Meaning::NotPresent => {}
+                // What hardware does not look at is the kernel's own.
+                Meaning::NotPresent => match EntryValue::from_bits(entry).decode(Pte) {
+                    Decoded::NonPresent(NonPresent::Swap { .. }) => mapped.swapped += 1,
+                    Decoded::NonPresent(NonPresent::Marker(Marker::Guard)) => mapped.guards += 1,
+                    _ => {}
+                },
                 Meaning::Reserved => {
                     mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, table, address));
                 }

@@ -49,6 +49,15 @@ pub enum Rights {
     Write,
 }
 
+/// What becomes of guard pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Guarding {
+    /// They are put in place of whatever is there.
+    Install,
+    /// They are taken out; what else is there stays.
+    Remove,
+}
+
 /// What a CPU does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -86,6 +95,8 @@ pub enum Op {
     Preempt(u32),
     /// Everything before is done before anything after begins, and the checker compares all caches with memory.
     Sync,
+    /// madvise(MADV_GUARD_INSTALL) or madvise(MADV_GUARD_REMOVE).
+    Guard(MmId, VirtRange, Guarding),
 }
 
 /// One line of a sequence.
@@ -111,6 +122,7 @@ impl Op {
             Self::Map(mm, ..)
             | Self::Unmap(mm, _)
             | Self::Discard(mm, _)
+            | Self::Guard(mm, ..)
             | Self::Protect(mm, ..)
             | Self::Remap(mm, ..)
             | Self::MoveStack(mm, ..)
@@ -122,8 +134,8 @@ impl Op {
         }
     }
 
-    /// The words of all operations.
-    pub const WORDS: [&'static str; 17] = [
+    /// The words of all operations. New ones come last: saved bytes name operations by their number.
+    pub const WORDS: [&'static str; 18] = [
         "map",
         "unmap",
         "discard",
@@ -141,6 +153,7 @@ impl Op {
         "tables",
         "sync",
         "preempt",
+        "guard",
     ];
 
     /// Which operation it is, as an index of [`WORDS`](Self::WORDS).
@@ -164,6 +177,7 @@ impl Op {
             Self::Tables(..) => 14,
             Self::Sync => 15,
             Self::Preempt(_) => 16,
+            Self::Guard(..) => 17,
         }
     }
 }
@@ -205,6 +219,15 @@ impl fmt::Display for Rights {
     }
 }
 
+impl fmt::Display for Guarding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Install => "install",
+            Self::Remove => "remove",
+        })
+    }
+}
+
 struct Scarcity(Supply);
 
 impl fmt::Display for Scarcity {
@@ -233,6 +256,7 @@ impl fmt::Display for Step {
             Op::Touch(range, UserAccess::Write) => write!(f, " {} write", Pages(range)),
             Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
             Op::Preempt(seams) => write!(f, " {seams}"),
+            Op::Guard(mm, range, guarding) => write!(f, " {mm} {} {guarding}", Pages(range)),
             Op::Lazy | Op::Wake | Op::Sync => Ok(()),
         }
     }
@@ -298,9 +322,17 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
             let seams = words.next().and_then(|word| word.parse().ok()).ok_or("a number of seams")?;
             Op::Preempt(seams)
         }
+        "guard" => {
+            let (mm, range) = (mm(words.next())?, range(words.next())?);
+            match words.next() {
+                Some("install") => Op::Guard(mm, range, Guarding::Install),
+                Some("remove") => Op::Guard(mm, range, Guarding::Remove),
+                _ => return Err("install or remove"),
+            }
+        }
         _ => {
             return Err(
-                "an operation: map, unmap, discard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync or preempt",
+                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync or preempt",
             );
         }
     })

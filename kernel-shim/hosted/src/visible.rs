@@ -1,4 +1,4 @@
-//! What programs can see of a sequence: areas, and the pages that hold what they wrote.
+//! What programs can see of a sequence: areas, the pages that hold what they wrote, and guards.
 //!
 //! Steps run one after the other here, so that nothing but the steps decides what is seen. Programs' pages have no content in
 //! this model; a page that a program wrote to is told from one that reads as zeroes, or as its file, by whose it is.
@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Mutex;
 
-use mmu_gather::pagetable::{Decoded, NonPresent, VirtRange};
+use mmu_gather::pagetable::{Decoded, Marker, NonPresent, VirtRange};
 use mmu_kernel_shim::{FrameKind, Supply, Vma};
 use rustc_hash::FxHashSet;
 use x86_64::structures::paging::PhysFrame;
@@ -23,6 +23,14 @@ pub struct View {
     pub areas: Vec<(MmId, Vma)>,
     /// Pages that hold what a program wrote: in memory or in swap, of its own.
     pub written: Vec<(MmId, u64)>,
+    /// Guards: addresses that no program may use, whatever the area allows.
+    pub guarded: Vec<(MmId, u64)>,
+}
+
+/// What there is to see of a page, besides zeroes and files.
+enum Seen {
+    Written,
+    Guard,
 }
 
 /// How the steps of a sequence follow one another.
@@ -62,8 +70,9 @@ impl World {
             let process = lock(process);
             for vma in process.mm.vmas().iter() {
                 view.areas.push((MmId(number), *vma));
-                self.add_written(&process.mm, vma.range, &cached, |page| {
-                    view.written.push((MmId(number), page));
+                self.look_at(&process.mm, vma.range, &cached, |page, seen| match seen {
+                    Seen::Written => view.written.push((MmId(number), page)),
+                    Seen::Guard => view.guarded.push((MmId(number), page)),
                 });
             }
         }
@@ -71,27 +80,30 @@ impl World {
     }
 
     #[expect(unsafe_code, reason = "reads page tables while nothing changes them")]
-    fn add_written(
+    fn look_at(
         &self,
         mm: &mmu_kernel_shim::Mm<std::sync::Arc<crate::machine::HostedMachine>>,
         range: VirtRange,
         cached: &FxHashSet<PhysFrame>,
-        mut add: impl FnMut(u64),
+        mut add: impl FnMut(u64, Seen),
     ) {
         for page in (range.start()..range.end()).step_by(4096) {
             // SAFETY: nothing else runs, so no table is freed meanwhile.
             let found = unsafe { mm.engine().space().lookup(&*self.kernel, page) };
-            let is_written = match found.value.decode(found.level) {
+            let seen = match found.value.decode(found.level) {
                 Decoded::Leaf(start) => {
                     let frame = PhysFrame::containing_address(start);
                     let kind = self.kernel.frames().meta(frame).kind();
-                    matches!(kind, FrameKind::Page | FrameKind::Block) && !cached.contains(&frame)
+                    let is_written =
+                        matches!(kind, FrameKind::Page | FrameKind::Block) && !cached.contains(&frame);
+                    is_written.then_some(Seen::Written)
                 }
-                Decoded::NonPresent(meaning) => matches!(meaning, NonPresent::Swap { .. }),
-                Decoded::None | Decoded::Table(_) => false,
+                Decoded::NonPresent(NonPresent::Swap { .. }) => Some(Seen::Written),
+                Decoded::NonPresent(NonPresent::Marker(Marker::Guard)) => Some(Seen::Guard),
+                Decoded::NonPresent(_) | Decoded::None | Decoded::Table(_) => None,
             };
-            if is_written {
-                add(page);
+            if let Some(seen) = seen {
+                add(page, seen);
             }
         }
     }

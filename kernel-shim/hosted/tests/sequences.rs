@@ -33,6 +33,8 @@ fn a_text_that_is_none_is_refused_at_its_line() {
         (4, "0 leap"),
         (4, "0 preempt"),
         (4, "0 preempt soon"),
+        (4, "0 guard m0 1000+1"),
+        (4, "0 guard m0 1000+1 away"),
         (4, "x lazy"),
     ] {
         let mut broken = lines.clone();
