@@ -92,13 +92,11 @@ pub(crate) struct Part<'t> {
 }
 
 impl<'t> Part<'t> {
-    /// The entries of `range`, which lies inside the span of the table.
+    /// The entries of `range`, which lies inside the span of the table; `level` is the table's.
     #[inline]
-    pub(crate) fn new<R>(locked: &LockedTable<'t, R>, range: VirtRange) -> Self {
-        let view = locked.view();
-        let level = view.level();
+    pub(crate) fn new<R>(locked: &LockedTable<'t, R>, range: VirtRange, level: Level) -> Self {
         Self {
-            entries: view.table().entries(),
+            entries: locked.view().table().entries(),
             start: range.start() & !(level.table_span() - 1),
             used: locked.used_lines(),
             first: level.index(range.start()),
@@ -154,6 +152,19 @@ pub(crate) enum Kept {
 }
 
 impl Done {
+    #[inline(always)]
+    const fn at(first: usize) -> Self {
+        Self {
+            next: first,
+            leaves: 0,
+            low: usize::MAX,
+            high: 0,
+            kept: Kept::Nothing,
+            rmaps: DelayedRmaps::None,
+            stop: Stop::Done,
+        }
+    }
+
     /// The addresses of the leaves cleared.
     #[inline]
     pub(crate) fn cleared(&self, part: &Part<'_>, level: Level) -> Option<VirtRange> {
@@ -184,15 +195,7 @@ pub(crate) fn zap_entries<K: Platform>(
     clear: impl Clear,
 ) -> Done {
     let work = Work { kernel, area: vma.area, start: part.start, leaves, clear };
-    let mut done = Done {
-        next: first,
-        leaves: 0,
-        low: usize::MAX,
-        high: 0,
-        kept: Kept::Nothing,
-        rmaps: DelayedRmaps::None,
-        stop: Stop::Done,
-    };
+    let mut done = Done::at(first);
     while done.next < part.end {
         // INVARIANT: P4, what lies between is none.
         let run = part.used.first_run(&(done.next..part.end));
@@ -201,6 +204,23 @@ pub(crate) fn zap_entries<K: Platform>(
             break;
         }
     }
+    done
+}
+
+/// As [`zap_entries`], one by one: for fewer entries than a line has. Inlined, so that a munmap of one page is not mostly calls.
+#[inline(always)]
+pub(crate) fn zap_few<K: Platform>(
+    kernel: &K,
+    vma: &Vma<K::Area>,
+    part: &Part<'_>,
+    first: usize,
+    spare: &mut Spare<'_>,
+    leaves: impl Leaves,
+    clear: impl Clear,
+) -> Done {
+    let work = Work { kernel, area: vma.area, start: part.start, leaves, clear };
+    let mut done = Done::at(first);
+    work.each(&part.entries[first..part.end], spare, &mut done);
     done
 }
 

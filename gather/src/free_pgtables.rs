@@ -57,6 +57,10 @@ impl<K: Platform> MmuGather<'_, K> {
     /// # Source
     /// Linux: free_pgd_range, mm/memory.c.
     pub(crate) fn free_pgd_range(&mut self, range: VirtRange, bounds: Bounds) {
+        // Most often the neighbours need them all: nothing is made ready for it then.
+        if bounds.spans_of(range).is_none() {
+            return;
+        }
         let (kernel, mm) = (self.kernel, self.mm);
         let sink = |table: mmu_pagetable::FreedTable| {
             // An address of the range, so that freeing one page's table does not widen a one-page flush.
