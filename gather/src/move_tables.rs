@@ -113,9 +113,7 @@ impl<K: Platform> MmuGather<'_, K> {
         self.note_deferred_flushes();
         let mut dirty = false;
         let mut leaves = 0;
-        let pages =
-            old_table.used_parts(kernel, stretch).flat_map(|part| (part.start()..part.end()).step_by(4096));
-        for page in pages {
+        for page in old_table.used_parts(kernel, stretch).addresses() {
             let entry = old_locked.entry(page);
             if entry.load().is_none() {
                 continue;

@@ -95,14 +95,11 @@ impl<M: Machine> Kernel<M> {
         if level == Level::Pte {
             return self.copy_table(gather, child, vma, view, range);
         }
-        let mut address = range.start();
-        while address < range.end() {
-            let part = range.within_entry(level, address);
+        for address in view.used_parts(self, range).addresses() {
             // SAFETY: the parent's map lock is held for writing.
             if let Some(below) = unsafe { view.child(self, address) } {
-                self.copy_tables(gather, child, vma, below, part)?;
+                self.copy_tables(gather, child, vma, below, range.within_entry(level, address))?;
             }
-            address = part.end();
         }
         self.machine.cond_resched();
         Ok(())
@@ -117,7 +114,7 @@ impl<M: Machine> Kernel<M> {
         view: TableView<'_>,
         range: VirtRange,
     ) -> Result<(), Error> {
-        let addresses = || (range.start()..range.end()).step_by(4096);
+        let addresses = || view.used_parts(self, range).addresses();
         if addresses().all(|address| view.load(address).is_none()) {
             return Ok(());
         }

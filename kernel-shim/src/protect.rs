@@ -48,21 +48,19 @@ impl<M: Machine> Kernel<M> {
         if level == Level::Pte {
             let locked = view.lock(self);
             gather.note_deferred_flushes();
-            for address in (range.start()..range.end()).step_by(4096) {
+            for address in view.used_parts(self, range).addresses() {
                 self.protect_leaf(gather, vma.area, &locked, address);
             }
             drop(locked);
             self.machine.cond_resched();
             return;
         }
-        let mut address = range.start();
-        while address < range.end() {
-            let part = range.within_entry(level, address);
+        for address in view.used_parts(self, range).addresses() {
             match view.load(address).decode(level) {
                 Decoded::Table(_) => {
                     // SAFETY: the map lock is held for writing.
                     if let Some(child) = unsafe { view.child(self, address) } {
-                        self.protect_table(gather, vma, child, part);
+                        self.protect_table(gather, vma, child, range.within_entry(level, address));
                     }
                 }
                 Decoded::Leaf(_) => {
@@ -71,7 +69,6 @@ impl<M: Machine> Kernel<M> {
                 }
                 Decoded::None | Decoded::NonPresent(_) => {}
             }
-            address = part.end();
         }
     }
 

@@ -1,6 +1,7 @@
 //! Which cache lines of a table may hold entries: what lets a walk of sparse memory look at one line and not at 64.
 
 use core::fmt;
+use core::iter;
 use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -166,6 +167,19 @@ impl UsedParts {
     }
 }
 
+impl UsedParts {
+    /// One address for each entry: the first that it maps, or the first of the range.
+    #[inline]
+    pub fn addresses(self) -> impl Iterator<Item = u64> {
+        let span = self.level.entry_span();
+        self.flat_map(move |part| {
+            let next =
+                move |address: &u64| Some((address | (span - 1)) + 1).filter(|next| *next < part.end());
+            iter::successors(Some(part.start()), next)
+        })
+    }
+}
+
 impl Iterator for UsedParts {
     type Item = VirtRange;
 
@@ -311,6 +325,8 @@ mod tests {
                     let found = parts.iter().any(|part| part.contains(address(index)));
                     assert_eq!(found, range.contains(&index) && has(lines, index), "{lines:?} {range:?}");
                 }
+                let addresses = UsedParts::new(lines, level, whole).addresses();
+                assert!(addresses.eq(range.filter(|index| has(lines, *index)).map(address)));
             }
         }
     }
