@@ -5,8 +5,8 @@ use core::ops::Range;
 use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::Choices;
-use mmu_kernel_shim::{Area, AreaKind, Error, Growth, PageContent, Protection, Vma, VmaTree};
+use mmu_hosted::{Choices, HostedKernel};
+use mmu_kernel_shim::{Area, AreaKind, Error, Growth, Kernel, PageContent, Protection, Vma, VmaTree};
 
 use crate::host::Host;
 use crate::layout::{PAGE_BYTES, Prot, Sharing};
@@ -241,6 +241,8 @@ impl Space {
             Advice::DontNeed | Advice::Free | Advice::Remove => {
                 return host.timed(|| host.kernel.madvise_dontneed(&self.mm, range));
             }
+            Advice::GuardInstall => return self.in_private_areas(host, range, Kernel::guard_install),
+            Advice::GuardRemove => return self.in_private_areas(host, range, Kernel::guard_remove),
             Advice::DontFork => {
                 let mut known = self.known.borrow_mut();
                 known.not_inherited.detach(range);
@@ -253,6 +255,27 @@ impl Space {
             Advice::PopulateRead | Advice::PopulateWrite => self.warm_up(host, range),
             Advice::PageOut | Advice::HugePage | Advice::NoHugePage | Advice::Other(_) => {
                 host.ignored_advice.set(host.ignored_advice.get() + 1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Guards are kept in private areas only; Linux has them in shared ones too, since 6.15.
+    fn in_private_areas(
+        &self,
+        host: &Host,
+        range: VirtRange,
+        call: fn(&HostedKernel, &HostedMm, VirtRange) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        for vma in self.mm.vmas().iter() {
+            let Some(part) = vma.range.intersect(range) else { continue };
+            match vma.area.kind {
+                AreaKind::Anon | AreaKind::FilePrivate(_) => {
+                    host.timed(|| call(&host.kernel, &self.mm, part))?
+                }
+                AreaKind::FileShared(_) | AreaKind::Pfn => {
+                    host.ignored_advice.set(host.ignored_advice.get() + 1)
+                }
             }
         }
         Ok(())

@@ -163,6 +163,10 @@ pub enum Advice {
     DontFork,
     /// `MADV_DOFORK`.
     DoFork,
+    /// `MADV_GUARD_INSTALL`: nobody may use the addresses from now on; what was there is dropped.
+    GuardInstall,
+    /// `MADV_GUARD_REMOVE`: that is over.
+    GuardRemove,
     /// Anything else, as it stands in the log.
     Other(String),
 }
@@ -528,7 +532,8 @@ fn prot(text: &str) -> Result<Prot, TraceProblem> {
 }
 
 fn advice(text: &str) -> Advice {
-    match text {
+    // What strace has no name for is a number and a comment.
+    match text.split(' ').next().unwrap_or(text) {
         "MADV_DONTNEED" | "MADV_DONTNEED_LOCKED" => Advice::DontNeed,
         "MADV_FREE" => Advice::Free,
         "MADV_REMOVE" => Advice::Remove,
@@ -539,7 +544,9 @@ fn advice(text: &str) -> Advice {
         "MADV_NOHUGEPAGE" => Advice::NoHugePage,
         "MADV_DONTFORK" => Advice::DontFork,
         "MADV_DOFORK" => Advice::DoFork,
-        other => Advice::Other(other.to_owned()),
+        "MADV_GUARD_INSTALL" | "0x66" => Advice::GuardInstall,
+        "MADV_GUARD_REMOVE" | "0x67" => Advice::GuardRemove,
+        _ => Advice::Other(text.to_owned()),
     }
 }
 

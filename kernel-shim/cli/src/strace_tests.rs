@@ -175,6 +175,25 @@ fn each_call_is_read_with_its_arguments() {
 }
 
 #[test]
+fn guard_pages_are_known_by_name_and_by_number() {
+    let text = "\
+1 madvise(0x7f0000000000, 8192, MADV_GUARD_INSTALL) = 0
+1 madvise(0x7f0000000000, 8192, 0x66 /* MADV_??? */) = 0
+1 madvise(0x7f0000000000, 8192, MADV_GUARD_REMOVE) = 0
+1 madvise(0x7f0000000000, 8192, 0x67 /* MADV_??? */) = 0
+1 madvise(0x7f0000000000, 8192, 0x68 /* MADV_??? */) = 0
+";
+    let range = 0x7f00_0000_0000..0x7f00_0000_2000;
+    let unknown = Advice::Other("0x68 /* MADV_??? */".to_owned());
+    let (install, remove) = (Advice::GuardInstall, Advice::GuardRemove);
+    let expected = [install.clone(), install, remove.clone(), remove, unknown];
+    let expected = (1..)
+        .zip(expected)
+        .map(|(line, advice)| (line, 1, MemoryCall::Madvise { range: range.clone(), advice }));
+    assert_eq!(calls(text), expected.collect::<Vec<_>>());
+}
+
+#[test]
 fn an_interrupted_call_is_placed_where_it_cannot_collide() {
     let text = "\
 1 brk(NULL) = 0x5000

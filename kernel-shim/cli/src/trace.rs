@@ -14,7 +14,8 @@
 //!   a stack. Where a later call is given their place, they go;
 //! - **files**: two mappings show the same file only if one replaces part of the other, or a fork made the second.
 //!
-//! `MADV_FREE` and `MADV_REMOVE` drop pages as `MADV_DONTNEED` does; `MADV_DONTFORK` is kept; other advice is counted only.
+//! `MADV_FREE` and `MADV_REMOVE` drop pages as `MADV_DONTNEED` does; `MADV_DONTFORK` is kept; guard pages are
+//! put into private areas; other advice is counted only.
 
 use core::time::Duration;
 use std::rc::Rc;

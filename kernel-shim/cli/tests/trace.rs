@@ -193,3 +193,37 @@ fn what_was_only_assumed_to_be_there_gives_way() {
     let text = String::from_utf8(teardown(&["trace", path]).stdout).expect("UTF-8");
     assert!(text.contains("odd: 22 calls, 3 threads, 3 address spaces; 1 areas assumed"), "{text}");
 }
+
+#[test]
+fn guard_pages_of_a_log_are_put_in_place_where_memory_is_private() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = |advice: &str| {
+        let text = format!(
+            "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n\
+             7 mmap(NULL, 65536, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n\
+             7 mmap(NULL, 65536, PROT_READ|PROT_WRITE, MAP_SHARED|MAP_ANONYMOUS, -1, 0) = 0x7f0000010000\n\
+             7 madvise(0x7f0000000000, 131072, {advice}) = 0\n\
+             7 madvise(0x7f0000000000, 65536, MADV_DONTNEED) = 0\n\
+             7 mremap(0x7f0000000000, 65536, 65536, MREMAP_MAYMOVE) = 0x7f0000200000\n\
+             7 fork() = 8\n\
+             8 munmap(0x7f0000200000, 8192) = 0\n\
+             7 exit_group(0) = ?\n8 exit_group(0) = ?\n"
+        );
+        written(folder.path(), "guard.strace", &text).to_str().expect("UTF-8").to_owned()
+    };
+    let replayed = |path: &str, format| {
+        let output = teardown(&["trace", path, "--format", format]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        output
+    };
+    let path = log("MADV_GUARD_INSTALL");
+    let guarded = json(&replayed(&path, "json"));
+    assert_clean(&guarded);
+    // The shared half of it.
+    let text = String::from_utf8(replayed(&path, "text").stdout).expect("UTF-8");
+    assert!(text.contains("1 madvise calls without effect on pages"), "{text}");
+    // Programs get fewer pages where they are refused.
+    let free = json(&replayed(&log("MADV_MERGEABLE"), "json"));
+    let pages = |report: &Value| report["layouts"][0]["pages"].as_u64().expect("a count");
+    assert!(pages(&guarded) < pages(&free), "{guarded}");
+}

@@ -15,7 +15,7 @@ use mmu_cli::bundled::{LAYOUTS, TRACES};
 use mmu_cli::layout::{Layout, LayoutVma, PageState, Prot, Sharing, VmaKind};
 use mmu_cli::strace::{Advice, Backing as TraceBacking, ChildMemory, MemoryCall, Trace};
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{Backing, MmId, NR_MMS, Op, Rights, Sequence, Step, generate};
+use mmu_hosted::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Sequence, Step, generate};
 use mmu_kernel_shim::UserAccess;
 
 const CPUS: u8 = 4;
@@ -112,6 +112,7 @@ fn of_layout(layout: &Layout) -> Vec<Step> {
             (1, _) => ops.push(Op::Discard(mm, pages)),
             (3, _) => ops.push(Op::Protect(mm, pages, Rights::Read)),
             (4, _) => ops.push(Op::Lazy),
+            (5, _) => ops.push(Op::Guard(mm, pages, Guarding::Install)),
             _ => {}
         }
     }
@@ -167,6 +168,8 @@ fn of_trace(trace: &Trace) -> Vec<Step> {
                     &mut push,
                     pages.and_then(|pages| match advice {
                         Advice::DontNeed | Advice::Free | Advice::Remove => Some(Op::Discard(mm, pages)),
+                        Advice::GuardInstall => Some(Op::Guard(mm, pages, Guarding::Install)),
+                        Advice::GuardRemove => Some(Op::Guard(mm, pages, Guarding::Remove)),
                         Advice::PageOut => Some(Op::Reclaim(mm, mm, pages)),
                         _ => None,
                     }),
