@@ -39,11 +39,19 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Linux: unmap_vmas, mm/memory.c.
     pub fn unmap_vmas(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, range: VirtRange) {
         let Some(range) = range.intersect(self.mm.space().user_range()) else { return };
-        for vma in vmas {
-            if let Some(part) = vma.range.intersect(range) {
-                self.zap_user_range(&vma, part);
+        let mut vmas = vmas.into_iter().filter_map(|vma| Some((vma, vma.range.intersect(range)?)));
+        let Some((mut vma, mut part)) = vmas.next() else { return };
+        let mut table = self.last_level_table(part);
+        // One area ahead: while this one is cleared, the caches fetch what the next one needs.
+        for (next_vma, next_part) in vmas {
+            let next_table = self.last_level_table(next_part);
+            if let Some(table) = next_table {
+                table.prefetch_entries(self.kernel, next_part);
             }
+            self.zap_user_range(&vma, part, table);
+            (vma, part, table) = (next_vma, next_part, next_table);
         }
+        self.zap_user_range(&vma, part, table);
     }
 
     /// Clears every leaf of `vma` in `range`, which lies inside it.
@@ -53,15 +61,17 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[doc(alias = "unmap_page_range")]
     pub fn zap_vma_range(&mut self, vma: &Vma<K::Area>, range: VirtRange) {
         if let Some(range) = range.intersect(self.mm.space().user_range()) {
-            self.zap_user_range(vma, range);
+            self.zap_user_range(vma, range, self.last_level_table(range));
         }
     }
 
-    fn zap_user_range(&mut self, vma: &Vma<K::Area>, range: VirtRange) {
+    /// `table` is the [`last_level_table`](Self::last_level_table) of `range`, which stays one until the map lock is dropped.
+    #[inline]
+    fn zap_user_range(&mut self, vma: &Vma<K::Area>, range: VirtRange, table: Option<TableView<'a>>) {
         if vma.kind == VmaKind::PfnMap {
             self.state.pfn_maps = PfnMaps::Seen;
         }
-        if let Some(view) = self.last_level_table(range) {
+        if let Some(view) = table {
             self.zap_pte_range(vma, view, range);
             return;
         }

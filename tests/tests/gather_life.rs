@@ -232,3 +232,24 @@ fn a_table_queued_by_hand_is_flushed_and_freed_like_any_other() {
     assert!(!kernel.is_live_table(frame));
     assert!(!kernel.state(CPU[1]).has_loaded(mm.context()), "lazy CPUs were told");
 }
+
+/// The way down to an area is looked up while the area before it is being cleared.
+#[test]
+fn a_page_that_appears_while_the_area_before_is_cleared_is_cleared_too() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    kernel.map(mm, GIB, Level::Pte);
+    let vmas = [1, 2, 3].map(|gib| area(gib * GIB, gib * GIB + 4096, Backing::Anonymous));
+    // A fault in an area that nobody has detached: nothing led there so far but the root.
+    kernel.once(
+        |event| matches!(event, Event::Gather(GatherEvent::LockDropped { .. })),
+        |kernel| {
+            kernel.map(kernel.mm(0), 2 * GIB, Level::Pte);
+        },
+    );
+    let mut gather = kernel.gather(mm);
+    gather.unmap_vmas(vmas, range(0, 4 * GIB));
+    gather.flush().free();
+    assert_eq!(kernel.nr_hooks_waiting(), 0);
+    assert_eq!(kernel.ledger().nr_held(), 0);
+}
