@@ -80,6 +80,8 @@ pub enum Entry {
     ClearOnly,
     /// Counts, free list and tables, too.
     Floor(Clear),
+    /// The same for one page at a time, with what the protocol asks of whoever has other CPUs.
+    Protocol,
     /// The engine.
     Engine(Path, Counts),
     /// `x86_64`.
@@ -90,10 +92,11 @@ pub enum Entry {
 
 impl Entry {
     /// The rows of the main table, floors first.
-    pub const MAIN: [Self; 8] = [
+    pub const MAIN: [Self; 9] = [
         Self::ClearOnly,
         Self::PLAIN,
         Self::EXCHANGE,
+        Self::Protocol,
         Self::Engine(Path::Exit, Counts::Batched),
         Self::Engine(Path::OneCpu, Counts::Batched),
         Self::Engine(Path::Munmap, Counts::Batched),
@@ -129,6 +132,7 @@ impl Entry {
         let one_by_one = matches!(workload, Workload::W7OnePage);
         match self {
             Self::Engine(Path::Exit, _) => !one_by_one,
+            Self::Protocol => one_by_one,
             Self::Engine(Path::MunmapEach, _) => matches!(workload, Workload::W4Areas),
             // Elsewhere every page of the areas exists.
             Self::X86_64(Told::Pages, _) | Self::Multiarch(Told::Pages, _) => {
@@ -149,6 +153,7 @@ impl Entry {
             Self::ClearOnly => "floor: plain clear, append".into(),
             Self::Floor(Clear::Plain) => "floor: + counts, free list, tables".into(),
             Self::Floor(Clear::Exchange) => "floor: same, exchange per entry".into(),
+            Self::Protocol => "floor: same, walk, locks, generation".into(),
             Self::Engine(path, counts) => {
                 let path = match path {
                     Path::Exit => "exit",
@@ -209,7 +214,9 @@ impl<'m> Sampler<'m> {
                 (Counts::Locked, _) => self.engine(&self.locked, shape, path, meter),
             },
             Entry::Multiarch(told, tables) => self.multiarch(shape, told, tables, meter),
-            Entry::ClearOnly | Entry::Floor(_) | Entry::X86_64(..) => self.plain(shape, entry, meter),
+            Entry::ClearOnly | Entry::Floor(_) | Entry::Protocol | Entry::X86_64(..) => {
+                self.plain(shape, entry, meter)
+            }
         }
     }
 
@@ -251,6 +258,7 @@ impl<'m> Sampler<'m> {
             meter.measure(|| match entry {
                 Entry::ClearOnly => floors::clear_only(&space),
                 Entry::Floor(clear) => floors::tear_down(machine, &space, clear),
+                Entry::Protocol => floors::unmap_one_by_one(machine, &space),
                 Entry::X86_64(told, tables) => peers::x86_64(machine, &space, told, tables),
                 Entry::Engine(..) | Entry::Multiarch(..) => {}
             });

@@ -64,6 +64,50 @@ pub fn tear_down<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, clear
     }
 }
 
+/// What all CPUs share of an address space, each on a cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Shared(AtomicU64);
+
+/// One page at a time, with all that the protocol asks of a CPU that is not alone: counts itself in, goes down from the root, locks
+/// the table, clears the entry, raises the generation, looks who has the space loaded, invalidates the page here, counts itself
+/// out. Written out for this one case: four levels, pages that programs have written to, no table that goes.
+#[inline(never)]
+pub fn unmap_one_by_one<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
+    let [gathers, generation, loaded] = [const { Shared(AtomicU64::new(0)) }; 3];
+    let [gathers, generation, loaded] = black_box([&gathers.0, &generation.0, &loaded.0]);
+    let memory = machine.memory();
+    let root = space.mm.space().root().start_address().as_u64();
+    for area in &space.shape.areas {
+        gathers.fetch_add(1, Ordering::Relaxed);
+        let mut table = root;
+        for shift in [39, 30, 21] {
+            let link = entry(table, index_of(area.start(), shift));
+            // SAFETY: an entry of a table that no one else uses while a floor runs.
+            table = unsafe { link.read() } & ADDRESS;
+        }
+        let page = entry(table, index_of(area.start(), 12));
+        let locked = memory.frame(table).lock().lock();
+        // SAFETY: as above.
+        let frame = unsafe { page.read() } & ADDRESS;
+        // SAFETY: as above.
+        unsafe { page.write(0) };
+        drop(locked);
+        black_box(generation.fetch_add(1, Ordering::SeqCst));
+        if loaded.load(Ordering::SeqCst) != 0 {
+            return;
+        }
+        machine.counts.invlpgs.set(machine.counts.invlpgs.get() + 1);
+        gathers.fetch_sub(1, Ordering::Release);
+        memory.free_chain(release_one(memory, frame, memory.chain_start()));
+    }
+}
+
+#[inline(always)]
+const fn index_of(address: u64, shift: u32) -> usize {
+    (address >> shift & 511) as usize
+}
+
 fn release(memory: &Memory, frames: &[u64], huge: bool) {
     let mut chain = memory.chain_start();
     if huge {
