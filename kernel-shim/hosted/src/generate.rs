@@ -40,7 +40,12 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     let manner = match choices.below(8) {
         0..3 => Manner::Wide,
         3 => Manner::Lives,
-        _ => Manner::Focus { place: choices.pick(PLACES.len()), switches: choices.below(4) * 4 },
+        _ => Manner::Focus {
+            place: choices.pick(PLACES.len()),
+            switches: choices.below(4) * 4,
+            // Where guards are, programs are refused: not everywhere.
+            guards: if choices.one_in(4) { 8 } else { 0 },
+        },
     };
     let mut maker = Maker { choices: &choices, nr_cpus, manner, mapped: Vec::new(), next: None };
     let steps = (0..nr_steps).map(|_| maker.step()).collect();
@@ -64,6 +69,8 @@ enum Manner {
         place: usize,
         /// So many operations of 64 are switches.
         switches: u64,
+        /// So many of the others have to do with guards.
+        guards: u64,
     },
 }
 
@@ -96,7 +103,7 @@ impl Maker<'_> {
             Manner::Lives => self.wide(),
             // Now and then something else happens, too.
             Manner::Focus { .. } if self.choices.one_in(12) => self.wide(),
-            Manner::Focus { place, switches } => self.focused(PLACES[place], switches),
+            Manner::Focus { place, switches, guards } => self.focused(PLACES[place], switches, guards),
         };
         let step = Step { cpu, op };
         let is_long = !matches!(op, Op::Map(..) | Op::Lazy | Op::Batches(_) | Op::Tables(_));
@@ -111,7 +118,7 @@ impl Maker<'_> {
     }
 
     /// Something with one or two of a few pages, in one of two address spaces.
-    fn focused(&mut self, base: u64, switches: u64) -> Op {
+    fn focused(&mut self, base: u64, switches: u64, guards: u64) -> Op {
         let mm = MmId(u8::from(self.choices.one_in(4)));
         let first = base + self.choices.below(FOCUS_PAGES) * 4096;
         let pages = if self.choices.one_in(4) { 1 + self.choices.below(FOCUS_PAGES) } else { 1 };
@@ -120,6 +127,9 @@ impl Maker<'_> {
         let whole = VirtRange::new(base, base + 2 * FOCUS_PAGES * 4096).unwrap_or(range);
         if self.choices.below(64) < switches {
             return Op::Switch(mm);
+        }
+        if self.choices.below(64) < guards {
+            return Op::Guard(mm, range, self.guarding());
         }
         match self.choices.below(64) {
             0..8 => {
@@ -140,9 +150,8 @@ impl Maker<'_> {
             8..11 => Op::Unmap(mm, range),
             11..12 => Op::Unmap(mm, whole),
             // All of it at times: whole cache lines of entries.
-            12..19 => Op::Discard(mm, if self.choices.one_in(4) { whole } else { range }),
-            19..21 => Op::Guard(mm, range, self.guarding()),
-            21..24 => Op::Reclaim(mm, mm, range),
+            12..20 => Op::Discard(mm, if self.choices.one_in(4) { whole } else { range }),
+            20..24 => Op::Reclaim(mm, mm, range),
             24..26 => Op::Reclaim(mm, self.mm(), range),
             26..30 => Op::Protect(mm, range, self.rights()),
             30..31 => Op::Remap(mm, range, whole.end()),
@@ -243,7 +252,7 @@ impl Maker<'_> {
     }
 
     fn guarding(&self) -> Guarding {
-        if self.choices.one_in(3) { Guarding::Remove } else { Guarding::Install }
+        if self.choices.one_in(2) { Guarding::Remove } else { Guarding::Install }
     }
 
     fn supply(&self) -> Supply {
