@@ -1,5 +1,5 @@
-//! What page tables map must be there: no entry leads to a free frame, and counts are those of the entries. So are
-//! those of places in swap and of guards: an engine that drops such an entry tells the kernel, once, and does not drop one that it must keep.
+//! What page tables map must be there: no entry leads to a free frame, and counts are those of the entries. So are those of
+//! places in swap and of guards: an engine that drops such an entry tells the kernel, once, and drops none that it must keep.
 //!
 //! Read with the software MMU's own eyes ([`decode`]), not the engine's.
 
