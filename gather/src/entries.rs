@@ -258,10 +258,12 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
             done.next += empty * LINE;
             lines = &lines[empty..];
             let [line, later @ ..] = lines else { break };
-            let taken = self.plain_lines(lines, spare, done);
-            if taken > 0 {
-                lines = &lines[taken..];
-                continue;
+            if self.is_plain(line) {
+                let taken = self.plain_lines(lines, spare, done);
+                if taken > 0 {
+                    lines = &lines[taken..];
+                    continue;
+                }
             }
             if !self.each(line, spare, done) {
                 return false;
@@ -281,6 +283,13 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
             done.next += 1;
         }
         true
+    }
+
+    /// Whether all entries of the line are leaves that can be taken with plain stores.
+    #[inline(always)]
+    fn is_plain(&self, line: &[Entry; LINE]) -> bool {
+        let enough = L::BITS.union(C::ENOUGH).bits();
+        line.iter().fold(u64::MAX, |all, entry| all & entry.load().bits()) & enough == enough
     }
 
     /// Clears as many lines from the first on as consist of leaves that can all be taken with plain stores, and fit; returns

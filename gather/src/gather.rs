@@ -268,7 +268,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// Does `work`, then flushes: as [`flush`](Self::flush), with nothing moved between the two.
     ///
-    /// Only what waits moves on, field by field: a copy of all 200 bytes, sixteen at a time, waits for the narrow stores that
+    /// Only what waits moves on, field by field: a copy of all of it, sixteen bytes at a time, waits for the narrow stores that
     /// filled them, which took longer (11 ns) than beginning and finishing a gather takes now.
     #[inline]
     pub(crate) fn flush_after(mut self, work: impl FnOnce(&mut Self)) -> FlushedGather<'a, K> {
