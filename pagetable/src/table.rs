@@ -84,7 +84,7 @@ pub unsafe trait TableMemory: PageTableFrameMapping {
     /// What a CPU does while it waits for a table lock.
     type Relax: RelaxStrategy;
 
-    /// The lock of the table in `frame`.
+    /// The lock of the table in `frame`. Asked for only by who takes it next, or tries to.
     fn table_lock(&self, frame: PhysFrame) -> &TableLock<Self::Relax>;
 
     /// Where it is noted which cache lines of the table in `frame` may hold entries; best beside the lock.
@@ -226,16 +226,20 @@ impl<'m> TableView<'m> {
         UsedParts::new(self.used_lines(memory), self.level, range)
     }
 
-    /// Fetches the lock, and up to eight lines of the entries that `range` selects, into this CPU's cache, for somebody who will
-    /// soon look at them.
+    /// Fetches where the used lines are noted, if they are, and up to eight lines of the entries that `range` selects, into this
+    /// CPU's cache, for somebody who will soon look at them.
+    ///
+    /// The lock comes along where it lies beside the note. It is not asked for: to a kernel, [`TableMemory::table_lock`] may say
+    /// that it will be taken.
     ///
     /// # Panics
     /// If `range` reaches beyond the table.
     #[inline]
     pub fn prefetch_entries<M: TableMemory>(&self, memory: &M, range: VirtRange) {
-        let lock = ptr::from_ref(memory.table_lock(self.frame));
-        // SAFETY: as in `prefetch`.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(lock.cast()) };
+        if let Some(used) = memory.used_lines(self.frame) {
+            // SAFETY: as in `prefetch`.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(used).cast()) };
+        }
         let first = self.level.index(range.start()) & !(Line::ENTRIES - 1);
         let last = self.level.index(range.end() - 1);
         for line in self.table.entries[first..=last].chunks(Line::ENTRIES).take(8) {
@@ -394,5 +398,79 @@ impl LockedEntry<'_> {
 impl<R> fmt::Debug for LockedTable<'_, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "locked {:?}", self.view)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use core::cell::Cell;
+    use core::sync::atomic::AtomicU64;
+
+    use x86_64::PhysAddr;
+
+    use super::*;
+
+    #[repr(align(4096))]
+    struct Words([AtomicU64; 512]);
+
+    /// One table, wherever the frame; counts how often its lock is asked for.
+    struct Memory {
+        table: Words,
+        lock: TableLock<spin::Spin>,
+        used_lines: Option<UsedLines>,
+        asked_for_lock: Cell<u32>,
+    }
+
+    impl Memory {
+        fn new(used_lines: Option<UsedLines>) -> Self {
+            let table = Words([const { AtomicU64::new(0) }; 512]);
+            Self { table, lock: TableLock::new(()), used_lines, asked_for_lock: Cell::new(0) }
+        }
+    }
+
+    // SAFETY: the table lives as long as the memory, and its entries are atomics.
+    unsafe impl PageTableFrameMapping for Memory {
+        fn frame_to_pointer(&self, _: PhysFrame) -> *mut PageTable {
+            ptr::from_ref(&self.table.0).cast_mut().cast()
+        }
+    }
+
+    // SAFETY: one frame, one lock, one note; nothing is linked or allocated.
+    unsafe impl TableMemory for Memory {
+        type Relax = spin::Spin;
+
+        fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
+            self.asked_for_lock.set(self.asked_for_lock.get() + 1);
+            &self.lock
+        }
+
+        fn used_lines(&self, _: PhysFrame) -> Option<&UsedLines> {
+            self.used_lines.as_ref()
+        }
+
+        fn allocate_table(&self) -> Option<PhysFrame> {
+            None
+        }
+
+        fn free_tables(&self, _: &[PhysFrame]) {}
+    }
+
+    #[test]
+    fn a_lock_is_asked_for_only_by_who_takes_it() {
+        for used_lines in [None, Some(UsedLines::new())] {
+            let memory = Memory::new(used_lines);
+            let frame = PhysFrame::containing_address(PhysAddr::new(0x5000));
+            // SAFETY: the memory has a table for this frame, and outlives the view.
+            let view = unsafe { TableView::new(&memory, frame, Level::Pte) };
+            let range = VirtRange::new(0x3000, 0x40_000).expect("a good range");
+            view.prefetch_entries(&memory, range);
+            view.prefetch(&memory);
+            assert_eq!(view.used_parts(&memory, range).count(), usize::from(memory.used_lines.is_none()));
+            assert_eq!(memory.asked_for_lock.get(), 0);
+            drop(view.lock(&memory));
+            assert_eq!(memory.asked_for_lock.get(), 1);
+            drop(view.try_lock(&memory));
+            assert_eq!(memory.asked_for_lock.get(), 2);
+        }
     }
 }
