@@ -36,7 +36,8 @@ pub struct BootArgs {
     /// What the image does. Default: full; with --layout: layout.
     #[arg(long, value_enum)]
     pub workload: Option<Workload>,
-    /// Something that goes wrong on purpose: the image must notice. All but the first need two CPUs.
+    /// Something that goes wrong on purpose: the image must notice. All but the first need two CPUs; for --workload full,
+    /// short and threads, the second also for lazy.
     #[arg(long, value_enum)]
     pub fault: Option<BootFault>,
     /// A layout to build and take down there, as many pages of it as memory holds.
@@ -54,8 +55,9 @@ pub struct BootArgs {
     /// Seconds without progress after which the image prints what each CPU does, and ends; 0: never.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub watchdog: u64,
-    /// Seconds after which the emulator is ended, come what may.
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    /// Seconds after which the emulator is ended, come what may; 1 to 86400.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300,
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub timeout: u64,
     /// How the report is printed.
     #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
@@ -98,6 +100,18 @@ pub enum BootFault {
     SkipRemoteFlush,
     /// Pages are freed when their entries are cleared.
     FreeBeforeFlush,
+}
+
+impl BootFault {
+    /// Whether what it does harms a program there that looks. Where nobody reads what another CPU has taken away, or programs
+    /// only read, the image would end without a violation, and be taken for blind.
+    const fn shows_in(self, workload: Workload) -> bool {
+        match workload {
+            Workload::Full | Workload::Short | Workload::Threads => true,
+            Workload::Lazy => matches!(self, Self::SkipRemoteFlush),
+            _ => false,
+        }
+    }
 }
 
 /// How QEMU runs the CPUs.
@@ -155,6 +169,9 @@ pub enum BootError {
     /// The image could not be built.
     #[error("cannot build the image: {0}")]
     Cargo(String),
+    /// What was named as the image is none.
+    #[error("{}: expected the file of an image, as kernel-shim/boot/README.md says how to build", .0.display())]
+    NoImage(PathBuf),
     /// The image says what it cannot do.
     #[error("the image: {0}")]
     Image(String),
@@ -209,8 +226,7 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
     let version = boot_qemu::version(&args.qemu).ok_or_else(|| BootError::NoQemu(args.qemu.clone()))?;
     let image = args.image.clone().map_or_else(boot_image::build, Ok)?;
     if !image.is_file() {
-        let error = io::ErrorKind::NotFound.into();
-        return Err(BootError::File { path: image, error });
+        return Err(BootError::NoImage(image));
     }
     let command_line = args.command_line();
     let machine = Machine {
@@ -271,11 +287,14 @@ impl BootArgs {
         if self.memory.is_some_and(|memory| memory.0 < LEAST_MIB) {
             return Err(BootError::Usage("the image needs 64M of memory at least"));
         }
+        if self.fault.is_some_and(|fault| !fault.shows_in(self.workload())) {
+            return Err(BootError::Usage(
+                "nobody would notice this fault: faults show in --workload full, short and threads, skip-remote-flush in lazy, \
+                 too",
+            ));
+        }
         match (self.workload(), &self.layout) {
             (Workload::Layout, None) => Err(BootError::Usage("which layout? name it with --layout FILE")),
-            (Workload::Layout, Some(_)) if self.fault.is_some() => Err(BootError::Usage(
-                "programs only read in a layout: faults show in --workload full, short, threads, churn or lazy",
-            )),
             (Workload::Layout, Some(_)) | (_, None) => Ok(()),
             (_, Some(_)) => Err(BootError::Usage("a layout is run by --workload layout, and by no other")),
         }

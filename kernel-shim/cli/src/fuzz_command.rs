@@ -46,6 +46,7 @@ pub(crate) struct FuzzArgs {
 }
 
 pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
+    Fault::check(args.fault, args.cpus)?;
     let most_time = args.time.or(if args.ops.is_some() { None } else { Some(60) }).map(Duration::from_secs);
     let options = FuzzOptions {
         seed: args.seed,
@@ -71,29 +72,30 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
     if shows_progress {
         let _ = write!(io::stderr(), "\r\x1b[2K");
     }
-    if let Some(failure) = &fuzzed.failure {
-        save(args, &failure.shrunk)?;
-    }
+    let saved = fuzzed.failure.as_ref().map(|failure| save(args, &failure.shrunk));
     let report = match args.format {
-        Format::Text => text(args, &fuzzed, time),
+        Format::Text => text(args, &fuzzed, time, saved),
         Format::Json => format!("{:#}", fuzz_json(&options, &fuzzed, time)),
     };
     writeln!(io::stdout().lock(), "{report}").map_err(|error| format!("cannot write the report: {error}"))?;
     Ok(if fuzzed.failure.is_none() { Verdict::Good } else { Verdict::Violation })
 }
 
-fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration) -> String {
+fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration, saved: Option<Saved>) -> String {
     let mut lines = vec![summary(fuzzed, time)];
     lines.extend(not_reached(fuzzed));
     match &fuzzed.failure {
         None => lines.push("clean".to_owned()),
         Some(failure) => {
+            let place = match saved {
+                Some(Saved::InFile) => format!("saved as {}", args.output.display()),
+                Some(Saved::OnStderr) | None => "not saved".to_owned(),
+            };
             lines.push(format!(
-                "found after {} sequences; {} operations shrunk to {}, saved as {}",
+                "found after {} sequences; {} operations shrunk to {}, {place}",
                 failure.number + 1,
                 failure.found.steps.len(),
                 failure.shrunk.steps.len(),
-                args.output.display()
             ));
             lines.push(verdict_text(&failure.shrunk, &failure.verdict));
         }
@@ -101,14 +103,25 @@ fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration) -> String {
     lines.join("\n")
 }
 
-/// Writes a sequence that fails, with what it takes to see it fail.
-fn save(args: &FuzzArgs, sequence: &Sequence) -> Result<(), Failure> {
+/// Where a sequence that fails was put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Saved {
+    InFile,
+    OnStderr,
+}
+
+/// Writes a sequence that fails, with what it takes to see it fail. It is not lost if the file cannot be written: it may have
+/// taken hours to find.
+fn save(args: &FuzzArgs, sequence: &Sequence) -> Saved {
     let fault = match args.fault {
         Some(fault) => format!("# teardown replay --fault {} FILE\n", fault.word()),
         None => String::new(),
     };
-    std::fs::write(&args.output, format!("{fault}{sequence}"))
-        .map_err(|error| format!("cannot write {}: {error}", args.output.display()))
+    let text = format!("{fault}{sequence}");
+    let Err(error) = std::fs::write(&args.output, &text) else { return Saved::InFile };
+    let file = args.output.display();
+    let _ = write!(io::stderr(), "teardown: cannot write {file}: {error}; it was to hold\n{text}");
+    Saved::OnStderr
 }
 
 /// What a planted fault makes of a machine and its kernel.

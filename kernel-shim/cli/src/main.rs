@@ -23,7 +23,12 @@ use mmu_kernel_shim::Misbehaviour;
 
 /// Takes page tables of real processes down, on a machine that checks every step.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "Exit code: 0 good, 1 a violation was found, 2 bad usage or input.")]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    after_help = "The options are those of `run`, which is what is done without a command.\n\n\
+                  Exit code: 0 good, 1 a violation was found, 2 bad usage or input."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -97,7 +102,7 @@ struct MachineArgs {
     /// Whether software MMUs and the checker run.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     checker: Switch,
-    /// Something the machine or the kernel does wrong, on purpose: the checker must notice.
+    /// Something the machine or the kernel does wrong, on purpose: the checker, which must be on, must notice.
     #[arg(long, value_enum)]
     fault: Option<Fault>,
     /// Decides every choice: the same seed does the same.
@@ -136,7 +141,7 @@ enum Fault {
     SkipFlush,
     /// Pages are freed when their entries are cleared.
     FreeBeforeFlush,
-    /// One flush request in four is lost, and acknowledged.
+    /// One flush request in four is lost, and acknowledged; needs two CPUs.
     DropIpi,
 }
 
@@ -144,6 +149,14 @@ impl Fault {
     /// Its name on the command line.
     fn word(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    /// Refuses a fault that cannot happen on so many CPUs: a run without a violation would be taken for a blind checker.
+    fn check(fault: Option<Self>, nr_cpus: u32) -> Result<(), Failure> {
+        if fault == Some(Self::DropIpi) && nr_cpus < 2 {
+            return Err("--fault drop-ipi: one CPU sends no flush requests; use --cpus 2 or more".to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -181,8 +194,8 @@ fn main() -> ExitCode {
 
 fn run(args: &RunArgs) -> Result<Verdict, Failure> {
     // All input is read before anything runs.
+    let options = args.machine.options()?;
     let layouts = layouts(args)?;
-    let options = args.machine.options();
     let mut report = Report::default();
     let progress = progress_bar(layouts.len() as u64);
     for layout in &layouts {
@@ -196,8 +209,8 @@ fn run(args: &RunArgs) -> Result<Verdict, Failure> {
 
 fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
     // All input is read before anything runs.
+    let options = args.machine.options()?;
     let logs = logs(args)?;
-    let options = args.machine.options();
     let mut report = Report::default();
     let progress = progress_bar(logs.len() as u64);
     for log in &logs {
@@ -210,8 +223,12 @@ fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
 }
 
 impl MachineArgs {
-    fn options(&self) -> RunOptions {
-        RunOptions {
+    fn options(&self) -> Result<RunOptions, Failure> {
+        if self.fault.is_some() && self.checker == Switch::Off {
+            return Err("--fault with --checker off: nobody would look for what goes wrong".to_owned());
+        }
+        Fault::check(self.fault, self.cpus)?;
+        Ok(RunOptions {
             nr_cpus: self.cpus,
             seed: self.seed,
             limits: Limits { batch_pages: self.batch_pages, ..Limits::DEFAULT },
@@ -226,7 +243,7 @@ impl MachineArgs {
                 _ => MachineFault::None,
             },
             ..RunOptions::default()
-        }
+        })
     }
 }
 
@@ -286,20 +303,29 @@ fn capture_layout(args: &CaptureArgs) -> Result<Verdict, Failure> {
             let written = layout.write_to(&mut out).and_then(|()| out.flush());
             written.map_err(|error| format!("cannot write the layout: {error}"))?;
         }
-        Some(path) => {
-            // A file cut short would be read as another layout: write it whole, then move it into place.
-            let mut temporary = path.clone().into_os_string();
-            temporary.push(".part");
-            let temporary = PathBuf::from(temporary);
-            let written = std::fs::write(&temporary, layout.to_string())
-                .and_then(|()| std::fs::rename(&temporary, path));
-            if let Err(error) = written {
-                let _ = std::fs::remove_file(&temporary);
-                return Err(format!("cannot write {}: {error}", path.display()));
-            }
-        }
+        Some(path) => write_whole(path, &layout.to_string())
+            .map_err(|error| format!("cannot write {}: {error}", path.display()))?,
     }
     Ok(Verdict::Good)
+}
+
+/// Writes a file that is either there as a whole or not at all: one cut short would be read as another layout.
+///
+/// What is no file (a pipe, a device) is written into, and a link to a file stays one.
+fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    let path = match std::fs::canonicalize(path) {
+        Ok(found) if found.is_file() => found,
+        Ok(special) => return std::fs::write(special, text),
+        Err(_) => path.to_owned(),
+    };
+    let mut temporary = path.clone().into_os_string();
+    temporary.push(".part");
+    let temporary = PathBuf::from(temporary);
+    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written
 }
 
 fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {
