@@ -1,7 +1,7 @@
 //! Moving mapped pages to other addresses: what mremap and the exec stack move need.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use mmu_pagetable::{Decoded, EntryValue, Level, MapError, TableView, VirtRange};
+use mmu_pagetable::{Decoded, Level, MapError, TableView, VirtRange};
 
 use crate::gather::MmuGather;
 use crate::platform::{GatherEvent, Platform};
@@ -146,22 +146,35 @@ impl<K: Platform> MmuGather<'_, K> {
     }
 
     /// The first address in `range` that a large leaf maps; [`move_page_tables`](Self::move_page_tables) moves none.
+    ///
+    /// # Context
+    /// No table lock is held; preemption points inside.
     #[must_use]
     pub fn find_large_leaf(&self, range: VirtRange) -> Option<u64> {
-        let mut address = range.start();
-        while address < range.end() {
-            // SAFETY: the constructor's caller holds the map lock.
-            let found = unsafe { self.mm.space().lookup(self.kernel, address) };
-            if found.level > Level::Pte && matches!(found.value.decode(found.level), Decoded::Leaf(_)) {
+        let range = range.intersect(self.mm.space().user_range())?;
+        // SAFETY: the constructor's caller holds the map lock.
+        let view = unsafe { self.mm.space().lowest_table_of(self.kernel, range) };
+        self.large_leaf_below(view, range)
+    }
+
+    /// The first address in `range`, inside the span of `view`, that a large leaf maps.
+    fn large_leaf_below(&self, view: TableView<'_>, range: VirtRange) -> Option<u64> {
+        let level = view.level();
+        if level == Level::Pte {
+            return None;
+        }
+        for address in view.used_parts(self.kernel, range).addresses() {
+            if matches!(view.load(address).decode(level), Decoded::Leaf(_)) {
                 return Some(address);
             }
-            let step = if found.level > Level::Pte && found.value == EntryValue::NONE {
-                found.level
-            } else {
-                Level::Pmd
-            };
-            address = range.within_entry(step, address).end();
+            // SAFETY: the constructor's caller holds the map lock.
+            let found = unsafe { view.child(self.kernel, address) }
+                .and_then(|child| self.large_leaf_below(child, range.within_entry(level, address)));
+            if found.is_some() {
+                return found;
+            }
         }
+        self.kernel.cond_resched();
         None
     }
 }

@@ -439,9 +439,12 @@ impl<M: Machine> Kernel<M> {
         vma: &Vma,
         range: VirtRange,
     ) -> Result<(), Error> {
-        while let Some(address) = gather.find_large_leaf(range) {
-            // One page further is inside the leaf, so cutting there splits it.
-            gather.split_leaf(vma.going_away().area, address + 4096).map_err(|_| Error::NoMemory)?;
+        let mut rest = range;
+        while let Some(address) = gather.find_large_leaf(rest) {
+            // An address in the same leaf that is not its first: cutting there splits it.
+            gather.split_leaf(vma.going_away().area, address | 4096).map_err(|_| Error::NoMemory)?;
+            let Ok(from_here) = VirtRange::new(address, rest.end()) else { break };
+            rest = from_here;
         }
         Ok(())
     }

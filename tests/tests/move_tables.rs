@@ -141,6 +141,23 @@ fn large_leaves_are_left_alone_and_can_be_found() {
     assert_eq!(kernel.gather(mm).find_large_leaf(range(10 * GIB, 30 * GIB)), Some(20 * GIB));
 }
 
+#[test]
+fn looking_for_large_leaves_can_be_preempted_once_a_table() {
+    let (kernel, _) = kernel_with_pages(GIB, 1);
+    let mm = kernel.mm(0);
+    for table in 0..20 {
+        kernel.map(mm, 10 * GIB + table * GIB + 300 * MIB, Level::Pte);
+    }
+    kernel.map(mm, 40 * GIB, Level::Pmd);
+    kernel.take_events();
+    assert_eq!(kernel.gather(mm).find_large_leaf(range(GIB, 1 << 40)), Some(40 * GIB));
+    assert_eq!(
+        kernel.count(|event| *event == Event::Resched),
+        21,
+        "one for each PMD table without a large leaf"
+    );
+}
+
 /// The new stack's area spans both places: `shift` down from `old`.
 #[expect(unsafe_code, reason = "one thread stands in for the map lock")]
 fn shift(kernel: &PaperKernel, old: VirtRange, shift: u64, next_area: Option<u64>) -> Result<(), MapError> {

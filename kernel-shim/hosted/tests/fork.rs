@@ -120,6 +120,28 @@ fn a_child_gets_neither_what_is_left_out_nor_a_second_mapping_of_large_pages() {
 }
 
 #[test]
+fn a_large_page_is_split_wherever_what_is_left_out_cuts_it() {
+    let large = VirtRange::new(START + (2 << 20), START + (8 << 20)).expect("a good range");
+    // The child gets the first page of one, the last, one in the middle of one, and a part that reaches across three.
+    for (first, last) in [(0, 1), (511, 512), (1024 + 7, 1024 + 8), (500, 1030)] {
+        let (kernel, mm) = parent(first);
+        kernel.mmap(&mm, Vma { range: large, area: Area::anon() }).expect("nothing is there");
+        kernel.populate(&mm, large, PageContent::AnonBlock).expect("it has frames");
+        let page = |number: u64| large.start() + number * 4096;
+        let left_out = [(large.start(), page(first)), (page(last), large.end())]
+            .into_iter()
+            .filter_map(|(start, end)| VirtRange::new(start, end).ok());
+        let child = kernel.fork(&mm, left_out).expect("it has frames");
+        let splits = kernel.counters().snapshot().splits;
+        assert_eq!(splits, (last - 1) / 512 - first / 512 + 1, "pages {first} to {last}");
+        kernel.switch_to(Some(&child));
+        assert_eq!(touch(&kernel, &child, page(first), UserAccess::Read), Touched::Reached);
+        assert_ne!(touch(&kernel, &child, page(last), UserAccess::Read), Touched::Reached);
+        end(&kernel, &[&mm, &child]);
+    }
+}
+
+#[test]
 fn a_page_is_not_written_in_place_while_another_address_space_waits_for_its_flush() {
     let mut nr_met = 0;
     for seed in 0..64 {
