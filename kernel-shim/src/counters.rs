@@ -142,6 +142,8 @@ counters! {
     guards_kept,
     /// Faults refused because of a guard.
     guard_faults,
+    /// Times a fault had put a page in before the guard came.
+    guards_outrun,
 }
 
 const_assert_eq!(align_of::<CpuCounters>(), 64);
@@ -269,5 +271,9 @@ impl CpuCounters {
 
     pub(crate) fn guard_fault(&self) {
         add(&self.guard_faults, 1);
+    }
+
+    pub(crate) fn guard_outrun(&self) {
+        add(&self.guards_outrun, 1);
     }
 }

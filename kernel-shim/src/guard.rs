@@ -4,7 +4,7 @@
 use core::sync::atomic::Ordering;
 
 use mmu_gather::MmuGather;
-use mmu_gather::pagetable::{EntryValue, Level, MapError, Marker, NonPresent, TableView, VirtRange};
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, MapError, Marker, NonPresent, TableView, VirtRange};
 
 use crate::kernel::{Error, Kernel};
 use crate::machine::{Machine, Moment, Note};
@@ -12,6 +12,19 @@ use crate::mm::Mm;
 use crate::vma::{AreaKind, Vma, VmaTree};
 
 const GUARD: NonPresent = NonPresent::Marker(Marker::Guard);
+
+/// So often guards are put in while faults may come in between; then faults are kept out.
+///
+/// Linux: MAX_MADVISE_GUARD_RETRIES, after which the call is begun anew, without an end if faults are that fast.
+const TRIES: u32 = 3;
+
+/// What became of the guards of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Installed {
+    All,
+    /// Faults were faster each time: pages are in some of the places.
+    Outrun,
+}
 
 /// How one try to fill a range with guards ended.
 enum Filled {
@@ -27,7 +40,8 @@ impl<M: Machine> Kernel<M> {
     ///
     /// When this returns no program can use what a CPU had cached of the range. Guards outlive MADV_DONTNEED, are copied by
     /// fork and moved by mremap; they go with their area, or by [`guard_remove`](Self::guard_remove). Where no area is,
-    /// nothing happens.
+    /// nothing happens. Where a fault puts a page in before the guard comes, all is tried again; the fourth time with the map lock
+    /// held for writing, so that no fault is answered.
     ///
     /// # Errors
     /// [`Error::NotPrivate`] if an area in the range is not the program's own; nothing was changed. [`Error::NoMemory`] if a
@@ -38,12 +52,18 @@ impl<M: Machine> Kernel<M> {
     #[doc(alias = "madvise_guard_install")]
     pub fn guard_install(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
         let vmas = self.lock_with_whole_ends(mm, range)?;
-        all_private(&vmas, range)?;
-        for vma in vmas.iter() {
-            if let Some(part) = vma.range.intersect(range) {
-                self.install_in_area(mm, vma, part)?;
-            }
+        if self.install(mm, &vmas, range, TRIES)? == Installed::All {
+            return Ok(());
         }
+        drop(vmas);
+        let vmas = mm.vmas.write();
+        self.split_ends(mm, &vmas, range)?;
+        let installed = self.install(mm, &vmas, range, 1)?;
+        debug_assert_eq!(
+            installed,
+            Installed::All,
+            "nobody answers a fault while the map lock is held for writing"
+        );
         Ok(())
     }
 
@@ -79,21 +99,45 @@ impl<M: Machine> Kernel<M> {
         self.guards.load(Ordering::Relaxed)
     }
 
-    fn install_in_area(&self, mm: &Mm<M>, vma: &Vma, part: VirtRange) -> Result<(), Error> {
+    /// Puts guards into the parts of `range` that areas have, in so many tries each. The map lock is held, for reading at least.
+    fn install(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange, tries: u32) -> Result<Installed, Error> {
+        all_private(vmas, range)?;
+        for vma in vmas.iter() {
+            if let Some(part) = vma.range.intersect(range)
+                && self.install_in_area(mm, vma, part, tries)? == Installed::Outrun
+            {
+                return Ok(Installed::Outrun);
+            }
+        }
+        Ok(Installed::All)
+    }
+
+    fn install_in_area(
+        &self,
+        mm: &Mm<M>,
+        vma: &Vma,
+        part: VirtRange,
+        tries: u32,
+    ) -> Result<Installed, Error> {
         let mut since = self.machine.moment();
-        // SAFETY: the map lock is held for reading until the flush is done; other calls like this one may run too.
+        // SAFETY: the map lock is held until the flush is done; if for reading, other calls like this one may run too.
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
-        let result = loop {
+        let mut result = Ok(Installed::Outrun);
+        for _ in 0..tries {
             gather.zap_vma_range(&vma.staying(), part);
             match self.fill_with_guards(mm, part) {
                 Ok(Filled::Wholly(moment)) => {
                     since = moment;
-                    break Ok(());
+                    result = Ok(Installed::All);
+                    break;
                 }
-                Ok(Filled::Partly) => {}
-                Err(error) => break Err(error),
+                Ok(Filled::Partly) => self.count().guard_outrun(),
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
             }
-        };
+        }
         // One gather, and its flush after the last guard: whoever cleared an entry that was found none meanwhile has flushed, or
         // is open still and makes this flush whole (rule G6).
         let flushed = gather.flush();
@@ -103,13 +147,14 @@ impl<M: Machine> Kernel<M> {
         result
     }
 
-    /// Makes every entry of `range` a guard that is none, until one is something else.
+    /// Makes every entry of `range` a guard that is none, until one is something else. Another marker is as good: it refuses every
+    /// fault, too, and stays when pages are dropped.
     fn fill_with_guards(&self, mm: &Mm<M>, range: VirtRange) -> Result<Filled, Error> {
         let mut since = None;
         let mut rest = range;
         loop {
             let part = rest.within_entry(Level::Pmd, rest.start());
-            // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
+            // SAFETY: the map lock is held, and the area is not detached: its tables stay.
             let view = match unsafe { mm.engine.space().ensure_table(self, part.start(), Level::Pte) } {
                 Ok(view) => view,
                 Err(MapError::Occupied(..)) => return Ok(Filled::Partly),
@@ -119,12 +164,13 @@ impl<M: Machine> Kernel<M> {
             let moment = *since.get_or_insert_with(|| self.machine.moment());
             for address in (part.start()..part.end()).step_by(4096) {
                 let entry = locked.entry(address);
-                let found = entry.load();
-                if found.is_none() {
-                    self.guards.fetch_add(1, Ordering::Relaxed);
-                    entry.store(GUARD.encode());
-                } else if found != GUARD.encode() {
-                    return Ok(Filled::Partly);
+                match entry.load().decode(Level::Pte) {
+                    Decoded::None => {
+                        self.guards.fetch_add(1, Ordering::Relaxed);
+                        entry.store(GUARD.encode());
+                    }
+                    Decoded::NonPresent(NonPresent::Marker(_)) => {}
+                    _ => return Ok(Filled::Partly),
                 }
             }
             drop(locked);
