@@ -112,7 +112,7 @@ impl<M: Machine> Kernel<M> {
         content: PageContent,
     ) -> Result<(), Error> {
         let level = content.level();
-        // SAFETY: the map lock is held for reading, and the area is not detached.
+        // SAFETY: the map lock is held, and the area is not detached.
         let view = unsafe { mm.engine.space().ensure_table(self, part.start(), level) }
             .map_err(|_| Error::NoMemory)?;
         let locked = view.lock(self);

@@ -7,7 +7,7 @@ use mmu_gather::{MmuGather, unmap_region};
 use crate::kernel::{Error, Kernel};
 use crate::machine::Machine;
 use crate::mm::Mm;
-use crate::vma::{Area, Vma};
+use crate::vma::{Area, Vma, VmaTree};
 
 impl<M: Machine> Kernel<M> {
     /// Moves what is mapped in `old`, which lies in one area, to `new`, unmapping what was there; mremap(2) with
@@ -15,7 +15,7 @@ impl<M: Machine> Kernel<M> {
     ///
     /// # Errors
     /// [`Error::NoArea`] if `old` is not inside one area; [`Error::Overlap`] if the two overlap; [`Error::NoMemory`]. The
-    /// target may be unmapped already in the last case.
+    /// target may be unmapped already in the last case, and if another call has changed the areas meanwhile.
     pub fn mremap(&self, mm: &Mm<M>, old: VirtRange, new: VirtRange) -> Result<(), Error> {
         if old.intersect(new).is_some() {
             return Err(Error::Overlap(new));
@@ -23,13 +23,15 @@ impl<M: Machine> Kernel<M> {
         if !mm.engine.space().user_range().covers(new) {
             return Err(Error::NotUserSpace(new.end()));
         }
+        let find_source = |vmas: &VmaTree| {
+            let vma = vmas.find(old.start()).copied().filter(|vma| vma.range.covers(old));
+            vma.ok_or(Error::NoArea(old.start()))
+        };
+        // Before anything is unmapped; and again below, for other calls may come in between.
+        find_source(&mm.vmas.read())?;
         self.munmap(mm, new)?;
         let mut vmas = mm.vmas.write();
-        let vma = vmas
-            .find(old.start())
-            .copied()
-            .filter(|vma| vma.range.covers(old))
-            .ok_or(Error::NoArea(old.start()))?;
+        let vma = find_source(&vmas)?;
         if vmas.overlaps(new) {
             return Err(Error::Overlap(new));
         }
