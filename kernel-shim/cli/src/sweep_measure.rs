@@ -328,6 +328,7 @@ fn here() -> usize {
 
 impl Watch for Tally<'_> {
     fn gather(&self, event: GatherEvent) {
+        self.note_depth();
         match event {
             GatherEvent::ForcedFlush => self.update(|counts| counts.forced_flushes += 1),
             GatherEvent::LockDropped { leaves } => {
@@ -343,11 +344,13 @@ impl Watch for Tally<'_> {
     }
 
     fn page_cleared(&self, frame: PhysFrame) {
+        self.note_depth();
         self.update(|counts| counts.pages += 1);
         self.waits(self.page_bytes(frame));
     }
 
     fn tlb(&self, event: TlbEvent) {
+        self.note_depth();
         match event {
             TlbEvent::Requested { pages, .. } => self.update(|counts| {
                 counts.flushes += 1;
@@ -362,6 +365,7 @@ impl Watch for Tally<'_> {
     }
 
     fn invlpg(&self) {
+        self.note_depth();
         self.update(|counts| counts.invlpgs += 1);
     }
 
@@ -396,6 +400,7 @@ impl Watch for Tally<'_> {
     }
 
     fn preemption_point(&self) {
+        self.note_depth();
         self.stretch.set(0);
     }
 }
