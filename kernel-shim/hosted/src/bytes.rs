@@ -39,7 +39,7 @@ const MOST_CPUS: u32 = 8;
 /// Pages of one range.
 const MOST_PAGES: u64 = 2048;
 /// Pages of one touch, each of which may fault.
-const MOST_TOUCHED: u64 = 64;
+pub(crate) const MOST_TOUCHED: u64 = 64;
 /// Pages of user space.
 const USER_PAGES: u64 = (1 << 47) >> 12;
 /// Bits of a page number; the five above them are 0 if it is meant as it stands.

@@ -3,14 +3,20 @@
 //! | manner | what it is good at |
 //! |---|---|
 //! | wide | every operation on every place: tables, boundaries, capacities |
+//! | dense | as wide, but it begins with a call on more pages than a table has, all of them there |
 //! | lives | address spaces come and go, more than a CPU has slots for |
 //! | focus | all CPUs work on a few pages: two calls meet on one entry, and a third CPU has it cached |
+
+use core::ops::Range;
+use std::collections::VecDeque;
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
 use mmu_kernel_shim::{Supply, UserAccess};
 
+use crate::bytes::MOST_TOUCHED;
 use crate::features::InvlpgUppers;
+use crate::memory::index;
 use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
 use crate::options::Adversary;
 use crate::random::Choices;
@@ -30,6 +36,9 @@ pub(crate) const PLACES: [u64; 7] = [
 /// Pages that a focused sequence works on.
 const FOCUS_PAGES: u64 = 4;
 
+/// The fewest pages of an area that is filled: more than a table has.
+const DENSE_PAGES: u64 = 520;
+
 /// Steps between two points at which all caches are compared with memory.
 const SYNC_EVERY: u64 = 24;
 
@@ -37,9 +46,11 @@ const SYNC_EVERY: u64 = 24;
 #[must_use]
 pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     let choices = Choices::new(seed);
-    let manner = match choices.below(8) {
-        0..3 => Manner::Wide,
-        3 => Manner::Lives,
+    let manner = match choices.below(256) {
+        0..92 => Manner::Wide,
+        // Few: one costs as much as two others.
+        92..96 => Manner::Dense,
+        96..128 => Manner::Lives,
         _ => Manner::Focus {
             place: choices.pick(PLACES.len()),
             switches: choices.below(4) * 4,
@@ -47,7 +58,10 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
             guards: if choices.one_in(4) { 8 } else { 0 },
         },
     };
-    let mut maker = Maker { choices: &choices, nr_cpus, manner, mapped: Vec::new(), next: None };
+    let mut maker = Maker { choices: &choices, nr_cpus, manner, mapped: Vec::new(), next: VecDeque::new() };
+    if manner == Manner::Dense {
+        maker.begin_dense();
+    }
     let steps = (0..nr_steps).map(|_| maker.step()).collect();
     Sequence {
         nr_cpus,
@@ -63,6 +77,7 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Manner {
     Wide,
+    Dense,
     Lives,
     Focus {
         /// Where all of it happens.
@@ -78,24 +93,23 @@ struct Maker<'a> {
     choices: &'a Choices,
     nr_cpus: u32,
     manner: Manner,
-    /// What a CPU does next that was told to be preempted in it.
-    next: Option<Step>,
+    /// What comes next, whatever the manner: what a CPU does that was told to be preempted in it, or how a sequence begins.
+    next: VecDeque<Step>,
     /// What was mapped so far, as far as this knows: places worth going back to.
     mapped: Vec<(MmId, VirtRange)>,
 }
 
 impl Maker<'_> {
     fn step(&mut self) -> Step {
-        if let Some(step) = self.next.take() {
+        if let Some(step) = self.next.pop_front() {
             return step;
         }
-        // At most 64.
-        let cpu = self.choices.below(u64::from(self.nr_cpus)).to_le_bytes()[0];
+        let cpu = self.cpu();
         if self.choices.one_in(SYNC_EVERY) {
             return Step { cpu, op: Op::Sync };
         }
         let op = match self.manner {
-            Manner::Wide => self.wide(),
+            Manner::Wide | Manner::Dense => self.wide(),
             Manner::Lives if self.choices.one_in(3) => {
                 let (mm, _) = self.somewhere();
                 if self.choices.one_in(3) { Op::Exit(mm) } else { Op::Switch(mm) }
@@ -108,13 +122,85 @@ impl Maker<'_> {
         let step = Step { cpu, op };
         let is_long = !matches!(op, Op::Map(..) | Op::Lazy | Op::Batches(_) | Op::Tables(_));
         if is_long && self.choices.one_in(8) {
-            self.next = Some(step);
+            self.next.push_back(step);
             // Mostly early: short calls have few seams.
             let most = 2 << self.choices.below(6);
             let seams = u32::from(self.choices.below(most).to_le_bytes()[0]) + 1;
             return Step { cpu, op: Op::Preempt(seams) };
         }
         step
+    }
+
+    /// A call that goes through more small pages than a table has, all of them there, and in use on several CPUs.
+    fn begin_dense(&mut self) {
+        let mm = self.mm();
+        // Mostly large pages that are split: each page of the others costs a fault.
+        let area = if self.choices.one_in(4) { self.fill_with_pages(mm) } else { self.fill_by_splitting(mm) };
+        self.mapped.push((mm, area));
+        let op = match self.choices.below(6) {
+            0 => Op::Protect(mm, area, if self.choices.one_in(2) { Rights::None } else { Rights::Read }),
+            1 => Op::Unmap(mm, area),
+            2 => Op::Discard(mm, area),
+            3 => Op::Reclaim(mm, mm, area),
+            4 => Op::Fork(mm, MmId((mm.0 + 1) % NR_MMS)),
+            _ => Op::Remap(mm, area, self.base()),
+        };
+        self.then(self.cpu(), op);
+    }
+
+    /// Programs write to every page of an area, each to some parts of it.
+    fn fill_with_pages(&mut self, mm: MmId) -> VirtRange {
+        let area = up_to(self.base(), DENSE_PAGES + self.choices.below(480));
+        let backing = match self.choices.below(8) {
+            0..5 => Backing::Anon,
+            5 => Backing::Private,
+            6 => Backing::Shared,
+            _ => Backing::Pfn,
+        };
+        self.then(self.cpu(), Op::Map(mm, area, backing, Rights::Write));
+        let programs = self.run_programs(mm);
+        let parts = (area.start()..area.end()).step_by(index(MOST_TOUCHED * 4096));
+        for (start, cpu) in parts.zip(programs.cycle()) {
+            let pages = MOST_TOUCHED.min((area.end() - start) / 4096);
+            self.then(cpu, Op::Touch(up_to(start, pages), UserAccess::Write));
+        }
+        area
+    }
+
+    /// Two large pages are split by a call on the last small pages of the one and the first of the other.
+    fn fill_by_splitting(&mut self, mm: MmId) -> VirtRange {
+        // In the first 2 MiB nothing large can be.
+        let area = large(up_to(self.base().max(Level::Pmd.entry_span()), DENSE_PAGES));
+        self.then(self.cpu(), Op::Map(mm, area, Backing::Huge, Rights::Write));
+        let programs = self.run_programs(mm);
+        let before = 1 + self.choices.below(40);
+        let around = area.start() + Level::Pmd.entry_span() - before * 4096;
+        let around = up_to(around, before + 1 + self.choices.below(40));
+        let op = match self.choices.below(3) {
+            0 => Op::Protect(mm, around, self.rights()),
+            1 => Op::Discard(mm, around),
+            _ => Op::Guard(mm, around, Guarding::Install),
+        };
+        self.then(self.cpu(), op);
+        for cpu in programs {
+            self.then(cpu, Op::Touch(self.part_of(area, 24), UserAccess::Write));
+        }
+        area
+    }
+
+    /// Up to four CPUs run programs in `mm` next: which.
+    fn run_programs(&mut self, mm: MmId) -> Range<u8> {
+        // The area is there before anybody uses it.
+        self.then(self.cpu(), Op::Sync);
+        let cpus = 0..self.nr_cpus.min(4).to_le_bytes()[0];
+        for cpu in cpus.clone() {
+            self.then(cpu, Op::Switch(mm));
+        }
+        cpus
+    }
+
+    fn then(&mut self, cpu: u8, op: Op) {
+        self.next.push_back(Step { cpu, op });
     }
 
     /// Something with one or two of a few pages, in one of two address spaces.
@@ -227,16 +313,23 @@ impl Maker<'_> {
     }
 
     fn place(&self) -> VirtRange {
-        let base = PLACES[self.choices.pick(PLACES.len())] + self.choices.below(4) * 0x4000;
+        let base = self.base();
         let pages = match self.choices.below(16) {
             0..8 => 1 + self.choices.below(8),
             8..12 => 1 + self.choices.below(40),
             12..15 => 1 + self.choices.below(300),
             _ => 1 + self.choices.below(1200),
         };
-        let end = (base + pages * 4096).min(1 << 47);
-        // The bases are aligned, inside user space, and below the end.
-        VirtRange::new(base, end).unwrap_or_else(|_| VirtRange::of_entry(Level::Pte, base))
+        up_to(base, pages)
+    }
+
+    fn base(&self) -> u64 {
+        PLACES[self.choices.pick(PLACES.len())] + self.choices.below(4) * 0x4000
+    }
+
+    fn cpu(&self) -> u8 {
+        // At most 64.
+        self.choices.below(u64::from(self.nr_cpus)).to_le_bytes()[0]
     }
 
     fn mm(&self) -> MmId {
@@ -263,6 +356,12 @@ impl Maker<'_> {
             _ => Supply::Always,
         }
     }
+}
+
+/// So many pages from `base`, which is aligned and in user space, or as many as there are.
+fn up_to(base: u64, pages: u64) -> VirtRange {
+    let end = (base + pages * 4096).min(1 << 47);
+    VirtRange::new(base, end).unwrap_or_else(|_| VirtRange::of_entry(Level::Pte, base))
 }
 
 /// The range rounded out to whole 2 MiB pages, at most two of them.

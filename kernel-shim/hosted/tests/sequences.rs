@@ -1,6 +1,10 @@
 //! Sequences: their text, their determinism, and what the checker says of them.
 
-use mmu_hosted::{MachineFault, Sequence, execute, execute_with, generate, views};
+use mmu_gather::pagetable::Level;
+use mmu_hosted::{
+    Detail, Event, MachineFault, Op, Sequence, Telling, Trial, What, execute, execute_with, generate,
+    judge_in, views,
+};
 use mmu_kernel_shim::Supply;
 
 const LENGTH: usize = 160;
@@ -68,6 +72,46 @@ fn random_sequences_are_clean() {
             assert!(outcome.is_clean(), "seed {seed}, {nr_cpus} CPUs: {outcome:?}\n{sequence}");
         }
     }
+}
+
+/// Whether a call is preempted in time (rule G7) can only be told where one changes more than one table has.
+#[test]
+fn every_call_that_changes_small_pages_is_made_up_with_more_of_them_than_a_table_has() {
+    let calls = ["unmap", "discard", "protect", "fork", "reclaim"];
+    let mut times = [0; 5];
+    for seed in 0..2000 {
+        let mut sequence = generate(seed, 4, LENGTH);
+        // That is how such a sequence begins; others come to such a place rarely.
+        if !matches!(sequence.steps[0].op, Op::Map(_, range, ..) if range.nr_pages() > 512) {
+            continue;
+        }
+        sequence.steps.truncate(32);
+        let trial = Trial { telling: Telling::All, ..Trial::default() };
+        let run = judge_in(&sequence, trial).expect("memory");
+        assert!(run.verdict.is_clean(), "seed {seed}: {:?}\n{sequence}", run.verdict);
+        for (number, step) in sequence.steps.iter().enumerate() {
+            if let Some(call) = calls.iter().position(|call| *call == Op::WORDS[step.op.number()])
+                && small_pages_changed(&run.events, number) > 512
+            {
+                times[call] += 1;
+            }
+        }
+    }
+    assert!(times.iter().all(|times| *times >= 2), "{calls:?} {times:?}");
+}
+
+/// How many 4 KiB leaves the call of step `number` cleared, or took rights from.
+fn small_pages_changed(events: &[Event], number: usize) -> usize {
+    let begun = events
+        .iter()
+        .skip_while(|event| !matches!(event.what, What::Detail(Detail::Began(index, _)) if index == number));
+    let Some(cpu) = begun.clone().next().map(|event| event.cpu) else { return 0 };
+    let done = |event: &&Event| matches!(event.what, What::Detail(Detail::Ended(index)) if index == number);
+    let changed = |event: &Event| {
+        let small = Level::Pte;
+        matches!(event.what, What::Detail(Detail::Cleared(_, level, _) | Detail::Restricted(_, level)) if level == small)
+    };
+    begun.take_while(|event| !done(event)).filter(|event| event.cpu == cpu && changed(event)).count()
 }
 
 /// Reclaim once took a thousand pages and more without a preemption point, when huge ones had been split (rule G7).
