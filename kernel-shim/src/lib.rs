@@ -11,7 +11,9 @@
 //! | fault | demand faults |
 //! | fork | copies of address spaces, pages shared until written |
 //! | guard | guard pages: entries that are kept when pages are dropped |
-//! | kernel | munmap, madvise, mprotect, mremap, exit, context switch, lazy CPUs |
+//! | kernel | munmap, madvise, exit, the stack move of exec, context switch, lazy CPUs |
+//! | protect, remap | mprotect; mremap and brk |
+//! | reclaim, populate | pages taken by swap, and memory pressure; areas filled without faults |
 //! | counters | what happened, each CPU for itself, for the report |
 //! | own_lines | what CPUs write, kept off the lines of what they read |
 //! | stage, drill, plan | the same work on any machine, so that what it counts can be compared |
