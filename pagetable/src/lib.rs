@@ -18,6 +18,7 @@
 //! - **P3** Table lifetime is decided by VMAs (floor/ceiling), or by "all 512 entries none under both locks", never
 //!   by guess.
 //! - **P4** Where a kernel notes the used lines of its tables ([`UsedLines`]), the line of every entry that is not none is noted.
+//!   (The kernel half of a root is not looked at, noted or not.)
 //!
 //! P1 costs a locked exchange wherever hardware may still set a bit between a load and a store. Where it has nothing left to
 //! set (A is set, and D is set or nothing can write) a load and a store do: [`EntryValue::is_settled`] has the argument.

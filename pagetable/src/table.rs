@@ -79,7 +79,8 @@ pub type TableLock<R> = SpinMutex<(), R>;
 /// - `table_lock` returns the same lock for the same frame until the frame is freed, and locks of tables on one path
 ///   from a root are distinct;
 /// - `used_lines` returns the same one for the same frame until the frame is freed, and another for every other frame; once it
-///   does, entries of linked tables become something only through [`LockedTable::entry`] (rule P4).
+///   does, entries of linked tables become something only through [`LockedTable::entry`] (rule P4); the kernel half of a root,
+///   which the engine does not look at, is free from that.
 pub unsafe trait TableMemory: PageTableFrameMapping {
     /// What a CPU does while it waits for a table lock.
     type Relax: RelaxStrategy;
