@@ -58,7 +58,8 @@ pub(crate) fn start(apic_ids: &[u32]) -> u32 {
     copy_trampoline();
     let me = apic::id();
     let others = apic_ids.iter().copied().filter(|id| *id != me).take(MAX_CPUS - 1);
-    for (index, apic_id) in (1..).map(CpuIndex::new).zip(others) {
+    // The APICs first: of 64 CPUs there is no number after the last.
+    for (apic_id, index) in others.zip((1..).map(CpuIndex::new)) {
         start_one(index, apic_id);
     }
     online().count()

@@ -56,6 +56,12 @@ fn booted_and_hosted_machines_count_the_same() {
 }
 
 #[test]
+fn as_many_cpus_start_as_a_set_has_room_for() {
+    let Some(report) = booted(&["--workload", "drill", "--cpus", "64"]) else { return };
+    assert!(report.is_clean(), "{report:?}");
+}
+
+#[test]
 fn a_layout_is_built_and_taken_down_on_emulated_hardware() {
     let layout = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/layouts/redis-swapped.layout");
     let Some(report) = booted(&["--layout", layout, "--cpus", "2"]) else { return };
