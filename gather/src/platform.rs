@@ -145,7 +145,10 @@ pub trait Pages {
     /// The lock of the table that held the leaf is held; for a migration entry only the map lock, for writing.
     fn leaf_was_split(&self, _area: Self::Area, _leaf: &UnmappedLeaf) {}
 
-    /// A good moment to run something else. No lock is held.
+    /// A good moment to run something else.
+    ///
+    /// # Context
+    /// No table lock is held; the caller's map lock is, but while a flushed gather is freed.
     fn cond_resched(&self) {}
 
     /// Counts an event. Not called per page.

@@ -5,7 +5,7 @@
 //! checker objects when a page or a table is freed that some CPU could still reach.
 //!
 //! ```text
-//!  platform.rs   what an embedder writes: three impls, about 110 lines
+//!  platform.rs   what an embedder writes: three impls, about 130 lines
 //!  kernel.rs     the kernel's data, and which memory can be had
 //!  program.rs    what programs and schedulers do: map, touch, switch, go lazy
 //!  cpu.rs        one CPU's TLB and structure cache
