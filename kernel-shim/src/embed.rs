@@ -251,6 +251,7 @@ impl<M: Machine> Pages for Kernel<M> {
 
     fn leaf_was_split(&self, _area: EngineArea, leaf: &UnmappedLeaf) {
         self.count().split();
+        self.machine.note(Note::Split { address: leaf.address, level: leaf.level, frame: leaf.frame });
         if leaf.level == Level::Pmd && self.frames.meta(leaf.frame).kind() == FrameKind::Block {
             self.frames.split_block(leaf.frame);
         }

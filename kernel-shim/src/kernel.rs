@@ -443,6 +443,7 @@ impl<M: Machine> Kernel<M> {
         while let Some(address) = gather.find_large_leaf(rest) {
             // An address in the same leaf that is not its first: cutting there splits it.
             gather.split_leaf(vma.going_away().area, address | 4096).map_err(|_| Error::NoMemory)?;
+            self.machine.cond_resched();
             let Ok(from_here) = VirtRange::new(address, rest.end()) else { break };
             rest = from_here;
         }

@@ -198,6 +198,15 @@ pub enum Note {
         /// The (first) frame it maps.
         frame: PhysFrame,
     },
+    /// A large leaf makes way for a table of smaller ones; its table is locked, or the map lock is held for writing.
+    Split {
+        /// The first address it maps.
+        address: u64,
+        /// Level of the table it is in.
+        level: Level,
+        /// The first frame it maps.
+        frame: PhysFrame,
+    },
     /// The shootdown core did something on this CPU.
     Tlb {
         /// What.

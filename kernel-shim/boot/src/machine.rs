@@ -294,6 +294,7 @@ unsafe impl Machine for BareMachine {
             | Note::Discarded { .. }
             | Note::Protected { .. }
             | Note::Restricted { .. }
+            | Note::Split { .. }
             | Note::Tlb { .. }
             | Note::Gather(_) => {}
         }

@@ -225,6 +225,7 @@ impl HostedMachine {
                 self.count_leaf(checked, frame);
                 self.detail(Detail::Restricted(address, level));
             }
+            Note::Split { frame, .. } => self.count_split(checked, frame),
             Note::Tlb { event, slot } => self.detail(Detail::Tlb(event, slot)),
             Note::Gather(event) => {
                 if event == GatherEvent::DirtyFlush {

@@ -12,6 +12,7 @@ use crate::machine::{Checked, HostedMachine};
 #[derive(Debug, Default)]
 pub(crate) struct Work {
     leaves: AtomicU32,
+    splits: AtomicU32,
     freed: AtomicU32,
 }
 
@@ -20,6 +21,8 @@ pub(crate) struct Work {
 pub struct MostWork {
     /// Leaves cleared, or restricted: all of one table.
     pub leaves: u32,
+    /// Large leaves split: those that two ends of a range cut, on two levels.
+    pub splits: u32,
     /// Frames given back to the allocator.
     pub freed: u32,
 }
@@ -32,7 +35,7 @@ impl MostWork {
     pub const fn of(limits: &Limits) -> Self {
         let chunk = limits.free_chunk as u32 + 1;
         let tables = limits.table_slots as u32 + 1;
-        Self { leaves: 512, freed: 2 * chunk + tables + limits.batch_pages as u32 + 2 }
+        Self { leaves: 512, splits: 4, freed: 2 * chunk + tables + limits.batch_pages as u32 + 2 }
     }
 }
 
@@ -41,6 +44,7 @@ impl HostedMachine {
     pub(crate) fn begin_work_anew(&self) {
         let work = &self.cpu().work;
         work.leaves.store(0, Ordering::Relaxed);
+        work.splits.store(0, Ordering::Relaxed);
         work.freed.store(0, Ordering::Relaxed);
     }
 
@@ -48,6 +52,12 @@ impl HostedMachine {
     pub(crate) fn count_leaf(&self, checked: &Checked, frame: PhysFrame) {
         let most = self.options.most_work.leaves;
         self.count(checked, &self.cpu().work.leaves, most, frame);
+    }
+
+    /// A leaf that mapped the frames from `frame` on was split.
+    pub(crate) fn count_split(&self, checked: &Checked, frame: PhysFrame) {
+        let most = self.options.most_work.splits;
+        self.count(checked, &self.cpu().work.splits, most, frame);
     }
 
     pub(crate) fn count_freed(&self, checked: &Checked, frame: PhysFrame) {

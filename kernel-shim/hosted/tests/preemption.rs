@@ -55,6 +55,16 @@ fn fork(kernel: &HostedKernel, mm: &HostedMm, _range: VirtRange) {
     kernel.fork(mm, []).expect("it has frames");
 }
 
+fn remap(kernel: &HostedKernel, mm: &HostedMm, range: VirtRange) {
+    let place =
+        VirtRange::new(range.start() << 4, (range.start() << 4) + range.len_bytes()).expect("a good range");
+    kernel.mremap(mm, range, place).expect("it has frames");
+}
+
+fn move_stack(kernel: &HostedKernel, mm: &HostedMm, range: VirtRange) {
+    kernel.move_stack(mm, range, range.len_bytes()).expect("it has frames");
+}
+
 fn reclaim(kernel: &HostedKernel, mm: &HostedMm, range: VirtRange) {
     kernel.reclaim([(mm, range)]);
 }
@@ -63,6 +73,7 @@ type Call = fn(&HostedKernel, &HostedMm, VirtRange);
 const SMALL_CALLS: [(&str, Call); 5] =
     [("munmap", munmap), ("discard", discard), ("mprotect", protect), ("fork", fork), ("reclaim", reclaim)];
 const LARGE_CALLS: [(&str, Call); 3] = [("munmap", munmap), ("discard", discard), ("mprotect", protect)];
+const SPLITTING_CALLS: [(&str, Call); 3] = [("fork", fork), ("mremap", remap), ("exec", move_stack)];
 
 #[test]
 fn no_call_changes_more_leaves_than_one_table_has_without_a_preemption_point() {
@@ -79,6 +90,14 @@ fn no_call_changes_more_leaves_than_one_table_has_without_a_preemption_point() {
             let found = found(512, leaves, call);
             assert_eq!(found.count, 0, "{name} of {leaves:?}: {:?}", found.told.first());
         }
+    }
+}
+
+#[test]
+fn no_call_splits_many_large_leaves_without_a_preemption_point() {
+    for (name, call) in SPLITTING_CALLS {
+        let found = found(512, &[(PageContent::ZeroBlock, 12)], call);
+        assert_eq!(found.count, 0, "{name}: {:?}", found.told.first());
     }
 }
 
