@@ -88,7 +88,7 @@ pub enum Misbehaviour {
     FreeBeforeFlush,
 }
 
-/// Why a call was refused. Nothing was changed.
+/// Why a call was refused. Nothing was changed, where the call does not say otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {

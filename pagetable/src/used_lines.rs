@@ -165,9 +165,7 @@ impl UsedParts {
     pub(crate) const fn new(lines: Lines, level: Level, range: VirtRange) -> Self {
         Self { lines, level, rest: range }
     }
-}
 
-impl UsedParts {
     /// One address for each entry: the first that it maps, or the first of the range.
     #[inline]
     pub fn addresses(self) -> impl Iterator<Item = u64> {
@@ -326,7 +324,17 @@ mod tests {
                     assert_eq!(found, range.contains(&index) && has(lines, index), "{lines:?} {range:?}");
                 }
                 let addresses = UsedParts::new(lines, level, whole).addresses();
-                assert!(addresses.eq(range.filter(|index| has(lines, *index)).map(address)));
+                assert!(addresses.eq(range.clone().filter(|index| has(lines, *index)).map(address)));
+                // A range that begins and ends in the middle of what an entry maps.
+                let part = level.entry_span() / 4;
+                if part < 4096 {
+                    continue;
+                }
+                let cut = VirtRange::new(whole.start() + part, whole.end() - part).expect("not empty");
+                let wanted =
+                    range.filter(|index| has(lines, *index)).map(|index| address(index).max(cut.start()));
+                assert!(UsedParts::new(lines, level, cut).addresses().eq(wanted), "{lines:?} {cut}");
+                assert!(UsedParts::new(lines, level, cut).all(|part| cut.covers(part)), "{lines:?} {cut}");
             }
         }
     }
