@@ -160,6 +160,17 @@ impl<B: CpuBits> CpuSet<B> {
         })
     }
 
+    /// Whether there are members other than `cpu`.
+    #[inline]
+    pub(crate) fn has_others(&self, cpu: CpuId) -> bool {
+        // ORDERING: as in `for_each_but`.
+        self.used_words().any(|(number, word)| {
+            let bits = word.load(Ordering::Acquire);
+            let others = if number == cpu.0 / 64 { bits & !(1 << (cpu.0 % 64)) } else { bits };
+            others != 0
+        })
+    }
+
     /// Calls `f` for the members other than `cpu`, lowest first. Each word is read once.
     #[inline]
     pub(crate) fn for_each_but(&self, cpu: CpuId, mut f: impl FnMut(CpuId)) {

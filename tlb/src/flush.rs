@@ -276,6 +276,7 @@ pub(crate) unsafe fn carry_out<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushReq
 }
 
 /// Drops everything cached of the loaded `mm` and raises its slot. Interrupts off, on this CPU.
+#[inline(never)]
 pub(crate) fn flush_context<C: Cpus>(
     cpus: &C,
     state: &CpuTlb<C::Bits>,

@@ -23,13 +23,22 @@ pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 ///
 /// # Source
 /// Linux: flush_tlb_mm_range, arch/x86/mm/tlb.c.
+#[inline(never)]
 pub fn flush_tlb_mm_range<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     span: PageSpan,
     tables: FreedTables,
 ) -> Flushed {
-    shoot_down(cpus, mm, Some(&span), tables)
+    if span.nr_pages() > cpus.single_page_flush_ceiling() {
+        return flush_whole(cpus, mm, Some(span), tables);
+    }
+    let tlb_gen = cpus.pinned(|here| {
+        cpus.observe(TlbEvent::Requested { pages: Some(span.nr_pages()), tables });
+        shoot_down(cpus, here, mm, Some(span), tables, |tlb_gen| FlushKind::Range { mm, tlb_gen, span })
+    });
+    cpus.invalidate_secondary(mm.ctx_id(), Some(span));
+    Flushed::of(mm.ctx_id(), tlb_gen)
 }
 
 /// Makes every CPU forget all of `mm`, tables included, lazy CPUs too.
@@ -40,43 +49,45 @@ pub fn flush_tlb_mm_range<C: Cpus>(
 /// # Source
 /// Linux: flush_tlb_mm, arch/x86/include/asm/tlbflush.h.
 pub fn flush_tlb_mm<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) -> Flushed {
-    shoot_down(cpus, mm, None, FreedTables::Yes)
+    flush_whole(cpus, mm, None, FreedTables::Yes)
 }
 
 /// `changed` is what was changed, if the caller knows.
-#[inline]
-fn shoot_down<C: Cpus>(
+#[inline(never)]
+fn flush_whole<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
-    changed: Option<&PageSpan>,
+    changed: Option<PageSpan>,
     tables: FreedTables,
 ) -> Flushed {
-    let tlb_gen = cpus.pinned(|here| shoot_down_from(cpus, here, mm, changed, tables));
-    cpus.invalidate_secondary(mm.ctx_id(), changed.copied());
+    let tlb_gen = cpus.pinned(|here| {
+        cpus.observe(TlbEvent::Requested { pages: None, tables });
+        shoot_down(cpus, here, mm, changed, tables, |tlb_gen| FlushKind::Mm { mm, tlb_gen })
+    });
+    cpus.invalidate_secondary(mm.ctx_id(), changed);
     Flushed::of(mm.ctx_id(), tlb_gen)
 }
 
-/// The part that stays on one CPU. Not in the closure above: an embedder's `pinned` is inlined with a small one only.
-fn shoot_down_from<C: Cpus>(
+/// Raises the generation, and has everybody who must be told flush up to it. Pinned to `here`.
+///
+/// Each of the two kinds of request gets a copy of its own, and what is not done for a page that only this CPU knows is apart: so
+/// the request stays in registers.
+#[inline(always)]
+fn shoot_down<'m, C: Cpus>(
     cpus: &C,
     here: CpuId,
-    mm: &MmContext<C::Bits>,
-    changed: Option<&PageSpan>,
+    mm: &'m MmContext<C::Bits>,
+    changed: Option<PageSpan>,
     tables: FreedTables,
+    kind: impl FnOnce(TlbGen) -> FlushKind<'m, C::Bits>,
 ) -> TlbGen {
-    let span = changed.copied().filter(|span| span.nr_pages() <= cpus.single_page_flush_ceiling());
-    cpus.observe(TlbEvent::Requested { pages: span.map(PageSpan::nr_pages), tables });
     // T1: before looking who must be told, and even if nobody must.
     let tlb_gen = mm.raise_tlb_gen();
-    cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: changed.copied() });
-    let kind = match span {
-        Some(span) => FlushKind::Range { mm, tlb_gen, span },
-        None => FlushKind::Mm { mm, tlb_gen },
-    };
-    let request = FlushRequest { kind, tables, initiator: here };
+    cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: changed });
+    let request = FlushRequest { kind: kind(tlb_gen), tables, initiator: here };
     let targets = match cpus.online_cpus() {
-        OnlineCpus::One => None,
-        OnlineCpus::Many => whom_to_tell(cpus, mm, here, tables),
+        OnlineCpus::Many if mm.cpumask().has_others(here) => whom_to_tell(cpus, mm, here, tables),
+        OnlineCpus::Many | OnlineCpus::One => None,
     };
     match targets {
         // SAFETY: pinned to `here`, interrupts off.
@@ -87,7 +98,7 @@ fn shoot_down_from<C: Cpus>(
 }
 
 /// The initiator's own part of a request: `flush`, with interrupts off, if it has `mm` loaded. Pinned to `here`.
-#[inline]
+#[inline(always)]
 fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: impl FnOnce()) {
     if cpus.cpu_state(here).has_loaded(mm) {
         cpus.without_interrupts(flush);
@@ -111,7 +122,7 @@ fn tell<C: Cpus>(
 }
 
 /// The other CPUs that must be interrupted, if any. No set is made for none: it may be large.
-#[inline]
+#[inline(never)]
 fn whom_to_tell<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
