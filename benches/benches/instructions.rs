@@ -23,7 +23,8 @@ const ENGINE: [Entry; 3] = [
     Entry::Engine(Path::Munmap, Counts::Batched),
     Entry::Engine(Path::MunmapEach, Counts::Batched),
 ];
-const OTHERS: [Entry; 6] = [
+const OTHERS: [Entry; 7] = [
+    Entry::Protocol,
     Entry::ClearOnly,
     Entry::PLAIN,
     Entry::EXCHANGE,

@@ -68,7 +68,7 @@ fn engine_only(names: &str) {
         Workload::ALL.into_iter().filter(|workload| names.split(',').any(|name| name == workload.name()))
     {
         let shape = workload.shape(size);
-        let rows = [Entry::PLAIN, Entry::EXCHANGE].into_iter().chain(Entry::ENGINE);
+        let rows = [Entry::PLAIN, Entry::EXCHANGE, Entry::Protocol].into_iter().chain(Entry::ENGINE);
         let rows: Vec<Entry> = rows.filter(|entry| entry.applies_to(workload)).collect();
         let series = measure(&sampler, &shape, &rows, 61, Duration::from_secs(30));
         let column: Column = rows.into_iter().zip(series).collect();

@@ -352,6 +352,11 @@ impl<C: Counting> Pages for Machine<'_, C> {
             debug_assert!(false, "{pages:?}");
             return;
         };
+        if frames.len() == 1 {
+            let chain = self.memory.chain_start();
+            self.memory.free_chain(frames.fold(chain, |chain, frame| self.release(frame, chain)));
+            return;
+        }
         // Metadata of neighbouring 2 MiB leaves lies 16 KiB apart, in one set of the first-level cache: what is fetched ahead is
         // gone before it is used.
         let mut ahead = frames.clone();

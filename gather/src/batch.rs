@@ -62,6 +62,14 @@ impl PageQueue {
         }
     }
 
+    /// A queue that holds `slot`, which is no run.
+    #[inline(always)]
+    pub(crate) fn of(slot: Option<Slot>) -> Self {
+        let mut queue = Self::new();
+        queue.bundle.extend(slot);
+        queue
+    }
+
     /// Lets `store` fill the batch with single pages; says whether room is left. There is some at first: the last answer was
     /// [`Room::Left`].
     ///
@@ -173,9 +181,8 @@ impl PageQueue {
     }
 
     /// Hands everything to the kernel, a chunk at a time with a preemption point between; returns how many slots.
-    pub(crate) fn free_all<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> u64 {
-        let mut slots = free_slots(kernel, limits, &self.bundle, self.runs);
-        self.bundle.clear();
+    pub(crate) fn free_all<K: Pages>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
+        let mut slots = self.free_bundle(kernel, free_chunk);
         let mut next = self.first;
         while let Some(mut batch) = next {
             // SAFETY: by the invariant the page is ours alone.
@@ -183,12 +190,20 @@ impl PageQueue {
             if batch.slots.is_empty() {
                 break;
             }
-            slots += free_slots(kernel, limits, &batch.slots, self.runs);
+            slots += free_slots(kernel, free_chunk, &batch.slots, self.runs);
             batch.slots.clear();
             next = batch.next;
         }
         self.active = None;
         self.runs = Runs::None;
+        slots
+    }
+
+    /// As [`free_all`](Self::free_all), where there is no batch page.
+    #[inline]
+    pub(crate) fn free_bundle<K: Pages>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
+        let slots = free_slots(kernel, free_chunk, &self.bundle, self.runs);
+        self.bundle.clear();
         slots
     }
 
@@ -234,6 +249,12 @@ impl PageQueue {
         self.batch_pages = 0;
     }
 
+    /// Whether there are batch pages to be given back.
+    #[inline]
+    pub(crate) const fn has_batches(&self) -> bool {
+        self.first.is_some()
+    }
+
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         // The bundle fills first.
@@ -248,20 +269,31 @@ fn append<const N: usize>(slots: &mut ArrayVec<Slot, N>, record: &[Slot]) {
     debug_assert!(stored.is_ok(), "G5: a record was pushed into a full batch");
 }
 
-/// At most `free_chunk` pages at a time (rule G7), or one run of more.
-fn free_slots<K: Pages>(kernel: &K, limits: &Limits, slots: &[Slot], runs: Runs) -> u64 {
+/// At most `free_chunk` pages at a time (rule G7), or one run of more; returns how many slots.
+#[inline]
+fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs) -> u64 {
+    if runs == Runs::Some || slots.len() > usize::from(free_chunk) {
+        free_in_chunks(kernel, free_chunk, slots, runs);
+    } else if !slots.is_empty() {
+        kernel.free_pages(FreedPages::new(slots, Which::All, runs));
+        kernel.cond_resched();
+    }
+    slots.len() as u64
+}
+
+#[inline(never)]
+fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs) {
     let mut rest = slots;
     while !rest.is_empty() {
         let chunk = match runs {
-            Runs::None => usize::from(limits.free_chunk).min(rest.len()),
-            Runs::Some => chunk_with_runs(rest, u64::from(limits.free_chunk)),
+            Runs::None => usize::from(free_chunk).min(rest.len()),
+            Runs::Some => chunk_with_runs(rest, u64::from(free_chunk)),
         };
         let (now, later) = rest.split_at(chunk);
         kernel.free_pages(FreedPages::new(now, Which::All, runs));
         kernel.cond_resched();
         rest = later;
     }
-    slots.len() as u64
 }
 
 /// How many slots the records take that come to no more than `nr_pages` pages; those of the first record at least. Reads

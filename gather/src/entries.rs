@@ -11,7 +11,7 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::platform::{Disposition, Fate, Platform, UnmappedLeaf, Vma};
 use crate::slot::Slot;
-use crate::spare::{LINE, Spare};
+use crate::spare::{LINE, Slots, Spare};
 
 /// How entries are taken out.
 pub(crate) trait Clear: Copy {
@@ -207,21 +207,23 @@ pub(crate) fn zap_entries<K: Platform>(
     done
 }
 
-/// As [`zap_entries`], one by one: for fewer entries than a line has. Inlined, so that a munmap of one page is not mostly calls.
+/// Clears the entry for the page at `address`; the slot in which the page waits, if it is to be freed.
+///
+/// # Context
+/// As for [`zap_entries`].
 #[inline(always)]
-pub(crate) fn zap_few<K: Platform>(
+pub(crate) fn zap_one<K: Platform>(
     kernel: &K,
-    vma: &Vma<K::Area>,
-    part: &Part<'_>,
-    first: usize,
-    spare: &mut Spare<'_>,
-    leaves: impl Leaves,
+    area: K::Area,
+    locked: &LockedTable<'_, K::Relax>,
+    address: u64,
     clear: impl Clear,
-) -> Done {
-    let work = Work { kernel, area: vma.area, start: part.start, leaves, clear };
-    let mut done = Done::at(first);
-    work.each(&part.entries[first..part.end], spare, &mut done);
-    done
+) -> (Done, Option<Slot>) {
+    let work = Work { kernel, area, start: address, leaves: Small, clear };
+    let (mut done, mut slot) = (Done::at(0), None);
+    let entry = locked.view().table().entry(Level::Pte.index(address));
+    work.one(entry, &mut slot, &mut done);
+    (done, slot)
 }
 
 #[inline(always)]
@@ -232,7 +234,7 @@ fn bits_of_any(line: &[Entry; LINE]) -> u64 {
 struct Work<'k, K: Platform, L, C> {
     kernel: &'k K,
     area: K::Area,
-    /// The address of the first entry of the table.
+    /// The address of the first entry.
     start: u64,
     leaves: L,
     clear: C,
@@ -275,9 +277,9 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
 
     /// Looks at entries one by one; whether at all of them.
     #[inline(always)]
-    fn each(&self, entries: &[Entry], spare: &mut Spare<'_>, done: &mut Done) -> bool {
+    fn each(&self, entries: &[Entry], slots: &mut impl Slots, done: &mut Done) -> bool {
         for entry in entries {
-            if !self.one(entry, spare, done) {
+            if !self.one(entry, slots, done) {
                 return false;
             }
             done.next += 1;
@@ -337,20 +339,20 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
 
     /// Looks at one entry; whether the loop can go on to the next.
     #[inline(always)]
-    fn one(&self, entry: &Entry, spare: &mut Spare<'_>, done: &mut Done) -> bool {
+    fn one(&self, entry: &Entry, slots: &mut impl Slots, done: &mut Done) -> bool {
         let index = done.next;
         let seen = entry.load();
         if seen.is_none() {
             return true;
         }
         if seen.bits() & self.leaf_bits() == self.leaf_bits() {
-            if spare.is_full() {
+            if slots.is_full() {
                 return false;
             }
             // A and D from the exchange wherever hardware may still set them, never from the read before it.
             let old = self.clear.take(entry, seen);
             if let Some(slot) = self.gone(old, index, done) {
-                spare.push(slot);
+                slots.push(slot);
             }
             done.note(index..index + 1);
             return true;

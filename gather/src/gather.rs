@@ -10,13 +10,13 @@ use mmu_pagetable::{FreedTable, Level, VirtRange};
 use mmu_tlb::{DeferredFlushes, Flushed, OnlineCpus, flush_tlb_mm, flush_tlb_mm_range};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::batch::Room;
+use crate::batch::{PageQueue, Room};
 use crate::limits::Limits;
 use crate::mm::Mm;
 use crate::platform::{GatherEvent, Platform};
 use crate::range::FlushRange;
 use crate::slot::Slot;
-use crate::table_batch::Queued;
+use crate::table_batch::{Queued, TableQueue};
 use crate::waiting::{Covered, Waiting};
 
 /// What a gather may assume about other users of the address space.
@@ -52,6 +52,7 @@ pub struct MmuGather<'a, K: Platform> {
     pub(crate) kernel: &'a K,
     pub(crate) mm: &'a Mm<K::Bits>,
     pub(crate) state: State,
+    pub(crate) limits: Limits,
     pub(crate) waiting: Waiting,
 }
 
@@ -132,7 +133,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 deferred: None,
                 receipt: None,
             },
-            waiting: Waiting::new(Limits::DEFAULT.of(mode)),
+            limits: Limits::DEFAULT.of(mode),
+            waiting: Waiting::new(),
         }
     }
 
@@ -140,7 +142,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[must_use]
     #[inline]
     pub fn with_limits(mut self, limits: &Limits) -> Self {
-        self.waiting.limits = limits.clamped().of(self.state.mode);
+        self.limits = limits.clamped().of(self.state.mode);
         self
     }
 
@@ -175,7 +177,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[doc(alias = "tlb_remove_page")]
     pub fn remove_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
         self.state.range.cleared(cleared, level);
-        if self.waiting.pages.push(self.kernel, &self.waiting.limits, Slot::page(frame)) == Room::Full {
+        if self.waiting.pages.push(self.kernel, &self.limits, Slot::page(frame)) == Room::Full {
             self.forced_flush();
         }
     }
@@ -189,7 +191,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     pub fn remove_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) {
         self.state.range.cleared(cleared, Level::Pte);
         let run = Slot::run(frame, nr_pages);
-        if self.waiting.pages.push_run(self.kernel, &self.waiting.limits, run) == Room::Full {
+        if self.waiting.pages.push_run(self.kernel, &self.limits, run) == Room::Full {
             self.forced_flush();
         }
     }
@@ -207,7 +209,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     pub fn remove_table(&mut self, table: FreedTable, address: u64) {
         self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level));
         self.state.range.freed_table(&table, address);
-        match self.waiting.tables.push(self.kernel, &self.waiting.limits, table.frame) {
+        match self.waiting.tables.push(self.kernel, &self.limits, table.frame) {
             Queued::Room => {}
             Queued::Full => self.forced_flush(),
             Queued::NoBatch(alone) => {
@@ -216,7 +218,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 // INVARIANT: G1, `range` held this table, so the flush just done was made for it too.
                 let receipt = self.take_receipt();
                 self.kernel.free_tables(&[alone]);
-                self.waiting.free_all(self.kernel, receipt);
+                self.waiting.free_all(self.kernel, self.limits.free_chunk, receipt);
             }
         }
     }
@@ -275,10 +277,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         work(&mut self);
         let receipt = self.finish_flush();
         let waiting = self.waiting.leave();
-        let kernel = self.kernel;
+        let (kernel, free_chunk) = (self.kernel, self.limits.free_chunk);
         // Closed, and nothing waits in it: there is nothing left for it to do when dropped.
         mem::forget(self);
-        FlushedGather { kernel, waiting, receipt }
+        FlushedGather { kernel, free_chunk, waiting, receipt }
     }
 
     /// Reclaim may have cleared entries here and not flushed yet; the next flush makes up for it.
@@ -368,7 +370,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     fn release(&mut self) {
         if !self.waiting.is_empty() {
             let receipt = self.take_receipt();
-            self.waiting.free_all(self.kernel, receipt);
+            self.waiting.free_all(self.kernel, self.limits.free_chunk, receipt);
         }
     }
 
@@ -393,7 +395,7 @@ enum Scope {
 impl<K: Platform> Drop for MmuGather<'_, K> {
     fn drop(&mut self) {
         let receipt = self.finish_flush();
-        self.waiting.finish(self.kernel, receipt);
+        self.waiting.finish(self.kernel, self.limits.free_chunk, receipt);
     }
 }
 
@@ -404,11 +406,21 @@ impl<K: Platform> Drop for MmuGather<'_, K> {
 pub struct FlushedGather<'a, K: Platform> {
     kernel: &'a K,
     waiting: Waiting,
+    /// [`Limits::free_chunk`].
+    free_chunk: u16,
     /// INVARIANT: there is one unless nothing waits.
     receipt: Option<Covered>,
 }
 
-impl<K: Platform> FlushedGather<'_, K> {
+impl<'a, K: Platform> FlushedGather<'a, K> {
+    /// What is left of unmapping one page; `receipt` is that of its flush, if there was one.
+    #[inline(always)]
+    pub(crate) fn of_page(kernel: &'a K, slot: Option<Slot>, receipt: Option<Covered>) -> Self {
+        let waiting = Waiting { pages: PageQueue::of(slot), tables: TableQueue::new() };
+        let receipt = if slot.is_some() { receipt } else { None };
+        Self { kernel, waiting, free_chunk: Limits::DEFAULT.free_chunk, receipt }
+    }
+
     /// Hands the pages and tables to the kernel, a slice at a time.
     ///
     /// # Context
@@ -416,17 +428,26 @@ impl<K: Platform> FlushedGather<'_, K> {
     ///
     /// # Source
     /// Linux: the second half of tlb_finish_mmu, mm/mmu_gather.c.
-    #[inline]
-    pub fn free(self) {
-        // Dropped where it lies: `drop(self)` would move it once more.
+    #[inline(always)]
+    pub fn free(mut self) {
+        self.finish();
+        // Not dropped: the compiler makes a function of that, and calls it.
+        mem::forget(self);
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {
+        let receipt = self.receipt.take();
+        self.waiting.finish(self.kernel, self.free_chunk, receipt);
     }
 }
 
 impl<K: Platform> Drop for FlushedGather<'_, K> {
-    #[inline]
     fn drop(&mut self) {
-        let receipt = self.receipt.take();
-        self.waiting.finish(self.kernel, receipt);
+        // The receipt is gone if the kernel's own code unwound while it was handed what waits: the rest of that leaks.
+        if self.receipt.is_some() || self.waiting.is_empty() {
+            self.finish();
+        }
     }
 }
 

@@ -12,6 +12,8 @@
 //!  (table lock)      (parent's lock)         (nothing freed)            tell, wait            free_tables
 //! ```
 //!
+//! The drivers (teardown.rs) do it all in the order that is right; one page goes a shorter way there (one_page.rs).
+//!
 //! A kernel supplies three traits: [`TableMemory`](pagetable::TableMemory) (where tables live),
 //! [`Cpus`](tlb::Cpus) (who may hold a translation) and [`Pages`] (what happens to the pages). Nothing else is reached:
 //! no heap, no global, no `dyn`.
@@ -39,6 +41,7 @@ mod gather;
 mod limits;
 mod mm;
 mod move_tables;
+mod one_page;
 mod platform;
 mod range;
 mod slot;

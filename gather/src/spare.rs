@@ -37,21 +37,41 @@ pub(crate) fn fill<const N: usize, R>(
     (result, if left == 0 { Room::Full } else { Room::Left })
 }
 
-impl Spare<'_> {
+/// What takes slots one by one.
+pub(crate) trait Slots {
+    fn is_full(&self) -> bool;
+    /// Stores one slot. It fits.
+    fn push(&mut self, slot: Slot);
+}
+
+impl Slots for Spare<'_> {
     #[inline]
-    pub(crate) const fn is_full(&self) -> bool {
+    fn is_full(&self) -> bool {
         self.free.is_empty()
     }
 
-    /// Stores one slot. It fits.
     #[inline]
-    pub(crate) fn push(&mut self, slot: Slot) {
+    fn push(&mut self, slot: Slot) {
         let (first, rest) =
             mem::take(&mut self.free).split_first_mut().expect("G5: stored where there is room");
         first.write(slot);
         self.free = rest;
     }
+}
 
+impl Slots for Option<Slot> {
+    #[inline]
+    fn is_full(&self) -> bool {
+        self.is_some()
+    }
+
+    #[inline]
+    fn push(&mut self, slot: Slot) {
+        *self = Some(slot);
+    }
+}
+
+impl Spare<'_> {
     /// Stores lines of slots, as many as fit and `next` has; returns how many.
     #[inline(always)]
     pub(crate) fn push_lines(&mut self, mut next: impl FnMut() -> Option<[Slot; LINE]>) -> usize {

@@ -82,6 +82,12 @@ impl TableQueue {
         Self { batch: self.batch.take() }
     }
 
+    /// Whether there is a batch page to be given back.
+    #[inline]
+    pub(crate) const fn has_batch(&self) -> bool {
+        self.batch.is_some()
+    }
+
     /// Returns the batch page. Nothing is queued.
     #[inline]
     pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {

@@ -7,6 +7,7 @@ use mmu_tlb::flush_tlb_mm;
 use crate::gather::{FlushedGather, MmuGather};
 use crate::limits::Limits;
 use crate::mm::Mm;
+use crate::one_page::OnePage;
 use crate::platform::{Platform, Vma};
 
 /// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of munmap.
@@ -34,6 +35,16 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
+    let mut areas = vmas.clone().into_iter();
+    if let (Some(only), None) = (areas.next(), areas.next())
+        // SAFETY: passed on to our caller.
+        && let Some(page) = unsafe { OnePage::find(kernel, mm, &only, only.range) }
+        && page.table_stays(bounds)
+        && let Some(cleared) = page.clear()
+    {
+        unlink();
+        return cleared.flush();
+    }
     // SAFETY: passed on to our caller.
     let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
     gather.flush_after(|gather| {
@@ -59,6 +70,13 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
     vma: &Vma<K::Area>,
     range: VirtRange,
 ) -> FlushedGather<'a, K> {
+    if let Some(range) = range.intersect(vma.range)
+        // SAFETY: passed on to our caller.
+        && let Some(page) = unsafe { OnePage::find(kernel, mm, vma, range) }
+        && let Some(cleared) = page.clear()
+    {
+        return cleared.flush();
+    }
     // SAFETY: passed on to our caller.
     let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
     gather.flush_after(|gather| {

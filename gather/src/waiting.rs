@@ -1,10 +1,9 @@
-//! What a gather has unhooked and not freed yet: the pages, the tables, and how many of each may wait.
+//! What a gather has unhooked and not freed yet: the pages and the tables.
 
 use mmu_tlb::Flushed;
 use static_assertions::assert_not_impl_any;
 
 use crate::batch::PageQueue;
-use crate::limits::Limits;
 use crate::platform::{GatherEvent, Platform};
 use crate::table_batch::TableQueue;
 
@@ -24,15 +23,14 @@ impl Covered {
 pub(crate) struct Waiting {
     pub(crate) pages: PageQueue,
     pub(crate) tables: TableQueue,
-    pub(crate) limits: Limits,
 }
 
 assert_not_impl_any!(Waiting: Send, Sync, Clone);
 
 impl Waiting {
     #[inline]
-    pub(crate) const fn new(limits: Limits) -> Self {
-        Self { pages: PageQueue::new(), tables: TableQueue::new(), limits }
+    pub(crate) const fn new() -> Self {
+        Self { pages: PageQueue::new(), tables: TableQueue::new() }
     }
 
     #[inline]
@@ -43,24 +41,34 @@ impl Waiting {
     /// Everything that waits, moved out of here; nothing does here any more.
     #[inline]
     pub(crate) fn leave(&mut self) -> Self {
-        Self { pages: self.pages.leave(), tables: self.tables.leave(), limits: self.limits }
+        Self { pages: self.pages.leave(), tables: self.tables.leave() }
     }
 
     /// The one way from pending to free. INVARIANT: G1, it takes the receipt of a flush of everything here.
     #[inline(never)]
-    pub(crate) fn free_all<K: Platform>(&mut self, kernel: &K, _receipt: Covered) {
+    pub(crate) fn free_all<K: Platform>(&mut self, kernel: &K, free_chunk: u16, _receipt: Covered) {
         let tables = self.tables.free_all(kernel);
-        let slots = self.pages.free_all(kernel, &self.limits);
+        let slots = self.pages.free_all(kernel, free_chunk);
         kernel.observe_gather(GatherEvent::Released { slots, tables });
     }
 
     /// Frees everything, for the last time, and returns the batch pages. `receipt` is that of a flush of everything here; none if
     /// nothing is.
     #[inline(always)]
-    pub(crate) fn finish<K: Platform>(&mut self, kernel: &K, receipt: Option<Covered>) {
+    pub(crate) fn finish<K: Platform>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
         debug_assert!(receipt.is_some() || self.is_empty(), "G1: freed without a flush");
+        if self.pages.has_batches() || self.tables.has_batch() {
+            self.finish_batches(kernel, free_chunk, receipt);
+        } else if receipt.is_some() {
+            let slots = self.pages.free_bundle(kernel, free_chunk);
+            kernel.observe_gather(GatherEvent::Released { slots, tables: 0 });
+        }
+    }
+
+    #[inline(never)]
+    fn finish_batches<K: Platform>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
         if let Some(receipt) = receipt {
-            self.free_all(kernel, receipt);
+            self.free_all(kernel, free_chunk, receipt);
         }
         self.pages.give_back(kernel);
         self.tables.give_back(kernel);

@@ -1,16 +1,15 @@
 //! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use mmu_pagetable::{Decoded, Level, LockedTable, PagingMode, StaleWrites, TableView, VirtRange};
+use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
 
 use crate::batch::Room;
 use crate::entries::{
-    Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries, zap_few,
+    Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries,
 };
 use crate::gather::{GatherMode, MmuGather, PfnMaps};
 use crate::limits::Limits;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
-use crate::spare::LINE;
 
 /// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
 const FETCH_AHEAD: u64 = 16;
@@ -80,29 +79,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.zap_table(vma, view, range);
     }
 
-    /// The last-level table that covers all of `range`, if one does and is there: most areas are smaller than its span.
-    ///
-    /// Level by level, so that each is a constant: half as many instructions as a loop.
     #[inline]
     fn last_level_table(&self, range: VirtRange) -> Option<TableView<'a>> {
-        let address = range.start();
-        if (address ^ (range.end() - 1)) >> Level::Pte.table_span().trailing_zeros() != 0 {
-            return None;
-        }
-        let (kernel, space) = (self.kernel, self.mm.space());
-        // SAFETY: as in `zap_user_range`; so are those below. P2: a link leads to a live table of the level below.
-        let root = unsafe { space.root_table(kernel) };
-        let p4d = match space.mode() {
-            PagingMode::FourLevel => root,
-            // SAFETY: as above.
-            PagingMode::FiveLevel => unsafe { root.child(kernel, address) }?,
-        };
-        // SAFETY: as above.
-        let pud = unsafe { p4d.child(kernel, address) }?;
-        // SAFETY: as above.
-        let pmd = unsafe { pud.child(kernel, address) }?;
-        // SAFETY: as above.
-        unsafe { pmd.child(kernel, address) }
+        // SAFETY: as in `zap_user_range`.
+        unsafe { self.mm.space().last_level_table(self.kernel, range) }
     }
 
     /// Clears the leaves below `view` in `range`, which lies inside its span.
@@ -272,13 +252,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         let mut kept = Kept::Nothing;
         let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
         loop {
-            let (done, room) = self.waiting.pages.fill(&self.waiting.limits, |spare| {
-                if part.end - next < LINE {
-                    zap_few(kernel, vma, &part, next, spare, leaves, clear)
-                } else {
-                    zap_entries(kernel, vma, &part, next, spare, leaves, clear)
-                }
-            });
+            let (done, room) = self
+                .waiting
+                .pages
+                .fill(&self.limits, |spare| zap_entries(kernel, vma, &part, next, spare, leaves, clear));
             next = done.next;
             visit.leaves += done.leaves;
             if let Some(cleared) = done.cleared(&part, level) {
@@ -293,7 +270,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 self.waiting.pages.note_delayed_rmaps();
             }
             if room == Room::Full {
-                visit.room = self.waiting.pages.next_batch(kernel, &self.waiting.limits);
+                visit.room = self.waiting.pages.next_batch(kernel, &self.limits);
             }
             if next == part.end || visit.room == Room::Full || done.stop == Stop::Table {
                 break;

@@ -1,0 +1,324 @@
+//! One page, unmapped the short way: whatever is there, and whoever else is at work, it comes to what a gather does.
+
+use core::cell::Cell;
+use std::rc::Rc;
+
+use mmu_gather::pagetable::{Bounds, Level, Marker, NonPresent};
+use mmu_gather::tlb::{OnlineCpus, TlbEvent, UnmapBatch};
+use mmu_gather::{GatherEvent, Limits, Vma};
+use mmu_tests::{Access, Backing, CPU, Event, GIB, Noted, Options, PaperKernel, PaperMm, Supply, area};
+use x86_64::PhysAddr;
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+
+const PAGE: u64 = 4096;
+/// In the middle of a cache line of entries, and of a table.
+const HERE: u64 = GIB + 100 * PAGE;
+
+/// What is at the address.
+#[derive(Clone, Copy, Debug)]
+enum There {
+    NoTable,
+    Nothing,
+    /// Mapped, and not used yet.
+    Fresh,
+    Read,
+    Written,
+    ReadOnly,
+    /// A page that is mapped a second time elsewhere.
+    Shared,
+    Swap,
+    /// Stays when it is zapped.
+    Guard,
+}
+
+const THERE: [There; 9] = [
+    There::NoTable,
+    There::Nothing,
+    There::Fresh,
+    There::Read,
+    There::Written,
+    There::ReadOnly,
+    There::Shared,
+    There::Swap,
+    There::Guard,
+];
+
+/// Who else is at work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Meanwhile {
+    Nobody,
+    /// A gather is open that has cleared a page nearby.
+    GatherNearby,
+    /// A gather is open that has cleared this one.
+    GatherHere,
+    /// Reclaim has cleared a page nearby and not flushed.
+    ReclaimNearby,
+    ReclaimHere,
+    /// A CPU loads the address space while the page's lock is held.
+    Arrival,
+    /// A gather begins while the page's lock is held.
+    GatherLater,
+}
+
+const MEANWHILE: [Meanwhile; 7] = [
+    Meanwhile::Nobody,
+    Meanwhile::GatherNearby,
+    Meanwhile::GatherHere,
+    Meanwhile::ReclaimNearby,
+    Meanwhile::ReclaimHere,
+    Meanwhile::Arrival,
+    Meanwhile::GatherLater,
+];
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Munmap,
+    /// There are no neighbours: the table goes, too.
+    MunmapTable,
+    Zap,
+    /// No page for a table batch can be had.
+    MunmapTableWithoutMemory,
+}
+
+const CALLS: [Call; 4] = [Call::Munmap, Call::MunmapTable, Call::Zap, Call::MunmapTableWithoutMemory];
+
+impl Call {
+    fn bounds(self) -> Bounds {
+        match self {
+            Self::MunmapTable | Self::MunmapTableWithoutMemory => Bounds::between(None, Some(3 * GIB)),
+            Self::Munmap | Self::Zap => Bounds::between(Some(HERE), Some(HERE + PAGE)),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    there: There,
+    meanwhile: Meanwhile,
+    call: Call,
+    backing: Backing,
+    online: OnlineCpus,
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    let backings = [Backing::Anonymous, Backing::File, Backing::Device];
+    THERE.into_iter().flat_map(move |there| {
+        MEANWHILE.into_iter().flat_map(move |meanwhile| {
+            CALLS.into_iter().flat_map(move |call| {
+                backings.into_iter().flat_map(move |backing| {
+                    [OnlineCpus::Many, OnlineCpus::One].map(|online| Case {
+                        there,
+                        meanwhile,
+                        call,
+                        backing,
+                        online,
+                    })
+                })
+            })
+        })
+    })
+}
+
+impl Case {
+    /// Whether it can be: what others clear must be there, and a neighbour must stay for its table to.
+    fn is_possible(self) -> bool {
+        let is_page = matches!(
+            self.there,
+            There::Fresh | There::Read | There::Written | There::ReadOnly | There::Shared
+        );
+        let has_table = !matches!(self.there, There::NoTable);
+        let others_fit = match self.meanwhile {
+            Meanwhile::Nobody | Meanwhile::Arrival | Meanwhile::GatherLater => true,
+            Meanwhile::GatherNearby | Meanwhile::ReclaimNearby => has_table,
+            Meanwhile::GatherHere | Meanwhile::ReclaimHere => is_page,
+        };
+        let table_goes = matches!(self.call, Call::MunmapTable | Call::MunmapTableWithoutMemory);
+        // A table goes only with all its pages, and never from under another gather that is at work in it.
+        let alone = matches!(self.meanwhile, Meanwhile::Nobody | Meanwhile::Arrival);
+        let nothing_left = is_page || matches!(self.there, There::Nothing | There::Swap);
+        let few_cpus = self.online == OnlineCpus::Many || self.meanwhile != Meanwhile::Arrival;
+        let device_page = self.backing != Backing::Device || is_page;
+        others_fit && few_cpus && device_page && (!table_goes || (alone && nothing_left))
+    }
+
+    fn kernel(self) -> PaperKernel {
+        let options =
+            Options { cpus: if self.online == OnlineCpus::One { 1 } else { 4 }, ..Options::default() };
+        let kernel = PaperKernel::new(Options { online: self.online, ..options });
+        let mm = kernel.new_mm();
+        kernel.map(mm, 3 * GIB, Level::Pte);
+        self.put(&kernel, mm);
+        let goes = matches!(self.call, Call::MunmapTable | Call::MunmapTableWithoutMemory);
+        if !goes && !matches!(self.there, There::NoTable) {
+            kernel.map(mm, HERE - PAGE, Level::Pte);
+            kernel.map(mm, HERE + PAGE, Level::Pte);
+        }
+        for cpu in kernel.cpu_ids() {
+            kernel.run(cpu, mm);
+            for address in [HERE - PAGE, HERE, HERE + PAGE] {
+                let access = match self.there {
+                    There::Written | There::Shared => Access::Write,
+                    There::Fresh if address == HERE => continue,
+                    _ => Access::Read,
+                };
+                let _may_be_none = kernel.touch(cpu, address, access);
+            }
+        }
+        if self.online == OnlineCpus::Many {
+            kernel.go_lazy(CPU[2]);
+            kernel.leave_mm(CPU[3]);
+        }
+        if self.call == Call::MunmapTableWithoutMemory {
+            kernel.supply_batches(Supply::Left(0));
+        }
+        kernel
+    }
+
+    fn put(self, kernel: &PaperKernel, mm: &PaperMm) {
+        let new_page = || kernel.ledger().new_page(PAGE);
+        match self.there {
+            There::NoTable => {}
+            There::Nothing => {
+                kernel.put_non_present(mm, HERE, Level::Pte, NonPresent::Swap { device: 0, slot: 9 });
+                let vma = area(HERE, HERE + PAGE, Backing::Anonymous);
+                kernel.zap(mm, &vma, vma.range).free();
+            }
+            There::Fresh | There::Read | There::Written => {
+                kernel.map(mm, HERE, Level::Pte);
+            }
+            There::ReadOnly => kernel.map_page(mm, HERE, Level::Pte, new_page(), PageTableFlags::empty()),
+            There::Shared => {
+                let page = kernel.map(mm, HERE, Level::Pte);
+                kernel.map_page(mm, 4 * GIB, Level::Pte, page, PageTableFlags::WRITABLE);
+            }
+            There::Swap => {
+                kernel.put_non_present(mm, HERE, Level::Pte, NonPresent::Swap { device: 1, slot: 7 });
+            }
+            There::Guard => {
+                kernel.put_non_present(mm, HERE, Level::Pte, NonPresent::Marker(Marker::Guard));
+            }
+        }
+    }
+
+    /// What became of it: everything that was noted, and what is left.
+    fn outcome(self, unmap: impl FnOnce(&PaperKernel, &PaperMm, &Vma<Backing>)) -> Outcome {
+        let kernel = self.kernel();
+        let mm = kernel.mm(0);
+        kernel.take_events();
+        let vma = area(HERE, HERE + PAGE, self.backing);
+        let nearby = area(HERE + PAGE, HERE + 2 * PAGE, Backing::Anonymous);
+        let mut batch = UnmapBatch::new();
+        let mut reclaimed = None;
+        let mut other = None;
+        match self.meanwhile {
+            Meanwhile::Nobody => {}
+            Meanwhile::GatherNearby | Meanwhile::GatherHere => {
+                let cleared = if self.meanwhile == Meanwhile::GatherHere { &vma } else { &nearby };
+                let mut gather = kernel.gather(mm);
+                gather.zap_vma_range(cleared, cleared.range);
+                other = Some(gather);
+            }
+            Meanwhile::ReclaimNearby => reclaimed = Some(kernel.reclaim(&mut batch, mm, HERE + PAGE)),
+            Meanwhile::ReclaimHere => reclaimed = Some(kernel.reclaim(&mut batch, mm, HERE)),
+            Meanwhile::Arrival => {
+                kernel.once(
+                    |event| matches!(event, Event::LeafCleared(_)),
+                    |kernel| kernel.run(CPU[3], kernel.mm(0)),
+                );
+            }
+            Meanwhile::GatherLater => kernel.once(
+                |event| matches!(event, Event::Gather(GatherEvent::LockDropped { .. })),
+                |kernel| drop(kernel.gather(kernel.mm(0))),
+            ),
+        }
+        let open_at_flush = Rc::new(Cell::new(None));
+        let look = open_at_flush.clone();
+        kernel.once(
+            |event| matches!(event, Event::Tlb(TlbEvent::Requested { .. })),
+            move |kernel| look.set(Some(kernel.mm(0).open_gathers())),
+        );
+        unmap(&kernel, mm, &vma);
+        let cached = kernel.cpu_ids().map(|cpu| kernel.cached(cpu, HERE).is_some()).collect();
+        drop(other);
+        if let Some(frame) = reclaimed {
+            let _receipt = batch.flush(&kernel);
+            kernel.release(frame, 1);
+        }
+        Outcome {
+            events: kernel.take_events(),
+            left: format!("{:?}", kernel.lookup(mm, HERE)),
+            cached,
+            held: kernel.ledger().nr_held(),
+            tables: kernel.nr_tables(mm),
+            open_at_flush: open_at_flush.get(),
+            open: mm.open_gathers(),
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Outcome {
+    events: Vec<Noted>,
+    left: String,
+    cached: Vec<bool>,
+    held: usize,
+    tables: [u64; 4],
+    /// Gathers open when the first flush was asked for, and now.
+    open_at_flush: Option<u32>,
+    open: u32,
+}
+
+impl Outcome {
+    /// Without what may differ: where tables are; how often a lock is asked for and a preemption point offered; and the page of a file that was
+    /// flushed under the lock, which a gather frees at once, and the short way with the rest.
+    fn without_order_of_freeing(mut self) -> Self {
+        let is_freeing = |noted: &Noted| {
+            matches!(
+                noted.event,
+                Event::FreeChunk { .. } | Event::PageFreed(_) | Event::Gather(GatherEvent::Released { .. })
+            )
+        };
+        self.events.retain(|noted| !matches!(noted.event, Event::Resched | Event::LockAsked(_)));
+        // Tables lie elsewhere in every kernel.
+        let nowhere = PhysFrame::containing_address(PhysAddr::zero());
+        for noted in &mut self.events {
+            match &mut noted.event {
+                Event::Cr3 { root: frame, .. } | Event::TableFreed(frame) => *frame = nowhere,
+                _ => {}
+            }
+        }
+        let freed: Vec<Noted> = self.events.iter().copied().filter(is_freeing).collect();
+        if self.events.iter().any(|noted| noted.event == Event::Gather(GatherEvent::DirtyFlush)) {
+            self.events.retain(|noted| !is_freeing(noted));
+            self.events.extend(freed);
+        }
+        self
+    }
+}
+
+fn by_gather(case: Case, kernel: &PaperKernel, mm: &PaperMm, vma: &Vma<Backing>) {
+    let mut gather = kernel.gather(mm);
+    gather.zap_vma_range(vma, vma.range);
+    if case.call != Call::Zap {
+        gather.flush_pfn_maps();
+        gather.free_pgtables([*vma], case.call.bounds());
+    }
+    gather.flush().free();
+}
+
+#[test]
+fn one_page_unmapped_the_short_way_comes_to_what_a_gather_does() {
+    let mut tried = 0;
+    for case in cases().filter(|case| case.is_possible()) {
+        let expected = case.outcome(|kernel, mm, vma| by_gather(case, kernel, mm, vma));
+        let outcome = case.outcome(|kernel, mm, vma| match case.call {
+            Call::Zap => kernel.zap(mm, vma, vma.range).free(),
+            _ => kernel.unmap(mm, &Limits::DEFAULT, &[*vma], case.call.bounds()),
+        });
+        assert_eq!(outcome.without_order_of_freeing(), expected.without_order_of_freeing(), "{case:?}");
+        tried += 1;
+    }
+    println!("{tried} cases");
+    assert!(tried > 300, "{tried} cases");
+}
