@@ -64,6 +64,29 @@ fn the_generation_rises_when_the_entry_is_cleared_not_when_the_flush_is_sent() {
 }
 
 #[test]
+fn pages_that_move_make_up_for_a_flush_that_is_still_to_come() {
+    // All pages of the range, so that nothing moves; or one.
+    for nr_reclaimed in [8, 1] {
+        let kernel = three_programs();
+        let mm = kernel.mm(0);
+        let mut batch = UnmapBatch::new();
+        let frames: Vec<_> =
+            (0..nr_reclaimed).map(|page| kernel.reclaim(&mut batch, mm, GIB + page * PAGE)).collect();
+        assert!(kernel.cached(CPU[1], GIB).is_some(), "nobody was told yet");
+        let mut gather = kernel.gather(mm);
+        gather.move_page_tables(range(GIB, GIB + 8 * PAGE), 2 * GIB).expect("memory");
+        gather.flush().free();
+        assert_eq!(
+            kernel.touch(CPU[1], GIB, Access::Read),
+            Err(Fault::NotPresent),
+            "{nr_reclaimed} reclaimed"
+        );
+        let _receipt = batch.flush(&kernel);
+        frames.into_iter().for_each(|frame| kernel.release(frame, 1));
+    }
+}
+
+#[test]
 fn a_cpu_that_caught_up_before_the_flush_is_not_flushed_again() {
     let kernel = three_programs();
     let mm = kernel.mm(0);
