@@ -12,7 +12,9 @@ use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, PcidSupport, flush_tlb_func,
     switch_mm,
 };
-use mmu_gather::{BatchArena, BatchPage, Disposition, FreedPages, GatherEvent, Mm, Pages, UnmappedLeaf};
+use mmu_gather::{
+    BatchArena, BatchPage, Disposition, FreedFrames, FreedPages, GatherEvent, Mm, Pages, UnmappedLeaf,
+};
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
@@ -224,6 +226,30 @@ impl<'m, C: Counting> Machine<'m, C> {
         if C::released(self.memory.frame(physical)) { self.memory.chain(physical, chain) } else { chain }
     }
 
+    #[inline(never)]
+    fn free_frames(&self, frames: FreedFrames<'_>) {
+        // Metadata of neighbouring 2 MiB leaves lies 16 KiB apart, in one set of the first-level cache: what is fetched ahead is
+        // gone before it is used.
+        let mut ahead = frames.clone();
+        let are_large = ahead.next().zip(ahead.next()).is_some_and(|(one, other)| {
+            (other.start_address().as_u64().wrapping_sub(one.start_address().as_u64()) >> 12)
+                .is_multiple_of(BLOCK)
+        });
+        let mut chain = self.memory.chain_start();
+        if are_large {
+            for frame in frames {
+                chain = self.release(frame, chain);
+            }
+        } else {
+            frames.for_each_fetching(
+                PREFETCH,
+                |later| self.memory.prefetch(later.start_address().as_u64()),
+                |frame| chain = self.release(frame, chain),
+            );
+        }
+        self.memory.free_chain(chain);
+    }
+
     fn numbers(&self) -> impl Iterator<Item = CpuId> + use<C> {
         (0u32..).take(self.cpus.len()).map(CpuId::new)
     }
@@ -346,39 +372,17 @@ impl<C: Counting> Pages for Machine<'_, C> {
         Disposition::Free
     }
 
+    #[inline]
     fn free_pages(&self, pages: FreedPages<'_>) {
-        let Some(frames) = pages.frames() else {
-            // Nothing here queues runs.
-            debug_assert!(false, "{pages:?}");
-            return;
-        };
-        if frames.len() == 1 {
-            let chain = self.memory.chain_start();
-            self.memory.free_chain(frames.fold(chain, |chain, frame| self.release(frame, chain)));
-            return;
-        }
-        // Metadata of neighbouring 2 MiB leaves lies 16 KiB apart, in one set of the first-level cache: what is fetched ahead is
-        // gone before it is used.
-        let mut ahead = frames.clone();
-        let are_large = ahead.next().zip(ahead.next()).is_some_and(|(one, other)| {
-            (other.start_address().as_u64().wrapping_sub(one.start_address().as_u64()) >> 12)
-                .is_multiple_of(BLOCK)
-        });
-        if are_large {
-            let mut chain = self.memory.chain_start();
-            for frame in frames {
-                chain = self.release(frame, chain);
+        match pages.frames() {
+            Some(frames) if frames.len() == 1 => {
+                let chain = self.memory.chain_start();
+                self.memory.free_chain(frames.fold(chain, |chain, frame| self.release(frame, chain)));
             }
-            self.memory.free_chain(chain);
-            return;
+            Some(frames) => self.free_frames(frames),
+            // Nothing here queues runs.
+            None => debug_assert!(false, "{pages:?}"),
         }
-        let mut chain = self.memory.chain_start();
-        frames.for_each_fetching(
-            PREFETCH,
-            |later| self.memory.prefetch(later.start_address().as_u64()),
-            |frame| chain = self.release(frame, chain),
-        );
-        self.memory.free_chain(chain);
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {

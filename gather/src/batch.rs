@@ -51,9 +51,9 @@ enum DelayedRmaps {
 
 impl PageQueue {
     #[inline]
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
-            bundle: ArrayVec::new_const(),
+            bundle: ArrayVec::new(),
             delayed_rmaps: DelayedRmaps::None,
             runs: Runs::None,
             batch_pages: 0,
@@ -212,7 +212,7 @@ impl PageQueue {
     /// Not `mem::replace`: that loads sixteen bytes at a time what was stored eight at a time just before, for which a CPU waits.
     #[inline]
     pub(crate) fn leave(&mut self) -> Self {
-        let mut bundle = ArrayVec::new_const();
+        let mut bundle = ArrayVec::new();
         for slot in &self.bundle {
             bundle.push(*slot);
         }

@@ -29,7 +29,7 @@ assert_not_impl_any!(Waiting: Send, Sync, Clone);
 
 impl Waiting {
     #[inline]
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { pages: PageQueue::new(), tables: TableQueue::new() }
     }
 
