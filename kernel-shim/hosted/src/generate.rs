@@ -56,6 +56,8 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
             switches: choices.below(4) * 4,
             // Where guards are, programs are refused: not everywhere.
             guards: if choices.one_in(4) { 8 } else { 0 },
+            // A lost dirty bit is seen in shared pages of a file only.
+            mostly: if choices.one_in(4) { Backing::Shared } else { Backing::Anon },
         },
     };
     let mut maker = Maker { choices: &choices, nr_cpus, manner, mapped: Vec::new(), next: VecDeque::new() };
@@ -86,6 +88,8 @@ enum Manner {
         switches: u64,
         /// So many of the others have to do with guards.
         guards: u64,
+        /// What is behind most areas.
+        mostly: Backing,
     },
 }
 
@@ -117,7 +121,9 @@ impl Maker<'_> {
             Manner::Lives => self.wide(),
             // Now and then something else happens, too.
             Manner::Focus { .. } if self.choices.one_in(12) => self.wide(),
-            Manner::Focus { place, switches, guards } => self.focused(PLACES[place], switches, guards),
+            Manner::Focus { place, switches, guards, mostly } => {
+                self.focused(PLACES[place], switches, guards, mostly)
+            }
         };
         let step = Step { cpu, op };
         let is_long = !matches!(op, Op::Map(..) | Op::Lazy | Op::Batches(_) | Op::Tables(_));
@@ -204,7 +210,7 @@ impl Maker<'_> {
     }
 
     /// Something with one or two of a few pages, in one of two address spaces.
-    fn focused(&mut self, base: u64, switches: u64, guards: u64) -> Op {
+    fn focused(&mut self, base: u64, switches: u64, guards: u64, mostly: Backing) -> Op {
         let mm = MmId(u8::from(self.choices.one_in(4)));
         let first = base + self.choices.below(FOCUS_PAGES) * 4096;
         let pages = if self.choices.one_in(4) { 1 + self.choices.below(FOCUS_PAGES) } else { 1 };
@@ -220,7 +226,7 @@ impl Maker<'_> {
         match self.choices.below(64) {
             0..8 => {
                 let backing = match self.choices.below(16) {
-                    0..10 => Backing::Anon,
+                    0..10 => mostly,
                     10..12 => Backing::Private,
                     12..14 => Backing::Shared,
                     14 => Backing::Pfn,
@@ -246,6 +252,8 @@ impl Maker<'_> {
             36..38 => Op::Lazy,
             38..41 => Op::Wake,
             41..48 => Op::Touch(range, UserAccess::Read),
+            // Clean pages are few where most programs write.
+            48..58 if mostly == Backing::Shared => Op::Touch(range, UserAccess::Read),
             _ => Op::Touch(if self.choices.one_in(2) { whole } else { range }, UserAccess::Write),
         }
     }
