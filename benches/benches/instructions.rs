@@ -24,10 +24,10 @@ const ENGINE: [Entry; 3] = [
     Entry::Engine(Path::MunmapEach, Counts::Batched),
 ];
 const OTHERS: [Entry; 7] = [
-    Entry::Protocol,
     Entry::ClearOnly,
     Entry::PLAIN,
     Entry::EXCHANGE,
+    Entry::Protocol,
     Entry::X86_64(Told::Areas, Tables::Freed),
     Entry::Multiarch(Told::Areas, Tables::Freed),
     Entry::Multiarch(Told::Areas, Tables::Kept),
