@@ -20,10 +20,10 @@ pub(crate) struct FuzzArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Stops after so many operations, over all jobs; whole sequences are run.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     ops: Option<u64>,
     /// Stops after so many seconds. Default, without --ops: 60.
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     time: Option<u64>,
     /// Sequences run at the same time. With --ops alone, what is found does not depend on it.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]

@@ -25,6 +25,9 @@ fn a_flag_that_would_do_nothing_is_refused() {
         (&["--fault", "skip-flush", "trace", LOG][..], "--fault"),
         (&["--cpus", "8", "run", "--layout", SMALL], "--cpus"),
         (&["--layout", SMALL, "fuzz", "--ops", "1"], "--layout"),
+        // A run of nothing.
+        (&["fuzz", "--ops", "0"], "--ops"),
+        (&["fuzz", "--time", "0"], "--time"),
         // A fault that nobody looks for, or that cannot happen.
         (&["run", "--layout", SMALL, "--fault", "skip-flush", "--checker", "off"], "--checker"),
         (&["trace", LOG, "--fault", "free-before-flush", "--checker", "off"], "--checker"),
