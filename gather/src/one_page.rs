@@ -24,6 +24,9 @@ pub(crate) struct OnePage<'a, K: Platform> {
 }
 
 /// The page, cleared and not flushed yet. It counts as an open gather.
+///
+/// Were this lost, to a call of the kernel that unwinds, it would count as one for ever: the page leaks, and all later flushes are
+/// whole.
 #[must_use]
 pub(crate) struct Cleared<'a, K: Platform> {
     kernel: &'a K,
