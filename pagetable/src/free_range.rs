@@ -1,6 +1,7 @@
 //! Which tables may go when a range of addresses is given up.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
+use arrayvec::ArrayVec;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::entry::{Entry, EntryValue};
@@ -111,7 +112,16 @@ impl AddressSpace {
         let Some(range) = range.intersect(self.user_range()).and_then(|range| bounds.spans_of(range)) else {
             return;
         };
-        // SAFETY: by our caller's promise nobody else frees tables in this range.
+        let above = VirtRange::of_entry(Level::Pud, range.start());
+        if above.covers(range) && !bounds.allow_freeing(above) {
+            // Most often one table leads to all that may go, and stays.
+            // SAFETY: by our caller's promise nobody else frees tables in this range.
+            if let Some(view) = unsafe { self.pmd_table(memory, range.start()) } {
+                self.free_last_level(memory, view, range, bounds, &mut sink);
+            }
+            return;
+        }
+        // SAFETY: as above.
         let root = unsafe { self.root_table(memory) };
         self.free_below(memory, root, range, bounds, &mut sink);
     }
@@ -175,23 +185,22 @@ impl AddressSpace {
         };
         let mut next = find(0);
         while next < entries.len() {
-            let (mut taken, mut nr_taken) = ([(0, view.frame()); AT_ONCE], 0);
+            let mut taken = ArrayVec::<_, AT_ONCE>::new();
             let locked = view.lock(memory);
             let from = next;
-            while next < entries.len() && nr_taken < AT_ONCE {
+            while next < entries.len() && !taken.is_full() {
                 // Large leaves, and meanings in their place, stay.
                 if let Some(frame) = entries[next].load().as_table(LEVEL) {
                     debug_assert!(bounds.allow_freeing(span(next)), "P3: {bounds:?} does not let {range} go");
                     let _ = unhook(&entries[next]);
-                    taken[nr_taken] = (next, frame);
-                    nr_taken += 1;
+                    taken.push((next, frame));
                 }
                 next = find(next + 1);
             }
             locked.forget_empty_lines(&(first + from..first + next));
             drop(locked);
-            self.count_unlinked(Level::Pte, nr_taken as u64);
-            for (index, frame) in &taken[..nr_taken] {
+            self.count_unlinked(Level::Pte, taken.len() as u64);
+            for (index, frame) in &taken {
                 give(memory, FreedTable { frame: *frame, level: Level::Pte, span: span(*index) }, sink);
             }
         }

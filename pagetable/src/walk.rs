@@ -94,8 +94,6 @@ impl AddressSpace {
 
     /// The last-level table that covers all of `range`, if one does and is there: most areas are smaller than its span.
     ///
-    /// Level by level, so that each is a constant: half as many instructions as a loop.
-    ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
     #[must_use]
@@ -109,6 +107,24 @@ impl AddressSpace {
         if (address ^ (range.end() - 1)) >> Level::Pte.table_span().trailing_zeros() != 0 {
             return None;
         }
+        // SAFETY: passed on to our caller. P2: a link leads to a live table of the level below.
+        let pmd = unsafe { self.pmd_table(memory, address) }?;
+        // SAFETY: as above.
+        unsafe { pmd.child(memory, address) }
+    }
+
+    /// The PMD table on the path to `address`, if it is there.
+    ///
+    /// Level by level, so that each is a constant: half as many instructions as a loop.
+    ///
+    /// # Safety
+    /// As for [`AddressSpace::root_table`].
+    #[inline]
+    pub(crate) unsafe fn pmd_table<'m, M: TableMemory>(
+        &self,
+        memory: &'m M,
+        address: u64,
+    ) -> Option<TableView<'m>> {
         // SAFETY: passed on to our caller, here and below. P2: a link leads to a live table of the level below.
         let root = unsafe { self.root_table(memory) };
         let p4d = match self.mode() {
@@ -119,8 +135,6 @@ impl AddressSpace {
         // SAFETY: as above.
         let pud = unsafe { p4d.child(memory, address) }?;
         // SAFETY: as above.
-        let pmd = unsafe { pud.child(memory, address) }?;
-        // SAFETY: as above.
-        unsafe { pmd.child(memory, address) }
+        unsafe { pud.child(memory, address) }
     }
 }
