@@ -154,7 +154,7 @@ impl<B: CpuBits> CpuSet<B> {
     /// The members, lowest first. Each word is read once.
     #[inline]
     pub fn iter(&self) -> impl Iterator<Item = CpuId> + '_ {
-        // ORDERING: as in `for_each_but`.
+        // ORDERING: as in `words_without`.
         self.used_words().flat_map(|(number, word)| {
             members(word.load(Ordering::Acquire)).map(move |bit| CpuId(number * 64 + bit))
         })
@@ -163,24 +163,26 @@ impl<B: CpuBits> CpuSet<B> {
     /// Whether there are members other than `cpu`.
     #[inline]
     pub(crate) fn has_others(&self, cpu: CpuId) -> bool {
-        // ORDERING: as in `for_each_but`.
-        self.used_words().any(|(number, word)| {
-            let bits = word.load(Ordering::Acquire);
-            let others = if number == cpu.0 / 64 { bits & !(1 << (cpu.0 % 64)) } else { bits };
-            others != 0
-        })
+        self.words_without(cpu).any(|(_, others)| others != 0)
     }
 
     /// Calls `f` for the members other than `cpu`, lowest first. Each word is read once.
     #[inline]
     pub(crate) fn for_each_but(&self, cpu: CpuId, mut f: impl FnMut(CpuId)) {
-        for (number, word) in self.used_words() {
+        for (number, others) in self.words_without(cpu) {
+            members(others).for_each(|bit| f(CpuId(number * 64 + bit)));
+        }
+    }
+
+    /// What the words hold that may have members, with their numbers; `cpu` is left out.
+    #[inline]
+    fn words_without(&self, cpu: CpuId) -> impl Iterator<Item = (u32, u64)> + '_ {
+        self.used_words().map(move |(number, word)| {
             // ORDERING: acquire, pairs with `clear`: who does not find a CPU frees pages and tables without asking it, and its
             // last use of them must come first.
             let bits = word.load(Ordering::Acquire);
-            let others = if number == cpu.0 / 64 { bits & !(1 << (cpu.0 % 64)) } else { bits };
-            members(others).for_each(|bit| f(CpuId(number * 64 + bit)));
-        }
+            (number, if number == cpu.0 / 64 { bits & !(1 << (cpu.0 % 64)) } else { bits })
+        })
     }
 
     /// The words that may have members, with their numbers.
