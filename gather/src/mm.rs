@@ -1,9 +1,9 @@
 //! One address space, as the engine sees it.
 #![expect(unsafe_code, reason = "takes a root table on trust")]
 
-#[cfg(not(loom))]
+#[cfg(not(mmu_loom))]
 use core::sync::atomic::{AtomicU32, Ordering};
-#[cfg(loom)]
+#[cfg(mmu_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
 
 use mmu_pagetable::{AddressSpace, PagingMode};

@@ -111,7 +111,7 @@ struct SharedLine<B: CpuBits> {
     is_lazy: AtomicBool,
 }
 
-#[cfg(not(loom))]
+#[cfg(not(mmu_loom))]
 mod layout {
     use super::{CpuTlb, SharedLine};
     use crate::sync::AtomicU64;

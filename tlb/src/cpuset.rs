@@ -223,7 +223,7 @@ impl<B: CpuBits> fmt::Debug for CpuSet<B> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(mmu_loom)))]
 mod tests {
     use super::*;
 

@@ -37,14 +37,14 @@ pub struct CtxIds(AtomicU64);
 
 impl CtxIds {
     /// A fresh source of names.
-    #[cfg(not(loom))]
+    #[cfg(not(mmu_loom))]
     #[must_use]
     pub const fn new() -> Self {
         Self(AtomicU64::new(1))
     }
 
     /// A fresh source of names.
-    #[cfg(loom)]
+    #[cfg(mmu_loom)]
     #[must_use]
     pub fn new() -> Self {
         Self(AtomicU64::new(1))
@@ -113,7 +113,7 @@ pub struct MmContext<B: CpuBits> {
     batched: AtomicU64,
 }
 
-#[cfg(not(loom))]
+#[cfg(not(mmu_loom))]
 static_assertions::const_assert_eq!(align_of::<MmContext<[AtomicU64; 1]>>(), 64);
 
 impl<B: CpuBits> MmContext<B> {

@@ -75,10 +75,10 @@ mod cpu_state;
 mod cpuset;
 mod flush;
 mod generation;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(mmu_loom)))]
 mod lines;
 mod mmu;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(mmu_loom)))]
 mod recorded;
 mod shootdown;
 mod switch;

@@ -1,19 +1,19 @@
 //! The atomics of this crate: those of `core`, or loom's when the protocol is model-checked, or recorded ones in unit tests.
 #![cfg_attr(
-    not(any(test, loom)),
+    not(any(test, mmu_loom)),
     expect(
         unsafe_code,
         reason = "a locked instruction that is a full fence, too, as no function of core is"
     )
 )]
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(mmu_loom)))]
 pub(crate) use crate::recorded::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64};
-#[cfg(not(any(test, loom)))]
+#[cfg(not(any(test, mmu_loom)))]
 pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64};
-#[cfg(not(loom))]
+#[cfg(not(mmu_loom))]
 pub(crate) use core::sync::atomic::{Ordering, fence};
-#[cfg(loom)]
+#[cfg(mmu_loom)]
 pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering, fence};
 
 /// Adds `value` (SeqCst), then fences fully (SeqCst); returns what was there before. In one instruction.
@@ -24,7 +24,7 @@ pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64,
 /// # Source
 /// Intel SDM vol. 3A 10.2.2: reads and writes are not reordered with locked instructions. Linux: smp_mb__after_atomic,
 /// arch/x86/include/asm/barrier.h.
-#[cfg(not(any(test, loom)))]
+#[cfg(not(any(test, mmu_loom)))]
 #[inline]
 pub(crate) fn fetch_add_fenced(counter: &AtomicU64, value: u64) -> u64 {
     let old;
@@ -42,7 +42,7 @@ pub(crate) fn fetch_add_fenced(counter: &AtomicU64, value: u64) -> u64 {
 }
 
 /// The same in Rust's model: what loom explores, and unit tests record.
-#[cfg(any(test, loom))]
+#[cfg(any(test, mmu_loom))]
 pub(crate) fn fetch_add_fenced(counter: &AtomicU64, value: u64) -> u64 {
     let old = counter.fetch_add(value, Ordering::SeqCst);
     fence(Ordering::SeqCst);

@@ -1,14 +1,14 @@
 //! Two gathers on one address space under loom: what the first to return has promised holds, whichever cleared the entry.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg loom" cargo test -p mmu-gather --test loom --release
+//! RUSTFLAGS="--cfg mmu_loom" cargo test -p mmu-gather --test loom --release
 //! ```
 //!
 //! CPUs 0 and 1 zap the same page, CPU 2 runs the program and has the page in its TLB. The entry is cleared under a lock,
 //! as under a table lock: one gather finds it, the other finds it none, has nothing of its own to flush, and must still not
 //! return before CPU 2 has forgotten the page (rule G6). The page table is one entry; the gather, its count of open gathers
 //! and all of `mmu-tlb` are the engine's own source over loom's atomics.
-#![cfg(loom)]
+#![cfg(mmu_loom)]
 #![expect(unsafe_code, reason = "plays the platform, which the engine takes on trust")]
 
 use std::sync::{Arc, Mutex as Plain};

@@ -1,7 +1,7 @@
 //! The protocol of `mmu-tlb` under loom: no interleaving, and no value that a read may return, frees what a CPU can use.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg loom" cargo test -p mmu-tlb --test loom
+//! RUSTFLAGS="--cfg mmu_loom" cargo test -p mmu-tlb --test loom
 //! ```
 //!
 //! The atomics are the crate's own (`src/sync.rs` swaps them). loom treats a SeqCst access as AcqRel and knows SeqCst
@@ -11,7 +11,7 @@
 //!
 //! Two orderings no test here needs, because a fence is always near: the acquire of `tlb_gen`, and that `add_mm` notes its
 //! flush after raising the generation. The first is kept for what a walker in software would need.
-#![cfg(loom)]
+#![cfg(mmu_loom)]
 
 mod machine;
 
