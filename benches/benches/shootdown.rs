@@ -5,6 +5,7 @@
 //! until the last has finished. Where there are more CPUs than cores, what is measured there is mostly how soon the operating
 //! system runs the next thread.
 
+use core::pin::Pin;
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
 use std::sync::Barrier;
@@ -130,8 +131,10 @@ fn play(
     // SAFETY: each thread has its own number.
     let cpu = unsafe { Cpu::new(threads, number) };
     let space = if who == Who::EachItsOwn { &spaces[number as usize] } else { &spaces[0] };
-    // SAFETY: this thread is that CPU; the spaces outlive the threads, and their root is never walked.
-    unsafe { switch_mm(&cpu, cpu.id(), Some(space)) };
+    // SAFETY: the spaces outlive the threads, and stay where they are.
+    let pinned = unsafe { Pin::new_unchecked(space) };
+    // SAFETY: this thread is that CPU, and the root is never walked.
+    unsafe { switch_mm(&cpu, cpu.id(), Some(pinned)) };
     ready.wait();
     if who != Who::OneTellsAll || number == 0 {
         times.measure(|| {

@@ -1,5 +1,6 @@
 //! Changing address spaces, and going lazy and coming back: what the context switch pays for knowing who holds what.
 
+use core::pin::Pin;
 use core::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -16,11 +17,13 @@ fn switch(criterion: &mut Criterion) {
     let tagged = Machine::<Batched>::new(&memory, OnlineCpus::Many).with_pcids();
     let ids = CtxIds::new();
     let root = PhysFrame::containing_address(PhysAddr::zero());
-    let spaces: Vec<MmContext<Bits>> = (0..=NR_DYN_ASIDS).map(|_| MmContext::new(&ids, root)).collect();
+    let new = |_| Box::pin(MmContext::new(&ids, root));
+    let spaces: Vec<Pin<Box<MmContext<Bits>>>> = (0..=NR_DYN_ASIDS).map(new).collect();
+    let first = spaces.first().map(Pin::as_ref);
     let here = CpuId::new(0);
     let mut group = criterion.benchmark_group("switch");
     let mut around = |name: &str, machine: &Machine<'_, Batched>, count: usize| {
-        let mut next = spaces[..count].iter().cycle();
+        let mut next = spaces[..count].iter().map(Pin::as_ref).cycle();
         group.bench_function(name, |bencher| {
             // SAFETY: this thread is CPU 0; the spaces outlive the bench, and their root is never walked.
             bencher.iter(|| unsafe { switch_mm(machine, here, next.next()) });
@@ -35,7 +38,7 @@ fn switch(criterion: &mut Criterion) {
             // SAFETY: as above.
             unsafe { enter_lazy_tlb(&tagged, here) };
             // SAFETY: as above.
-            unsafe { switch_mm(&tagged, here, spaces.first()) };
+            unsafe { switch_mm(&tagged, here, first) };
         });
     });
     group.bench_function("lazy and back, a flush missed", |bencher| {
@@ -44,7 +47,7 @@ fn switch(criterion: &mut Criterion) {
             unsafe { enter_lazy_tlb(&tagged, here) };
             spaces[0].raise_tlb_gen();
             // SAFETY: as above.
-            unsafe { switch_mm(&tagged, here, spaces.first()) };
+            unsafe { switch_mm(&tagged, here, first) };
         });
     });
     group.finish();

@@ -22,15 +22,21 @@ pub fn exit<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &L
     unsafe { exit_mmap(machine, &space.mm, limits, vmas, || {}) }.free();
 }
 
+/// What every shape here promises.
+const WHOLE: &str = "no area ends in the middle of a large leaf";
+
 /// One munmap over all areas, while programs run in the space.
+///
+/// # Panics
+/// If an area ends in the middle of a large leaf.
 #[inline(never)]
 pub fn munmap<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
     let vmas = space.shape.areas.iter().copied().map(vma);
     // SAFETY: this thread alone changes the space; nothing else is mapped.
-    unsafe { unmap_region(machine, &space.mm, limits, vmas, Bounds::whole(), || {}) }.free();
+    unsafe { unmap_region(machine, &space.mm, limits, vmas, Bounds::whole(), || {}) }.expect(WHOLE).free();
 }
 
-/// One munmap an area. `bounds` are the neighbours: the next areas, or the pages that stay.
+/// One munmap an area, which [does not cut a large leaf](munmap). `bounds` are the neighbours: the next areas, or the pages that stay.
 #[inline(never)]
 pub fn munmap_each<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
     if space.shape.is_one_by_one() {
@@ -56,7 +62,7 @@ fn unmap_one<C: Counting>(
     bounds: Bounds,
 ) {
     // SAFETY: this thread alone changes the space, and nothing else is mapped between the bounds.
-    unsafe { unmap_region(machine, &space.mm, limits, [vma(area)], bounds, || {}) }.free();
+    unsafe { unmap_region(machine, &space.mm, limits, [vma(area)], bounds, || {}) }.expect(WHOLE).free();
 }
 
 /// A gather that is begun, finds nothing, and is finished: the fixed cost.
@@ -84,10 +90,15 @@ pub fn look_up<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) -> u64 
 }
 
 /// Removes the pages of all areas and keeps the tables: madvise(MADV_DONTNEED) an area.
+///
+/// # Panics
+/// As [`munmap`].
 #[inline(never)]
 pub fn discard<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
     for area in &space.shape.areas {
         // SAFETY: this thread alone changes the space.
-        unsafe { zap_page_range(machine, &space.mm, &Limits::DEFAULT, &vma(*area), *area) }.free();
+        unsafe { zap_page_range(machine, &space.mm, &Limits::DEFAULT, &vma(*area), *area) }
+            .expect(WHOLE)
+            .free();
     }
 }

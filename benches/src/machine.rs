@@ -3,6 +3,7 @@
 
 use core::cell::Cell;
 use core::marker::PhantomData;
+use core::pin::Pin;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use core::time::Duration;
 use std::time::Instant;
@@ -187,10 +188,12 @@ impl<'m, C: Counting> Machine<'m, C> {
     /// # Safety
     /// `mm` stays where it is, and its root a table, until [`leave`](Self::leave).
     pub unsafe fn load(&self, mm: &Mm<Bits>) {
+        // SAFETY: passed on to our caller.
+        let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
         for cpu in self.numbers() {
             // SAFETY: CPUs are only played: whoever runs this is each of them, one after the other; passed on to our
             // caller.
-            unsafe { switch_mm(self, cpu, Some(mm.context())) };
+            unsafe { switch_mm(self, cpu, Some(next)) };
         }
     }
 
@@ -386,7 +389,8 @@ impl<C: Counting> Pages for Machine<'_, C> {
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        self.batches.allocate()
+        // SAFETY: a gather gives its pages back before the machine goes.
+        unsafe { self.batches.allocate() }
     }
 
     fn free_batch(&self, page: BatchPage) {

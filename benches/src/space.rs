@@ -152,7 +152,8 @@ impl<'s> Space<'s> {
         let value = EntryValue::leaf(level, PhysAddr::new(leaf.physical), flags);
         // SAFETY: a table of this level that `ensure_table` returned; it stays while we build.
         let view = unsafe { TableView::new(machine, frame, level) };
-        view.lock(machine).entry(leaf.address).store(value);
+        // SAFETY: the entry is empty, and the space is not in use yet.
+        unsafe { view.lock(machine).entry(leaf.address).store(value) };
     }
 
     fn find_stretches<C: Counting>(&mut self, machine: &Machine<'_, C>) {

@@ -29,8 +29,12 @@ impl BatchArena {
     }
 
     /// A page, unless the limit is reached. For [`Pages::allocate_batch`](crate::Pages::allocate_batch).
+    ///
+    /// # Safety
+    /// The page is given back to this arena, or is used no more, before the arena is dropped: the kernel that lends it to a
+    /// gather outlives the gather, and owns the arena.
     #[must_use]
-    pub fn allocate(&self) -> Option<BatchPage> {
+    pub unsafe fn allocate(&self) -> Option<BatchPage> {
         #[repr(align(4096))]
         struct Page([u8; 4096]);
         let page = match self.spare.borrow_mut().pop() {

@@ -70,8 +70,7 @@ impl PageQueue {
         queue
     }
 
-    /// Lets `store` fill the batch with single pages; says whether room is left. There is some at first: the last answer was
-    /// [`Room::Left`].
+    /// Lets `store` fill the batch with single pages; says whether room is left. There may be none to begin with.
     ///
     /// One slot is left unused unless a run takes the last two: a record never waits for a second batch. Whoever used up
     /// the room calls [`next_batch`](Self::next_batch).
@@ -87,7 +86,7 @@ impl PageQueue {
         }
     }
 
-    /// Stores one page. There is room: the last answer was [`Room::Left`].
+    /// Stores one page. There is room: the batch is not [full](Self::is_full).
     #[inline]
     pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, slot: Slot) -> Room {
         self.store(kernel, limits, &[slot])
@@ -247,6 +246,28 @@ impl PageQueue {
             kernel.free_batch(unsafe { BatchPage::new(batch.cast()) });
         }
         self.batch_pages = 0;
+    }
+
+    /// Whether the batch in use takes no further record: the visit of a table ended with the last slot that could be used.
+    #[inline]
+    pub(crate) fn is_full(&self, limits: &Limits) -> bool {
+        let (used, slots) = match self.active {
+            None => (self.bundle.len(), limits.bundle_slots),
+            // SAFETY: by the invariant the page is ours alone.
+            Some(active) => (unsafe { active.as_ref() }.slots.len(), limits.batch_slots),
+        };
+        used + 1 >= usize::from(slots)
+    }
+
+    /// Whether going on to the next batch would ask the kernel for a page.
+    #[inline]
+    pub(crate) fn needs_new_page(&self, limits: &Limits) -> bool {
+        let kept = match self.active {
+            None => self.first,
+            // SAFETY: by the invariant the page is ours alone.
+            Some(active) => unsafe { active.as_ref() }.next,
+        };
+        kept.is_none() && self.batch_pages < limits.batch_pages
     }
 
     /// Whether there are batch pages to be given back.

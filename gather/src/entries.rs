@@ -3,6 +3,7 @@
 //! It goes by whole cache lines. Lines of eight entries that are none, which in sparse memory most are, are passed over; lines of
 //! leaves that can all be taken with plain stores are taken; in any other line each entry is looked at alone. It stays a function of
 //! its own, so that its few values keep their registers, and knows the embedder's page calls, which are inlined into it.
+#![expect(unsafe_code, reason = "takes entries out, of tables whose lock it is shown")]
 
 use core::ops::Range;
 
@@ -18,10 +19,14 @@ pub(crate) trait Clear: Copy {
     /// With these bits a leaf can be taken with a plain store, whatever else it has. (Without them it may be so still.)
     const ENOUGH: PageTableFlags;
     /// Takes the value out of one entry, which held `seen` just now.
-    fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue;
+    ///
+    /// # Safety
+    /// The lock of the entry's table is held, since before `seen` was read; the page is flushed for before it is freed; and what
+    /// the implementor says of others is true.
+    unsafe fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue;
 }
 
-/// Nobody else can touch the entries: plain stores for all.
+/// No program runs in the address space any more: plain stores for all.
 #[derive(Clone, Copy)]
 pub(crate) struct Exclusive;
 
@@ -33,8 +38,9 @@ impl Clear for Exclusive {
     const ENOUGH: PageTableFlags = PageTableFlags::PRESENT;
 
     #[inline(always)]
-    fn take(self, entry: &Entry, _seen: EntryValue) -> EntryValue {
-        entry.get_and_clear_exclusive()
+    unsafe fn take(self, entry: &Entry, _seen: EntryValue) -> EntryValue {
+        // SAFETY: passed on to our caller.
+        unsafe { entry.get_and_clear_exclusive() }
     }
 }
 
@@ -42,8 +48,9 @@ impl Clear for Locked {
     const ENOUGH: PageTableFlags = EntryValue::SETTLED;
 
     #[inline(always)]
-    fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue {
-        entry.get_and_clear_seen(seen, self.0)
+    unsafe fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue {
+        // SAFETY: passed on to our caller.
+        unsafe { entry.get_and_clear_seen(seen, self.0) }
     }
 }
 
@@ -79,9 +86,9 @@ impl Leaves for Large {
     }
 }
 
-/// The part of a locked table to go through.
-pub(crate) struct Part<'t> {
-    entries: &'t [Entry; 512],
+/// The part of a locked table to go through. It borrows the guard: while there is one, the lock is held.
+pub(crate) struct Part<'l> {
+    entries: &'l [Entry; 512],
     /// The address of the first entry of the table.
     start: u64,
     used: Lines,
@@ -91,10 +98,10 @@ pub(crate) struct Part<'t> {
     pub(crate) end: usize,
 }
 
-impl<'t> Part<'t> {
+impl<'l> Part<'l> {
     /// The entries of `range`, which lies inside the span of the table; `level` is the table's.
     #[inline]
-    pub(crate) fn new<R>(locked: &LockedTable<'t, R>, range: VirtRange, level: Level) -> Self {
+    pub(crate) fn new<R>(locked: &'l LockedTable<'_, R>, range: VirtRange, level: Level) -> Self {
         Self {
             entries: locked.view().table().entries(),
             start: range.start() & !(level.table_span() - 1),
@@ -231,6 +238,7 @@ fn bits_of_any(line: &[Entry; LINE]) -> u64 {
     line.iter().fold(0, |any, entry| any | entry.load().bits())
 }
 
+/// INVARIANT: made where the lock of the table is shown, and used on its entries alone.
 struct Work<'k, K: Platform, L, C> {
     kernel: &'k K,
     area: K::Area,
@@ -311,7 +319,9 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
             }
             lines.next();
             for entry in line {
-                entry.clear_settled();
+                // SAFETY: by the invariant the lock is held since before the values were read. With `C::ENOUGH` they are settled,
+                // or no program runs here. The caller notes what was cleared before the lock drops.
+                unsafe { entry.clear_settled() };
             }
             let slots: [Option<Slot>; LINE] =
                 core::array::from_fn(|offset| self.gone(values[offset], here + offset, done));
@@ -350,7 +360,9 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
                 return false;
             }
             // A and D from the exchange wherever hardware may still set them, never from the read before it.
-            let old = self.clear.take(entry, seen);
+            // SAFETY: by the invariant the lock is held since before `seen` was read. The caller notes what was cleared before the
+            // lock drops; who made `clear` knows what others may do.
+            let old = unsafe { self.clear.take(entry, seen) };
             if let Some(slot) = self.gone(old, index, done) {
                 slots.push(slot);
             }
@@ -411,8 +423,8 @@ fn not_a_leaf<K: Platform>(
             if fate == Fate::Keep {
                 return Met::Kept;
             }
-            // Nothing is cached from an entry that is not present: no range, no flush.
-            entry.store(EntryValue::NONE);
+            // SAFETY: its lock is held. Nothing is cached from an entry that is not present: no range, no flush.
+            unsafe { entry.store(EntryValue::NONE) };
             Met::Cleared
         }
         Decoded::Table(_) => Met::Table,

@@ -15,12 +15,18 @@ impl<K: Platform> MmuGather<'_, K> {
     /// Areas of device frames are flushed for first, if [`flush_pfn_maps`](Self::flush_pfn_maps) was not called.
     ///
     /// # Context
-    /// The areas are detached: nobody faults in them, and the neighbours do not grow into `bounds` before
-    /// [`flush`](Self::flush) has returned. No table lock is held; preemption points inside.
+    /// No table lock is held; preemption points inside.
+    ///
+    /// # Safety
+    /// Until [`flush`](Self::flush) has returned:
+    /// - the areas are detached: nobody faults in them or walks there, and no page is mapped in them any more;
+    /// - outside `vmas` nothing is mapped, and nobody faults, between `bounds`; the neighbours do not grow into it.
+    ///
+    /// A table that does not keep to it is freed with what it maps, or while somebody puts an entry into it.
     ///
     /// # Source
     /// Linux: free_pgtables, mm/memory.c.
-    pub fn free_pgtables(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, bounds: Bounds) {
+    pub unsafe fn free_pgtables(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, bounds: Bounds) {
         self.flush_pfn_maps();
         let mut vmas = vmas.into_iter().map(|vma| vma.range).peekable();
         while let Some(first) = vmas.next() {
@@ -62,9 +68,9 @@ impl<K: Platform> MmuGather<'_, K> {
             return;
         }
         let (kernel, mm) = (self.kernel, self.mm);
-        let sink = |table: mmu_pagetable::FreedTable| {
+        let sink = |table: mmu_pagetable::UnhookedTable| {
             // An address of the range, so that freeing one page's table does not widen a one-page flush.
-            let address = table.span.start().max(range.start());
+            let address = table.span().start().max(range.start());
             self.remove_table(table, address);
             kernel.cond_resched();
         };

@@ -4,10 +4,11 @@
     reason = "the constructors take the map lock on trust; a flushed gather leaves its queues behind"
 )]
 
+use core::convert::Infallible;
 use core::{fmt, mem};
 
-use mmu_pagetable::{FreedTable, Level, VirtRange};
-use mmu_tlb::{DeferredFlushes, Flushed, OnlineCpus, flush_tlb_mm, flush_tlb_mm_range};
+use mmu_pagetable::{Level, StaleWrites, TableView, UnhookedTable, VirtRange};
+use mmu_tlb::{Flushed, flush_tlb_mm, flush_tlb_mm_range};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::batch::{PageQueue, Room};
@@ -18,17 +19,18 @@ use crate::range::FlushRange;
 use crate::slot::Slot;
 use crate::table_batch::{Queued, TableQueue};
 use crate::waiting::{Covered, Waiting};
+use crate::zap::CutLeaf;
 
 /// What a gather may assume about other users of the address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GatherMode {
     /// Other CPUs may run programs in it: entries are cleared with a locked exchange, unless hardware has nothing left to set
     /// in them ([`EntryValue::is_settled`](mmu_pagetable::EntryValue::is_settled)).
+    ///
+    /// There is no mode of its own for a single CPU. Were entries cleared there with plain stores, a program that preempts in
+    /// between could set a dirty bit that is then lost; were pages freed at once, it could use a stale entry (such a mode was
+    /// removed from Linux for that reason). That flushes are local, [`OnlineCpus::One`](mmu_tlb::OnlineCpus::One) says.
     Shared,
-    /// The only CPU online is this one: no other walker sets A/D bits, entries are cleared with a plain store, and a flush
-    /// is local. Pages still wait for it: a preempting thread could use a stale entry. (The mode that freed pages at once
-    /// was removed from Linux for that reason.)
-    SingleCpu,
     /// The whole address space is dying and no program runs in it any more, though lazy CPUs may have it loaded: plain
     /// stores, full flushes. The first makes the lazy CPUs leave, so the later ones find nobody to interrupt, and nothing is
     /// gained by holding much: a gather in this mode takes one batch page at the most
@@ -61,17 +63,32 @@ pub(crate) struct State {
     pub(crate) mode: GatherMode,
     pub(crate) pfn_maps: PfnMaps,
     pub(crate) range: FlushRange,
-    /// Reclaim's deferred flushes seen under a table lock: the next flush is of the whole address space.
-    deferred: Option<DeferredFlushes>,
+    /// Whether flushes that others owe were seen under a table lock: the next flush is of the whole address space.
+    pub(crate) deferred: DeferredFlushes,
+    /// Whether this gather took rights away since its last flush ([`MmuGather::changed`]): CPUs may write still.
+    pub(crate) rights: StaleWrites,
+    pub(crate) phase: Phase,
+    /// A large leaf that a range cut, and that was left alone.
+    pub(crate) cut: Option<CutLeaf>,
     /// The last flush. INVARIANT: while `range` is empty it covers everything that waits.
     receipt: Option<Covered>,
 }
 
-impl State {
-    #[inline]
-    pub(crate) const fn has_deferred_flushes(&self) -> bool {
-        self.deferred.is_some()
-    }
+/// Whether flushes of reclaim, or of a call that unwound, were seen to be owed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeferredFlushes {
+    NotSeen,
+    Seen,
+}
+
+/// Whether the gather can finish itself when it is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Yes: entries are cleared and noted, and what waits is in the queues.
+    Open,
+    /// The kernel is carrying out a flush, or is being handed what waits. If the gather is dropped now the kernel's own code
+    /// has unwound: doing it again might unwind again, which aborts, and would free some of it twice. What waits leaks.
+    InKernel,
 }
 
 /// Whether entries of a [`PfnMap`](crate::VmaKind::PfnMap) area were cleared. Sticky: a later area does not undo it.
@@ -85,9 +102,9 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Begins to unmap part of `mm`, whose programs may be running on other CPUs.
     ///
     /// # Safety
-    /// Until [`flush`](Self::flush) returns (or the gather is dropped) the caller holds the embedder's map lock of `mm`,
-    /// for reading at least (Linux: mmap_lock), and it is the only thread that unmaps the areas it names; for
-    /// [`free_pgtables`](Self::free_pgtables) those areas are detached, so that nobody faults in them.
+    /// - Until [`flush`](Self::flush) returns (or the gather is dropped) the caller holds the embedder's map lock of `mm`, for
+    ///   reading at least (Linux: mmap_lock): no table below `mm` is freed meanwhile but by this gather;
+    /// - `mm` is an address space of `kernel`: its tables are in that memory, and those CPUs alone load it.
     ///
     /// # Source
     /// Linux: tlb_gather_mmu, mm/mmu_gather.c.
@@ -95,11 +112,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[must_use]
     #[inline]
     pub unsafe fn new(kernel: &'a K, mm: &'a Mm<K::Bits>) -> Self {
-        let mode = match kernel.online_cpus() {
-            OnlineCpus::One => GatherMode::SingleCpu,
-            OnlineCpus::Many => GatherMode::Shared,
-        };
-        Self::begin(kernel, mm, mode)
+        Self::begin(kernel, mm, GatherMode::Shared)
     }
 
     /// Begins to tear down all of `mm`: the last program has left it, and nobody can come back.
@@ -130,7 +143,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 mode,
                 pfn_maps: PfnMaps::NotSeen,
                 range: FlushRange::empty(),
-                deferred: None,
+                deferred: DeferredFlushes::NotSeen,
+                rights: StaleWrites::None,
+                phase: Phase::Open,
+                cut: None,
                 receipt: None,
             },
             limits: Limits::DEFAULT.of(mode),
@@ -164,6 +180,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[doc(alias = "tlb_flush_pte_range")]
     pub fn changed(&mut self, range: VirtRange, level: Level) {
         self.state.range.cleared(range, level);
+        self.state.rights = StaleWrites::Possible;
     }
 
     /// Queues the page at `frame`, whose `level` entry covering `cleared` the caller has just cleared. Flushes and frees if
@@ -172,11 +189,18 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// # Context
     /// No table lock is held.
     ///
+    /// # Safety
+    /// - The entry of a `level` table of this address space that mapped `frame` at `cleared` is empty, cleared by the caller
+    ///   in one step ([`LockedEntry::get_and_clear`](mmu_pagetable::LockedEntry::get_and_clear)), and nobody else queues or
+    ///   frees what it held: one reference on the page, which now belongs to the gather;
+    /// - no other mapping relies on that reference.
+    ///
     /// # Source
     /// Linux: tlb_remove_page, include/asm-generic/tlb.h.
     #[doc(alias = "tlb_remove_page")]
-    pub fn remove_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
+    pub unsafe fn remove_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
         self.state.range.cleared(cleared, level);
+        self.make_room();
         if self.waiting.pages.push(self.kernel, &self.limits, Slot::page(frame)) == Room::Full {
             self.forced_flush();
         }
@@ -185,11 +209,15 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Queues `nr_pages` references on the frames from `frame` on, as one record of two slots; otherwise as
     /// [`remove_page`](Self::remove_page).
     ///
+    /// # Safety
+    /// As for [`remove_page`](Self::remove_page), for each of the `nr_pages` frames and the last-level entries of `cleared`.
+    ///
     /// # Source
     /// Linux: tlb_remove_page with encoded nr_pages, since folios are unmapped in runs.
     #[doc(alias = "__tlb_remove_folio_pages")]
-    pub fn remove_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) {
+    pub unsafe fn remove_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) {
         self.state.range.cleared(cleared, Level::Pte);
+        self.make_room();
         let run = Slot::run(frame, nr_pages);
         if self.waiting.pages.push_run(self.kernel, &self.limits, run) == Room::Full {
             self.forced_flush();
@@ -203,13 +231,18 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// # Context
     /// No table lock is held.
     ///
+    /// # Panics
+    /// If the table was part of another address space, or does not cover `address`: the flush would not be one for it.
+    ///
     /// # Source
     /// Linux: tlb_remove_table, mm/mmu_gather.c.
     #[doc(alias = "tlb_remove_table")]
-    pub fn remove_table(&mut self, table: FreedTable, address: u64) {
-        self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level));
-        self.state.range.freed_table(&table, address);
-        match self.waiting.tables.push(self.kernel, &self.limits, table.frame) {
+    pub fn remove_table(&mut self, table: UnhookedTable, address: u64) {
+        assert!(table.root() == self.mm.space().root(), "G1: {table:?} belongs to another address space");
+        assert!(table.span().contains(address), "G2: {address:#x} was not translated through {table:?}");
+        self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level()));
+        self.state.range.unhooked(table.level(), address);
+        match self.waiting.tables.push(self.kernel, &self.limits, table.frame()) {
             Queued::Room => {}
             Queued::Full => self.forced_flush(),
             Queued::NoBatch(alone) => {
@@ -218,7 +251,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 // INVARIANT: G1, `range` held this table, so the flush just done was made for it too.
                 let receipt = self.take_receipt();
                 self.kernel.free_tables(&[alone]);
-                self.waiting.free_all(self.kernel, self.limits.free_chunk, receipt);
+                self.free_all(receipt);
             }
         }
     }
@@ -265,22 +298,29 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[must_use = "drop the locks, then free"]
     #[inline]
     pub fn flush(self) -> FlushedGather<'a, K> {
-        self.flush_after(|_| {})
+        match self.flush_after(|_| Ok::<(), Infallible>(())) {
+            Ok(flushed) => flushed,
+        }
     }
 
     /// Does `work`, then flushes: as [`flush`](Self::flush), with nothing moved between the two.
     ///
     /// Only what waits moves on, field by field: a copy of all of it, sixteen bytes at a time, waits for the narrow stores that
     /// filled them, which took longer (11 ns) than beginning and finishing a gather takes now.
+    ///
+    /// If `work` fails, what waits is flushed for and freed at once, and the error comes back.
     #[inline]
-    pub(crate) fn flush_after(mut self, work: impl FnOnce(&mut Self)) -> FlushedGather<'a, K> {
-        work(&mut self);
+    pub(crate) fn flush_after<E>(
+        mut self,
+        work: impl FnOnce(&mut Self) -> Result<(), E>,
+    ) -> Result<FlushedGather<'a, K>, E> {
+        work(&mut self)?;
         let receipt = self.finish_flush();
         let waiting = self.waiting.leave();
         let (kernel, free_chunk) = (self.kernel, self.limits.free_chunk);
         // Closed, and nothing waits in it: there is nothing left for it to do when dropped.
         mem::forget(self);
-        FlushedGather { kernel, free_chunk, waiting, receipt }
+        Ok(FlushedGather { kernel, free_chunk, waiting, receipt })
     }
 
     /// Reclaim may have cleared entries here and not flushed yet; the next flush makes up for it.
@@ -289,16 +329,41 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// that no CPU uses what was there, does too: an entry that is not present may be one that a CPU still uses.
     ///
     /// # Context
-    /// The lock of the table is held, and was taken before the entries were read.
+    /// The lock of the table that the entries are in is held, or was since they were read. Of tables above the last level, whose
+    /// entries are read without it, [`note_deferred_flushes_of`](Self::note_deferred_flushes_of) takes it.
     ///
     /// # Source
     /// Linux: flush_tlb_batched_pending, mm/rmap.c.
     #[doc(alias = "flush_tlb_batched_pending")]
     #[inline]
     pub fn note_deferred_flushes(&mut self) {
-        if let Some(deferred) = self.mm.context().deferred_flushes() {
+        if self.mm.context().has_deferred_flushes() {
             self.kernel.observe_gather(GatherEvent::DeferredFlushSeen);
-            self.state.deferred = Some(deferred);
+            self.state.deferred = DeferredFlushes::Seen;
+        }
+    }
+
+    /// As [`note_deferred_flushes`](Self::note_deferred_flushes), after entries of `view` were found empty without its lock,
+    /// and passed over.
+    ///
+    /// Reclaim clears an entry and then notes that its flush is to come, both under the lock of the table: whoever takes the
+    /// lock after having seen the entry empty sees the note, too. Reading the note alone is not enough.
+    ///
+    /// # Context
+    /// No table lock is held.
+    pub fn note_deferred_flushes_of(&mut self, view: TableView<'_>) {
+        let locked = view.lock(self.kernel);
+        self.note_deferred_flushes();
+        drop(locked);
+    }
+
+    /// Makes room for a record, if the visit of a table ended with none and nothing was queued since.
+    #[inline]
+    fn make_room(&mut self) {
+        if self.waiting.pages.is_full(&self.limits)
+            && self.waiting.pages.next_batch(self.kernel, &self.limits) == Room::Full
+        {
+            self.forced_flush();
         }
     }
 
@@ -319,7 +384,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         if self.is_nested() {
             self.kernel.observe_gather(GatherEvent::NestedFlush);
             self.shoot_down(Scope::Whole);
-        } else if self.state.has_deferred_flushes() || !self.state.range.is_empty() {
+        } else if self.state.deferred == DeferredFlushes::Seen || !self.state.range.is_empty() {
             self.shoot_down(self.scope());
         }
     }
@@ -336,7 +401,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// How much must be flushed when no other gather is open.
     #[inline]
     fn scope(&self) -> Scope {
-        if self.state.mode == GatherMode::FullMm || self.state.has_deferred_flushes() {
+        if self.state.mode == GatherMode::FullMm || self.state.deferred == DeferredFlushes::Seen {
             Scope::Whole
         } else {
             Scope::Range
@@ -346,32 +411,40 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[inline(never)]
     fn shoot_down(&mut self, scope: Scope) {
         let (kernel, context) = (self.kernel, self.mm.context());
+        self.state.phase = Phase::InKernel;
         let receipt = match (scope, self.state.range.span()) {
             (Scope::Range, Some(span)) => {
                 flush_tlb_mm_range(kernel, context, span, self.state.range.tables())
             }
             _ => flush_tlb_mm(kernel, context),
         };
+        self.state.phase = Phase::Open;
         self.note_flushed(receipt, scope);
     }
 
     fn note_flushed(&mut self, receipt: Flushed, scope: Scope) {
-        if scope == Scope::Whole
-            && let Some(deferred) = self.state.deferred.take()
-        {
-            self.mm.context().deferred_flushes_done(deferred, &receipt);
+        if scope == Scope::Whole {
+            // Whatever was owed when it began has been made up for.
+            self.state.deferred = DeferredFlushes::NotSeen;
         }
         // INVARIANT: G2, the range is emptied together with the flush, nowhere else.
         self.state.range.reset();
-        self.state.receipt = Some(Covered::by(receipt));
+        self.state.rights = StaleWrites::None;
+        self.state.receipt = Some(Covered::by(self.mm.context(), receipt));
     }
 
     /// Frees everything that waits, on the strength of the last flush.
     fn release(&mut self) {
         if !self.waiting.is_empty() {
             let receipt = self.take_receipt();
-            self.waiting.free_all(self.kernel, self.limits.free_chunk, receipt);
+            self.free_all(receipt);
         }
+    }
+
+    fn free_all(&mut self, receipt: Covered) {
+        self.state.phase = Phase::InKernel;
+        self.waiting.free_all(self.kernel, self.limits.free_chunk, receipt);
+        self.state.phase = Phase::Open;
     }
 
     /// The receipt of the last flush, which covers everything queued.
@@ -394,6 +467,14 @@ enum Scope {
 
 impl<K: Platform> Drop for MmuGather<'_, K> {
     fn drop(&mut self) {
+        if self.state.phase == Phase::InKernel {
+            // What waits leaks. What was not flushed is flushed by whoever looks next.
+            self.mm.context().owe_flush();
+            self.mm.close_gather();
+            return;
+        }
+        // A visit that unwound owes a flush of entries that `range` does not know.
+        self.note_deferred_flushes();
         let receipt = self.finish_flush();
         self.waiting.finish(self.kernel, self.limits.free_chunk, receipt);
     }
@@ -431,7 +512,7 @@ impl<'a, K: Platform> FlushedGather<'a, K> {
     #[inline(always)]
     pub fn free(mut self) {
         self.finish();
-        // Not dropped: the compiler makes a function of that, and calls it.
+        // `forget`: drop glue would become an out-of-line call.
         mem::forget(self);
     }
 

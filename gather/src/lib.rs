@@ -64,3 +64,4 @@ pub use platform::{BatchPage, Disposition, Fate, GatherEvent, Pages, Platform, U
 pub use slot::{FreedFrames, FreedPages, PageRun};
 pub use split::SplitError;
 pub use teardown::{exit_mmap, shift_arg_pages, unmap_region, zap_page_range};
+pub use zap::CutLeaf;

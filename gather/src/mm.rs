@@ -1,5 +1,8 @@
 //! One address space, as the engine sees it.
-#![expect(unsafe_code, reason = "takes a root table on trust")]
+#![expect(unsafe_code, reason = "takes a root table on trust; pins a field")]
+
+use core::mem;
+use core::pin::Pin;
 
 #[cfg(not(mmu_loom))]
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -12,8 +15,9 @@ use x86_64::structures::paging::PhysFrame;
 
 /// What an embedder puts in its mm structure: the paging structures, the TLB context, and the gathers that are open.
 ///
-/// It must not move while a CPU has it loaded. Linux: the parts of mm_struct that mm/mmu_gather.c and arch/x86/mm/tlb.c
-/// use.
+/// It must not move while a CPU has it loaded: [`switch_mm`](mmu_tlb::switch_mm) takes its [context](Self::pinned_context)
+/// pinned, so an `Mm` lives in a `Pin<Box<Mm>>`, in a `Pin<Arc<..>>`, or in a structure that is pinned.
+/// Linux: the parts of mm_struct that mm/mmu_gather.c and arch/x86/mm/tlb.c use.
 #[derive(Debug)]
 pub struct Mm<B: CpuBits> {
     space: AddressSpace,
@@ -26,7 +30,8 @@ impl<B: CpuBits> Mm<B> {
     /// A new address space whose top table is `root`.
     ///
     /// # Safety
-    /// As for [`AddressSpace::new`].
+    /// - As for [`AddressSpace::new`];
+    /// - `ids` is the one source of names for all address spaces that the same CPUs load.
     #[must_use]
     pub unsafe fn new(ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
         Self {
@@ -51,6 +56,15 @@ impl<B: CpuBits> Mm<B> {
         &self.context
     }
 
+    /// The TLB context, as [`switch_mm`](mmu_tlb::switch_mm) takes it.
+    #[must_use]
+    #[inline]
+    pub fn pinned_context(self: Pin<&Self>) -> Pin<&MmContext<B>> {
+        // SAFETY: `context` is pinned whenever the `Mm` is: it is reached by shared references only, and `Mm` has neither a
+        // `Drop` of its own nor `Unpin`, which `MmContext` has not.
+        unsafe { self.map_unchecked(|mm| &mm.context) }
+    }
+
     /// Gathers begun on this address space and not yet flushed.
     ///
     /// Whoever finds an entry none or write-protected under its table lock while this is not zero cannot conclude that
@@ -73,5 +87,41 @@ impl<B: CpuBits> Mm<B> {
     pub(crate) fn close_gather(&self) {
         // ORDERING: release: comes after the flush.
         self.open_gathers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// One count in [`Mm::open_gathers`], which is counted out when this is closed. If a call of the kernel's own unwinds before, the
+/// count goes down all the same, and whoever looks next makes up for the flush that did not come.
+#[must_use]
+pub(crate) struct OpenGather<'a, B: CpuBits>(&'a Mm<B>);
+
+impl<'a, B: CpuBits> OpenGather<'a, B> {
+    #[inline(always)]
+    pub(crate) fn new(mm: &'a Mm<B>) -> Self {
+        mm.open_gather();
+        Self(mm)
+    }
+
+    /// INVARIANT: G6, the count goes down only after the flush.
+    #[inline(always)]
+    pub(crate) fn close(self) {
+        self.0.close_gather();
+        mem::forget(self);
+    }
+}
+
+impl<B: CpuBits> Drop for OpenGather<'_, B> {
+    fn drop(&mut self) {
+        self.0.context.owe_flush();
+        self.0.close_gather();
+    }
+}
+
+/// Notes, when dropped, that entries were cleared and nobody is going to flush for them. Forgotten where all went well.
+pub(crate) struct OwesFlush<'a, B: CpuBits>(pub(crate) &'a MmContext<B>);
+
+impl<B: CpuBits> Drop for OwesFlush<'_, B> {
+    fn drop(&mut self) {
+        self.0.owe_flush();
     }
 }

@@ -1,31 +1,37 @@
 //! Moving mapped pages to other addresses: what mremap and the exec stack move need.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
+use core::mem;
+
 use mmu_pagetable::{Decoded, Level, MapError, TableView, VirtRange};
 
 use crate::gather::MmuGather;
+use crate::mm::OwesFlush;
 use crate::platform::{GatherEvent, Platform};
 
 impl<K: Platform> MmuGather<'_, K> {
     /// Moves every last-level entry of `old` to the same offset from `new_start`, linking the tables it needs there first.
     ///
-    /// The page keeps its frame, its counts, and its A/D bits. The old translations are noted in the gather's range; they
-    /// are flushed before the table locks drop if a dirty page was among them (its next owner may call it clean), and by
-    /// [`flush`](Self::flush) otherwise: until then this gather is open, so whoever unmaps the page at its new address
-    /// flushes the whole address space before freeing it (rule G6; the race of CVE-2018-18281).
+    /// The page keeps its frame, its counts, and its A/D bits. The old translations are flushed before the table locks drop:
+    /// whoever takes the lock of the new table next owns the page, may unmap and free it, or call it clean, and knows nothing of
+    /// the old address (CVE-2018-18281).
     ///
-    /// Ranges may overlap if `new_start` is below. Large leaves in `old` are left alone: split them first, all of them.
+    /// Ranges may overlap if `new_start` is below.
     ///
     /// # Context
-    /// The map lock is held for writing; no table lock is held. Sleeps if `allocate_table` does.
+    /// No table lock is held. Sleeps if `allocate_table` does.
     ///
     /// # Errors
-    /// [`MapError`] if a table could not be linked or something is mapped at the new place; nothing was moved then. Tables linked
-    /// on the way stay: [`free_pgtables`](Self::free_pgtables) over the new place takes them, now or when its area goes.
+    /// [`MapError`] if a table could not be linked, if something is mapped at the new place, or if a large leaf (or what stands
+    /// in its place) is in `old`: split those first, all of them. Nothing was moved then. Tables linked on the way stay:
+    /// [`free_pgtables`](Self::free_pgtables) over the new place takes them, now or when its area goes.
+    ///
+    /// # Safety
+    /// The map lock is held for writing, and the new place is part of an area or will be: nobody else maps there.
     ///
     /// # Source
     /// Linux: move_page_tables, mm/mremap.c.
-    pub fn move_page_tables(&mut self, old: VirtRange, new_start: u64) -> Result<(), MapError> {
+    pub unsafe fn move_page_tables(&mut self, old: VirtRange, new_start: u64) -> Result<(), MapError> {
         let new_end = new_start.checked_add(old.len_bytes()).ok_or(MapError::NotUserSpace(new_start))?;
         if new_end > self.mm.space().mode().user_end() {
             return Err(MapError::NotUserSpace(new_end));
@@ -39,7 +45,11 @@ impl<K: Platform> MmuGather<'_, K> {
         })
     }
 
-    /// Calls `visit` for every last-level table that `range` uses, with the part it covers.
+    /// Calls `visit` for every last-level table that `range` uses, with the part it covers. Where there is none, the lock of the
+    /// table that could have led to it is taken once: a large leaf may have been there that reclaim is still to flush.
+    ///
+    /// # Errors
+    /// Those of `visit`; [`MapError::Large`] where there is something else than a table.
     fn for_each_table(
         &mut self,
         range: VirtRange,
@@ -48,11 +58,21 @@ impl<K: Platform> MmuGather<'_, K> {
         let (kernel, mm) = (self.kernel, self.mm);
         let mut address = range.start();
         while address < range.end() {
-            let part = range.within_entry(Level::Pmd, address);
             // SAFETY: the constructor's caller holds the map lock.
-            if let Some(view) = unsafe { mm.space().find_table(kernel, address, Level::Pte) } {
+            let view = unsafe { mm.space().lowest_table_of(kernel, range.within_entry(Level::Pte, address)) };
+            let part = if view.level() == Level::Pte {
+                let part = range.within_entry(Level::Pmd, address);
                 visit(self, view, part)?;
-            }
+                part
+            } else {
+                let (level, found) = (view.level(), view.load(address));
+                // A table that was linked just now has nothing to move.
+                if !matches!(found.decode(level), Decoded::None | Decoded::Table(_)) {
+                    return Err(MapError::Large(VirtRange::of_entry(level, address).start(), level, found));
+                }
+                self.note_deferred_flushes_of(view);
+                range.within_entry(level, address)
+            };
             kernel.cond_resched();
             address = part.end();
         }
@@ -111,7 +131,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let old_locked = old_table.lock(kernel);
         let new_locked = (new_table.frame() != old_table.frame()).then(|| new_table.lock(kernel));
         self.note_deferred_flushes();
-        let mut dirty = false;
+        let owes_flush = OwesFlush(mm.context());
         let mut leaves = 0;
         for page in old_table.used_parts(kernel, stretch).addresses() {
             let entry = old_locked.entry(page);
@@ -124,22 +144,24 @@ impl<K: Platform> MmuGather<'_, K> {
                 debug_assert!(false, "something is mapped at {target_page:#x}");
                 continue;
             }
-            let value = entry.get_and_clear();
+            // SAFETY: it is put in again below, and flushed for under these locks.
+            let value = unsafe { entry.get_and_clear() };
             if value.is_present() {
-                dirty |= value.is_dirty();
                 leaves += 1;
                 self.state.range.cleared(VirtRange::of_entry(Level::Pte, page), Level::Pte);
             }
-            target.store(value);
+            // SAFETY: the target is empty, and the page is mapped nowhere else in exchange for this.
+            unsafe { target.store(value) };
         }
         old_locked.forget_empty_lines(
             &(Level::Pte.index(stretch.start())..Level::Pte.index(stretch.end() - 1) + 1),
         );
-        if dirty {
-            // The stated exception of G3.
+        if leaves > 0 {
+            // The stated exception of G3: a page with a new place has a new owner as soon as the locks drop.
             kernel.observe_gather(GatherEvent::DirtyFlush);
             self.flush_tlb_only();
         }
+        mem::forget(owes_flush);
         drop(new_locked);
         drop(old_locked);
         kernel.observe_gather(GatherEvent::LockDropped { leaves });

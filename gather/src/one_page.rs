@@ -9,7 +9,7 @@ use mmu_tlb::{FreedTables, PageSpan, flush_tlb_mm, flush_tlb_mm_range};
 
 use crate::entries::{DelayedRmaps, Locked, zap_one};
 use crate::gather::FlushedGather;
-use crate::mm::Mm;
+use crate::mm::{Mm, OpenGather};
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 use crate::slot::{FreedPages, Runs, Slot, Which};
 use crate::waiting::Covered;
@@ -25,12 +25,12 @@ pub(crate) struct OnePage<'a, K: Platform> {
 
 /// The page, cleared and not flushed yet. It counts as an open gather.
 ///
-/// Were this lost, to a call of the kernel that unwinds, it would count as one for ever: the page leaks, and all later flushes are
-/// whole.
+/// If this is lost, to a call of the kernel that unwinds, the page leaks, and whoever looks next makes up for the flush.
 #[must_use]
 pub(crate) struct Cleared<'a, K: Platform> {
     kernel: &'a K,
     mm: &'a Mm<K::Bits>,
+    open: OpenGather<'a, K::Bits>,
     slot: Option<Slot>,
     flush: Flush,
 }
@@ -39,7 +39,7 @@ pub(crate) struct Cleared<'a, K: Platform> {
 enum Flush {
     Nothing,
     Page(PageSpan),
-    /// Nothing any more.
+    /// Already flushed; this is the receipt.
     Done(Covered),
 }
 
@@ -74,11 +74,11 @@ impl<'a, K: Platform> OnePage<'a, K> {
     #[inline(always)]
     pub(crate) fn clear(self) -> Option<Cleared<'a, K>> {
         let Self { kernel, mm, address, .. } = self;
-        mm.open_gather();
+        let open = OpenGather::new(mm);
         let locked = self.table.lock(kernel);
-        if mm.context().deferred_flushes().is_some() {
+        if mm.context().has_deferred_flushes() {
             drop(locked);
-            mm.close_gather();
+            open.close();
             return None;
         }
         // As `MmuGather::stale_writes`.
@@ -91,7 +91,7 @@ impl<'a, K: Platform> OnePage<'a, K> {
         drop(locked);
         kernel.observe_gather(GatherEvent::LockDropped { leaves: u32::from(done.leaves > 0) });
         kernel.cond_resched();
-        Some(Cleared { kernel, mm, slot, flush })
+        Some(Cleared { kernel, mm, open, slot, flush })
     }
 }
 
@@ -99,15 +99,14 @@ impl<'a, K: Platform> Cleared<'a, K> {
     /// Makes every CPU forget the page, and what other gathers that are open cleared and have not flushed.
     #[inline(always)]
     pub(crate) fn flush(self) -> FlushedGather<'a, K> {
-        let Self { kernel, mm, slot, flush } = self;
+        let Self { kernel, mm, open, slot, flush } = self;
         let receipt = if mm.open_gathers() > 1 {
             kernel.observe_gather(GatherEvent::NestedFlush);
-            Some(Covered::by(flush_tlb_mm(kernel, mm.context())))
+            Some(Covered::by(mm.context(), flush_tlb_mm(kernel, mm.context())))
         } else {
             flush.carry_out(kernel, mm)
         };
-        // INVARIANT: G6, the count goes down only after the flush.
-        mm.close_gather();
+        open.close();
         FlushedGather::of_page(kernel, slot, receipt)
     }
 }
@@ -118,7 +117,7 @@ impl<'a, K: Platform> Cleared<'a, K> {
 fn flush_dirty<K: Platform>(kernel: &K, mm: &Mm<K::Bits>, flush: Flush, slot: Option<Slot>) -> Flush {
     kernel.observe_gather(GatherEvent::DirtyFlush);
     let receipt = if mm.open_gathers() > 1 {
-        Some(Covered::by(flush_tlb_mm(kernel, mm.context())))
+        Some(Covered::by(mm.context(), flush_tlb_mm(kernel, mm.context())))
     } else {
         flush.carry_out(kernel, mm)
     };
@@ -143,7 +142,8 @@ impl Flush {
         match self {
             Self::Nothing => None,
             Self::Page(span) => {
-                Some(Covered::by(flush_tlb_mm_range(kernel, mm.context(), span, FreedTables::No)))
+                let receipt = flush_tlb_mm_range(kernel, mm.context(), span, FreedTables::No);
+                Some(Covered::by(mm.context(), receipt))
             }
             Self::Done(receipt) => Some(receipt),
         }

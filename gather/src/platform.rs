@@ -81,8 +81,13 @@ impl BatchPage {
     ///
     /// # Safety
     /// 4096 bytes at `page` are aligned to 8 bytes, writable, and used by nobody else until the page is given back.
+    ///
+    /// # Panics
+    /// In a debug build, if `page` is not aligned.
     #[must_use]
-    pub const unsafe fn new(page: NonNull<[u8; 4096]>) -> Self {
+    #[inline]
+    pub unsafe fn new(page: NonNull<[u8; 4096]>) -> Self {
+        debug_assert!(page.cast::<u64>().is_aligned(), "a batch page at {page:p} is not aligned to 8 bytes");
         Self(page)
     }
 
@@ -164,7 +169,7 @@ pub enum GatherEvent {
     BatchRefused,
     /// The gather was full and flushed before it was done.
     ForcedFlush,
-    /// Dirty pages made it flush under a table lock.
+    /// Dirty pages, or pages that were moved, made it flush under a table lock.
     DirtyFlush,
     /// Another gather was open on the same address space: the whole of it was flushed.
     NestedFlush,

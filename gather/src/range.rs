@@ -1,6 +1,6 @@
 //! What must be flushed: the addresses cleared since the last flush, and at which levels.
 
-use mmu_pagetable::{FreedTable, Level, VirtRange};
+use mmu_pagetable::{Level, VirtRange};
 use mmu_tlb::{FreedTables, PageSpan};
 
 /// Grows with every entry cleared, and is emptied only together with a flush (rule G2).
@@ -28,13 +28,12 @@ impl FlushRange {
         self.cleared_levels |= 1 << level as u8;
     }
 
-    /// A table was unhooked. `address` is one the caller gave up inside its span: one INVLPG there drops what is cached of
+    /// A table of `level` was unhooked. `address` is one the caller gave up inside its span: one INVLPG there drops what is cached of
     /// the entry that pointed to the table, whatever else the table covered.
-    pub(crate) fn freed_table(&mut self, table: &FreedTable, address: u64) {
-        debug_assert!(table.span.contains(address), "{address:#x} was not translated through {table:?}");
+    pub(crate) fn unhooked(&mut self, level: Level, address: u64) {
         self.start = self.start.min(address);
         self.end = self.end.max(address + Level::Pte.entry_span());
-        if let Some(parent) = table.level.above() {
+        if let Some(parent) = level.above() {
             self.cleared_levels |= 1 << parent as u8;
         }
         self.tables = FreedTables::Yes;
@@ -77,17 +76,9 @@ impl FlushRange {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use x86_64::PhysAddr;
-    use x86_64::structures::paging::PhysFrame;
 
     fn range(start: u64, end: u64) -> VirtRange {
         VirtRange::new(start, end).expect("a good range")
-    }
-
-    fn table(level: Level, address: u64) -> FreedTable {
-        let parent = level.above().expect("not a root");
-        let frame = PhysFrame::containing_address(PhysAddr::new(0x1000));
-        FreedTable { frame, level, span: VirtRange::of_entry(parent, address) }
     }
 
     #[test]
@@ -102,8 +93,8 @@ mod tests {
     #[test]
     fn a_stride_of_freed_tables_skips_none_of_them() {
         let mut flush = FlushRange::empty();
-        flush.freed_table(&table(Level::Pte, 3 << 19), 3 << 19);
-        flush.freed_table(&table(Level::Pte, 5 << 19), 5 << 19);
+        flush.unhooked(Level::Pte, 3 << 19);
+        flush.unhooked(Level::Pte, 5 << 19);
         let span = flush.span().expect("not empty");
         assert_eq!(span.stride_shift, 21);
         for table in [0, 2 << 20] {

@@ -39,19 +39,24 @@ impl<K: Platform> MmuGather<'_, K> {
     /// needs memory, and where it may still fail.
     ///
     /// While a leaf is being split its entry holds a migration entry, so whoever faults waits; the old size is flushed from
-    /// every CPU before the new one appears (SDM 4.10.4.2), with no lock held meanwhile.
+    /// every CPU that runs programs here before the new one appears (SDM 4.10.4.2), with no lock held meanwhile. A lazy CPU
+    /// drops it before it uses the addresses again; what it caches speculatively until then, of either size, leads to the same
+    /// memory with the same rights.
     ///
     /// # Context
-    /// The map lock is held for writing: a zapper that met the migration entry would take the page for one on its way
-    /// elsewhere. No table lock is held.
+    /// No table lock is held.
     ///
     /// # Errors
     /// [`SplitError::NoTable`] when memory is short; nothing has changed then, or only a larger leaf was split.
     ///
+    /// # Safety
+    /// The map lock is held for writing: a zapper that met the migration entry would take the page for one on its way
+    /// elsewhere, and drop its reference before the old size is flushed.
+    ///
     /// # Source
     /// Linux: __split_huge_pmd, mm/huge_memory.c.
     #[doc(alias = "__split_huge_pmd")]
-    pub fn split_leaf(&mut self, area: K::Area, address: u64) -> Result<(), SplitError> {
+    pub unsafe fn split_leaf(&mut self, area: K::Area, address: u64) -> Result<(), SplitError> {
         for level in [Level::Pud, Level::Pmd] {
             if address & (level.entry_span() - 1) != 0 {
                 self.split_at(area, address, level)?;
@@ -86,7 +91,8 @@ impl<K: Platform> MmuGather<'_, K> {
         let access = if value.is_writable() { MigrationAccess::Writable } else { MigrationAccess::ReadOnly };
         let frame = PhysFrame::containing_address(first);
         let marker = NonPresent::Migration { frame, access }.encode();
-        let old = entry.exchange(marker);
+        // SAFETY: nothing is cached from what is put in; what the leaf was is flushed below, and its page is not freed.
+        let old = unsafe { entry.exchange(marker) };
         kernel.leaf_was_split(area, &UnmappedLeaf { address: whole.start(), level, value: old, frame });
         drop(locked);
 
@@ -133,7 +139,8 @@ impl<K: Platform> MmuGather<'_, K> {
                 }
                 other => other,
             };
-            entry.store(part.encode());
+            // SAFETY: nobody else knows the table; the caller notes all its lines when it is linked.
+            unsafe { entry.store(part.encode()) };
         }
         // SAFETY: the view is live: the constructor's caller holds the map lock; the table is ours, of the level below.
         if unsafe { mm.space().link_table(kernel, view, address, whole.encode(), table) }.is_err() {
@@ -168,6 +175,8 @@ fn fill(table: TableView<'_>, old: EntryValue, level: Level, below: Level) {
     };
     for (index, entry) in (0u64..).zip(table.table().entries()) {
         let address = PhysAddr::new(first.as_u64() + index * below.entry_span());
-        entry.store(EntryValue::from_bits(EntryValue::leaf(below, address, flags).bits() | pat));
+        let value = EntryValue::from_bits(EntryValue::leaf(below, address, flags).bits() | pat);
+        // SAFETY: our caller's table is known to nobody else, and it maps what the large leaf did.
+        unsafe { entry.store(value) };
     }
 }

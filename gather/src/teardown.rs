@@ -2,13 +2,14 @@
 #![expect(unsafe_code, reason = "the map lock is taken on trust")]
 
 use mmu_pagetable::{Bounds, MapError, VirtRange};
-use mmu_tlb::flush_tlb_mm;
+use mmu_tlb::{Laziness, flush_tlb_mm, switch_mm};
 
 use crate::gather::{FlushedGather, MmuGather};
 use crate::limits::Limits;
 use crate::mm::Mm;
 use crate::one_page::OnePage;
 use crate::platform::{Platform, Vma};
+use crate::zap::CutLeaf;
 
 /// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of munmap.
 ///
@@ -17,6 +18,10 @@ use crate::platform::{Platform, Vma};
 /// nobody finds an area whose tables are going. Device frames have been flushed for by then.
 ///
 /// Before detaching, [`split_leaf`](MmuGather::split_leaf) both ends of the range: afterwards nothing can fail.
+///
+/// # Errors
+/// [`CutLeaf`] if that was forgotten and an area ends in the middle of a large leaf. The leaf is still mapped, and no table was
+/// freed; all else was unmapped and flushed, and was freed under the map lock. The area must not be forgotten.
 ///
 /// # Safety
 /// As for [`MmuGather::new`] and [`MmuGather::free_pgtables`].
@@ -30,7 +35,7 @@ pub unsafe fn unmap_region<'a, K, I>(
     vmas: I,
     bounds: Bounds,
     unlink: impl FnOnce(),
-) -> FlushedGather<'a, K>
+) -> Result<FlushedGather<'a, K>, CutLeaf>
 where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
@@ -43,19 +48,24 @@ where
         && let Some(cleared) = page.clear()
     {
         unlink();
-        return cleared.flush();
+        return Ok(cleared.flush());
     }
     // SAFETY: passed on to our caller.
     let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
     gather.flush_after(|gather| {
-        gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+        gather.unmap_vmas(vmas.clone(), mm.space().user_range())?;
         gather.flush_pfn_maps();
         unlink();
-        gather.free_pgtables(vmas, bounds);
+        // SAFETY: passed on to our caller; all leaves are gone.
+        unsafe { gather.free_pgtables(vmas, bounds) };
+        Ok(())
     })
 }
 
 /// Removes the pages of `range` in one area and keeps its tables: madvise(MADV_DONTNEED), truncation.
+///
+/// # Errors
+/// [`CutLeaf`] if the range ends in the middle of a large leaf, which is still mapped; all else was removed, flushed and freed.
 ///
 /// # Safety
 /// As for [`MmuGather::new`]; the map lock for reading is enough, and several of these may run at once.
@@ -69,30 +79,33 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
     limits: &Limits,
     vma: &Vma<K::Area>,
     range: VirtRange,
-) -> FlushedGather<'a, K> {
+) -> Result<FlushedGather<'a, K>, CutLeaf> {
     if let Some(range) = range.intersect(vma.range)
         // SAFETY: passed on to our caller.
         && let Some(page) = unsafe { OnePage::find(kernel, mm, vma, range) }
         && let Some(cleared) = page.clear()
     {
-        return cleared.flush();
+        return Ok(cleared.flush());
     }
     // SAFETY: passed on to our caller.
     let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
-    gather.flush_after(|gather| {
-        if let Some(range) = range.intersect(vma.range) {
-            gather.zap_vma_range(vma, range);
-        }
+    gather.flush_after(|gather| match range.intersect(vma.range) {
+        Some(range) => gather.zap_vma_range(vma, range),
+        None => Ok(()),
     })
 }
 
 /// Unmaps everything: the last program has left the address space.
 ///
-/// The CPU that runs this may have it loaded, lazily at most. When this returns no CPU has it loaded, lazy ones included,
-/// so the root table is the caller's to free, after the rest.
+/// If the CPU that runs this has it loaded, lazily or not, it goes to the kernel's own address space. When this returns no CPU has it
+/// loaded, lazy ones included, so the root table is the caller's to free, after the rest.
+///
+/// # Panics
+/// If another CPU has it loaded all the same, and is not lazy: its root would be freed under that CPU's CR3.
 ///
 /// # Safety
-/// As for [`MmuGather::new_fullmm`]; no CPU switches to the address space any more.
+/// - As for [`MmuGather::new_fullmm`] and [`MmuGather::free_pgtables`], with `vmas` all the areas there are;
+/// - no other CPU has the address space loaded but lazily, and none switches to it any more.
 ///
 /// # Source
 /// Linux: exit_mmap, mm/mmap.c.
@@ -107,19 +120,39 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
+    leave(kernel, mm);
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
-    gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+    let cut = gather.unmap_vmas(vmas.clone(), mm.space().user_range());
+    debug_assert!(cut.is_ok(), "a gather of a dying address space takes leaves as a whole");
     gather.flush_pfn_maps();
     unlink();
-    gather.free_pgtables(vmas, Bounds::whole());
+    // SAFETY: passed on to our caller; all leaves are gone, and nobody else is there.
+    unsafe { gather.free_pgtables(vmas, Bounds::whole()) };
     let flushed = gather.flush();
     if mm.context().may_be_loaded_somewhere(kernel) {
         // Nothing was mapped, so nothing was flushed, and somebody is still here, lazily. Such a flush makes it leave. A CPU
         // that is switching may still have the root in CR3 as well.
         let _left = flush_tlb_mm(kernel, mm.context());
+        assert!(
+            !mm.context().is_loaded_somewhere(kernel),
+            "G1: context {} is torn down while a CPU runs programs in it",
+            mm.context().ctx_id().get()
+        );
     }
     flushed
+}
+
+/// Has this CPU go to the kernel's own address space, if it has `mm` loaded and is not lazy. (A lazy one goes by itself, when it
+/// flushes.)
+fn leave<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
+    kernel.pinned(|here| {
+        let state = kernel.cpu_state(here);
+        if state.has_loaded(mm.context()) && state.laziness() == Laziness::Active {
+            // SAFETY: pinned to `here`, interrupts off.
+            kernel.without_interrupts(|| unsafe { switch_mm(kernel, here, None) });
+        }
+    });
 }
 
 /// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the tables left behind.
@@ -147,7 +180,8 @@ pub unsafe fn shift_arg_pages<'a, K: Platform>(
     let new = VirtRange::new(new_start, old.end() - shift).map_err(|_| MapError::NotUserSpace(new_start))?;
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
-    gather.move_page_tables(old, new.start())?;
+    // SAFETY: passed on to our caller.
+    unsafe { gather.move_page_tables(old, new.start()) }?;
     // Where the two places overlap only the part above the new one is given up.
     let given_up = VirtRange::new(old.start().max(new.end()), old.end());
     if let Ok(given_up) = given_up {

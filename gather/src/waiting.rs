@@ -1,6 +1,6 @@
 //! What a gather has unhooked and not freed yet: the pages and the tables.
 
-use mmu_tlb::Flushed;
+use mmu_tlb::{CpuBits, Flushed, MmContext};
 use static_assertions::assert_not_impl_any;
 
 use crate::batch::PageQueue;
@@ -13,7 +13,8 @@ pub(crate) struct Covered(());
 
 impl Covered {
     #[inline]
-    pub(crate) fn by(_receipt: Flushed) -> Self {
+    pub(crate) fn by<B: CpuBits>(mm: &MmContext<B>, receipt: Flushed) -> Self {
+        debug_assert!(receipt.is_of(mm), "G1: {receipt:?} is of another address space");
         Self(())
     }
 }
@@ -38,7 +39,7 @@ impl Waiting {
         self.pages.is_empty() && self.tables.is_empty()
     }
 
-    /// Everything that waits, moved out of here; nothing does here any more.
+    /// Everything that waits, moved out of here; what stays behind is empty.
     #[inline]
     pub(crate) fn leave(&mut self) -> Self {
         Self { pages: self.pages.leave(), tables: self.tables.leave() }

@@ -1,18 +1,51 @@
 //! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
+use core::{fmt, mem};
+
 use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
 
 use crate::batch::Room;
 use crate::entries::{
     Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries,
 };
-use crate::gather::{GatherMode, MmuGather, PfnMaps};
+use crate::gather::{DeferredFlushes, GatherMode, MmuGather, PfnMaps};
 use crate::limits::Limits;
+use crate::mm::OwesFlush;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 
 /// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
 const FETCH_AHEAD: u64 = 16;
+
+/// A 2 MiB or 1 GiB leaf that reaches beyond what was to be unmapped; it is still mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CutLeaf {
+    /// The first address it maps.
+    pub address: u64,
+    /// The level of the table that its entry is in: 2 MiB or 1 GiB.
+    pub level: Level,
+}
+
+impl CutLeaf {
+    /// The addresses it maps.
+    #[must_use]
+    pub const fn range(&self) -> VirtRange {
+        VirtRange::of_entry(self.level, self.address)
+    }
+}
+
+impl fmt::Display for CutLeaf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the large page at {} reaches beyond what is unmapped, and was not split before",
+            self.range()
+        )
+    }
+}
+
+impl core::error::Error for CutLeaf {}
 
 /// How one visit under a table lock ended.
 struct Visit {
@@ -25,18 +58,38 @@ struct Visit {
     room: Room,
 }
 
+/// Whether entries above the last level were found empty, without their lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Passed {
+    Nothing,
+    Empty,
+}
+
 impl<'a, K: Platform> MmuGather<'a, K> {
     /// Clears every leaf of `vmas` that lies in `range`, and queues the pages.
     ///
-    /// `vmas` comes in ascending order. Does not flush at the end; whoever calls it finishes the gather. A large leaf that
-    /// the range cuts is left alone: [`split_leaf`](crate::MmuGather::split_leaf) at both ends of the range first.
+    /// `vmas` comes in ascending order. Does not flush at the end; whoever calls it finishes the gather.
     ///
     /// # Context
     /// No table lock is held; preemption points inside.
     ///
+    /// # Errors
+    /// [`CutLeaf`] if the range, or an area, ends in the middle of a large leaf: that one is still mapped, everything else is
+    /// not. [`split_leaf`](crate::MmuGather::split_leaf) at both ends, before, makes sure of it. Never in a gather of a dying
+    /// address space: the leaf goes as a whole there.
+    ///
     /// # Source
     /// Linux: unmap_vmas, mm/memory.c.
-    pub fn unmap_vmas(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, range: VirtRange) {
+    pub fn unmap_vmas(
+        &mut self,
+        vmas: impl IntoIterator<Item = Vma<K::Area>>,
+        range: VirtRange,
+    ) -> Result<(), CutLeaf> {
+        self.zap_vmas(vmas, range);
+        self.whole_leaves()
+    }
+
+    fn zap_vmas(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, range: VirtRange) {
         let Some(range) = range.intersect(self.mm.space().user_range()) else { return };
         let mut vmas = vmas.into_iter().filter_map(|vma| Some((vma, vma.range.intersect(range)?)));
         let Some((mut vma, mut part)) = vmas.next() else { return };
@@ -55,13 +108,23 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// Clears every leaf of `vma` in `range`, which lies inside it.
     ///
+    /// # Errors
+    /// As for [`unmap_vmas`](Self::unmap_vmas).
+    ///
     /// # Source
     /// Linux: unmap_page_range (`__zap_vma_range` since 7.1), mm/memory.c.
     #[doc(alias = "unmap_page_range")]
-    pub fn zap_vma_range(&mut self, vma: &Vma<K::Area>, range: VirtRange) {
+    pub fn zap_vma_range(&mut self, vma: &Vma<K::Area>, range: VirtRange) -> Result<(), CutLeaf> {
         if let Some(range) = range.intersect(self.mm.space().user_range()) {
             self.zap_user_range(vma, range, self.last_level_table(range));
         }
+        self.whole_leaves()
+    }
+
+    /// Says so once, if a leaf was left because it was cut.
+    #[inline]
+    fn whole_leaves(&mut self) -> Result<(), CutLeaf> {
+        self.state.cut.take().map_or(Ok(()), Err)
     }
 
     /// `table` is the [`last_level_table`](Self::last_level_table) of `range`, which stays one until the map lock is dropped.
@@ -95,12 +158,22 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             return;
         };
         let kernel = self.kernel;
+        // Where the first part begins, if nothing was passed over before.
+        let mut seen_up_to = range.start();
+        let mut passed_over = Passed::Nothing;
         for used in view.used_parts(kernel, range) {
             let mut address = used.start();
+            if address != seen_up_to {
+                passed_over = Passed::Empty;
+            }
+            seen_up_to = used.end();
             while address < used.end() {
                 let part = used.within_entry(level, address);
                 address = match view.load(address).decode(level) {
-                    Decoded::None => part.end(),
+                    Decoded::None => {
+                        passed_over = Passed::Empty;
+                        part.end()
+                    }
                     Decoded::Table(frame) => {
                         self.prefetch_table(view, address + FETCH_AHEAD * level.entry_span(), used);
                         // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
@@ -113,6 +186,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                     }
                 };
             }
+        }
+        if passed_over == Passed::Empty || seen_up_to != range.end() {
+            // Some may be empty because reclaim has just cleared them, large leaves, and is still to flush.
+            self.note_deferred_flushes_of(view);
         }
         kernel.cond_resched();
     }
@@ -147,25 +224,26 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Clears the 2 MiB or 1 GiB leaves, and the non-present meanings in their place, from `address` on until `end` or until
     /// there is a table to be looked into; returns where that is.
     ///
-    /// A leaf that reaches beyond either end is left alone.
+    /// A leaf that reaches beyond either end is left alone, and noted; in a dying address space it goes as a whole.
     #[doc(alias = "zap_huge_pmd")]
     #[doc(alias = "zap_huge_pud")]
     fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, address: u64, end: u64) -> u64 {
         let level = view.level();
         let span = level.entry_span();
-        let mut whole_end = end & !(span - 1);
+        let (mut whole_start, mut whole_end) = (address, end & !(span - 1));
         if self.frees_by_shares() {
-            whole_end = whole_end.min(address.saturating_add(span * Limits::EXIT_LARGE_LEAVES as u64));
+            whole_start &= !(span - 1);
+            whole_end = (end + (span - 1)) & !(span - 1);
+            whole_end = whole_end.min(whole_start.saturating_add(span * Limits::EXIT_LARGE_LEAVES as u64));
         }
-        match VirtRange::new(address, whole_end) {
-            Ok(whole) if address.is_multiple_of(span) => self.visit(vma, view, whole, Large(level)),
+        match VirtRange::new(whole_start, whole_end) {
+            Ok(whole) if whole_start.is_multiple_of(span) => self.visit(vma, view, whole, Large(level)),
             _ => {
-                let cut = VirtRange::of_entry(level, address);
-                debug_assert!(
-                    !matches!(view.load(address).decode(level), Decoded::Leaf(_)),
-                    "the leaf at {cut} is cut: split it first"
-                );
-                cut.end().min(end)
+                let range = VirtRange::of_entry(level, address);
+                if matches!(view.load(address).decode(level), Decoded::Leaf(_)) {
+                    self.state.cut.get_or_insert(CutLeaf { address: range.start(), level });
+                }
+                range.end().min(end)
             }
         }
     }
@@ -188,9 +266,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 let clear = Locked(self.stale_writes());
                 self.clear_entries(vma, &locked, range, leaves, clear)
             }
-            GatherMode::SingleCpu | GatherMode::FullMm => {
-                self.clear_entries(vma, &locked, range, leaves, Exclusive)
-            }
+            GatherMode::FullMm => self.clear_entries(vma, &locked, range, leaves, Exclusive),
         };
         if visit.rmaps == DelayedRmaps::Some {
             // The stated exception of G3: once the lock drops, writeback may take the page for clean while another CPU
@@ -210,13 +286,14 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// Whether an entry that cannot be written may still be written through what a CPU has cached of it.
     ///
-    /// Rights are taken away between the beginning and the flush of a gather (rule G6), or by reclaim, whose flushes are
-    /// noted: if there is neither, whoever wrote to the entry before we had its lock has flushed.
+    /// Rights are taken away between the beginning and the flush of a gather, another's (rule G6) or this one, which notes it, or
+    /// by reclaim, whose flushes are noted: if there is none of these, whoever wrote to the entry before we had its lock has
+    /// flushed.
     fn stale_writes(&self) -> StaleWrites {
-        if self.is_nested() || self.state.has_deferred_flushes() {
+        if self.is_nested() || self.state.deferred == DeferredFlushes::Seen {
             StaleWrites::Possible
         } else {
-            StaleWrites::None
+            self.state.rights
         }
     }
 
@@ -251,6 +328,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         let mut next = part.first;
         let mut kept = Kept::Nothing;
         let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
+        // If a call of the kernel's unwinds, what was cleared is not noted: it is flushed for by whoever looks next.
+        let owes_flush = OwesFlush(self.mm.context());
         loop {
             let (done, room) = self
                 .waiting
@@ -269,13 +348,15 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 visit.rmaps = DelayedRmaps::Some;
                 self.waiting.pages.note_delayed_rmaps();
             }
-            if room == Room::Full {
+            // At the end a page for a batch is not asked for before something is to go there.
+            if room == Room::Full && (next != part.end || !self.waiting.pages.needs_new_page(&self.limits)) {
                 visit.room = self.waiting.pages.next_batch(kernel, &self.limits);
             }
             if next == part.end || visit.room == Room::Full || done.stop == Stop::Table {
                 break;
             }
         }
+        mem::forget(owes_flush);
         if level > Level::Pte && visit.leaves >= Limits::EXIT_LARGE_LEAVES && self.frees_by_shares() {
             visit.room = Room::Full;
         }
@@ -283,7 +364,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             visit.next = part.address(next, level);
         }
         if kept == Kept::Nothing {
-            locked.forget_cleared_lines(&(part.first..next));
+            // SAFETY: the loop has passed these entries, under the lock that is still held, and left none of them.
+            unsafe { locked.forget_cleared_lines(&(part.first..next)) };
         }
         visit
     }

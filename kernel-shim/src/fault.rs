@@ -115,7 +115,8 @@ impl<M: Machine> Kernel<M> {
         if !now.is_present() || !same_page || now.is_writable() {
             return Ok(());
         }
-        let value = entry.get_and_clear();
+        // SAFETY: the gather is told before the lock drops, and the page is freed through it.
+        let value = unsafe { entry.get_and_clear() };
         let frame = PhysFrame::containing_address(value.leaf_address(Level::Pte));
         let leaf = UnmappedLeaf { address: page, level: Level::Pte, value, frame };
         let disposition = self.unmap_page(vma.staying().area, &leaf);
@@ -123,7 +124,8 @@ impl<M: Machine> Kernel<M> {
         drop(locked);
         self.observe_gather(GatherEvent::LockDropped { leaves: 1 });
         if disposition != Disposition::Keep {
-            gather.remove_page(frame, range, Level::Pte);
+            // SAFETY: the entry was cleared just now, and what it held is dropped nowhere else.
+            unsafe { gather.remove_page(frame, range, Level::Pte) };
         }
         Ok(())
     }
@@ -151,14 +153,16 @@ impl<M: Machine> Kernel<M> {
                 }
                 let flags = PageTableFlags::WRITABLE.bits();
                 // More rights need no flush (SDM 4.10.4.3); hardware may set A meanwhile, then the fault comes again.
-                let _ = entry.compare_exchange(value, EntryValue::from_bits(value.bits() | flags));
+                // SAFETY: the page is this program's alone, or the area's programs may write to it.
+                let _ = unsafe { entry.compare_exchange(value, EntryValue::from_bits(value.bits() | flags)) };
                 Ok(Try::Done)
             }
             Decoded::NonPresent(NonPresent::Migration { .. }) => Ok(Try::Again),
             Decoded::NonPresent(NonPresent::Swap { .. }) => {
                 let frame = self.new_page().ok_or(FaultError::NoMemory)?;
                 self.swap_slots.fetch_sub(1, Ordering::Relaxed);
-                entry.store(leaf(frame, vma.area.protection));
+                // SAFETY: the entry maps nothing, and the page is new.
+                unsafe { entry.store(leaf(frame, vma.area.protection)) };
                 self.count().swapped_in();
                 self.note_mapped(mm, page, frame);
                 Ok(Try::Done)
@@ -171,7 +175,8 @@ impl<M: Machine> Kernel<M> {
             }
             Decoded::None => {
                 let value = self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?;
-                entry.store(value);
+                // SAFETY: the entry is empty; `page_for` took a reference for it on a page that the area may map so.
+                unsafe { entry.store(value) };
                 self.note_mapped(mm, page, PhysFrame::containing_address(value.leaf_address(Level::Pte)));
                 Ok(Try::Done)
             }

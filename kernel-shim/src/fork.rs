@@ -101,6 +101,8 @@ impl<M: Machine> Kernel<M> {
                 self.copy_tables(gather, child, vma, below, range.within_entry(level, address))?;
             }
         }
+        // What was passed over may be empty because reclaim is still to flush it.
+        gather.note_deferred_flushes_of(view);
         self.machine.cond_resched();
         Ok(())
     }
@@ -134,17 +136,20 @@ impl<M: Machine> Kernel<M> {
                     if vma.area.kind != AreaKind::Pfn && self.frames.meta(frame).kind() == FrameKind::Page {
                         self.frames.meta(frame).add_mapping();
                     }
-                    target.entry(address).store(value);
+                    // SAFETY: the child's entry is empty, and the page was counted once more for it.
+                    unsafe { target.entry(address).store(value) };
                 }
                 Decoded::NonPresent(meaning @ NonPresent::Swap { .. }) => {
                     self.swap_slots.fetch_add(1, Ordering::Relaxed);
-                    target.entry(address).store(meaning.encode());
+                    // SAFETY: the child's entry is empty, and this maps nothing.
+                    unsafe { target.entry(address).store(meaning.encode()) };
                 }
                 Decoded::NonPresent(meaning @ NonPresent::Marker(marker)) => {
                     if marker == Marker::Guard {
                         self.guards.fetch_add(1, Ordering::Relaxed);
                     }
-                    target.entry(address).store(meaning.encode());
+                    // SAFETY: as above.
+                    unsafe { target.entry(address).store(meaning.encode()) };
                 }
                 Decoded::None | Decoded::Table(_) | Decoded::NonPresent(_) => {}
             }
@@ -167,7 +172,8 @@ impl<M: Machine> Kernel<M> {
         while vma.area.kind != AreaKind::Pfn && old.is_writable() {
             let new = EntryValue::from_bits(old.bits() & !PageTableFlags::WRITABLE.bits());
             // Hardware may set A/D meanwhile; then look again.
-            match entry.compare_exchange(old, new) {
+            // SAFETY: the gather is told before the lock drops.
+            match unsafe { entry.compare_exchange(old, new) } {
                 Ok(()) => {
                     self.machine.note(Note::Restricted { address, level: Level::Pte, frame });
                     gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte);

@@ -124,7 +124,10 @@ impl<M: Machine> Kernel<M> {
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
         let mut result = Ok(Installed::Outrun);
         for _ in 0..tries {
-            gather.zap_vma_range(&vma.staying(), part);
+            if let Err(cut) = gather.zap_vma_range(&vma.staying(), part) {
+                result = Err(cut.into());
+                break;
+            }
             match self.fill_with_guards(mm, part) {
                 Ok(Filled::Wholly(moment)) => {
                     since = moment;
@@ -167,7 +170,8 @@ impl<M: Machine> Kernel<M> {
                 match entry.load().decode(Level::Pte) {
                     Decoded::None => {
                         self.guards.fetch_add(1, Ordering::Relaxed);
-                        entry.store(GUARD.encode());
+                        // SAFETY: the entry is empty, and a guard maps nothing.
+                        unsafe { entry.store(GUARD.encode()) };
                     }
                     Decoded::NonPresent(NonPresent::Marker(_)) => {}
                     _ => return Ok(Filled::Partly),
@@ -186,7 +190,8 @@ impl<M: Machine> Kernel<M> {
         for address in (part.start()..part.end()).step_by(4096) {
             let entry = locked.entry(address);
             if entry.load() == GUARD.encode() {
-                entry.store(EntryValue::NONE);
+                // SAFETY: a guard maps nothing: nobody loses anything.
+                unsafe { entry.store(EntryValue::NONE) };
                 self.guards.fetch_sub(1, Ordering::Relaxed);
             }
         }

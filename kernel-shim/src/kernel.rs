@@ -5,11 +5,14 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use core::fmt;
+use core::pin::Pin;
 use core::sync::atomic::{AtomicI64, Ordering};
 
 use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
 use mmu_gather::tlb::{CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, init_cpu, switch_mm};
-use mmu_gather::{Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region, zap_page_range};
+use mmu_gather::{
+    CutLeaf, Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region, zap_page_range,
+};
 use spin::mutex::SpinMutex;
 use spin::rwlock::{RwLock, RwLockReadGuard};
 use x86_64::structures::paging::PhysFrame;
@@ -104,6 +107,14 @@ pub enum Error {
     NotPrivate(u64),
     /// A CPU still runs programs in the address space.
     Busy(CpuId),
+    /// A large page reaches beyond what was to be unmapped, and is still mapped.
+    CutLeaf(VirtRange),
+}
+
+impl From<CutLeaf> for Error {
+    fn from(cut: CutLeaf) -> Self {
+        Self::CutLeaf(cut.range())
+    }
 }
 
 impl fmt::Display for Error {
@@ -115,6 +126,7 @@ impl fmt::Display for Error {
             Self::NotUserSpace(address) => write!(f, "{address:#x} is outside user space"),
             Self::NotPrivate(address) => write!(f, "{address:#x} is not in a private area"),
             Self::Busy(cpu) => write!(f, "{cpu} still runs programs there"),
+            Self::CutLeaf(range) => write!(f, "the large page at {range} was not split"),
         }
     }
 }
@@ -236,7 +248,7 @@ impl<M: Machine> Kernel<M> {
         // neighbours grow only under the lock held for writing.
         let flushed = unsafe {
             unmap_region(self, &mm.engine, limits, going, bounds, || self.note_unlinked(mm, &detached))
-        };
+        }?;
         self.note_unmapped(mm, range);
         drop(vmas);
         flushed.free();
@@ -254,7 +266,7 @@ impl<M: Machine> Kernel<M> {
             let since = self.machine.moment();
             // SAFETY: the map lock is held for reading until the flush is done; other calls like this one may run too.
             let flushed =
-                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) };
+                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) }?;
             let caller = self.laziness_here();
             self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
             flushed.free();
@@ -347,9 +359,11 @@ impl<M: Machine> Kernel<M> {
         let left = self.machine.pinned(|cpu| {
             let active = &self.cpus[cpu.index()].active;
             self.machine.without_interrupts(|| {
+                // SAFETY: an `Mm` is made in its `Arc` and never moved out: a CPU that has it loaded keeps a clone.
+                let next = mm.map(|mm| unsafe { Pin::new_unchecked(&mm.engine) }.pinned_context());
                 // SAFETY: pinned, interrupts off; `active` keeps the address space until this CPU has switched away, and its
-                // root is freed by `exit` only, which makes every CPU leave first.
-                unsafe { switch_mm(self, cpu, mm.map(|mm| mm.engine.context())) };
+                // root is freed by `exit` only, which makes every CPU leave first. This kernel has one source of names.
+                unsafe { switch_mm(self, cpu, next) };
                 core::mem::replace(&mut *active.lock(), mm.cloned())
             })
         });
@@ -427,7 +441,8 @@ impl<M: Machine> Kernel<M> {
             let Some(vma) = vmas.find(end) else { continue };
             // SAFETY: the map lock is held for writing.
             let mut gather = unsafe { MmuGather::new(self, &mm.engine) };
-            gather.split_leaf(vma.going_away().area, end).map_err(|_| Error::NoMemory)?;
+            // SAFETY: as above.
+            unsafe { gather.split_leaf(vma.going_away().area, end) }.map_err(|_| Error::NoMemory)?;
         }
         Ok(())
     }
@@ -442,7 +457,9 @@ impl<M: Machine> Kernel<M> {
         let mut rest = range;
         while let Some(address) = gather.find_large_leaf(rest) {
             // An address in the same leaf that is not its first: cutting there splits it.
-            gather.split_leaf(vma.going_away().area, address | 4096).map_err(|_| Error::NoMemory)?;
+            // SAFETY: the map lock is held for writing.
+            unsafe { gather.split_leaf(vma.going_away().area, address | 4096) }
+                .map_err(|_| Error::NoMemory)?;
             self.machine.cond_resched();
             let Ok(from_here) = VirtRange::new(address, rest.end()) else { break };
             rest = from_here;
@@ -459,8 +476,8 @@ impl<M: Machine> Kernel<M> {
         let flushed = unsafe {
             unmap_region(self, &mm.engine, &self.config.limits, [nothing.going_away()], bounds, || {})
         };
-        // Freed under the map lock: this is the path of a call that fails.
-        flushed.free();
+        // Freed under the map lock: this is the path of a call that fails. Where no area is, no leaf is cut.
+        drop(flushed);
     }
 
     /// Says that an unmapping is about to return.

@@ -4,7 +4,8 @@
 use mmu_gather::GatherEvent;
 use mmu_gather::pagetable::{Level, TableLock, VirtRange};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuBits, CpuId, CpuSet, Laziness, OnlineCpus, PcidSupport, Slot, TlbEvent,
+    CachedTranslations, CpuBits, CpuId, CpuSet, EarlyAnswer, Laziness, OnlineCpus, PcidSupport, Slot,
+    TlbEvent,
 };
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
@@ -48,6 +49,14 @@ pub unsafe trait Machine: Sync {
 
     /// Interrupts every CPU in `targets` to run `work`, calls `meanwhile` here, and waits for all of them. Interrupts are on.
     fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce());
+
+    /// As [`Cpus::answered_early`](mmu_gather::tlb::Cpus::answered_early): a machine that loses requests on purpose overrides it.
+    ///
+    /// # Panics
+    /// Unless overridden.
+    fn answered_early(&self, early: &EarlyAnswer) {
+        panic!("{early}");
+    }
 
     /// INVLPG on this CPU.
     fn invlpg(&self, address: u64);
@@ -254,6 +263,10 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
 
     fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
         (**self).run_on(targets, work, meanwhile);
+    }
+
+    fn answered_early(&self, early: &EarlyAnswer) {
+        (**self).answered_early(early);
     }
 
     fn invlpg(&self, address: u64) {

@@ -120,7 +120,9 @@ impl<M: Machine> Kernel<M> {
         while address < part.end() {
             let entry = locked.entry(address);
             if entry.load().is_none() {
-                entry.store(self.entry_for(vma.area, address, content).ok_or(Error::NoMemory)?);
+                let value = self.entry_for(vma.area, address, content).ok_or(Error::NoMemory)?;
+                // SAFETY: the entry is empty; `entry_for` took a reference for it on a page that the area may map so.
+                unsafe { entry.store(value) };
             }
             address += level.entry_span();
         }

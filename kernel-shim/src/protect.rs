@@ -70,6 +70,8 @@ impl<M: Machine> Kernel<M> {
                 Decoded::None | Decoded::NonPresent(_) => {}
             }
         }
+        // What was passed over may be empty because reclaim is still to flush it.
+        gather.note_deferred_flushes_of(view);
     }
 
     fn protect_leaf(
@@ -92,7 +94,9 @@ impl<M: Machine> Kernel<M> {
             };
             let new = EntryValue::from_bits(old.bits() & !rights.bits() | wanted.bits());
             // Hardware may set A/D meanwhile; then look again.
-            match entry.compare_exchange(old, new) {
+            // SAFETY: the area allows what is put in, of the same page, and the gather is told of what is lost before the lock
+            // drops.
+            match unsafe { entry.compare_exchange(old, new) } {
                 Ok(()) => {
                     let lost = old.bits() & !new.bits() & rights.bits();
                     if lost != 0 {

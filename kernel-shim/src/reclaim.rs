@@ -124,7 +124,8 @@ impl<M: Machine> Kernel<M> {
             }
             let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
             // In one step, so that a write in between is not lost.
-            let _old = entry.exchange(NonPresent::Swap { device: 0, slot }.encode());
+            // SAFETY: the batch is told before the lock drops, and the page is freed after its flush.
+            let _old = unsafe { entry.exchange(NonPresent::Swap { device: 0, slot }.encode()) };
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.unmap_counted(frame);
             let context = mm.engine.context();

@@ -42,7 +42,8 @@ impl<M: Machine> Kernel<M> {
         let moved_bytes = old.len_bytes().min(new.len_bytes());
         let moving =
             VirtRange::new(old.start(), old.start() + moved_bytes).map_err(|_| Error::NoArea(old.start()))?;
-        let moved = gather.move_page_tables(moving, new.start());
+        // SAFETY: the map lock is held for writing, and nothing is mapped at the new place.
+        let moved = unsafe { gather.move_page_tables(moving, new.start()) };
         drop(gather.flush());
         if moved.is_err() {
             self.drop_empty_tables(mm, &vmas, new);
@@ -58,7 +59,7 @@ impl<M: Machine> Kernel<M> {
         let vmas = vmas.downgrade();
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: as in `munmap`: the areas are detached, and the map lock is held, for reading, until the flush is done.
-        let flushed = unsafe { unmap_region(self, &mm.engine, &self.config.limits, going, bounds, || {}) };
+        let flushed = unsafe { unmap_region(self, &mm.engine, &self.config.limits, going, bounds, || {}) }?;
         self.note_unmapped(mm, old);
         drop(vmas);
         flushed.free();

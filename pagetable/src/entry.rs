@@ -1,4 +1,5 @@
 //! The 64 bits of a paging-structure entry.
+#![expect(unsafe_code, reason = "changing an entry is unsafe, to whoever holds no lock of its table")]
 
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +16,8 @@ const ADDRESS_MASK: u64 = 0x000f_ffff_ffff_f000;
 /// One entry in memory, shared with the page walkers of every CPU.
 ///
 /// All access is atomic (rule P1): the walker of any CPU that has the table loaded may set the accessed bit at any
-/// time, and the dirty bit while a user program runs.
+/// time, and the dirty bit while a user program runs. Reading is for everybody; what changes an entry is `unsafe` here, for
+/// an entry alone does not show that its lock is held.
 #[derive(Debug)]
 #[repr(transparent)]
 pub struct Entry(AtomicU64);
@@ -37,8 +39,12 @@ impl Entry {
     ///
     /// Only for entries that hold none or a non-present value: nothing is cached from those (SDM 4.10.2.3), so no
     /// walker sets bits in them.
+    ///
+    /// # Safety
+    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
+    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
     #[inline]
-    pub fn store(&self, value: EntryValue) {
+    pub unsafe fn store(&self, value: EntryValue) {
         // Release: a walker that follows a new link finds the zeroed table. Pairs with `load`.
         self.0.store(value.0, Ordering::Release);
     }
@@ -47,26 +53,48 @@ impl Entry {
     ///
     /// The cost is one locked exchange (about 8 cycles, against 0.75 for a load and a store).
     ///
+    /// # Safety
+    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
+    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
+    ///
     /// # Source
     /// Intel SDM vol. 3A 4.8; Linux: ptep_get_and_clear.
     #[doc(alias = "ptep_get_and_clear")]
     #[must_use]
     #[inline]
-    pub fn get_and_clear(&self) -> EntryValue {
+    pub unsafe fn get_and_clear(&self) -> EntryValue {
         // AcqRel: the clear is visible before the generation is raised. The full fence there (T1) makes it stronger.
         EntryValue(self.0.swap(0, Ordering::AcqRel))
     }
 
     /// Takes the value out with a plain load and a plain store: an A/D bit set between the two is lost.
     ///
-    /// Right only while no program can use the table: the whole address space is dying, or the only CPU is this one.
+    /// # Safety
+    /// As for [`get_and_clear`](Self::get_and_clear); and no program can use the table: the whole address space is dying. That
+    /// this is the only CPU is not enough where a program may preempt the caller between the two.
     ///
     /// # Source
     /// Linux: ptep_get_and_clear_full.
     #[doc(alias = "ptep_get_and_clear_full")]
     #[must_use]
     #[inline]
-    pub fn get_and_clear_exclusive(&self) -> EntryValue {
+    pub unsafe fn get_and_clear_exclusive(&self) -> EntryValue {
+        let old = EntryValue(self.0.load(Ordering::Relaxed));
+        self.0.store(0, Ordering::Release);
+        old
+    }
+
+    /// Takes a link to a table out with a plain load and a plain store.
+    ///
+    /// No exchange: hardware may set the accessed bit between the two, which says nothing to anybody in an entry that maps no
+    /// page. The right to write plays no part either; the other argument, of
+    /// [`get_and_clear_exclusive`](Self::get_and_clear_exclusive), is about leaves.
+    ///
+    /// # Safety
+    /// The lock of the table is held, and the table that the entry links may go.
+    #[must_use]
+    #[inline]
+    pub(crate) unsafe fn take_link(&self) -> EntryValue {
         let old = EntryValue(self.0.load(Ordering::Relaxed));
         self.0.store(0, Ordering::Release);
         old
@@ -77,16 +105,19 @@ impl Entry {
     ///
     /// A plain load and store cost 0.75 cycles, a locked exchange about 8.
     ///
-    /// # Context
-    /// The lock of the table is held since before `seen` was read: no other software changes the entry.
+    /// # Safety
+    /// As for [`get_and_clear`](Self::get_and_clear); and the lock of the table is held since before `seen` was read, so that no
+    /// other software changes the entry.
     #[must_use]
     #[inline]
-    pub fn get_and_clear_seen(&self, seen: EntryValue, stale: StaleWrites) -> EntryValue {
+    pub unsafe fn get_and_clear_seen(&self, seen: EntryValue, stale: StaleWrites) -> EntryValue {
         if seen.is_settled(stale) {
-            self.clear_settled();
+            // SAFETY: passed on to our caller.
+            unsafe { self.clear_settled() };
             seen
         } else {
-            self.get_and_clear()
+            // SAFETY: passed on to our caller.
+            unsafe { self.get_and_clear() }
         }
     }
 
@@ -95,8 +126,12 @@ impl Entry {
     /// The store may wait in this CPU's store buffer, where another CPU's walk does not see it yet. That walk uses the old
     /// translation, as one would that had come a moment earlier; the buffer is drained by the locked instruction that raises
     /// the generation, before anybody is told and long before the page is freed.
+    ///
+    /// # Safety
+    /// As for [`get_and_clear_seen`](Self::get_and_clear_seen), where the value seen was settled; or as for
+    /// [`get_and_clear_exclusive`](Self::get_and_clear_exclusive).
     #[inline]
-    pub fn clear_settled(&self) {
+    pub unsafe fn clear_settled(&self) {
         self.0.store(0, Ordering::Release);
     }
 
@@ -104,7 +139,11 @@ impl Entry {
     ///
     /// # Errors
     /// The value found, when it was another one.
-    pub fn compare_exchange(&self, current: EntryValue, new: EntryValue) -> Result<(), EntryValue> {
+    ///
+    /// # Safety
+    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
+    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
+    pub unsafe fn compare_exchange(&self, current: EntryValue, new: EntryValue) -> Result<(), EntryValue> {
         match self.0.compare_exchange(current.0, new.0, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => Ok(()),
             Err(found) => Err(EntryValue(found)),
@@ -112,8 +151,12 @@ impl Entry {
     }
 
     /// Replaces the value by `new`, in one step, and gives back what was there, A/D bits included.
+    ///
+    /// # Safety
+    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
+    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
     #[must_use]
-    pub fn exchange(&self, new: EntryValue) -> EntryValue {
+    pub unsafe fn exchange(&self, new: EntryValue) -> EntryValue {
         EntryValue(self.0.swap(new.0, Ordering::AcqRel))
     }
 }
@@ -437,12 +480,12 @@ mod tests {
 
     #[test]
     fn clearing_returns_the_bits_hardware_set() {
-        let entry = Entry(AtomicU64::new(0));
         let leaf = EntryValue::leaf(Level::Pte, PhysAddr::new(0x5000), PageTableFlags::WRITABLE);
         for clear in [Entry::get_and_clear, Entry::get_and_clear_exclusive] {
-            entry.store(leaf);
+            let entry = Entry(AtomicU64::new(leaf.bits()));
             entry.0.fetch_or(PageTableFlags::DIRTY.bits(), Ordering::Relaxed);
-            let old = clear(&entry);
+            // SAFETY: the entry is in no table.
+            let old = unsafe { clear(&entry) };
             assert!(old.is_dirty() && !old.is_accessed());
             assert!(entry.load().is_none());
         }

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
 use arrayvec::ArrayVec;
+use static_assertions::assert_not_impl_any;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::entry::{Entry, EntryValue};
@@ -72,16 +73,47 @@ impl Bounds {
 /// A table that has been unhooked and is not yet free.
 ///
 /// Holding one proves that no walk that begins now can reach the table from its root. It does not prove that no CPU
-/// has it cached: the page becomes free only after a flush that covers `span` and reaches lazy CPUs too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub struct FreedTable {
+/// has it cached: the page becomes free only after a flush that covers `span` and reaches lazy CPUs too. There is one for
+/// each table, made where the table is unhooked and nowhere else: it cannot be copied, so no table is queued twice.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a table that was unhooked and is not handed on is lost"]
+pub struct UnhookedTable {
+    frame: PhysFrame,
+    level: Level,
+    span: VirtRange,
+    root: PhysFrame,
+}
+
+assert_not_impl_any!(UnhookedTable: Clone, Copy);
+
+impl UnhookedTable {
     /// The page.
-    pub frame: PhysFrame,
+    #[must_use]
+    #[inline]
+    pub const fn frame(&self) -> PhysFrame {
+        self.frame
+    }
+
     /// The level of the table it was.
-    pub level: Level,
+    #[must_use]
+    #[inline]
+    pub const fn level(&self) -> Level {
+        self.level
+    }
+
     /// The addresses that were translated through it.
-    pub span: VirtRange,
+    #[must_use]
+    #[inline]
+    pub const fn span(&self) -> VirtRange {
+        self.span
+    }
+
+    /// The root of the address space it was part of: whose flush it waits for.
+    #[must_use]
+    #[inline]
+    pub const fn root(&self) -> PhysFrame {
+        self.root
+    }
 }
 
 impl AddressSpace {
@@ -107,7 +139,7 @@ impl AddressSpace {
         memory: &M,
         range: VirtRange,
         bounds: Bounds,
-        mut sink: impl FnMut(FreedTable),
+        mut sink: impl FnMut(UnhookedTable),
     ) {
         let Some(range) = range.intersect(self.user_range()).and_then(|range| bounds.spans_of(range)) else {
             return;
@@ -134,7 +166,7 @@ impl AddressSpace {
         view: TableView<'m>,
         range: VirtRange,
         bounds: Bounds,
-        sink: &mut impl FnMut(FreedTable),
+        sink: &mut impl FnMut(UnhookedTable),
     ) {
         let level = view.level();
         let Some(below) = level.below() else { return };
@@ -153,12 +185,17 @@ impl AddressSpace {
             if bounds.allow_freeing(span) {
                 let locked = view.lock(memory);
                 let index = level.index(part.start());
-                let old = unhook(view.table().entry(index));
+                // SAFETY: the parent's lock is held; the entry leads to `child`, whose tables and leaves are gone.
+                let old = unsafe { unhook(view.table().entry(index)) };
                 locked.forget_empty_lines(&(index..index + 1));
                 drop(locked);
                 debug_assert!(old.as_table(level) == Some(child.frame()), "P2: {view:?} changed at {span}");
-                self.count_unlinked(below, 1);
-                give(memory, FreedTable { frame: child.frame(), level: below, span }, sink);
+                self.count_unhooked(below, 1);
+                give(
+                    memory,
+                    UnhookedTable { frame: child.frame(), level: below, span, root: self.root() },
+                    sink,
+                );
             }
         }
     }
@@ -170,13 +207,16 @@ impl AddressSpace {
         view: TableView<'_>,
         range: VirtRange,
         bounds: Bounds,
-        sink: &mut impl FnMut(FreedTable),
+        sink: &mut impl FnMut(UnhookedTable),
     ) {
         const LEVEL: Level = Level::Pmd;
         let entries = view.entries(range);
         let span =
             |index: usize| VirtRange::of_entry(LEVEL, range.start() + index as u64 * LEVEL.entry_span());
         let used = view.used_lines(memory);
+        if cfg!(debug_assertions) {
+            view.check_unused(memory, used, range);
+        }
         let first = LEVEL.index(range.start());
         let find = |from: usize| {
             // Lines that are noted may be empty, too.
@@ -192,16 +232,18 @@ impl AddressSpace {
                 // Large leaves, and meanings in their place, stay.
                 if let Some(frame) = entries[next].load().as_table(LEVEL) {
                     debug_assert!(bounds.allow_freeing(span(next)), "P3: {bounds:?} does not let {range} go");
-                    let _ = unhook(&entries[next]);
+                    // SAFETY: the parent's lock is held; by `free_range`'s contract the leaves below are gone.
+                    let _ = unsafe { unhook(&entries[next]) };
                     taken.push((next, frame));
                 }
                 next = find(next + 1);
             }
             locked.forget_empty_lines(&(first + from..first + next));
             drop(locked);
-            self.count_unlinked(Level::Pte, taken.len() as u64);
+            self.count_unhooked(Level::Pte, taken.len() as u64);
             for (index, frame) in &taken {
-                give(memory, FreedTable { frame: *frame, level: Level::Pte, span: span(*index) }, sink);
+                let (level, span) = (Level::Pte, span(*index));
+                give(memory, UnhookedTable { frame: *frame, level, span, root: self.root() }, sink);
             }
         }
     }
@@ -212,11 +254,14 @@ const AT_ONCE: usize = 32;
 
 /// Clears an entry that points to a table; its lock is held.
 ///
-/// INVARIANT: P2, this comes before the table is handed on. No exchange: hardware may set the accessed bit between the load and
-/// the store, which says nothing to anybody in an entry that maps no page.
+/// INVARIANT: P2, this comes before the table is handed on.
+///
+/// # Safety
+/// The lock of the table that holds `entry` is held, and the table below may go.
 #[inline]
-fn unhook(entry: &Entry) -> EntryValue {
-    entry.get_and_clear_exclusive()
+unsafe fn unhook(entry: &Entry) -> EntryValue {
+    // SAFETY: passed on to our caller.
+    unsafe { entry.take_link() }
 }
 
 /// The first entry from `from` on that is not none, going by whole lines; the length if there is none.
@@ -236,7 +281,7 @@ fn first_used(entries: &[Entry], from: usize) -> usize {
 }
 
 #[inline]
-fn give<M: TableMemory>(memory: &M, table: FreedTable, sink: &mut impl FnMut(FreedTable)) {
+fn give<M: TableMemory>(memory: &M, table: UnhookedTable, sink: &mut impl FnMut(UnhookedTable)) {
     if cfg!(debug_assertions) {
         // SAFETY: the table was live a moment ago, and is not freed before the sink has it.
         let view = unsafe { TableView::new(memory, table.frame, table.level) };

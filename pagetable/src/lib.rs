@@ -36,7 +36,7 @@ mod used_lines;
 mod walk;
 
 pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent, StaleWrites};
-pub use free_range::{Bounds, FreedTable};
+pub use free_range::{Bounds, UnhookedTable};
 pub use level::{Level, PagingMode};
 pub use map::MapError;
 pub use range::{RangeError, VirtRange};

@@ -18,6 +18,8 @@ pub enum MapError {
     NoTable(u64),
     /// Something else is already there, at this level.
     Occupied(u64, Level, EntryValue),
+    /// A large leaf, or a meaning in its place, stands where only small ones can be dealt with: at this address and level.
+    Large(u64, Level, EntryValue),
     /// The address lies outside the user half of this address space.
     NotUserSpace(u64),
 }
@@ -28,6 +30,13 @@ impl fmt::Display for MapError {
             Self::NoTable(address) => write!(f, "no memory for a page table on the path to {address:#x}"),
             Self::Occupied(address, level, value) => {
                 write!(f, "{address:#x} is already mapped at level {level:?} by {:#x}", value.bits())
+            }
+            Self::Large(address, level, value) => {
+                write!(
+                    f,
+                    "{address:#x} is mapped as one at level {level:?} by {:#x}: split it first",
+                    value.bits()
+                )
             }
             Self::NotUserSpace(address) => write!(f, "{address:#x} lies outside user space"),
         }
@@ -76,7 +85,8 @@ impl AddressSpace {
             let locked = view.lock(memory);
             let found = locked.entry(address).load();
             if found.is_none() {
-                locked.entry(address).store(EntryValue::table(new));
+                // SAFETY: the entry is empty, and the table is zeroed and known to nobody else.
+                unsafe { locked.entry(address).store(EntryValue::table(new)) };
                 if let Some(below) = view.level().below() {
                     self.count_linked(below);
                 }
@@ -121,7 +131,8 @@ impl AddressSpace {
         if !found.is_none() {
             return Err(MapError::Occupied(VirtRange::of_entry(level, address).start(), level, found));
         }
-        entry.store(value);
+        // SAFETY: the entry is empty; our caller answers for the page.
+        unsafe { entry.store(value) };
         Ok(())
     }
 
@@ -152,7 +163,8 @@ impl AddressSpace {
         if let Some(used) = memory.used_lines(table) {
             used.note_all();
         }
-        locked.entry(address).store(EntryValue::table(table));
+        // SAFETY: the entry is not present, so nothing is lost; our caller answers for the table.
+        unsafe { locked.entry(address).store(EntryValue::table(table)) };
         if let Some(below) = view.level().below() {
             self.count_linked(below);
         }

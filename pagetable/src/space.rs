@@ -86,7 +86,7 @@ impl AddressSpace {
         }
     }
 
-    pub(crate) fn count_unlinked(&self, level: Level, tables: u64) {
+    pub(crate) fn count_unhooked(&self, level: Level, tables: u64) {
         if let Some(counter) = self.counter(level) {
             counter.fetch_sub(tables, Ordering::Relaxed);
         }

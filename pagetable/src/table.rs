@@ -114,6 +114,10 @@ pub unsafe trait TableMemory: PageTableFrameMapping {
     fn free_tables(&self, tables: &[PhysFrame]);
 }
 
+/// What the panic of a debug build says of an entry in a line that is not noted.
+const PAST_THE_NOTES: &str = "is not noted in its used lines: entries were written past `LockedTable::entry`. \
+    A kernel that writes them by means of its own says None in `TableMemory::used_lines`";
+
 /// A borrowed view of one table: its entries, where it is, and its level.
 ///
 /// Holding one proves that the page was a table of this level when the view was made. It proves nothing about its
@@ -222,9 +226,29 @@ impl<'m> TableView<'m> {
 
     /// The parts of `range`, which lies inside the span of the table, whose entries may be something; see
     /// [`used_lines`](Self::used_lines).
+    ///
+    /// A debug build looks at the lines that are not noted, too, and panics if one has an entry: somebody writes entries by
+    /// means of his own, past the notes (rule P4).
     #[inline]
     pub fn used_parts<M: TableMemory>(&self, memory: &M, range: VirtRange) -> UsedParts {
-        UsedParts::new(self.used_lines(memory), self.level, range)
+        let used = self.used_lines(memory);
+        if cfg!(debug_assertions) {
+            self.check_unused(memory, used, range);
+        }
+        UsedParts::new(used, self.level, range)
+    }
+
+    /// Asserts rule P4 for the lines of `range` that are not in `used`, which were the noted ones a moment ago.
+    pub(crate) fn check_unused<M: TableMemory>(&self, memory: &M, used: Lines, range: VirtRange) {
+        let entries = self.level.index(range.start())..self.level.index(range.end() - 1) + 1;
+        for line in Lines::touched_by(&entries).without(used) {
+            // Without the lock: a line may be noted, filled, emptied and forgotten while we look; hardly three times over.
+            let is_missing = (0..3).all(|_| {
+                !self.table.line_is_empty(line)
+                    && self.used_lines(memory).both(Lines::NONE.with(line)).is_empty()
+            });
+            assert!(!is_missing, "P4: {self:?} has an entry in {line:?}, which {PAST_THE_NOTES}");
+        }
     }
 
     /// Fetches where the used lines are noted, if they are, and up to eight lines of the entries that `range` selects, into this
@@ -303,18 +327,28 @@ impl<'m, R> LockedTable<'m, R> {
         self.view.entries(range)
     }
 
-    /// The lines that may hold entries: all, if the kernel does not note them.
+    /// The lines that may hold entries: all, if the kernel does not note them. Checked by debug builds, as
+    /// [`TableView::used_parts`] is.
     #[must_use]
     #[inline]
     pub fn used_lines(&self) -> Lines {
-        self.used.map_or(Lines::ALL, UsedLines::load)
+        let used = self.used.map_or(Lines::ALL, UsedLines::load);
+        debug_assert!(
+            Lines::ALL.without(used).into_iter().all(|line| self.view.table.line_is_empty(line)),
+            "P4: {:?} has an entry in a line that {PAST_THE_NOTES}",
+            self.view
+        );
+        used
     }
 
-    /// Forgets the lines that lie in `entries` (indices) with all eight of theirs; all of `entries` are none now.
+    /// Forgets the lines that lie in `entries` (indices) with all eight of theirs.
     ///
     /// Lines that reach beyond either end stay noted, empty or not: looking at them costs more than it will ever save.
+    ///
+    /// # Safety
+    /// All of `entries` are empty now: what is left in one would be passed over, and its table freed with it.
     #[inline]
-    pub fn forget_cleared_lines(&self, entries: &Range<usize>) {
+    pub unsafe fn forget_cleared_lines(&self, entries: &Range<usize>) {
         let lines = Lines::inside(entries);
         if let Some(used) = self.used
             && !lines.is_empty()
@@ -354,35 +388,59 @@ impl LockedEntry<'_> {
     }
 
     /// As [`Entry::store`].
+    ///
+    /// # Safety
+    /// A CPU may walk the table at any time, so:
+    /// - what is put in may be used at once by whoever has the address space loaded: a leaf maps a page that its programs may
+    ///   use so, as for [`AddressSpace::map`](crate::AddressSpace::map); a link leads to a table of the level below that
+    ///   nothing else links, as for [`AddressSpace::link_table`](crate::AddressSpace::link_table);
+    /// - no link is overwritten: tables are unhooked by [`AddressSpace::free_range`](crate::AddressSpace::free_range) only
+    ///   (rule P2);
+    /// - what a leaf loses, its mapping or a right, other CPUs may go on using until they have flushed: until then its page
+    ///   is not freed nor taken for one that cannot be written, and somebody is going to flush: a gather that is open and told
+    ///   ([`changed`](https://docs.rs/mmu-gather), before the lock drops), or a batch of reclaim that was told, likewise.
     #[inline]
-    pub fn store(&self, value: EntryValue) {
+    pub unsafe fn store(&self, value: EntryValue) {
         self.note(value);
-        self.entry.store(value);
+        // SAFETY: passed on to our caller; the lock is held (this is a part of its guard), and the line is noted.
+        unsafe { self.entry.store(value) };
     }
 
     /// As [`Entry::exchange`].
+    ///
+    /// # Safety
+    /// As for [`store`](Self::store).
     #[must_use]
     #[inline]
-    pub fn exchange(&self, new: EntryValue) -> EntryValue {
+    pub unsafe fn exchange(&self, new: EntryValue) -> EntryValue {
         self.note(new);
-        self.entry.exchange(new)
+        // SAFETY: as in `store`.
+        unsafe { self.entry.exchange(new) }
     }
 
     /// As [`Entry::compare_exchange`].
     ///
     /// # Errors
     /// The value found, when it was another one.
+    ///
+    /// # Safety
+    /// As for [`store`](Self::store).
     #[inline]
-    pub fn compare_exchange(&self, current: EntryValue, new: EntryValue) -> Result<(), EntryValue> {
+    pub unsafe fn compare_exchange(&self, current: EntryValue, new: EntryValue) -> Result<(), EntryValue> {
         self.note(new);
-        self.entry.compare_exchange(current, new)
+        // SAFETY: as in `store`.
+        unsafe { self.entry.compare_exchange(current, new) }
     }
 
     /// As [`Entry::get_and_clear`].
+    ///
+    /// # Safety
+    /// As for [`store`](Self::store), of nothing.
     #[must_use]
     #[inline]
-    pub fn get_and_clear(&self) -> EntryValue {
-        self.entry.get_and_clear()
+    pub unsafe fn get_and_clear(&self) -> EntryValue {
+        // SAFETY: as in `store`; nothing is put in.
+        unsafe { self.entry.get_and_clear() }
     }
 
     /// INVARIANT: P4, before the entry is something: whoever can see it finds its line noted.

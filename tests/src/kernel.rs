@@ -237,9 +237,11 @@ impl PaperKernel {
         self.batch_supply.borrow_mut()
     }
 
+    #[expect(unsafe_code, reason = "lends a page of the arena")]
     pub(crate) fn lend_batch(&self) -> Option<BatchPage> {
         self.batches_lent.set(self.batches_lent.get() + 1);
-        self.batches.allocate()
+        // SAFETY: a gather gives its pages back before the kernel goes.
+        unsafe { self.batches.allocate() }
     }
 
     pub(crate) fn take_batch_back(&self, page: BatchPage) {

@@ -9,6 +9,7 @@
 //!  kernel.rs     the kernel's data, and which memory can be had
 //!  program.rs    what programs and schedulers do: map, touch, switch, go lazy
 //!  cpu.rs        one CPU's TLB and structure cache
+//!  gather.rs     the unsafe calls of a gather, for tests that make none
 //!  ledger.rs     the counts of every page: who may be freed, once
 //!  check.rs      what is a violation
 //!  log.rs        events in order, and hooks on them
@@ -20,6 +21,7 @@
 
 mod check;
 mod cpu;
+mod gather;
 mod kernel;
 mod ledger;
 mod log;
@@ -28,6 +30,7 @@ mod program;
 
 pub use check::Violation;
 pub use cpu::{Access, Fault, Translation};
+pub use gather::GatherOnPaper;
 pub use kernel::{Bits, LineNotes, Options, PaperKernel, PaperMm, Supply};
 pub use ledger::PageAccount;
 pub use log::{Event, Noted};

@@ -1,15 +1,20 @@
 //! What programs, schedulers and reclaim do around the engine: map, touch, switch, go lazy, unmap.
 #![expect(unsafe_code, reason = "the engine's entry points take the map lock and the CPU on trust")]
 
+use core::pin::Pin;
+
 use mmu_gather::pagetable::{
     Bounds, Decoded, EntryValue, Level, Lines, Mapping, NonPresent, Table, TableView, VirtRange,
 };
-use mmu_gather::tlb::{CpuId, CpuTlb, Laziness, UnmapBatch, enter_lazy_tlb, init_cpu, leave_mm, switch_mm};
+use mmu_gather::tlb::{
+    CpuId, CpuTlb, Laziness, UnmapBatch, enter_lazy_tlb, init_cpu, leave_mm, offline_cpu, switch_mm,
+};
 use mmu_gather::{FlushedGather, Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region, zap_page_range};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::check::Violation;
 use crate::cpu::{Access, Fault, Translation};
+use crate::gather::GatherOnPaper;
 use crate::kernel::{Bits, PaperKernel, PaperMm};
 use crate::platform::Backing;
 
@@ -170,15 +175,25 @@ impl PaperKernel {
 
     /// Runs a program of `mm` on `cpu`.
     pub fn run(&self, cpu: CpuId, mm: &PaperMm) {
-        // SAFETY: this thread is that CPU while `on` runs; address spaces live as long as the kernel.
-        self.on(cpu, || unsafe { switch_mm(self, cpu, Some(mm.context())) });
+        self.on(cpu, || {
+            // SAFETY: every address space is in a box of this kernel's, which nobody opens.
+            let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
+            // SAFETY: this thread is that CPU while `on` runs; address spaces live as long as the kernel.
+            unsafe { switch_mm(self, cpu, Some(next)) };
+        });
         self.check_what_was_kept(cpu);
     }
 
     /// Runs nothing on `cpu`, with the kernel's own address space.
     pub fn stop(&self, cpu: CpuId) {
-        // SAFETY: as in `run`.
+        // SAFETY: this thread is that CPU while `on` runs.
         self.on(cpu, || unsafe { switch_mm(self, cpu, None) });
+    }
+
+    /// Takes `cpu` out of service.
+    pub fn take_offline(&self, cpu: CpuId) {
+        // SAFETY: as in `stop`.
+        self.on(cpu, || unsafe { offline_cpu(self, cpu) });
     }
 
     /// Runs a kernel thread on `cpu`, which borrows the address space that is loaded.
@@ -277,7 +292,9 @@ impl PaperKernel {
             Decoded::Leaf(_) | Decoded::Table(_) => {}
         }
         let new = EntryValue::from_bits(value.bits() | set.bits());
-        entry.compare_exchange(value, new).map_or(Err(Fault::NotPresent), |()| Ok(new))
+        // SAFETY: what hardware does, in one step.
+        let set = unsafe { entry.compare_exchange(value, new) };
+        set.map_or(Err(Fault::NotPresent), |()| Ok(new))
     }
 }
 
@@ -298,10 +315,13 @@ impl PaperKernel {
     }
 
     /// Unmaps `vmas` and the tables only they used; munmap.
+    ///
+    /// # Panics
+    /// If an area ends in the middle of a large leaf.
     pub fn unmap(&self, mm: &PaperMm, limits: &Limits, vmas: &[Vma<Backing>], bounds: Bounds) {
         let vmas = vmas.iter().copied();
         // SAFETY: as in `gather`; no table lock is held, and the areas are the caller's to name.
-        unsafe { unmap_region(self, mm, limits, vmas, bounds, || {}) }.free();
+        unsafe { unmap_region(self, mm, limits, vmas, bounds, || {}) }.expect("no leaf is cut").free();
     }
 
     /// Queues one page so often, at as many addresses, in one gather, and finishes it. Nothing maps the page.
@@ -311,11 +331,14 @@ impl PaperKernel {
         for page in 0..nr_pages {
             self.ledger().add_reference(frame);
             let address = GIB + page * 4096;
-            gather.remove_page(frame, range(address, address + 4096), Level::Pte);
+            gather.queue_page(frame, range(address, address + 4096), Level::Pte);
         }
     }
 
     /// Drops the pages of `range` in `vma` and keeps the tables; madvise(MADV_DONTNEED).
+    ///
+    /// # Panics
+    /// If the range ends in the middle of a large leaf.
     pub fn zap<'a>(
         &'a self,
         mm: &'a PaperMm,
@@ -323,7 +346,7 @@ impl PaperKernel {
         range: VirtRange,
     ) -> FlushedGather<'a, Self> {
         // SAFETY: as in `gather`.
-        unsafe { zap_page_range(self, mm, &Limits::DEFAULT, vma, range) }
+        unsafe { zap_page_range(self, mm, &Limits::DEFAULT, vma, range) }.expect("no leaf is cut")
     }
 
     /// Unmaps everything; exit.
@@ -337,12 +360,27 @@ impl PaperKernel {
     /// # Panics
     /// If no 4 KiB page is mapped there.
     pub fn reclaim(&self, batch: &mut UnmapBatch<Self>, mm: &PaperMm, address: u64) -> PhysFrame {
-        let view = self.find_table(mm, address, Level::Pte).expect("a mapped page");
+        self.reclaim_at(batch, mm, address, Level::Pte)
+    }
+
+    /// As [`reclaim`](Self::reclaim), of a leaf of `level`.
+    ///
+    /// # Panics
+    /// If there is no table of that level.
+    pub fn reclaim_at(
+        &self,
+        batch: &mut UnmapBatch<Self>,
+        mm: &PaperMm,
+        address: u64,
+        level: Level,
+    ) -> PhysFrame {
+        let view = self.find_table(mm, address, level).expect("a mapped page");
         let locked = view.lock(self);
-        let old = locked.entry(address).get_and_clear();
+        // SAFETY: the batch is told before the lock drops, and the caller frees the page after its flush.
+        let old = unsafe { locked.entry(address).get_and_clear() };
         batch.add_mm(mm.context());
         drop(locked);
-        let frame = PhysFrame::containing_address(old.leaf_address(Level::Pte));
+        let frame = PhysFrame::containing_address(old.leaf_address(level));
         self.ledger().remove_rmap(frame);
         frame
     }

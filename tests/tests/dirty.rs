@@ -23,7 +23,7 @@ fn kernel_with_file(nr_pages: u64, dirty: impl Fn(u64) -> bool) -> PaperKernel {
 fn zap(kernel: &PaperKernel, limits: &Limits, nr_pages: u64) {
     let vma = area(GIB, GIB + nr_pages * PAGE, Backing::File);
     let mut gather = kernel.gather(kernel.mm(0)).with_limits(limits);
-    gather.zap_vma_range(&vma, vma.range);
+    gather.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
     gather.flush().free();
 }
 
@@ -124,7 +124,7 @@ fn clean_and_dirty_pages_of_several_tables_all_go() {
     let vma = area(GIB, GIB + 8 * MIB, Backing::File);
     for limits in [Limits::DEFAULT, Limits { bundle_slots: 3, batch_pages: 0, ..Limits::DEFAULT }] {
         let mut gather = kernel.gather(mm).with_limits(&limits);
-        gather.zap_vma_range(&vma, vma.range);
+        gather.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
         gather.flush().free();
     }
     assert_eq!(kernel.ledger().nr_held(), 0);

@@ -2,7 +2,7 @@
 
 use mmu_gather::pagetable::{Bounds, Level};
 use mmu_gather::{GatherEvent, Limits};
-use mmu_tests::{Backing, Event, GIB, Options, PaperKernel, Supply, area, range};
+use mmu_tests::{Backing, Event, GIB, GatherOnPaper, Options, PaperKernel, Supply, area, range};
 
 const NO_BATCH: Limits = Limits { batch_pages: 0, ..Limits::DEFAULT };
 const ONE_BATCH: Limits = Limits { batch_pages: 1, ..Limits::DEFAULT };
@@ -54,7 +54,7 @@ fn a_refused_batch_page_forces_the_same_flushes_as_a_limit() {
         kernel.map_range(mm, vma.range);
         kernel.supply_batches(supply);
         let mut gather = kernel.gather(mm);
-        gather.unmap_vmas([vma], vma.range);
+        gather.unmap_vmas([vma], vma.range).expect("no leaf is cut");
         gather.flush().free();
         assert_eq!(forced_flushes(&kernel), expected, "{supply:?}");
         assert_eq!(kernel.batches_lent(), 0);
@@ -73,7 +73,7 @@ fn runs_take_two_slots_and_force_a_flush_every_4849() {
         kernel.ledger().add_reference(frame);
         kernel.ledger().add_reference(next);
         let address = GIB + run * 8192;
-        gather.remove_pages(frame, 2, range(address, address + 8192));
+        gather.queue_run(frame, 2, range(address, address + 8192));
     }
     gather.flush().free();
     assert_eq!(forced_flushes(&kernel), 54);
@@ -102,10 +102,10 @@ fn a_run_is_never_cut_at_the_edge_of_a_batch_or_of_a_free_chunk() {
                         .collect();
                     let address = GIB + u64::from(record) * 0x4000;
                     if nr_pages == 1 {
-                        gather.remove_page(pages[0], range(address, address + 4096), Level::Pte);
+                        gather.queue_page(pages[0], range(address, address + 4096), Level::Pte);
                     } else {
                         let end = address + u64::from(nr_pages) * 4096;
-                        gather.remove_pages(pages[0], nr_pages, range(address, end));
+                        gather.queue_run(pages[0], nr_pages, range(address, end));
                     }
                 }
                 gather.flush().free();

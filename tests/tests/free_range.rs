@@ -171,7 +171,10 @@ fn free_range(
 ) {
     // SAFETY: one thread, and the arena reuses no table.
     unsafe {
-        kernel.mm(0).space().free_range(kernel, vma.range, bounds, |table| sink((table.level, table.span)));
+        kernel
+            .mm(0)
+            .space()
+            .free_range(kernel, vma.range, bounds, |table| sink((table.level(), table.span())));
     }
 }
 

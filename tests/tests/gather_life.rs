@@ -1,9 +1,11 @@
 //! From the first entry cleared to the last page freed: modes, nesting, and gathers that end early.
 
-use mmu_gather::pagetable::{Bounds, Level};
+use mmu_gather::pagetable::{Bounds, Level, UnhookedTable};
 use mmu_gather::tlb::{OnlineCpus, PcidSupport, TlbEvent};
 use mmu_gather::{GatherEvent, GatherMode, Limits};
-use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, Options, PaperKernel, area, range};
+use mmu_tests::{
+    Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, PaperMm, area, range,
+};
 
 const PAGE: u64 = 4096;
 
@@ -27,8 +29,8 @@ fn an_unfinished_gather_finishes_itself_when_dropped() {
     let mm = kernel.mm(0);
     let vma = area(GIB, GIB + 600 * PAGE, Backing::Anonymous);
     let mut gather = kernel.gather(mm);
-    gather.unmap_vmas([vma], vma.range);
-    gather.free_pgtables([vma], Bounds::whole());
+    gather.unmap_vmas([vma], vma.range).expect("no leaf is cut");
+    gather.unhook_tables([vma], Bounds::whole());
     assert_eq!(mm.open_gathers(), 1);
     assert!(kernel.batches_lent() > 0);
     drop(gather);
@@ -82,7 +84,7 @@ fn a_gather_can_be_filled_again_after_a_flush() {
     let mut gather = kernel.gather(mm);
     for part in 0..3 {
         let start = GIB + part * 10 * PAGE;
-        gather.zap_vma_range(&vma, range(start, start + 10 * PAGE));
+        gather.zap_vma_range(&vma, range(start, start + 10 * PAGE)).expect("no leaf is cut");
         gather.flush_mmu();
         assert_eq!(kernel.ledger().nr_held() as u64, 20 - part * 10);
         assert_eq!(kernel.cached(CPU[1], start), None);
@@ -98,7 +100,7 @@ fn a_tlb_only_flush_frees_nothing_and_what_it_covered_is_freed_without_another()
     let mm = kernel.mm(0);
     let vma = area(GIB, GIB + 5 * PAGE, Backing::Anonymous);
     let mut gather = kernel.gather(mm);
-    gather.zap_vma_range(&vma, vma.range);
+    gather.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
     gather.flush_tlb_only();
     assert_eq!(kernel.ledger().nr_held(), 5);
     gather.flush_tlb_only();
@@ -113,7 +115,7 @@ fn two_gathers_on_one_mm_both_flush_all_of_it() {
     let mm = kernel.mm(0);
     let vma = area(GIB, GIB + 8 * PAGE, Backing::Anonymous);
     let mut first = kernel.gather(mm);
-    first.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE));
+    first.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE)).expect("no leaf is cut");
     // The second finds the first's pages gone already, and must not return while they are usable.
     let second = kernel.zap(mm, &vma, vma.range);
     assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::NestedFlush)), 1);
@@ -133,8 +135,8 @@ fn the_gather_that_finishes_first_covers_what_the_other_cleared() {
     let vma = area(GIB, GIB + 8 * PAGE, Backing::Anonymous);
     let mut first = kernel.gather(mm);
     let mut second = kernel.gather(mm);
-    second.zap_vma_range(&vma, vma.range);
-    first.zap_vma_range(&vma, vma.range);
+    second.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
+    first.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
     first.flush().free();
     assert_eq!(kernel.cached(CPU[2], GIB + 7 * PAGE), None);
     assert_eq!(kernel.ledger().nr_held(), 8, "the second holds them still");
@@ -159,10 +161,10 @@ fn a_forced_flush_of_a_nested_gather_is_whole_too() {
     let mm = kernel.mm(0);
     let vma = area(GIB, GIB + 40 * PAGE, Backing::Anonymous);
     let mut first = kernel.gather(mm);
-    first.zap_vma_range(&vma, range(GIB + 39 * PAGE, GIB + 40 * PAGE));
+    first.zap_vma_range(&vma, range(GIB + 39 * PAGE, GIB + 40 * PAGE)).expect("no leaf is cut");
     let small = Limits { bundle_slots: 4, batch_pages: 0, ..Limits::DEFAULT };
     let mut second = kernel.gather(mm).with_limits(&small);
-    second.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE));
+    second.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE)).expect("no leaf is cut");
     assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::ForcedFlush)), 1);
     assert_eq!(kernel.cached(CPU[1], GIB + 39 * PAGE), None, "the first's page too");
     drop(second);
@@ -176,11 +178,11 @@ fn with_one_cpu_online_the_flush_is_local_and_pages_still_wait_for_it() {
     let mm = kernel.mm(0);
     let vma = area(GIB, GIB + 20 * PAGE, Backing::Anonymous);
     let mut gather = kernel.gather(mm);
-    assert_eq!(gather.mode(), GatherMode::SingleCpu);
-    gather.unmap_vmas([vma], vma.range);
+    assert_eq!(gather.mode(), GatherMode::Shared, "a program may preempt the caller");
+    gather.unmap_vmas([vma], vma.range).expect("no leaf is cut");
     assert!(kernel.cached(CPU[0], GIB).is_some(), "cleared, not flushed");
     assert_eq!(kernel.ledger().nr_held(), 20, "nothing is freed before the flush");
-    gather.free_pgtables([vma], Bounds::whole());
+    gather.unhook_tables([vma], Bounds::whole());
     gather.flush().free();
     assert_eq!(kernel.cached(CPU[0], GIB), None);
     assert_eq!(kernel.ledger().nr_held(), 0);
@@ -198,8 +200,8 @@ fn a_whole_address_space_goes_with_one_flush_of_everything() {
         let vma = area(GIB, GIB + 20 * PAGE, Backing::Anonymous);
         let mut gather = kernel.gather_fullmm(mm);
         assert_eq!(gather.mode(), GatherMode::FullMm);
-        gather.unmap_vmas([vma], vma.range);
-        gather.free_pgtables([vma], Bounds::whole());
+        gather.unmap_vmas([vma], vma.range).expect("no leaf is cut");
+        gather.unhook_tables([vma], Bounds::whole());
         gather.flush().free();
         let requests = kernel.count(|event| matches!(event, Event::Tlb(TlbEvent::Requested { .. })));
         assert_eq!(requests, 1);
@@ -213,6 +215,35 @@ fn a_whole_address_space_goes_with_one_flush_of_everything() {
     }
 }
 
+/// Unhooks the last-level table at 1 GiB, which is empty, and leaves those above.
+#[expect(unsafe_code, reason = "unhooks a table")]
+fn unhook_one(kernel: &PaperKernel, mm: &PaperMm) -> UnhookedTable {
+    let mut unhooked = None;
+    let bounds = Bounds::between(Some(GIB), Some(GIB + 2 * MIB));
+    // SAFETY: one thread; nothing is mapped there, and whoever gets the table queues it.
+    unsafe { mm.space().free_range(kernel, range(GIB, GIB + PAGE), bounds, |table| unhooked = Some(table)) };
+    unhooked.expect("one table")
+}
+
+#[test]
+#[should_panic(expected = "belongs to another address space")]
+fn a_table_of_another_address_space_is_refused() {
+    let kernel = kernel_with_pages(Options::default(), 1);
+    let vma = area(GIB, GIB + PAGE, Backing::Anonymous);
+    kernel.zap(kernel.mm(0), &vma, vma.range).free();
+    let other = kernel.new_mm();
+    kernel.gather(other).remove_table(unhook_one(&kernel, kernel.mm(0)), GIB);
+}
+
+#[test]
+#[should_panic(expected = "was not translated through")]
+fn a_table_that_does_not_cover_the_address_to_be_flushed_is_refused() {
+    let kernel = kernel_with_pages(Options::default(), 1);
+    let vma = area(GIB, GIB + PAGE, Backing::Anonymous);
+    kernel.zap(kernel.mm(0), &vma, vma.range).free();
+    kernel.gather(kernel.mm(0)).remove_table(unhook_one(&kernel, kernel.mm(0)), GIB + 2 * MIB);
+}
+
 #[test]
 fn a_table_queued_by_hand_is_flushed_and_freed_like_any_other() {
     let kernel = kernel_with_pages(Options::default(), 1);
@@ -220,14 +251,11 @@ fn a_table_queued_by_hand_is_flushed_and_freed_like_any_other() {
     let vma = area(GIB, GIB + PAGE, Backing::Anonymous);
     kernel.zap(mm, &vma, vma.range).free();
     kernel.go_lazy(CPU[1]);
-    let pmd = kernel.find_table(mm, GIB, Level::Pmd).expect("linked");
-    let locked = pmd.lock(&kernel);
-    let unhooked = locked.entry(GIB).get_and_clear();
-    drop(locked);
-    let frame = unhooked.as_table(Level::Pmd).expect("a table");
     let mut gather = kernel.gather(mm);
-    let span = mmu_gather::pagetable::VirtRange::of_entry(Level::Pmd, GIB);
-    gather.remove_table(mmu_gather::pagetable::FreedTable { frame, level: Level::Pte, span }, GIB);
+    let unhooked = unhook_one(&kernel, mm);
+    let frame = unhooked.frame();
+    gather.remove_table(unhooked, GIB);
+    assert!(kernel.is_live_table(frame), "not flushed for yet");
     gather.flush().free();
     assert!(!kernel.is_live_table(frame));
     assert!(!kernel.state(CPU[1]).has_loaded(mm.context()), "lazy CPUs were told");
@@ -248,7 +276,7 @@ fn a_page_that_appears_while_the_area_before_is_cleared_is_cleared_too() {
         },
     );
     let mut gather = kernel.gather(mm);
-    gather.unmap_vmas(vmas, range(0, 4 * GIB));
+    gather.unmap_vmas(vmas, range(0, 4 * GIB)).expect("no leaf is cut");
     gather.flush().free();
     assert_eq!(kernel.nr_hooks_waiting(), 0);
     assert_eq!(kernel.ledger().nr_held(), 0);

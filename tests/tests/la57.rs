@@ -3,7 +3,9 @@
 use mmu_gather::Limits;
 use mmu_gather::pagetable::{Bounds, Level, MapError, PagingMode};
 use mmu_gather::tlb::PcidSupport;
-use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, MIB, Options, PaperKernel, TIB, area, range};
+use mmu_tests::{
+    Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, TIB, area, range,
+};
 
 const PAGE: u64 = 4096;
 
@@ -77,8 +79,8 @@ fn large_pages_split_and_move_above_2_to_the_47() {
     kernel.run(CPU[1], mm);
     kernel.touch(CPU[1], at, Access::Write).expect("mapped");
     let mut gather = kernel.gather(mm);
-    gather.split_leaf(Backing::Anonymous, at + MIB).expect("memory");
-    gather.move_page_tables(range(at, at + MIB), 1 << 55).expect("memory");
+    gather.split(Backing::Anonymous, at + MIB).expect("memory");
+    gather.move_pages(range(at, at + MIB), 1 << 55).expect("memory");
     gather.flush().free();
     assert_eq!(kernel.touch(CPU[1], at, Access::Read), Err(Fault::NotPresent));
     assert!(kernel.touch(CPU[1], (1 << 55) + MIB - PAGE, Access::Write).is_ok());
@@ -91,12 +93,13 @@ fn four_levels_refuse_the_addresses_that_five_have() {
     let mm = kernel.new_mm();
     let mut gather = kernel.gather(mm);
     kernel.map(mm, GIB, Level::Pte);
-    let moved = gather.move_page_tables(range(GIB, GIB + PAGE), 1 << 48);
+    let moved = gather.move_pages(range(GIB, GIB + PAGE), 1 << 48);
     assert!(matches!(moved, Err(MapError::NotUserSpace(_))));
     // Nothing is there to zap or to free either.
     gather
-        .zap_vma_range(&area(1 << 48, (1 << 48) + GIB, Backing::Anonymous), range(1 << 48, (1 << 48) + GIB));
-    gather.free_pgtables([area(1 << 48, (1 << 48) + GIB, Backing::Anonymous)], Bounds::whole());
+        .zap_vma_range(&area(1 << 48, (1 << 48) + GIB, Backing::Anonymous), range(1 << 48, (1 << 48) + GIB))
+        .expect("no leaf is cut");
+    gather.unhook_tables([area(1 << 48, (1 << 48) + GIB, Backing::Anonymous)], Bounds::whole());
     drop(gather);
     assert!(kernel.lookup(mm, GIB).value.is_present());
 }

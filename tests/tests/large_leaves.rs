@@ -3,7 +3,9 @@
 use mmu_gather::pagetable::{Bounds, EntryValue, Level, Marker, MigrationAccess, NonPresent};
 use mmu_gather::tlb::PageSpan;
 use mmu_gather::{Limits, SplitError};
-use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, MIB, Options, PaperKernel, Supply, area, range};
+use mmu_tests::{
+    Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, Supply, area, range,
+};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
@@ -66,7 +68,7 @@ fn splitting_maps_the_same_memory_in_smaller_pages() {
         let mm = kernel.mm(0);
         let before = kernel.lookup(mm, AT).translate(AT).expect("mapped");
         let mut gather = kernel.gather(mm);
-        gather.split_leaf(Backing::Anonymous, cut).expect("memory");
+        gather.split(Backing::Anonymous, cut).expect("memory");
         gather.flush().free();
         assert_eq!(kernel.nr_tables(mm), tables, "{level:?} cut at {cut:#x}");
         for address in [AT, AT + 5 * PAGE, cut - PAGE, cut, AT + level.entry_span() - PAGE] {
@@ -92,7 +94,7 @@ fn a_migration_entry_or_marker_of_a_large_page_is_split_where_a_range_cuts_it() 
         }
         let cut = AT + 7 * PAGE;
         let mut gather = kernel.gather(mm);
-        gather.split_leaf(Backing::Anonymous, cut).expect("memory");
+        gather.split(Backing::Anonymous, cut).expect("memory");
         gather.flush().free();
         for page in [0, 6, 7, 511] {
             let expected = match whole {
@@ -122,7 +124,7 @@ fn splitting_at_the_edge_of_a_large_page_does_nothing() {
     let mm = kernel.mm(0);
     let mut gather = kernel.gather(mm);
     for edge in [AT, AT + 2 * MIB, AT + 4 * MIB, AT + GIB] {
-        gather.split_leaf(Backing::Anonymous, edge).expect("nothing to do");
+        gather.split(Backing::Anonymous, edge).expect("nothing to do");
     }
     drop(gather);
     assert_eq!(kernel.nr_tables(mm), [0, 1, 1, 0]);
@@ -136,8 +138,8 @@ fn unmapping_the_middle_splits_both_ends_and_frees_only_the_middle() {
         let mm = kernel.mm(0);
         let (start, end) = (AT + 3 * PAGE, AT + level.entry_span() - 5 * PAGE);
         let mut gather = kernel.gather(mm);
-        gather.split_leaf(Backing::Anonymous, start).expect("memory");
-        gather.split_leaf(Backing::Anonymous, end).expect("memory");
+        gather.split(Backing::Anonymous, start).expect("memory");
+        gather.split(Backing::Anonymous, end).expect("memory");
         drop(gather);
         let held = kernel.ledger().nr_held();
         let vma = area(start, end, Backing::Anonymous);
@@ -162,7 +164,7 @@ fn a_split_without_memory_changes_nothing() {
         kernel.supply_tables(Supply::Left(0));
         let mut gather = kernel.gather(mm);
         let cut = AT + 3 * PAGE;
-        assert_eq!(gather.split_leaf(Backing::Anonymous, cut), Err(SplitError::NoTable(cut)));
+        assert_eq!(gather.split(Backing::Anonymous, cut), Err(SplitError::NoTable(cut)));
         drop(gather);
         assert_eq!(kernel.lookup(mm, AT), before, "{level:?}");
         assert_eq!(kernel.count(|event| matches!(event, Event::LeafSplit(_) | Event::Ipi { .. })), 0);
@@ -180,14 +182,14 @@ fn a_split_that_stops_half_way_still_maps_the_same_memory() {
     kernel.supply_tables(Supply::Left(1));
     let mut gather = kernel.gather(mm);
     let cut = AT + 3 * PAGE;
-    assert_eq!(gather.split_leaf(Backing::Anonymous, cut), Err(SplitError::NoTable(cut)));
+    assert_eq!(gather.split(Backing::Anonymous, cut), Err(SplitError::NoTable(cut)));
     drop(gather);
     assert_eq!(kernel.lookup(mm, cut).level, Level::Pmd);
     for address in [AT, cut, AT + 5 * MIB, AT + GIB - PAGE] {
         assert_eq!(kernel.lookup(mm, address).translate(address), Some(before + (address - AT)));
     }
     kernel.supply_tables(Supply::Unlimited);
-    kernel.gather(mm).split_leaf(Backing::Anonymous, cut).expect("memory now");
+    kernel.gather(mm).split(Backing::Anonymous, cut).expect("memory now");
     assert_eq!(kernel.lookup(mm, cut).translate(cut), Some(before + (cut - AT)));
 }
 
@@ -208,7 +210,7 @@ fn while_a_leaf_is_split_its_entry_holds_a_migration_entry_and_the_old_size_is_f
         },
     );
     let mut gather = kernel.gather(mm);
-    gather.split_leaf(Backing::Anonymous, AT + PAGE).expect("memory");
+    gather.split(Backing::Anonymous, AT + PAGE).expect("memory");
     assert_eq!(kernel.nr_hooks_waiting(), 0);
     assert_eq!(kernel.cached(CPU[1], AT), None, "flushed before the table was linked");
     drop(gather);
@@ -226,7 +228,7 @@ fn a_leaf_that_is_split_under_the_zappers_eyes_is_zapped_in_pieces() {
         move |event| *event == Event::LockAsked(pmd),
         |kernel| {
             let mut other = kernel.gather(kernel.mm(0));
-            other.split_leaf(Backing::Anonymous, AT + PAGE).expect("memory");
+            other.split(Backing::Anonymous, AT + PAGE).expect("memory");
         },
     );
     let vma = area(AT, AT + 2 * MIB, Backing::Anonymous);
@@ -247,9 +249,10 @@ fn splitting_keeps_the_memory_type() {
             kernel.map(mm, AT, level);
             let view = kernel.find_table(mm, AT, level).expect("linked");
             let entry = view.table().entry(level.index(AT));
-            entry.store(EntryValue::from_bits(entry.load().bits() | pat));
+            // SAFETY: one thread; nobody has used the page yet.
+            unsafe { entry.store(EntryValue::from_bits(entry.load().bits() | pat)) };
             let first = kernel.lookup(mm, AT).translate(AT).expect("mapped");
-            kernel.gather(mm).split_leaf(Backing::Anonymous, cut).expect("memory");
+            kernel.gather(mm).split(Backing::Anonymous, cut).expect("memory");
             for address in [AT, AT + 2 * MIB - PAGE, cut] {
                 let found = kernel.lookup(mm, address);
                 assert_eq!(found.translate(address), Some(first + (address - AT)));

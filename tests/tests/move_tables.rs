@@ -3,7 +3,9 @@
 use mmu_gather::pagetable::{Level, MapError, Marker, NonPresent, VirtRange};
 use mmu_gather::tlb::CpuId;
 use mmu_gather::{GatherEvent, Limits, shift_arg_pages};
-use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, MIB, Options, PaperKernel, Supply, area, range};
+use mmu_tests::{
+    Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, Supply, area, range,
+};
 use x86_64::structures::paging::PhysFrame;
 
 const PAGE: u64 = 4096;
@@ -35,7 +37,7 @@ fn pages_keep_their_frames_and_marks_and_the_old_addresses_are_gone() {
         let new = range(to, to + 600 * PAGE);
         touch_all(&kernel, CPU[1], old, Access::Write);
         let mut gather = kernel.gather(mm);
-        gather.move_page_tables(old, to).expect("memory");
+        gather.move_pages(old, to).expect("memory");
         gather.flush().free();
         let found = touch_all(&kernel, CPU[1], new, Access::Read);
         assert_eq!(found, frames.iter().map(|frame| Ok(*frame)).collect::<Vec<_>>());
@@ -52,7 +54,7 @@ fn meanings_move_too_and_holes_stay_holes() {
     let swap = NonPresent::Swap { device: 1, slot: 99 };
     kernel.put_non_present(mm, GIB + 4 * PAGE, Level::Pte, swap);
     kernel.put_non_present(mm, GIB + 5 * PAGE, Level::Pte, NonPresent::Marker(Marker::Guard));
-    kernel.gather(mm).move_page_tables(range(GIB, GIB + 8 * PAGE), 2 * GIB).expect("memory");
+    kernel.gather(mm).move_pages(range(GIB, GIB + 8 * PAGE), 2 * GIB).expect("memory");
     assert_eq!(kernel.lookup(mm, 2 * GIB + 4 * PAGE).value, swap.encode());
     assert_eq!(kernel.lookup(mm, 2 * GIB + 5 * PAGE).value, NonPresent::Marker(Marker::Guard).encode());
     assert!(kernel.lookup(mm, 2 * GIB + 3 * PAGE).value.is_none());
@@ -71,7 +73,7 @@ fn moving_without_memory_moves_nothing() {
         kernel.take_events();
         kernel.supply_tables(Supply::Left(left));
         let mut gather = kernel.gather(mm);
-        let refused = gather.move_page_tables(old, to);
+        let refused = gather.move_pages(old, to);
         assert!(matches!(refused, Err(MapError::NoTable(_))), "{left} tables: {refused:?}");
         drop(gather);
         assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 0);
@@ -86,7 +88,7 @@ fn moving_onto_something_mapped_moves_nothing() {
     let (kernel, frames) = kernel_with_pages(GIB, 8);
     let mm = kernel.mm(0);
     let in_the_way = kernel.map(mm, 2 * GIB + 5 * PAGE, Level::Pte);
-    let refused = kernel.gather(mm).move_page_tables(range(GIB, GIB + 8 * PAGE), 2 * GIB);
+    let refused = kernel.gather(mm).move_pages(range(GIB, GIB + 8 * PAGE), 2 * GIB);
     assert!(matches!(refused, Err(MapError::Occupied(at, Level::Pte, _)) if at == 2 * GIB + 5 * PAGE));
     assert_eq!(kernel.touch(CPU[1], 2 * GIB + 5 * PAGE, Access::Read), Ok(in_the_way));
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Ok(frames[0]));
@@ -98,34 +100,33 @@ fn moving_out_of_user_space_is_refused() {
     let mm = kernel.mm(0);
     let top = 1 << 47;
     for to in [top, top - PAGE, u64::MAX - 4095] {
-        let refused = kernel.gather(mm).move_page_tables(range(GIB, GIB + 2 * PAGE), to);
+        let refused = kernel.gather(mm).move_pages(range(GIB, GIB + 2 * PAGE), to);
         assert!(matches!(refused, Err(MapError::NotUserSpace(_))), "{to:#x}");
     }
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Ok(frames[0]));
 }
 
 #[test]
-fn dirty_pages_are_flushed_before_the_locks_drop_and_clean_ones_when_the_gather_ends() {
+fn moved_pages_are_flushed_before_the_locks_drop_dirty_or_not() {
     for access in [Access::Read, Access::Write] {
         let (kernel, _) = kernel_with_pages(GIB, 4);
         let mm = kernel.mm(0);
         touch_all(&kernel, CPU[1], range(GIB, GIB + 4 * PAGE), access);
         kernel.take_events();
         let mut gather = kernel.gather(mm);
-        gather.move_page_tables(range(GIB, GIB + 4 * PAGE), 2 * GIB).expect("memory");
-        let dirty = access == Access::Write;
-        assert_eq!(kernel.cached(CPU[1], GIB).is_none(), dirty);
+        gather.move_pages(range(GIB, GIB + 4 * PAGE), 2 * GIB).expect("memory");
+        assert_eq!(kernel.cached(CPU[1], GIB), None, "whoever owns the new place knows nothing of the old");
         let events = kernel.take_events();
         let ipi = events.iter().find(|noted| matches!(noted.event, Event::Ipi { .. }));
-        assert_eq!(ipi.map(|noted| noted.under_lock), dirty.then_some(true));
-        assert_eq!(events.iter().any(|noted| noted.event == Event::Gather(GatherEvent::DirtyFlush)), dirty);
+        assert_eq!(ipi.map(|noted| noted.under_lock), Some(true));
+        assert!(events.iter().any(|noted| noted.event == Event::Gather(GatherEvent::DirtyFlush)));
         gather.flush().free();
-        assert_eq!(kernel.cached(CPU[1], GIB), None);
+        assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 0, "once is enough");
     }
 }
 
 #[test]
-fn large_leaves_are_left_alone_and_can_be_found() {
+fn a_large_leaf_is_refused_before_anything_is_moved_and_can_be_found() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     kernel.map(mm, GIB, Level::Pte);
@@ -133,10 +134,13 @@ fn large_leaves_are_left_alone_and_can_be_found() {
     let mut gather = kernel.gather(mm);
     assert_eq!(gather.find_large_leaf(range(GIB, GIB + 4 * MIB)), None);
     assert_eq!(gather.find_large_leaf(range(GIB, 2 * GIB)), Some(GIB + 4 * MIB));
-    gather.move_page_tables(range(GIB, GIB + 6 * MIB), 8 * GIB).expect("memory");
+    let leaf = kernel.lookup(mm, GIB + 4 * MIB).value;
+    let refused = gather.move_pages(range(GIB, GIB + 6 * MIB), 8 * GIB);
+    assert_eq!(refused, Err(MapError::Large(GIB + 4 * MIB, Level::Pmd, leaf)));
     drop(gather);
-    assert!(kernel.lookup(mm, GIB + 4 * MIB).value.is_present());
-    assert!(kernel.lookup(mm, 8 * GIB).value.is_present());
+    assert_eq!(kernel.lookup(mm, GIB + 4 * MIB).value, leaf);
+    assert!(kernel.lookup(mm, GIB).value.is_present());
+    assert!(kernel.lookup(mm, 8 * GIB).value.is_none());
     kernel.map(mm, 20 * GIB, Level::Pud);
     assert_eq!(kernel.gather(mm).find_large_leaf(range(10 * GIB, 30 * GIB)), Some(20 * GIB));
 }
@@ -219,5 +223,6 @@ fn a_stack_shift_that_fails_moves_nothing() {
     let found = touch_all(&kernel, CPU[1], old, Access::Write);
     assert_eq!(found, frames.iter().map(|frame| Ok(*frame)).collect::<Vec<_>>());
     let vma = area(GIB, GIB + 16 * PAGE, Backing::Anonymous);
+    kernel.stop(CPU[1]);
     kernel.exit(kernel.mm(0), &Limits::DEFAULT, &[vma]);
 }

@@ -6,7 +6,9 @@ use std::rc::Rc;
 use mmu_gather::pagetable::{Bounds, Level, Marker, NonPresent};
 use mmu_gather::tlb::{OnlineCpus, TlbEvent, UnmapBatch};
 use mmu_gather::{GatherEvent, Limits, Vma};
-use mmu_tests::{Access, Backing, CPU, Event, GIB, Noted, Options, PaperKernel, PaperMm, Supply, area};
+use mmu_tests::{
+    Access, Backing, CPU, Event, GIB, GatherOnPaper, Noted, Options, PaperKernel, PaperMm, Supply, area,
+};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
@@ -216,7 +218,7 @@ impl Case {
             Meanwhile::GatherNearby | Meanwhile::GatherHere => {
                 let cleared = if self.meanwhile == Meanwhile::GatherHere { &vma } else { &nearby };
                 let mut gather = kernel.gather(mm);
-                gather.zap_vma_range(cleared, cleared.range);
+                gather.zap_vma_range(cleared, cleared.range).expect("no leaf is cut");
                 other = Some(gather);
             }
             Meanwhile::ReclaimNearby => reclaimed = Some(kernel.reclaim(&mut batch, mm, HERE + PAGE)),
@@ -299,10 +301,10 @@ impl Outcome {
 
 fn by_gather(case: Case, kernel: &PaperKernel, mm: &PaperMm, vma: &Vma<Backing>) {
     let mut gather = kernel.gather(mm);
-    gather.zap_vma_range(vma, vma.range);
+    gather.zap_vma_range(vma, vma.range).expect("no leaf is cut");
     if case.call != Call::Zap {
         gather.flush_pfn_maps();
-        gather.free_pgtables([*vma], case.call.bounds());
+        gather.unhook_tables([*vma], case.call.bounds());
     }
     gather.flush().free();
 }

@@ -30,7 +30,7 @@ fn unmap_while_the_driver_waits_for_the_unlink(
     let flushed = unsafe {
         unmap_region(kernel, kernel.mm(0), limits, vmas, Bounds::whole(), || kernel.driver_frees(frame))
     };
-    flushed.free();
+    flushed.expect("no leaf is cut").free();
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn device_entries_another_gather_cleared_are_flushed_before_the_area_is_unlinked
     let vma = area(GIB, GIB + PAGE, Backing::Device);
     // SAFETY: one thread; both hold the map lock for reading, as two calls of madvise would.
     let mut first = unsafe { mmu_gather::MmuGather::new(&kernel, mm) };
-    first.zap_vma_range(&vma, vma.range);
+    first.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
     unmap_while_the_driver_waits_for_the_unlink(&kernel, &Limits::DEFAULT, &[vma], frame);
     first.flush().free();
 }

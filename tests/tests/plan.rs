@@ -98,7 +98,8 @@ fn interrupt(kernel: &PaperKernel, ask: Ask) {
         Ask::Whole(asked) => FlushKind::Mm { mm, tlb_gen: generation(asked) },
         Ask::AllUpdated => FlushKind::AllUpdated,
     };
-    let request = FlushRequest { kind, tables: FreedTables::No, initiator: CPU[0] };
+    // SAFETY: nothing changed in any generation.
+    let request = unsafe { FlushRequest::new(kind, FreedTables::No, CPU[0]) };
     // SAFETY: this thread plays CPU 1, and nothing interrupts it.
     kernel.on(CPU[1], || unsafe { flush_tlb_func(kernel, CPU[1], &request) });
 }

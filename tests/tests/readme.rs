@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a gather takes the map lock on trust")]
 
 use mmu_gather::pagetable::{Bounds, VirtRange};
-use mmu_gather::{MmuGather, Vma};
+use mmu_gather::{CutLeaf, MmuGather, Vma};
 use mmu_tests::{
     Access, Backing, CPU, Fault, GIB, MIB, Options, PaperKernel as Kernel, PaperMm, area, range,
 };
@@ -31,18 +31,20 @@ impl Areas {
 
 #[rustfmt::skip]
 #[expect(clippy::needless_borrow, reason = "an embedder's address space holds the engine's, not a reference to it")]
-fn munmap(kernel: &Kernel, mm: &MyMm, range: VirtRange) {
+fn munmap(kernel: &Kernel, mm: &MyMm, range: VirtRange) -> Result<(), CutLeaf> {
     let mut areas = mm.areas.write();
     let detached = areas.detach(range);              // nobody faults there any more
     let bounds = areas.bounds_around(range);
     let areas = areas.downgrade();
-    // SAFETY: the map lock is held until `flush` has returned, and the areas are detached.
+    // SAFETY: the map lock is held until `flush` has returned.
     let mut gather = unsafe { MmuGather::new(kernel, &mm.engine) };
-    gather.unmap_vmas(detached.iter().copied(), range);     // clear entries, queue pages
-    gather.free_pgtables(detached.iter().copied(), bounds); // unhook tables, queue them
+    gather.unmap_vmas(detached.iter().copied(), range)?; // clear entries, queue pages
+    // SAFETY: the areas are detached, their pages gone, and `bounds` are the neighbours that stay.
+    unsafe { gather.free_pgtables(detached.iter().copied(), bounds) }; // unhook tables, queue them
     let flushed = gather.flush();                    // every CPU has forgotten the range
     drop(areas);                                     // lock released
     flushed.free();                                  // frees happen here, outside every lock
+    Ok(())
 }
 
 #[test]
@@ -60,7 +62,7 @@ fn the_example_unmaps_frees_and_spares_the_neighbours() {
     for part in parts {
         kernel.touch(CPU[1], part.start(), Access::Write).expect("mapped");
     }
-    munmap(&kernel, &mm, parts[1]);
+    munmap(&kernel, &mm, parts[1]).expect("no large page is there");
     assert_eq!(kernel.touch(CPU[1], parts[1].start(), Access::Read), Err(Fault::NotPresent));
     for part in [parts[0], parts[2]] {
         kernel.touch(CPU[1], part.start(), Access::Write).expect("still mapped");

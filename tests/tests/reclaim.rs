@@ -2,7 +2,7 @@
 
 use mmu_gather::pagetable::Level;
 use mmu_gather::tlb::{TlbEvent, UnmapBatch, flush_tlb_batched_pending};
-use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, Options, PaperKernel, area, range};
+use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, Options, PaperKernel, area, range};
 
 const PAGE: u64 = 4096;
 
@@ -74,7 +74,7 @@ fn pages_that_move_make_up_for_a_flush_that_is_still_to_come() {
             (0..nr_reclaimed).map(|page| kernel.reclaim(&mut batch, mm, GIB + page * PAGE)).collect();
         assert!(kernel.cached(CPU[1], GIB).is_some(), "nobody was told yet");
         let mut gather = kernel.gather(mm);
-        gather.move_page_tables(range(GIB, GIB + 8 * PAGE), 2 * GIB).expect("memory");
+        gather.move_pages(range(GIB, GIB + 8 * PAGE), 2 * GIB).expect("memory");
         gather.flush().free();
         assert_eq!(
             kernel.touch(CPU[1], GIB, Access::Read),
@@ -139,12 +139,12 @@ fn a_zapper_that_sees_a_deferred_flush_makes_its_own_flush_whole() {
         let mm = kernel.mm(0);
         let mut batch = UnmapBatch::new();
         let frame = kernel.reclaim(&mut batch, mm, GIB);
-        assert!(mm.context().deferred_flushes().is_some());
+        assert!(mm.context().has_deferred_flushes());
         let vma = area(GIB, GIB + 8 * PAGE, Backing::Anonymous);
         kernel.zap(mm, &vma, range(zapped, zapped + PAGE)).free();
         assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent), "zapped {zapped:#x}");
         assert_eq!(kernel.cached(CPU[1], GIB + 7 * PAGE), None, "all of it was flushed");
-        assert!(mm.context().deferred_flushes().is_none(), "made up for");
+        assert!(!mm.context().has_deferred_flushes(), "made up for");
         assert_eq!(nr_ipis(&kernel), 1);
         let _receipt = batch.flush(&kernel);
         kernel.release(frame, 1);
@@ -186,9 +186,9 @@ fn what_reclaim_adds_during_a_flush_stays_outstanding() {
         },
     );
     flush_tlb_batched_pending(&kernel, mm.context());
-    assert!(mm.context().deferred_flushes().is_some());
+    assert!(mm.context().has_deferred_flushes());
     flush_tlb_batched_pending(&kernel, mm.context());
-    assert!(mm.context().deferred_flushes().is_none());
+    assert!(!mm.context().has_deferred_flushes());
     assert_eq!(kernel.touch(CPU[1], GIB + 5 * PAGE, Access::Write), Err(Fault::NotPresent));
     let _receipt = batch.flush(&kernel);
     kernel.release(first, 1);
@@ -203,7 +203,7 @@ fn large_pages_look_for_deferred_flushes_too() {
     let mut batch = UnmapBatch::new();
     let frame = kernel.reclaim(&mut batch, mm, GIB);
     kernel.zap(mm, &large, large.range).free();
-    assert!(mm.context().deferred_flushes().is_none());
+    assert!(!mm.context().has_deferred_flushes());
     let _receipt = batch.flush(&kernel);
     kernel.release(frame, 1);
 }

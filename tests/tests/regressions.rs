@@ -6,7 +6,9 @@
 use mmu_gather::pagetable::{Bounds, Level};
 use mmu_gather::tlb::{Concern, Cpus, FreedTables, PageSpan, TlbEvent, UnmapBatch, flush_tlb_mm_range};
 use mmu_gather::{GatherEvent, Limits};
-use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, MIB, Options, PaperKernel, Supply, area, range};
+use mmu_tests::{
+    Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, Supply, area, range,
+};
 
 const PAGE: u64 = 4096;
 
@@ -34,7 +36,7 @@ fn a_page_that_moves_is_not_freed_at_its_new_address_before_the_old_one_is_flush
         kernel.run(CPU[1], mm);
         kernel.touch(CPU[1], GIB, access).expect("mapped");
         let mut mover = kernel.gather(mm);
-        mover.move_page_tables(range(GIB, GIB + PAGE), 2 * GIB).expect("memory");
+        mover.move_pages(range(GIB, GIB + PAGE), 2 * GIB).expect("memory");
         // Truncation, before the mover has finished: the checker looks when the page is freed.
         let vma = area(2 * GIB, 2 * GIB + PAGE, Backing::Anonymous);
         kernel.zap(mm, &vma, vma.range).free();
@@ -54,7 +56,7 @@ fn a_page_that_moves_is_not_reclaimed_at_its_new_address_before_the_old_one_is_f
     let frame = kernel.map(mm, GIB, Level::Pte);
     kernel.touch(CPU[1], GIB, Access::Read).expect("mapped");
     let mut mover = kernel.gather(mm);
-    mover.move_page_tables(range(GIB, GIB + PAGE), 2 * GIB).expect("memory");
+    mover.move_pages(range(GIB, GIB + PAGE), 2 * GIB).expect("memory");
     let mut batch = UnmapBatch::new();
     assert_eq!(kernel.reclaim(&mut batch, mm, 2 * GIB), frame);
     let _flushed = batch.flush(&kernel);
@@ -70,7 +72,7 @@ fn the_second_zapper_of_a_page_does_not_return_while_the_page_is_usable() {
     let mm = kernel.mm(0);
     let vma = area(GIB, GIB + 3 * PAGE, Backing::Anonymous);
     let mut first = kernel.gather(mm);
-    first.zap_vma_range(&vma, vma.range);
+    first.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
     assert!(kernel.touch(CPU[1], GIB, Access::Write).is_ok(), "the first has told nobody");
     kernel.zap(mm, &vma, range(GIB, GIB + PAGE)).free();
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));
@@ -112,7 +114,7 @@ fn a_flush_in_the_middle_of_a_table_covers_what_is_freed_with_it_and_no_more_is_
             );
         }
         let mut gather = kernel.gather(mm).with_limits(&limits);
-        gather.zap_vma_range(&vma, vma.range);
+        gather.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
         gather.flush().free();
         for page in 0..64 {
             assert_eq!(kernel.touch(CPU[1], GIB + page * PAGE, Access::Read), Err(Fault::NotPresent));

@@ -6,7 +6,8 @@ use mmu_gather::pagetable::{Bounds, Level};
 use mmu_gather::tlb::PcidSupport;
 use mmu_gather::{GatherEvent, Limits, MmuGather, Vma};
 use mmu_tests::{
-    Access, Backing, CPU, Event, Fault, GIB, MIB, Noted, Options, PaperKernel, Supply, area, range,
+    Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Noted, Options, PaperKernel, Supply, area,
+    range,
 };
 use static_assertions::const_assert;
 use x86_64::structures::paging::PhysFrame;
@@ -99,13 +100,13 @@ fn g2_the_flush_covers_every_address_cleared_since_the_last_flush_and_its_stride
     }
     kernel.run(CPU[1], mm);
     let mut gather = kernel.gather(mm);
-    gather.zap_vma_range(&vma, range(GIB, GIB + 5 * PAGE));
-    gather.zap_vma_range(&vma, range(GIB + 9 * PAGE, GIB + 10 * PAGE));
+    gather.zap_vma_range(&vma, range(GIB, GIB + 5 * PAGE)).expect("no leaf is cut");
+    gather.zap_vma_range(&vma, range(GIB + 9 * PAGE, GIB + 10 * PAGE)).expect("no leaf is cut");
     gather.flush_mmu();
     let pages: Vec<u64> = (3..10).map(|page| GIB + page * PAGE).collect();
     assert_eq!(invalidated(&kernel), pages, "from the first cleared to the last, 4 KiB at a time");
 
-    gather.zap_vma_range(&vma, range(GIB + 8 * MIB, GIB + 12 * MIB));
+    gather.zap_vma_range(&vma, range(GIB + 8 * MIB, GIB + 12 * MIB)).expect("no leaf is cut");
     gather.flush_mmu();
     assert_eq!(
         invalidated(&kernel),
@@ -114,7 +115,7 @@ fn g2_the_flush_covers_every_address_cleared_since_the_last_flush_and_its_stride
     );
 
     // A table counts as the entry of its parent, and one page of a range beside it makes the stride small again.
-    gather.free_pgtables([vma], Bounds::whole());
+    gather.unhook_tables([vma], Bounds::whole());
     gather.flush().free();
     let tables = invalidated(&kernel);
     assert_eq!(tables.first(), Some(&GIB));
@@ -194,10 +195,10 @@ fn g5_everything_queued_is_released_exactly_once_an_unfinished_gather_finishes_i
             let mm = kernel.mm(0);
             let mut gather = kernel.gather(mm).with_limits(&limits);
             if stop_after > 0 {
-                gather.unmap_vmas(vmas.iter().copied(), mm.space().user_range());
+                gather.unmap_vmas(vmas.iter().copied(), mm.space().user_range()).expect("no leaf is cut");
             }
             if stop_after > 1 {
-                gather.free_pgtables(vmas.iter().copied(), Bounds::whole());
+                gather.unhook_tables(vmas.iter().copied(), Bounds::whole());
             }
             if stop_after > 2 {
                 gather.flush_mmu();
@@ -230,7 +231,7 @@ fn g6_if_another_gather_ran_on_the_same_mm_meanwhile_finish_flushes_the_whole_mm
     }
     kernel.go_lazy(CPU[2]);
     let mut first = kernel.gather(mm);
-    first.unmap_vmas([vma], vma.range);
+    first.unmap_vmas([vma], vma.range).expect("no leaf is cut");
     // Everything is none: by itself this one would have nothing to flush. When it returns, nobody may use the page.
     kernel.zap(mm, &vma, range(GIB, GIB + PAGE)).free();
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use mmu_gather::pagetable::{Bounds, Entry, EntryValue, Level, Line, Marker, NonPresent};
 use mmu_gather::{GatherEvent, Limits};
-use mmu_tests::{Backing, CPU, Event, GIB, MIB, Options, PaperKernel, TIB, area, range};
+use mmu_tests::{Backing, CPU, Event, GIB, GatherOnPaper, MIB, Options, PaperKernel, TIB, area, range};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PageTableFlags;
 
@@ -18,7 +18,8 @@ fn walker(entry: &Entry, done: &AtomicBool, marked: &[AtomicU64]) {
         let found = entry.load();
         if found.is_present() && !found.is_dirty() {
             let dirty = EntryValue::from_bits(found.bits() | PageTableFlags::DIRTY.bits());
-            if entry.compare_exchange(found, dirty).is_ok() {
+            // SAFETY: what hardware does, in one step.
+            if unsafe { entry.compare_exchange(found, dirty) }.is_ok() {
                 let round = usize::try_from(found.leaf_address(Level::Pte).as_u64() >> 12).expect("small");
                 marked[round].store(1, Ordering::Relaxed);
             }
@@ -41,11 +42,14 @@ fn play_against_a_walker(entry: &Entry) -> usize {
             std::thread::yield_now();
         }
         for (round, seen) in (0..ROUNDS).zip(&mut seen) {
-            entry.store(EntryValue::leaf(Level::Pte, PhysAddr::new(round << 12), PageTableFlags::WRITABLE));
+            let leaf = EntryValue::leaf(Level::Pte, PhysAddr::new(round << 12), PageTableFlags::WRITABLE);
+            // SAFETY: the entry is in no table that anybody walks, but for the thread above.
+            unsafe { entry.store(leaf) };
             for _ in 0..round % 16 {
                 core::hint::spin_loop();
             }
-            *seen = u64::from(entry.get_and_clear().is_dirty());
+            // SAFETY: as above.
+            *seen = u64::from(unsafe { entry.get_and_clear() }.is_dirty());
         }
         done.store(true, Ordering::Relaxed);
     });
@@ -163,14 +167,15 @@ fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_
     assert!(used_lines(GIB).contains(&96));
     assert_ne!(kernel.lookup(mm, GIB + 100 * PAGE).value, EntryValue::NONE);
     let table = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
-    table.lock(&kernel).entry(GIB + 100 * PAGE).store(EntryValue::NONE);
+    // SAFETY: a marker maps nothing.
+    unsafe { table.lock(&kernel).entry(GIB + 100 * PAGE).store(EntryValue::NONE) };
     kernel.zap(mm, &vma, vma.range).free();
     assert!(used_lines(GIB).is_empty());
 
     // Moved entries are noted where they arrive, and no longer where they were.
     kernel.map(mm, GIB + 600 * PAGE, Level::Pte);
     let mut gather = kernel.gather(mm);
-    gather.move_page_tables(range(GIB + 600 * PAGE, GIB + 601 * PAGE), GIB + 200 * PAGE).expect("room");
+    gather.move_pages(range(GIB + 600 * PAGE, GIB + 601 * PAGE), GIB + 200 * PAGE).expect("room");
     gather.flush().free();
     holds("after a move");
     assert!(used_lines(GIB).contains(&200) && used_lines(GIB + 2 * MIB).is_empty());
@@ -179,7 +184,7 @@ fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_
     let large = area(TIB, TIB + 2 * MIB, Backing::Anonymous);
     kernel.map(mm, TIB, Level::Pmd);
     let mut gather = kernel.gather(mm);
-    gather.split_leaf(large.area, TIB + 17 * PAGE).expect("memory");
+    gather.split(large.area, TIB + 17 * PAGE).expect("memory");
     gather.flush().free();
     holds("after a split");
     assert_eq!(used_lines(TIB).len(), 64);

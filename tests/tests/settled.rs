@@ -95,12 +95,14 @@ fn no_dirty_bit_is_lost_between_a_program_that_writes_and_a_clear_without_exchan
         });
         for now in 1..=ROUNDS {
             for (index, (entry, written)) in entries.iter().zip(&written).enumerate() {
-                entry.store(leaf(kinds[(index * 5 + now) % kinds.len()]));
+                // SAFETY: the entry is in no table.
+                unsafe { entry.store(leaf(kinds[(index * 5 + now) % kinds.len()])) };
                 written.store(false, Ordering::Relaxed);
             }
             round.store(2 * now - 1, Ordering::Release);
             wait_for(&walking, 2 * now - 1);
-            let clear = |entry: &&Entry| entry.get_and_clear_seen(entry.load(), StaleWrites::None);
+            // SAFETY: the entry is in no table, and only the walker changes it, as hardware does.
+            let clear = |entry: &&Entry| unsafe { entry.get_and_clear_seen(entry.load(), StaleWrites::None) };
             let cleared: Vec<EntryValue> = entries.iter().map(clear).collect();
             round.store(2 * now, Ordering::Release);
             wait_for(&walking, 2 * now);
@@ -132,7 +134,9 @@ fn write(entry: &Entry) -> bool {
         if !value.is_present() || !value.is_writable() {
             return false;
         }
-        if value == with(value, A | D) || entry.compare_exchange(value, with(value, A | D)).is_ok() {
+        // SAFETY: what hardware does, in one step.
+        let set = || unsafe { entry.compare_exchange(value, with(value, A | D)) };
+        if value == with(value, A | D) || set().is_ok() {
             return true;
         }
     }

@@ -79,6 +79,8 @@ pub enum LoadedMm<'a, B: CpuBits> {
     Init,
     /// Between two: CR3 may hold the old or the new one. Interrupts are off (Linux: LOADED_MM_SWITCHING).
     Switching,
+    /// None that is anybody's concern: the CPU is off, and starts without translations ([`init_cpu`](crate::init_cpu)).
+    Offline,
     /// This one.
     Mm(&'a MmContext<B>),
 }
@@ -106,7 +108,7 @@ pub struct CpuTlb<B: CpuBits> {
 #[derive(Debug)]
 #[repr(C, align(64))]
 struct SharedLine<B: CpuBits> {
-    /// Null is init_mm, `switching()` is between two.
+    /// Null is init_mm, `switching()` is between two, `offline()` is a CPU that is off.
     loaded_mm: AtomicPtr<MmContext<B>>,
     is_lazy: AtomicBool,
 }
@@ -186,9 +188,21 @@ impl<B: CpuBits> CpuTlb<B> {
             return Concern::Lazy;
         }
         match mm {
+            _ if ptr::eq(loaded, offline()) => Concern::Offline,
             Some(mm) if !ptr::eq(loaded, mm) && !ptr::eq(loaded, switching()) => Concern::Elsewhere,
             _ => Concern::MustFlush,
         }
+    }
+
+    /// Whether the CPU is off: [`offline_cpu`](crate::offline_cpu) ran there, and [`init_cpu`](crate::init_cpu) not since.
+    ///
+    /// It holds no translation that it will use again, and whoever waits for its answer waits for ever: an implementor of
+    /// [`flush_others`](crate::Cpus::flush_others) takes a target that says so as one that has answered.
+    #[must_use]
+    #[inline]
+    pub fn is_offline(&self) -> bool {
+        // ORDERING: acquire, as in `may_have_loaded`.
+        ptr::eq(self.shared.loaded_mm.load(Ordering::Acquire), offline())
     }
 
     /// The slot that the loaded address space uses.
@@ -226,8 +240,10 @@ impl<B: CpuBits> CpuTlb<B> {
             LoadedMm::Init
         } else if ptr::eq(pointer, switching()) {
             LoadedMm::Switching
+        } else if ptr::eq(pointer, offline()) {
+            LoadedMm::Offline
         } else {
-            // SAFETY: neither null nor the switching mark, so `set_loaded` stored it from a reference that, by the
+            // SAFETY: neither null nor one of the marks, so `set_loaded` stored it from a pinned reference that, by the
             // contract of `switch_mm`, lives until this CPU has loaded another; our caller keeps that from happening.
             LoadedMm::Mm(unsafe { &*pointer })
         }
@@ -238,6 +254,7 @@ impl<B: CpuBits> CpuTlb<B> {
         let pointer = match loaded {
             LoadedMm::Init => ptr::null_mut(),
             LoadedMm::Switching => switching(),
+            LoadedMm::Offline => offline(),
             LoadedMm::Mm(mm) => ptr::from_ref(*mm).cast_mut(),
         };
         // ORDERING: release, pairs with the acquire in `has_loaded`, `may_have_loaded` and `concern`: what was used and walked
@@ -306,11 +323,18 @@ pub enum Concern {
     Lazy,
     /// It has another address space loaded: it looks at the generation when it comes back.
     Elsewhere,
+    /// It is off, and starts without translations: not told of freed tables either.
+    Offline,
 }
 
 /// The mark for "between two": an address no context can have.
 fn switching<B: CpuBits>() -> *mut MmContext<B> {
     ptr::without_provenance_mut(1)
+}
+
+/// The mark for a CPU that is off: another such address.
+fn offline<B: CpuBits>() -> *mut MmContext<B> {
+    ptr::without_provenance_mut(2)
 }
 
 impl<B: CpuBits> Default for CpuTlb<B> {
@@ -335,6 +359,7 @@ impl<B: CpuBits> fmt::Debug for LoadedMm<'_, B> {
         match self {
             Self::Init => f.write_str("Init"),
             Self::Switching => f.write_str("Switching"),
+            Self::Offline => f.write_str("Offline"),
             Self::Mm(mm) => write!(f, "Mm({})", mm.ctx_id().get()),
         }
     }

@@ -37,14 +37,22 @@ impl fmt::Display for CpuId {
 
 /// Storage for a set of CPUs: 64 to a word. Implemented for `[AtomicU64; WORDS]`, so an embedder picks 1 word for up to
 /// 64 CPUs, 64 words for up to 4096.
-pub trait CpuBits: fmt::Debug + Send + Sync {
+///
+/// Sealed: were the words shared with somebody, CPUs could be taken out of a cpumask from outside.
+#[expect(private_bounds, reason = "seals the trait")]
+pub trait CpuBits: Words + fmt::Debug + Send + Sync {}
+
+/// What [`CpuBits`] really asks for.
+pub(crate) trait Words {
     /// A set without members.
     fn empty() -> Self;
     /// The words, lowest CPU numbers first.
     fn words(&self) -> &[AtomicU64];
 }
 
-impl<const WORDS: usize> CpuBits for [AtomicU64; WORDS] {
+impl<const WORDS: usize> CpuBits for [AtomicU64; WORDS] {}
+
+impl<const WORDS: usize> Words for [AtomicU64; WORDS] {
     fn empty() -> Self {
         const { assert!(WORDS > 0 && WORDS <= 64, "a set has room for 64 to 4096 CPUs") };
         core::array::from_fn(|_| AtomicU64::new(0))
@@ -80,7 +88,7 @@ impl<B: CpuBits> CpuSet<B> {
     /// # Panics
     /// If `cpu` does not fit the storage.
     #[inline]
-    pub fn set(&self, cpu: CpuId) {
+    pub(crate) fn set(&self, cpu: CpuId) {
         let (word, bit) = self.place(cpu);
         if word.load(Ordering::Relaxed) & bit == 0 {
             word.fetch_or(bit, Ordering::SeqCst);
@@ -92,11 +100,11 @@ impl<B: CpuBits> CpuSet<B> {
         }
     }
 
-    /// Removes `cpu` with a locked instruction.
+    /// Removes `cpu` with a locked instruction. Only the CPU itself, once the address space is no longer in its CR3.
     ///
     /// # Panics
     /// If `cpu` does not fit the storage.
-    pub fn clear(&self, cpu: CpuId) {
+    pub(crate) fn clear(&self, cpu: CpuId) {
         let (word, bit) = self.place(cpu);
         word.fetch_and(!bit, Ordering::SeqCst);
     }

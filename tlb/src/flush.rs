@@ -69,18 +69,53 @@ pub enum FlushKind<'a, B: CpuBits> {
 }
 
 /// A request as it travels to other CPUs. Linux: struct flush_tlb_info.
+///
+/// A CPU believes what it says: only the flush functions make one, or who answers for its contents.
 #[doc(alias = "flush_tlb_info")]
 #[derive(Debug)]
 pub struct FlushRequest<'a, B: CpuBits> {
-    /// What to forget.
-    pub kind: FlushKind<'a, B>,
-    /// Whether tables go too.
-    pub tables: FreedTables,
-    /// The CPU that asks and waits.
-    pub initiator: CpuId,
+    kind: FlushKind<'a, B>,
+    tables: FreedTables,
+    initiator: CpuId,
 }
 
-impl<B: CpuBits> FlushRequest<'_, B> {
+impl<'a, B: CpuBits> FlushRequest<'a, B> {
+    /// A request put together by hand: by a kernel that sends requests as messages and rebuilds them on arrival.
+    ///
+    /// # Safety
+    /// `kind` says no more than is true: its address space has reached the generation it names, and all that changed between
+    /// the generation before and that one lies in its span. A CPU that carries it out counts itself up to date.
+    #[must_use]
+    pub const unsafe fn new(kind: FlushKind<'a, B>, tables: FreedTables, initiator: CpuId) -> Self {
+        Self { kind, tables, initiator }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn made(kind: FlushKind<'a, B>, tables: FreedTables, initiator: CpuId) -> Self {
+        Self { kind, tables, initiator }
+    }
+
+    /// What to forget.
+    #[must_use]
+    #[inline]
+    pub const fn kind(&self) -> &FlushKind<'a, B> {
+        &self.kind
+    }
+
+    /// Whether tables go too.
+    #[must_use]
+    #[inline]
+    pub const fn tables(&self) -> FreedTables {
+        self.tables
+    }
+
+    /// The CPU that asks and waits.
+    #[must_use]
+    #[inline]
+    pub const fn initiator(&self) -> CpuId {
+        self.initiator
+    }
+
     /// The part of the request that decides.
     #[must_use]
     #[inline]
@@ -230,7 +265,7 @@ pub(crate) unsafe fn carry_out<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushReq
         (LoadedMm::Mm(mm), Some(target)) if core::ptr::eq(*mm, target) => {
             (LoadedIs::Requested, generation_of(mm))
         }
-        (LoadedMm::Init, None) => (LoadedIs::Init, TlbGen::START),
+        (LoadedMm::Init | LoadedMm::Offline, None) => (LoadedIs::Init, TlbGen::START),
         _ => (LoadedIs::Other, TlbGen::START),
     };
     let situation = Situation { loaded: loaded_is, laziness: state.laziness(), local_gen, mm_gen };

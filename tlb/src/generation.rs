@@ -1,11 +1,11 @@
 //! The names of flushes: which context, and how far it has come.
 
+use core::marker::PhantomPinned;
 use core::num::NonZeroU64;
 
 use x86_64::structures::paging::PhysFrame;
 
 use crate::cpuset::{CpuBits, CpuSet};
-use crate::mmu::Flushed;
 use crate::sync::{AtomicU64, Ordering, fetch_add_fenced};
 
 /// Unique name of one address space, never zero and never used again.
@@ -95,8 +95,10 @@ impl TlbGen {
     }
 }
 
-/// What this crate keeps of one address space. An embedder puts it in its mm structure and does not move it while a CPU
-/// has it loaded.
+/// What this crate keeps of one address space. An embedder puts it in its mm structure.
+///
+/// A CPU that has it loaded knows it by its address, so it must stay where it is: [`switch_mm`](crate::switch_mm) takes it
+/// pinned, and it is not `Unpin`.
 ///
 /// Linux: mm_context_t and mm_cpumask.
 ///
@@ -111,6 +113,7 @@ pub struct MmContext<B: CpuBits> {
     cpumask: CpuSet<B>,
     /// Reclaim's deferred flushes: how many were asked for (low half), up to which one was done (high half).
     batched: AtomicU64,
+    _stays_where_it_is: PhantomPinned,
 }
 
 #[cfg(not(mmu_loom))]
@@ -126,6 +129,7 @@ impl<B: CpuBits> MmContext<B> {
             tlb_gen: AtomicU64::new(TlbGen::START.0),
             cpumask: CpuSet::empty(),
             batched: AtomicU64::new(0),
+            _stays_where_it_is: PhantomPinned,
         }
     }
 
@@ -178,7 +182,7 @@ impl<B: CpuBits> MmContext<B> {
     /// Notes that reclaim cleared entries here and has raised the generation, but nobody was told yet.
     pub(crate) fn note_batched(&self) {
         // The order wanted is: entry cleared, generation raised, this. All callers hold the entry's table lock, which
-        // orders this against `flush_tlb_batched_pending` under the same lock.
+        // orders this against `has_deferred_flushes`, asked after the same lock was taken.
         let mut word = self.batched.load(Ordering::Relaxed);
         loop {
             let (pending, flushed) = halves(word);
@@ -191,32 +195,55 @@ impl<B: CpuBits> MmContext<B> {
         }
     }
 
-    /// Reclaim's deferred flushes of this address space, if some may be outstanding.
+    /// Whether flushes of this address space may be owed: reclaim's deferred ones, or those of a call that unwound.
     ///
-    /// Whoever takes a table lock and draws conclusions from an entry that is none must ask: the entry may have been
-    /// cleared by reclaim, whose flush is still to come. A whole flush then makes up for it, at once
+    /// Whoever draws conclusions from an empty entry must ask, after the lock of its table was taken: the entry may have been
+    /// cleared by reclaim, whose flush is still to come. A whole flush ([`flush_tlb_mm`](crate::flush_tlb_mm)) makes up for
+    /// all that is owed when it begins; it comes at once
     /// ([`flush_tlb_batched_pending`](crate::flush_tlb_batched_pending)) or before the conclusion matters.
     #[must_use]
     #[inline]
-    pub fn deferred_flushes(&self) -> Option<DeferredFlushes> {
+    pub fn has_deferred_flushes(&self) -> bool {
+        self.deferred_flushes().is_some()
+    }
+
+    /// How far the deferred flushes have come, if some may be outstanding.
+    #[inline]
+    pub(crate) fn deferred_flushes(&self) -> Option<DeferredFlushes> {
+        // ORDERING: acquire, pairs with `note_batched`: the entries it stands for are cleared for whoever flushes now.
         let word = self.batched.load(Ordering::Acquire);
         let (pending, flushed) = halves(word);
         (pending != flushed).then_some(DeferredFlushes(word))
     }
 
-    /// Notes that a whole flush, begun after `deferred` was read, has completed. Later ones stay outstanding.
-    pub fn deferred_flushes_done(&self, deferred: DeferredFlushes, _receipt: &Flushed) {
+    /// Notes that a whole flush of this address space, begun after `deferred` was read, has completed. Later ones stay
+    /// outstanding.
+    pub(crate) fn deferred_flushes_done(&self, deferred: DeferredFlushes) {
         let (pending, _) = halves(deferred.0);
         // A failure means that reclaim added more meanwhile. Those stay pending, and so do ours: one flush too many.
         let done = join(pending, pending);
+        // ORDERING: release, pairs with the acquire in `deferred_flushes`: who finds nothing owed comes after the flush.
         let _ = self.batched.compare_exchange(deferred.0, done, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Notes that a flush of this address space is owed and nobody may be left to make it: everything older is declared
+    /// stale, and the next to look ([`has_deferred_flushes`](Self::has_deferred_flushes)) flushes all of it.
+    ///
+    /// For a caller that cleared entries and cannot go on, because a call of the kernel's own unwound.
+    ///
+    /// # Context
+    /// The lock of the table whose entries were cleared is held, or they were cleared before it was dropped last.
+    #[cold]
+    pub fn owe_flush(&self) {
+        self.raise_tlb_gen();
+        self.note_batched();
     }
 }
 
-/// How far reclaim's deferred flushes had come when somebody looked.
+/// How far deferred flushes had come when somebody looked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a deferred flush that was seen must be made up for"]
-pub struct DeferredFlushes(u64);
+pub(crate) struct DeferredFlushes(u64);
 
 const fn halves(word: u64) -> (u32, u32) {
     ((word & 0xffff_ffff) as u32, (word >> 32) as u32)
@@ -224,4 +251,41 @@ const fn halves(word: u64) -> (u32, u32) {
 
 fn join(pending: u32, flushed: u32) -> u64 {
     u64::from(flushed) << 32 | u64::from(pending)
+}
+
+#[cfg(all(test, not(mmu_loom)))]
+mod tests {
+    use x86_64::PhysAddr;
+
+    use super::*;
+
+    fn context() -> MmContext<[AtomicU64; 1]> {
+        MmContext::new(&CtxIds::new(), PhysFrame::containing_address(PhysAddr::new(0x1000)))
+    }
+
+    #[test]
+    fn a_count_of_deferred_flushes_that_is_used_up_never_says_that_none_is_pending() {
+        for flushed in [0, 1, u32::MAX - 1, u32::MAX] {
+            let mm = context();
+            mm.batched.store(join(u32::MAX, flushed), Ordering::Relaxed);
+            for _ in 0..3 {
+                mm.note_batched();
+                assert!(mm.has_deferred_flushes(), "flushed up to {flushed}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_whole_flush_makes_up_for_what_was_owed_when_it_began_and_for_nothing_later() {
+        let mm = context();
+        assert!(!mm.has_deferred_flushes());
+        mm.owe_flush();
+        let first = mm.deferred_flushes().expect("one is owed");
+        mm.owe_flush();
+        mm.deferred_flushes_done(first);
+        assert!(mm.has_deferred_flushes(), "the second came later");
+        let both = mm.deferred_flushes().expect("two are owed");
+        mm.deferred_flushes_done(both);
+        assert!(!mm.has_deferred_flushes());
+    }
 }

@@ -91,8 +91,8 @@ pub use flush::{
     Action, FlushKind, FlushRequest, FreedTables, LoadedIs, PageSpan, Situation, Wanted, WhyNothing,
     flush_tlb_func, plan,
 };
-pub use generation::{CtxId, CtxIds, DeferredFlushes, MmContext, TlbGen};
-pub use mmu::{CachedTranslations, Cpus, Flushed, OnlineCpus, PcidSupport, TlbEvent};
+pub use generation::{CtxId, CtxIds, MmContext, TlbGen};
+pub use mmu::{CachedTranslations, Cpus, EarlyAnswer, Flushed, OnlineCpus, PcidSupport, TlbEvent};
 pub use shootdown::{SINGLE_PAGE_FLUSH_CEILING, flush_tlb_batched_pending, flush_tlb_mm, flush_tlb_mm_range};
-pub use switch::{enter_lazy_tlb, init_cpu, leave_mm, switch_mm};
+pub use switch::{enter_lazy_tlb, init_cpu, leave_mm, offline_cpu, switch_mm};
 pub use unmap_batch::UnmapBatch;

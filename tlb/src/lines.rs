@@ -7,6 +7,7 @@
 extern crate std;
 
 use core::cell::RefCell;
+use core::pin::Pin;
 use std::sync::Barrier;
 use std::vec::Vec;
 
@@ -60,8 +61,10 @@ impl<B: CpuBits> Machine<B> {
     /// Has `cpus` load space `number`.
     fn load(&self, number: usize, cpus: &[CpuId]) {
         for cpu in cpus {
-            // SAFETY: one thread plays all CPUs while it loads; the spaces live as long as the machine.
-            unsafe { switch_mm(&self.on(*cpu), *cpu, Some(self.space(number))) };
+            // SAFETY: the spaces live as long as the machine, and do not move while it is used.
+            let next = unsafe { Pin::new_unchecked(self.space(number)) };
+            // SAFETY: one thread plays all CPUs while it loads.
+            unsafe { switch_mm(&self.on(*cpu), *cpu, Some(next)) };
         }
     }
 
@@ -153,7 +156,7 @@ fn disturbed(one: &[Access], other: &[Access]) -> Vec<(Access, Access)> {
 
 /// What CPU 0 does about a request of CPU 1.
 fn answer<B: CpuBits>(machine: &Machine<B>, kind: FlushKind<'_, B>) -> Vec<Access> {
-    let request = FlushRequest { kind, tables: FreedTables::No, initiator: CPU[1] };
+    let request = FlushRequest::made(kind, FreedTables::No, CPU[1]);
     // SAFETY: this thread plays CPU 0.
     record(|| unsafe { flush_tlb_func(&machine.on(CPU[0]), CPU[0], &request) })
 }

@@ -2,15 +2,16 @@
 #![expect(unsafe_code, reason = "the one place of this crate with privileged instructions")]
 
 use core::arch::asm;
+use core::fmt;
 
 use x86_64::instructions::tlb::Pcid;
-use x86_64::registers::control::Cr3;
+use x86_64::registers::control::{Cr3, Cr4, Cr4Flags};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::cpu_state::CpuTlb;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
 use crate::flush::{FlushRequest, FreedTables, PageSpan};
-use crate::generation::{CtxId, TlbGen};
+use crate::generation::{CtxId, MmContext, TlbGen};
 use crate::shootdown::SINGLE_PAGE_FLUSH_CEILING;
 
 /// Whether CR4.PCIDE is set on every CPU.
@@ -159,6 +160,10 @@ pub unsafe trait Cpus {
     /// `root` maps the code and data of the kernel as the present one does, and stays a table while it is loaded.
     /// `Keep` only with PCIDs on, and only if nothing stale is cached under `pcid`.
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
+        debug_assert!(
+            self.pcid_support() == PcidSupport::Off || Cr4::read().contains(Cr4Flags::PCID),
+            "T6: pcid_support says On, and CR4.PCIDE is clear on this CPU: nothing keeps address spaces apart"
+        );
         match cached {
             CachedTranslations::Flush => {
                 // SAFETY: the caller answers for `root`; without PCIDs the number is 0 and the bits are ignored flags.
@@ -176,11 +181,56 @@ pub unsafe trait Cpus {
     /// Linux: mmu_notifier_arch_invalidate_secondary_tlbs.
     fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}
 
+    /// A flush was answered for, and a CPU has not made it: rule T2 is broken, and what is freed next that CPU may still use.
+    /// Debug builds of this crate look after every shootdown; release builds do not.
+    ///
+    /// # Panics
+    /// Unless overridden, with all that is known.
+    fn answered_early(&self, early: &EarlyAnswer) {
+        panic!("{early}");
+    }
+
     /// Counts an event. Not called per page.
     ///
     /// Called for requests that find nothing to do, too: count on lines of this CPU's own, or every flush writes what all
     /// CPUs write.
     fn observe(&self, _event: TlbEvent) {}
+}
+
+/// A CPU that was to flush, was answered for, and has not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EarlyAnswer {
+    /// It.
+    pub cpu: CpuId,
+    /// Who asked, and waited; the same, if `meanwhile` was not called.
+    pub initiator: CpuId,
+    /// What it has loaded.
+    pub ctx_id: CtxId,
+    /// The generation of that it has reached.
+    pub reached: TlbGen,
+    /// The generation that was asked for.
+    pub asked: TlbGen,
+}
+
+impl fmt::Display for EarlyAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (reached, asked) = (self.reached.get(), self.asked.get());
+        write!(
+            f,
+            "T2: {} runs context {} and is at generation {reached} of it, though a flush up to {asked} was answered for. ",
+            self.cpu,
+            self.ctx_id.get(),
+        )?;
+        if self.cpu == self.initiator {
+            f.write_str("flush_others has not called `meanwhile`, or two CPUs share one CpuTlb")
+        } else {
+            f.write_str(
+                "Either flush_others returned, or the target acknowledged, before flush_tlb_func had run there; or the \
+                 handler named another CPU; or two CPUs share one CpuTlb",
+            )
+        }
+    }
 }
 
 /// The receipt of a completed flush.
@@ -201,6 +251,13 @@ impl Flushed {
 
     pub(crate) const fn of_batch() -> Self {
         Self { scope: None }
+    }
+
+    /// Whether this is the receipt of a flush of `mm`. That of another address space, or of a batch over several, proves
+    /// nothing about it.
+    #[must_use]
+    pub fn is_of<B: CpuBits>(&self, mm: &MmContext<B>) -> bool {
+        self.scope.is_some_and(|(ctx_id, _)| ctx_id == mm.ctx_id())
     }
 
     /// The context and the generation it was flushed up to; `None` for a batch over several contexts.

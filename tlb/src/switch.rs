@@ -1,6 +1,8 @@
 //! Changing the address space in CR3, going lazy, and coming back.
 #![expect(unsafe_code, reason = "loads CR3")]
 
+use core::pin::Pin;
+
 use crate::cpu_state::{KERNEL_PCID, Laziness, LoadedMm, SlotIs};
 use crate::cpuset::CpuId;
 use crate::flush::flush_context;
@@ -17,14 +19,17 @@ use crate::sync::{Ordering, fence};
 /// A scheduler calls it with interrupts off. Takes no lock, allocates nothing.
 ///
 /// # Safety
-/// - runs on `cpu`, interrupts off;
-/// - `next` stays where it is, and its root stays a table, until this CPU has switched away from it (a lazy CPU has
-///   not): the embedder counts lazy users (Linux: mm_count), or frees the tables through a flush that reaches lazy CPUs.
+/// - runs on `cpu`, interrupts off, with `cpus` the machine that knows `cpu` by that number;
+/// - `next` lives, and its root stays a table, until this CPU has switched away from it (a lazy CPU has not): the embedder
+///   counts lazy users (Linux: mm_count), or frees the tables through a flush that reaches lazy CPUs. (That it stays where it
+///   is, its being pinned says.)
+/// - all contexts that CPUs of this machine load have their names from one [`CtxIds`](crate::CtxIds): a slot knows a context
+///   by its name alone.
 ///
 /// # Source
 /// Linux: switch_mm_irqs_off, arch/x86/mm/tlb.c.
 #[doc(alias = "switch_mm_irqs_off")]
-pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<&MmContext<C::Bits>>) {
+pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmContext<C::Bits>>>) {
     let state = cpus.cpu_state(cpu);
     let was = state.laziness();
     // S1, L1. ORDERING: before the fence after S3; before L2's fence in the same-mm case.
@@ -35,6 +40,7 @@ pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<&MmContext<C
         load_init(cpus, cpu);
         return;
     };
+    let next = next.get_ref();
     if state.has_loaded(next) {
         if was == Laziness::Lazy {
             catch_up(cpus, cpu, next);
@@ -125,6 +131,26 @@ pub unsafe fn leave_mm<C: Cpus>(cpus: &C, cpu: CpuId) {
     }
 }
 
+/// Takes a CPU out of service: from when this returns no flush waits for it, of freed tables neither.
+///
+/// It stays in cpumasks; nobody minds. Requests sent before must still be answered, or be taken as answered once
+/// [`CpuTlb::is_offline`](crate::CpuTlb::is_offline) says so.
+///
+/// # Safety
+/// - runs on `cpu`, interrupts off;
+/// - no user address is used on `cpu`, and nothing but the kernel's own address space is loaded there, before
+///   [`init_cpu`] has run.
+///
+/// # Source
+/// Linux: idle_task_exit, kernel/sched/core.c, and cpu_online_mask in smp_call_function_many_cond, kernel/smp.c.
+#[doc(alias = "idle_task_exit")]
+pub unsafe fn offline_cpu<C: Cpus>(cpus: &C, cpu: CpuId) {
+    // SAFETY: on this CPU, interrupts off.
+    unsafe { switch_mm(cpus, cpu, None) };
+    // ORDERING: release (in `set_loaded`), after CR3: who finds this CPU off may free the tables it walked before.
+    cpus.cpu_state(cpu).set_loaded(&LoadedMm::Offline);
+}
+
 /// Starts a CPU, or starts it again after it was off: no slot is believed, everything cached is dropped.
 ///
 /// # Safety
@@ -136,6 +162,8 @@ pub unsafe fn leave_mm<C: Cpus>(cpus: &C, cpu: CpuId) {
 pub unsafe fn init_cpu<C: Cpus>(cpus: &C, cpu: CpuId) {
     let state = cpus.cpu_state(cpu);
     state.set_laziness(Laziness::Active);
+    // A flusher that still found this CPU off need not ask it: what is cached from here on comes from tables as they are
+    // now, and `switch_mm` announces itself before it reads a generation.
     // SAFETY: the kernel's own root maps the kernel and is never freed. Translations under other PCIDs are harmless:
     // no slot names them any more, so their next use flushes first (T6).
     unsafe { cpus.load_cr3(cpus.init_root(), KERNEL_PCID, CachedTranslations::Flush) };

@@ -11,6 +11,7 @@
 #![cfg(mmu_loom)]
 #![expect(unsafe_code, reason = "plays the platform, which the engine takes on trust")]
 
+use core::pin::Pin;
 use std::sync::{Arc, Mutex as Plain};
 
 use loom::model::Builder;
@@ -75,8 +76,10 @@ impl Machine {
         });
         let there = Cpu { machine: &machine, here: CPU[2] };
         let off = there.interrupts_off();
-        // SAFETY: this thread is CPU 2, with interrupts off; the context lives in the machine.
-        unsafe { switch_mm(&there, CPU[2], Some(machine.mm.context())) };
+        // SAFETY: the context lives in the machine, which is in its `Arc`.
+        let mm = unsafe { Pin::new_unchecked(&machine.mm) }.pinned_context();
+        // SAFETY: this thread is CPU 2, with interrupts off.
+        unsafe { switch_mm(&there, CPU[2], Some(mm)) };
         machine.cached[2].store(true, Ordering::Relaxed);
         drop(off);
         machine

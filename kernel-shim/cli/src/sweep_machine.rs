@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "implements the engine's unsafe traits")]
 
 use core::cell::{Cell, RefCell};
+use core::pin::Pin;
 use core::ptr::NonNull;
 use core::time::Duration;
 
@@ -108,9 +109,10 @@ impl<'m, W: Watch> SweepMachine<'m, W> {
         let CpuMix { total, lazy } = self.conditions.cpus;
         for number in 0..total {
             let cpu = CpuId::new(number);
-            // SAFETY: this thread is each CPU, one after the other, and nothing interrupts it; `mm` is borrowed until every
-            // CPU has left it below, and nothing frees its root.
-            unsafe { switch_mm(self, cpu, Some(mm.context())) };
+            // SAFETY: `mm` is borrowed until every CPU has left it below.
+            let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
+            // SAFETY: this thread is each CPU, one after the other, and nothing interrupts it; nothing frees the root of `mm`.
+            unsafe { switch_mm(self, cpu, Some(next)) };
             if number >= total - lazy {
                 // SAFETY: as above; nobody uses user addresses here.
                 unsafe { enter_lazy_tlb(self, cpu) };
@@ -130,7 +132,9 @@ impl<'m, W: Watch> SweepMachine<'m, W> {
     pub(crate) fn munmap(&self, mm: &Mm<Bits>, limits: &Limits, areas: &[VirtRange]) {
         let vmas = areas.iter().map(|range| Vma { range: *range, kind: VmaKind::Normal, area: () });
         // SAFETY: this thread alone knows the space, and nothing is mapped in it but the areas.
-        unsafe { unmap_region(self, mm, limits, vmas, Bounds::whole(), || {}) }.free();
+        unsafe { unmap_region(self, mm, limits, vmas, Bounds::whole(), || {}) }
+            .expect("no area ends in the middle of a large leaf")
+            .free();
     }
 }
 

@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mmu_gather::pagetable::TableLock;
-use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, OnlineCpus, PcidSupport};
+use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, EarlyAnswer, OnlineCpus, PcidSupport};
 use mmu_kernel_shim::{Machine, Moment, Note, Seam};
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
@@ -399,6 +399,11 @@ unsafe impl Machine for HostedMachine {
             }
         }
         waits.store(false, Ordering::Relaxed);
+    }
+
+    /// With a fault planted the checker is to notice what comes of it, not the engine what the machine does.
+    fn answered_early(&self, early: &EarlyAnswer) {
+        assert!(self.options.fault != MachineFault::None, "{early}");
     }
 
     fn invlpg(&self, address: u64) {

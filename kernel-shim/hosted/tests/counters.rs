@@ -93,7 +93,8 @@ fn a_cpu_with_nothing_to_do_counts_that_for_itself() {
     let before = kernel.counters().of(CPU[0]).snapshot();
     stage.on_cpu(CPU[1], &|| {
         let kind = FlushKind::Mm { mm: mm.engine().context(), tlb_gen: TlbGen::START };
-        let request = FlushRequest { kind, tables: FreedTables::No, initiator: CPU[0] };
+        // SAFETY: the address space has reached the generation, and nothing changed before.
+        let request = unsafe { FlushRequest::new(kind, FreedTables::No, CPU[0]) };
         // SAFETY: on that CPU, and nothing interrupts it.
         unsafe { flush_tlb_func(kernel, CPU[1], &request) };
     });

@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "plays the CPUs, which the engine takes on trust")]
 
 use core::cell::{Cell, RefCell};
+use core::pin::Pin;
 use core::sync::atomic::AtomicU64;
 
 use mmu_gather::tlb::{
@@ -54,6 +55,12 @@ struct Rig {
     last_load: Cell<Option<(u64, u16, CachedTranslations)>>,
 }
 
+/// The context, which its rig does not move while it is used.
+fn pinned(context: &MmContext<Bits>) -> Pin<&MmContext<Bits>> {
+    // SAFETY: contexts are parts of what a test holds and lends out: nobody moves them meanwhile.
+    unsafe { Pin::new_unchecked(context) }
+}
+
 impl Rig {
     fn new(pcid: PcidSupport) -> Self {
         let ids = CtxIds::new();
@@ -88,7 +95,7 @@ impl Rig {
         self.here.set(here);
         match op {
             // SAFETY: one thread is all CPUs, and is `here` now; the contexts live as long as the rig.
-            Op::Run(space) => unsafe { switch_mm(self, here, Some(self.context(space))) },
+            Op::Run(space) => unsafe { switch_mm(self, here, Some(pinned(self.context(space)))) },
             // SAFETY: as above.
             Op::Stop => unsafe { switch_mm(self, here, None) },
             // SAFETY: as above.
@@ -366,7 +373,7 @@ fn the_slot_chosen_is_the_one_the_engine_chooses() {
         let (slot, stale, after) = choose_slot(&slots, next, Space::A, tlb_gen);
         rig.last_load.set(None);
         // SAFETY: as above.
-        unsafe { switch_mm(&rig, CpuId::new(0), Some(space)) };
+        unsafe { switch_mm(&rig, CpuId::new(0), Some(pinned(space))) };
         let cached = if stale { CachedTranslations::Flush } else { CachedTranslations::Keep };
         assert_eq!(rig.last_load.get(), Some((3 + index as u64, u16::from(slot) + 1, cached)));
         kept += u32::from(!stale);

@@ -56,7 +56,7 @@ impl<const CPUS: usize> Model<CPUS> {
                 let told = match concern(loaded, lazy, space) {
                     Concern::MustFlush => true,
                     Concern::Elsewhere => matches!(request.what, What::AllUpdated(_)),
-                    Concern::Lazy => false,
+                    Concern::Lazy | Concern::Offline => false,
                 };
                 let targets = if told { targets | lowest } else { targets };
                 let left = left & !lowest;

@@ -7,6 +7,7 @@
 //! initiator goes on: exactly what a real interrupt and its acknowledgement do, and no more.
 #![expect(unsafe_code, reason = "plays the CPUs, which the crate's entry points take on trust")]
 
+use core::pin::Pin;
 use std::sync::{Arc, Mutex as Plain};
 
 use loom::cell::UnsafeCell;
@@ -14,8 +15,8 @@ use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use mmu_tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushRequest, FreedTables, MmContext, PageSpan,
-    PcidSupport, UnmapBatch, enter_lazy_tlb, flush_tlb_func, flush_tlb_mm, flush_tlb_mm_range, leave_mm,
-    switch_mm,
+    PcidSupport, UnmapBatch, enter_lazy_tlb, flush_tlb_batched_pending, flush_tlb_func, flush_tlb_mm,
+    flush_tlb_mm_range, leave_mm, switch_mm,
 };
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
@@ -124,12 +125,14 @@ impl<'a> Cpu<'a> {
     }
 
     pub(crate) fn run(&self, mm: &'a MmContext<Bits>) {
-        // SAFETY: interrupts are off; the contexts live in the machine.
+        // SAFETY: the contexts live in the machine, which is in its `Arc`.
+        let mm = unsafe { Pin::new_unchecked(mm) };
+        // SAFETY: interrupts are off.
         self.with_interrupts_off(|| unsafe { switch_mm(self, self.here, Some(mm)) });
     }
 
     pub(crate) fn stop(&self) {
-        // SAFETY: as in `run`.
+        // SAFETY: interrupts are off.
         self.with_interrupts_off(|| unsafe { switch_mm(self, self.here, None) });
     }
 
@@ -252,11 +255,7 @@ impl Cpu<'_> {
 
     /// Makes up for reclaim's flushes, if some are seen to be outstanding.
     pub(crate) fn make_up_for_reclaim(&self) {
-        if let Some(deferred) = self.machine.mm.deferred_flushes() {
-            let receipt = flush_tlb_mm(self, &self.machine.mm);
-            // INVARIANT: the flush began after `deferred` was read.
-            self.machine.mm.deferred_flushes_done(deferred, &receipt);
-        }
+        flush_tlb_batched_pending(self, &self.machine.mm);
     }
 
     /// Whether this CPU could still use `page` without a walk.
