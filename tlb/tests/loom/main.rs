@@ -313,7 +313,7 @@ fn a_cpu_that_comes_back_during_the_flush_of_a_reclaim_batch_never_uses_the_free
 /// The same for a CPU that was never here: it joins the cpumask before the batch copies it, or
 /// walks after the clearing.
 ///
-/// 858 executions, 0.04 s; corrected: 9598, 0.8 s.
+/// 836 executions, 0.04 s; corrected: 9598, 0.8 s.
 /// Seen to fail with: an `add_mm` that copies the cpumask before it raises the generation.
 #[test]
 fn a_cpu_that_comes_for_the_first_time_while_a_page_is_reclaimed_never_uses_it_once_freed() {
