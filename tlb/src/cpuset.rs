@@ -132,7 +132,10 @@ impl<B: CpuBits> CpuSet<B> {
         let mut used = self.used.load(Ordering::Relaxed);
         for (number, theirs) in other.used_words() {
             let mine = &self.bits.words()[number as usize];
-            mine.store(mine.load(Ordering::Relaxed) | theirs.load(Ordering::Relaxed), Ordering::Relaxed);
+            // ORDERING: acquire, pairs with `clear`, as in `words_without`: reclaim frees pages without
+            // asking a CPU that it does not find here, and that CPU's last use of them must come first.
+            let theirs = theirs.load(Ordering::Acquire);
+            mine.store(mine.load(Ordering::Relaxed) | theirs, Ordering::Relaxed);
             used |= 1 << number;
         }
         self.used.store(used, Ordering::Relaxed);

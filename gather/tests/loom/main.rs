@@ -2,7 +2,11 @@
 //!
 //! ```text
 //! RUSTFLAGS="--cfg mmu_loom" cargo test -p mmu-gather --test loom --release
+//! tlb/tests/loom/run-corrected --package mmu-gather
 //! ```
+//!
+//! What loom tries, what the corrected loom of the second command adds, and what neither sees:
+//! `tlb/tests/loom/README.md`.
 //!
 //! CPUs 0 and 1 zap the same page, CPU 2 runs the program and has the page in its TLB. The entry is cleared under a lock,
 //! as under a table lock: one gather finds it, the other finds it none, has nothing of its own to flush, and must still not
@@ -233,8 +237,9 @@ impl Pages for Cpu<'_> {
     }
 }
 
-/// No bound; 82870 executions, 9 s. Seen to fail with: nested gathers ignored; the count lowered before the flush; the count
-/// lowered without release.
+/// 26081 executions, 1.3 s; corrected: with at most 6 preemptions 335713, 53 s.
+/// Seen to fail with: nested gathers ignored; the count lowered before the flush; the count lowered
+/// without release.
 #[test]
 fn whichever_of_two_gathers_returns_first_nobody_can_use_the_page_any_more() {
     let (executions, nested) = (Arc::new(Plain::new(0)), Arc::new(Plain::new(0)));

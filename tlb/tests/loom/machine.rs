@@ -61,6 +61,7 @@ fn frame(number: u64) -> PhysFrame {
 
 impl Machine {
     /// Both pages are mapped; no CPU has anything loaded.
+    #[expect(clippy::arc_with_non_send_sync, reason = "loom runs all threads of a story on one")]
     pub(crate) fn new(pcid: PcidSupport) -> Arc<Self> {
         let ids = CtxIds::new();
         Arc::new(Self {
@@ -227,6 +228,11 @@ impl Cpu<'_> {
         let span = PageSpan { start: 0, end: 2 << 20, stride_shift: 21 };
         let _flushed = flush_tlb_mm_range(self, &self.machine.mm, span, FreedTables::Yes);
         self.machine.freed_table.store(true, Ordering::Relaxed);
+    }
+
+    /// A whole flush, of nothing in particular.
+    pub(crate) fn flush_all(&self) {
+        let _flushed = flush_tlb_mm(self, &self.machine.mm);
     }
 
     /// Ends the address space, in which nothing is mapped any more, in the order of `exit_mmap`; its root is used for something
