@@ -71,7 +71,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let sink = |table: mmu_pagetable::UnhookedTable| {
             // An address of the range, so that freeing one page's table does not widen a one-page flush.
             let address = table.span().start().max(range.start());
-            self.remove_table(table, address);
+            self.queue_table(&table, address);
             kernel.cond_resched();
         };
         // SAFETY: the constructor's caller holds the map lock, and by this function's context nobody walks the range. The

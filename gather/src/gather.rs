@@ -13,7 +13,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::batch::{PageQueue, Room};
 use crate::limits::Limits;
-use crate::mm::Mm;
+use crate::mm::{Mm, OpenGather};
 use crate::platform::{GatherEvent, Platform};
 use crate::range::FlushRange;
 use crate::slot::Slot;
@@ -240,6 +240,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     pub fn remove_table(&mut self, table: UnhookedTable, address: u64) {
         assert!(table.root() == self.mm.space().root(), "G1: {table:?} belongs to another address space");
         assert!(table.span().contains(address), "G2: {address:#x} was not translated through {table:?}");
+        self.queue_table(&table, address);
+    }
+
+    /// As [`remove_table`](Self::remove_table), of a table of this address space that covers `address`.
+    #[inline]
+    pub(crate) fn queue_table(&mut self, table: &UnhookedTable, address: u64) {
         self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level()));
         self.state.range.unhooked(table.level(), address);
         match self.waiting.tables.push(self.kernel, &self.limits, table.frame()) {
@@ -475,7 +481,11 @@ impl<K: Platform> Drop for MmuGather<'_, K> {
         }
         // A visit that unwound owes a flush of entries that `range` does not know.
         self.note_deferred_flushes();
-        let receipt = self.finish_flush();
+        // Should the flush unwind: this is not run again.
+        let open = OpenGather::taken_over(self.mm);
+        self.flush_for_all_gathers();
+        open.close();
+        let receipt = if self.waiting.is_empty() { None } else { Some(self.take_receipt()) };
         self.waiting.finish(self.kernel, self.limits.free_chunk, receipt);
     }
 }

@@ -102,6 +102,11 @@ impl<'a, B: CpuBits> OpenGather<'a, B> {
         Self(mm)
     }
 
+    /// The count of a gather that is being dropped.
+    pub(crate) const fn taken_over(mm: &'a Mm<B>) -> Self {
+        Self(mm)
+    }
+
     /// INVARIANT: G6, the count goes down only after the flush.
     #[inline(always)]
     pub(crate) fn close(self) {

@@ -41,6 +41,19 @@ pub enum LineNotes {
     NotKept,
 }
 
+/// What the kernel makes of the engine's requests to flush, for tests of who notices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answers {
+    /// Every target flushes, then the request is answered for.
+    Honest,
+    /// The request is answered for at once; nobody flushes.
+    AtOnce,
+    /// The targets run the handler, which names the CPU that asked.
+    ForAnother,
+    /// The targets flush; this CPU's own part is never called.
+    WithoutMeanwhile,
+}
+
 /// What machine the kernel runs on.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -56,6 +69,8 @@ pub struct Options {
     pub flush_ceiling: u64,
     /// Whether used lines are noted.
     pub line_notes: LineNotes,
+    /// How requests to flush are answered.
+    pub answers: Answers,
 }
 
 impl Default for Options {
@@ -67,6 +82,7 @@ impl Default for Options {
             mode: PagingMode::FourLevel,
             flush_ceiling: SINGLE_PAGE_FLUSH_CEILING,
             line_notes: LineNotes::Kept,
+            answers: Answers::Honest,
         }
     }
 }

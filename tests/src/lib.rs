@@ -31,7 +31,7 @@ mod program;
 pub use check::Violation;
 pub use cpu::{Access, Fault, Translation};
 pub use gather::GatherOnPaper;
-pub use kernel::{Bits, LineNotes, Options, PaperKernel, PaperMm, Supply};
+pub use kernel::{Answers, Bits, LineNotes, Options, PaperKernel, PaperMm, Supply};
 pub use ledger::PageAccount;
 pub use log::{Event, Noted};
 pub use platform::Backing;

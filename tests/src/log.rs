@@ -51,6 +51,10 @@ pub enum Event {
         /// Which.
         to: CpuId,
     },
+    /// The CPU that asked does its own part, while the others do theirs.
+    Meanwhile,
+    /// A request has been answered for.
+    Answered,
     /// Somebody looks at the state of this CPU.
     StateRead(CpuId),
     /// The delayed rmap of a page was removed.

@@ -18,7 +18,7 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
-use crate::kernel::{Bits, LineNotes, PaperKernel, TablePage};
+use crate::kernel::{Answers, Bits, LineNotes, PaperKernel, TablePage};
 use crate::log::Event;
 
 /// What stands behind an area: this kernel's word for it, handed back by the engine with every page.
@@ -104,12 +104,21 @@ unsafe impl Cpus for PaperKernel {
         meanwhile: impl FnOnce(),
     ) {
         self.check_ipi_is_allowed();
+        let answers = self.options().answers;
+        if answers == Answers::AtOnce {
+            return meanwhile();
+        }
         for cpu in targets.iter() {
             self.note(Event::Ipi { to: cpu });
-            // SAFETY: `on` makes this thread that CPU.
-            self.on(cpu, || unsafe { flush_tlb_func(self, cpu, request) });
+            let named = if answers == Answers::ForAnother { self.here() } else { cpu };
+            // SAFETY: `on` makes this thread that CPU, unless a test wants to see who notices.
+            self.on(named, || unsafe { flush_tlb_func(self, named, request) });
         }
-        meanwhile();
+        if answers != Answers::WithoutMeanwhile {
+            self.note(Event::Meanwhile);
+            meanwhile();
+        }
+        self.note(Event::Answered);
     }
 
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {

@@ -153,3 +153,34 @@ fn one_address_spaces_end_leaves_the_others_alone() {
     assert!(kernel.state(CPU[1]).has_loaded(living.context()));
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Ok(frame));
 }
+
+/// Were the root freed while it is in CR3, the next walk would go through whatever the page is used for then.
+#[test]
+fn the_cpu_that_runs_the_exit_leaves_an_address_space_that_it_has_not_left_before() {
+    for nr_pages in [0, 3] {
+        let kernel = PaperKernel::new(Options::default());
+        let mm = kernel.new_mm();
+        let mut vmas = Vec::new();
+        if nr_pages > 0 {
+            kernel.map_range(mm, range(GIB, GIB + nr_pages * PAGE));
+            vmas.push(area(GIB, GIB + nr_pages * PAGE, Backing::Anonymous));
+        }
+        kernel.run(CPU[0], mm);
+        kernel.run(CPU[1], mm);
+        kernel.go_lazy(CPU[1]);
+        kernel.exit(mm, &Limits::DEFAULT, &vmas);
+        for cpu in &CPU[..2] {
+            assert!(!kernel.state(*cpu).has_loaded(mm.context()), "{cpu}");
+        }
+        assert!(!mm.context().may_be_loaded_somewhere(&kernel));
+    }
+}
+
+#[test]
+#[should_panic(expected = "torn down while a CPU runs programs in it")]
+fn an_exit_while_another_cpu_runs_programs_there_is_refused_in_every_build() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    kernel.run(CPU[1], mm);
+    kernel.exit(mm, &Limits::DEFAULT, &[]);
+}

@@ -116,3 +116,71 @@ fn a_run_is_never_cut_at_the_edge_of_a_batch_or_of_a_free_chunk() {
         }
     }
 }
+
+/// Seven pages fill the slots on the stack: a batch page is for the eighth.
+#[test]
+fn a_batch_page_is_taken_only_when_there_is_something_to_put_there() {
+    for (nr_pages, taken) in [(2, 0), (6, 0), (7, 0), (8, 1), (516, 1), (517, 2)] {
+        for area_of in [nr_pages, 3] {
+            let kernel = PaperKernel::new(Options::default());
+            let mm = kernel.new_mm();
+            kernel.map_range(mm, range(GIB, GIB + nr_pages * 4096));
+            let vmas: Vec<_> = (0..nr_pages)
+                .step_by(usize::try_from(area_of).expect("small"))
+                .map(|first| {
+                    let end = (first + area_of).min(nr_pages);
+                    area(GIB + first * 4096, GIB + end * 4096, Backing::Anonymous)
+                })
+                .collect();
+            let mut gather = kernel.gather(mm);
+            gather.unmap_vmas(vmas, range(GIB, 2 * GIB)).expect("no leaf is cut");
+            drop(gather);
+            let taken_here = kernel.count(|event| *event == Event::Gather(GatherEvent::BatchTaken));
+            assert_eq!(taken_here, taken, "{nr_pages} pages, {area_of} an area");
+            assert_eq!(forced_flushes(&kernel), 0);
+            assert_eq!(kernel.ledger().nr_held(), 0);
+        }
+    }
+}
+
+/// What a visit leaves full takes pages queued by hand, too, and loses none.
+#[test]
+fn pages_queued_after_a_visit_that_used_the_last_slot_find_room() {
+    for nr_pages in [7, 516] {
+        for batches in [Supply::Unlimited, Supply::Left(1), Supply::Left(0)] {
+            let kernel = PaperKernel::new(Options::default());
+            let mm = kernel.new_mm();
+            kernel.supply_batches(batches);
+            let vma = area(GIB, GIB + nr_pages * 4096, Backing::Anonymous);
+            kernel.map_range(mm, vma.range);
+            let mut gather = kernel.gather(mm);
+            gather.unmap_vmas([vma], vma.range).expect("no leaf is cut");
+            let frame = kernel.ledger().new_page(4096);
+            for _ in 0..3 {
+                kernel.ledger().add_reference(frame);
+            }
+            gather.queue_run(frame, 1, range(2 * GIB, 2 * GIB + 4096));
+            gather.queue_page(frame, range(2 * GIB, 2 * GIB + 4096), Level::Pte);
+            gather.queue_run(frame, 1, range(2 * GIB, 2 * GIB + 4096));
+            gather.flush().free();
+            assert_eq!(kernel.ledger().nr_held(), 0, "{nr_pages} pages");
+        }
+    }
+}
+
+/// Memory may be back a moment later: one refusal is not for ever.
+#[test]
+fn a_batch_page_that_was_refused_is_asked_for_again() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    // Refused twice, then granted.
+    kernel.supply_batches(Supply::Pattern(!0b11));
+    let vma = area(GIB, GIB + 100 * 4096, Backing::Anonymous);
+    kernel.map_range(mm, vma.range);
+    let mut gather = kernel.gather(mm);
+    gather.unmap_vmas([vma], vma.range).expect("no leaf is cut");
+    drop(gather);
+    assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::BatchRefused)), 2);
+    assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::BatchTaken)), 1);
+    assert_eq!(forced_flushes(&kernel), 2, "each refusal forces one, and then there is room");
+}

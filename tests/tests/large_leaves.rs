@@ -2,7 +2,7 @@
 
 use mmu_gather::pagetable::{Bounds, EntryValue, Level, Marker, MigrationAccess, NonPresent};
 use mmu_gather::tlb::PageSpan;
-use mmu_gather::{Limits, SplitError};
+use mmu_gather::{CutLeaf, FlushedGather, Limits, SplitError, Vma, unmap_region, zap_page_range};
 use mmu_tests::{
     Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, Supply, area, range,
 };
@@ -286,4 +286,113 @@ fn many_large_pages_are_flushed_in_few_steps_or_all_at_once() {
     assert_eq!(kernel.count(|event| matches!(event, Event::Invlpg { .. })), 0, "40 are above the ceiling");
     let span = PageSpan { start: AT, end: AT + 40 * 2 * MIB, stride_shift: 21 };
     assert_eq!(span.nr_pages(), 40);
+}
+
+/// A driver's result where the leaf was not split before.
+#[expect(unsafe_code, reason = "one thread stands in for the map lock")]
+fn unmap_or_zap(kernel: &PaperKernel, vma: &Vma<Backing>, zap: bool) -> Result<(), CutLeaf> {
+    let (mm, limits) = (kernel.mm(0), &Limits::DEFAULT);
+    if zap {
+        // SAFETY: one thread.
+        unsafe { zap_page_range(kernel, mm, limits, vma, vma.range) }.map(FlushedGather::free)
+    } else {
+        // SAFETY: one thread.
+        unsafe { unmap_region(kernel, mm, limits, [*vma], Bounds::whole(), || {}) }.map(FlushedGather::free)
+    }
+}
+
+/// In every build: what is still mapped is never taken for unmapped.
+#[test]
+fn a_large_leaf_that_a_range_cuts_and_nobody_split_is_an_error_and_stays_mapped_with_its_tables() {
+    for level in [Level::Pmd, Level::Pud] {
+        let span = level.entry_span();
+        let cut = [
+            range(AT, AT + span / 2),
+            range(AT + span / 2, AT + span),
+            range(AT + PAGE, AT + 2 * PAGE),
+            range(AT - 8 * PAGE, AT + PAGE),
+            range(AT + span - PAGE, AT + span + 8 * PAGE),
+        ];
+        for (unmapped, zap) in cut.into_iter().flat_map(|range| [(range, false), (range, true)]) {
+            let kernel = kernel_with_large_page(level);
+            let mm = kernel.mm(0);
+            let leaf = kernel.lookup(mm, AT);
+            let small =
+                [AT - 2 * PAGE, AT + span + 2 * PAGE].into_iter().filter(|page| unmapped.contains(*page));
+            let small: Vec<u64> = small.collect();
+            for page in &small {
+                kernel.map(mm, *page, Level::Pte);
+            }
+            let vma = area(unmapped.start(), unmapped.end(), Backing::Anonymous);
+            let error = unmap_or_zap(&kernel, &vma, zap).expect_err("a leaf is cut");
+            assert_eq!((error.address, error.level), (AT, level), "{unmapped} {zap}");
+            assert!(error.to_string().contains("was not split before"), "{error}");
+            assert_eq!(kernel.lookup(mm, AT), leaf, "still mapped");
+            for page in small {
+                assert!(kernel.lookup(mm, page).value.is_none(), "all else is gone");
+            }
+            let all = area(AT - GIB, AT + 2 * GIB, Backing::Anonymous);
+            kernel.unmap(mm, &Limits::DEFAULT, &[all], Bounds::whole());
+            assert_eq!(kernel.ledger().nr_held(), 0);
+            assert_eq!(mm.open_gathers(), 0);
+        }
+    }
+}
+
+/// Two areas meet in the middle of a leaf that nobody split: at exit nobody is left to use either half.
+#[test]
+fn an_exit_takes_a_leaf_that_areas_cut_as_a_whole() {
+    for level in [Level::Pmd, Level::Pud] {
+        for first_page in [0, 1] {
+            let kernel = kernel_with_large_page(level);
+            let (start, end) = (AT + first_page * PAGE, AT + level.entry_span());
+            let middle = AT + level.entry_span() / 2;
+            let vmas = [
+                area(start, middle, Backing::Anonymous),
+                area(middle, end - first_page * PAGE, Backing::Anonymous),
+            ];
+            for cpu in kernel.cpu_ids() {
+                kernel.stop(cpu);
+            }
+            kernel.exit(kernel.mm(0), &Limits::DEFAULT, &vmas);
+            assert_eq!(kernel.ledger().nr_held(), 0);
+            assert_eq!(kernel.nr_tables(kernel.mm(0)), [0; 4]);
+        }
+    }
+}
+
+/// A program must not be able to execute what it could not before its large page was cut.
+#[test]
+fn splitting_keeps_every_right_and_every_bit_that_software_uses() {
+    let kept = PageTableFlags::NO_EXECUTE
+        | PageTableFlags::WRITE_THROUGH
+        | PageTableFlags::NO_CACHE
+        | PageTableFlags::GLOBAL
+        | PageTableFlags::BIT_9
+        | PageTableFlags::BIT_10
+        | PageTableFlags::BIT_11
+        | PageTableFlags::BIT_52
+        | PageTableFlags::BIT_58;
+    // Protection key 9, in bits 59 to 62.
+    let key = 9 << 59;
+    for level in [Level::Pmd, Level::Pud] {
+        for bits in [kept.bits() | key, 0] {
+            let kernel = kernel_with_large_page(level);
+            let mm = kernel.mm(0);
+            let view = kernel.find_table(mm, AT, level).expect("linked");
+            let entry = view.table().entry(level.index(AT));
+            let old = entry.load().bits() & !(kept.bits() | 0xf << 59) | bits;
+            // SAFETY: one thread; nobody uses the page meanwhile.
+            unsafe { entry.store(EntryValue::from_bits(old)) };
+            kernel.gather(mm).split(Backing::Anonymous, AT + PAGE).expect("memory");
+            for address in [AT, AT + PAGE, AT + 2 * MIB - PAGE] {
+                let small = kernel.lookup(mm, address).value.bits();
+                let rights = kept.bits()
+                    | 0xf << 59
+                    | PageTableFlags::WRITABLE.bits()
+                    | PageTableFlags::USER_ACCESSIBLE.bits();
+                assert_eq!(small & rights, old & rights, "{level:?} {address:#x}");
+            }
+        }
+    }
 }

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use mmu_gather::pagetable::{Bounds, Level, PagingMode, VirtRange};
 use mmu_gather::tlb::{OnlineCpus, PcidSupport};
 use mmu_gather::{Limits, Vma};
-use mmu_tests::{Access, Backing, CPU, GIB, LineNotes, MIB, Options, PaperKernel, Supply, TIB, area, range};
+use mmu_tests::{
+    Access, Answers, Backing, CPU, GIB, LineNotes, MIB, Options, PaperKernel, Supply, TIB, area, range,
+};
 use proptest::collection::vec;
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 use x86_64::structures::paging::PhysFrame;
@@ -219,6 +221,7 @@ fn machines() -> impl Strategy<Value = Options> {
         mode,
         flush_ceiling,
         line_notes,
+        answers: Answers::Honest,
     })
 }
 

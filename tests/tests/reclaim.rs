@@ -1,8 +1,10 @@
 //! One flush for pages taken from many address spaces, and those who notice that it is still to come.
 
-use mmu_gather::pagetable::Level;
+use mmu_gather::Limits;
+use mmu_gather::pagetable::{Bounds, Level};
 use mmu_gather::tlb::{TlbEvent, UnmapBatch, flush_tlb_batched_pending};
 use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, Options, PaperKernel, area, range};
+use x86_64::structures::paging::PhysFrame;
 
 const PAGE: u64 = 4096;
 
@@ -206,4 +208,64 @@ fn large_pages_look_for_deferred_flushes_too() {
     assert!(!mm.context().has_deferred_flushes());
     let _receipt = batch.flush(&kernel);
     kernel.release(frame, 1);
+}
+
+/// A large page at 2 GiB, in use on CPU 1, of which reclaim has just cleared the leaf; its flush is to come.
+fn large_leaf_reclaimed(level: Level) -> (PaperKernel, UnmapBatch<PaperKernel>, PhysFrame) {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    kernel.map(mm, 2 * GIB, level);
+    kernel.run(CPU[1], mm);
+    kernel.touch(CPU[1], 2 * GIB, Access::Write).expect("mapped");
+    let mut batch = UnmapBatch::new();
+    let frame = kernel.reclaim_at(&mut batch, mm, 2 * GIB, level);
+    (kernel, batch, frame)
+}
+
+/// CPU 1 cannot use the page any more; then reclaim flushes, and frees.
+fn assert_made_up_for(kernel: &PaperKernel, mut batch: UnmapBatch<PaperKernel>, frame: PhysFrame) {
+    assert_eq!(kernel.touch(CPU[1], 2 * GIB, Access::Write), Err(Fault::NotPresent));
+    let _receipt = batch.flush(kernel);
+    kernel.release(frame, 1);
+}
+
+/// Entries above the last level are read without their lock: whoever finds one empty takes it once, to see the note.
+#[test]
+fn reclaims_deferred_flush_of_a_large_leaf_is_made_up_for_by_whoever_finds_the_entry_empty() {
+    for level in [Level::Pmd, Level::Pud] {
+        let whole = range(2 * GIB, 2 * GIB + level.entry_span());
+        let part = range(2 * GIB, 2 * GIB + 4 * PAGE);
+        for discarded in [whole, part, range(GIB, 4 * GIB)] {
+            let (kernel, batch, frame) = large_leaf_reclaimed(level);
+            let vma = area(discarded.start(), discarded.end(), Backing::Anonymous);
+            kernel.zap(kernel.mm(0), &vma, discarded).free();
+            assert_made_up_for(&kernel, batch, frame);
+        }
+        let (kernel, batch, frame) = large_leaf_reclaimed(level);
+        let vma = area(whole.start(), whole.end(), Backing::Anonymous);
+        let tables_stay = Bounds::between(Some(whole.start()), Some(whole.end()));
+        kernel.unmap(kernel.mm(0), &Limits::DEFAULT, &[vma], tables_stay);
+        assert_made_up_for(&kernel, batch, frame);
+
+        let (kernel, batch, frame) = large_leaf_reclaimed(level);
+        let mut gather = kernel.gather(kernel.mm(0));
+        gather.move_pages(range(2 * GIB, 2 * GIB + (2 << 20)), 4 * GIB).expect("memory");
+        gather.flush().free();
+        assert_made_up_for(&kernel, batch, frame);
+    }
+}
+
+/// The line of a leaf that is gone may be forgotten by then: what is not noted is passed over without a look.
+#[test]
+fn a_deferred_flush_is_seen_where_the_used_line_was_forgotten_too() {
+    let (kernel, batch, frame) = large_leaf_reclaimed(Level::Pmd);
+    let mm = kernel.mm(0);
+    let pmd = kernel.find_table(mm, 2 * GIB, Level::Pmd).expect("linked");
+    let locked = pmd.lock(&kernel);
+    locked.forget_empty_lines(&(0..512));
+    assert!(locked.used_lines().is_empty());
+    drop(locked);
+    let vma = area(2 * GIB, 3 * GIB, Backing::Anonymous);
+    kernel.zap(mm, &vma, vma.range).free();
+    assert_made_up_for(&kernel, batch, frame);
 }

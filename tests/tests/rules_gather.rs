@@ -281,3 +281,115 @@ fn g7_the_work_between_two_preemption_points_is_bounded_whatever_the_range() {
         assert!(locks <= 2, "{locks} locks taken");
     }
 }
+
+/// One page goes a way of its own, without a gather; more pages, and none at all, go the long one.
+#[test]
+fn g6_holds_for_calls_of_any_size_short_way_or_long() {
+    for (nr_pages, unmap) in [(1, false), (2, false), (9, false), (1, true), (2, true), (9, true)] {
+        let kernel = PaperKernel::new(Options::default());
+        let mm = kernel.new_mm();
+        let vma = area(GIB, GIB + 16 * PAGE, Backing::Anonymous);
+        kernel.map_range(mm, vma.range);
+        for cpu in [CPU[1], CPU[2]] {
+            kernel.run(cpu, mm);
+            for page in 0..16 {
+                kernel.touch(cpu, GIB + page * PAGE, Access::Write).expect("mapped");
+            }
+        }
+        kernel.go_lazy(CPU[2]);
+        let mut first = kernel.gather(mm);
+        first.unmap_vmas([vma], range(GIB, GIB + nr_pages * PAGE)).expect("no leaf is cut");
+        let part = area(GIB, GIB + nr_pages * PAGE, Backing::Anonymous);
+        if unmap {
+            kernel.unmap(mm, &Limits::DEFAULT, &[part], Bounds::between(None, Some(part.range.end())));
+        } else {
+            kernel.zap(mm, &part, part.range).free();
+        }
+        for page in 0..nr_pages {
+            let found = kernel.touch(CPU[1], GIB + page * PAGE, Access::Write);
+            assert_eq!(found, Err(Fault::NotPresent), "{nr_pages} pages, page {page}");
+        }
+        assert!(!kernel.state(CPU[2]).has_loaded(mm.context()), "tables included: lazy CPUs were told");
+        assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::NestedFlush)), 1);
+        drop(first);
+    }
+}
+
+/// Linux "x86/mm/tlb: Unify flush_tlb_func_local() and flush_tlb_func_remote()" and the flushes made concurrent with it, 2021.
+#[test]
+fn the_initiator_flushes_while_the_others_do_and_not_after_they_have_answered() {
+    for nr_pages in [1, 5, 100] {
+        let kernel = PaperKernel::new(Options::default());
+        let mm = kernel.new_mm();
+        let vma = area(GIB, GIB + nr_pages * PAGE, Backing::Anonymous);
+        kernel.map_range(mm, vma.range);
+        for cpu in [CPU[0], CPU[1]] {
+            kernel.run(cpu, mm);
+            kernel.touch(cpu, GIB, Access::Write).expect("mapped");
+        }
+        kernel.take_events();
+        kernel.zap(mm, &vma, vma.range).free();
+        let events: Vec<Noted> = kernel.take_events();
+        let place = |pick: &dyn Fn(&Event) -> bool| events.iter().position(|noted| pick(&noted.event));
+        let own = place(&|event| match *event {
+            Event::Invlpg { cpu, .. } | Event::Cr3 { cpu, .. } => cpu == CPU[0],
+            _ => false,
+        });
+        let meanwhile = place(&|event| *event == Event::Meanwhile);
+        let answered = place(&|event| *event == Event::Answered);
+        assert!(meanwhile.is_some() && meanwhile < own && own < answered, "{nr_pages}: {events:?}");
+    }
+}
+
+/// Areas closer than a table's span are one walk: its parent is locked once, not once an area.
+#[test]
+fn areas_that_lie_close_together_are_taken_in_one_walk() {
+    let locks = |gap: u64| {
+        let kernel = PaperKernel::new(Options::default());
+        let mm = kernel.new_mm();
+        let vmas: Vec<_> = (0..20)
+            .map(|number| {
+                let start = GIB + number * gap;
+                kernel.map(mm, start, Level::Pte);
+                area(start, start + PAGE, Backing::Anonymous)
+            })
+            .collect();
+        let pmd = kernel.find_table(mm, GIB, Level::Pmd).expect("linked").frame();
+        let mut gather = kernel.gather(mm);
+        gather.unmap_vmas(vmas.iter().copied(), mm.space().user_range()).expect("no leaf is cut");
+        kernel.take_events();
+        gather.unhook_tables(vmas, Bounds::whole());
+        let locks = kernel.count(|event| *event == Event::LockAsked(pmd));
+        drop(gather);
+        assert_eq!(kernel.nr_tables(mm), [0; 4]);
+        locks
+    };
+    assert_eq!(locks(64 * 1024), 1, "within one table");
+    assert_eq!(locks(2 * MIB), 1, "20 tables, 32 at a time");
+    assert_eq!(locks(6 * MIB), 20, "too far apart");
+}
+
+/// The ceiling decides between INVLPGs and a whole flush, on every CPU, whatever it is.
+#[test]
+fn more_pages_than_the_ceiling_are_flushed_as_a_whole_and_no_more_than_it_one_by_one() {
+    for ceiling in [0, 1, 7, 33, 511] {
+        for nr_pages in [ceiling, ceiling + 1] {
+            if nr_pages == 0 {
+                continue;
+            }
+            let kernel = PaperKernel::new(Options { flush_ceiling: ceiling, ..Options::default() });
+            let mm = kernel.new_mm();
+            let vma = area(GIB, GIB + nr_pages * PAGE, Backing::Anonymous);
+            kernel.map_range(mm, vma.range);
+            for cpu in [CPU[0], CPU[1]] {
+                kernel.run(cpu, mm);
+            }
+            kernel.take_events();
+            kernel.zap(mm, &vma, vma.range).free();
+            let one_by_one = kernel.count(|event| matches!(event, Event::Invlpg { .. })) as u64;
+            let whole = kernel.count(|event| matches!(event, Event::Cr3 { .. }));
+            let expected = if nr_pages > ceiling { (0, 2) } else { (2 * nr_pages, 0) };
+            assert_eq!((one_by_one, whole), expected, "{nr_pages} pages, ceiling {ceiling}");
+        }
+    }
+}

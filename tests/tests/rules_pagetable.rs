@@ -192,3 +192,34 @@ fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_
     kernel.unmap(mm, &Limits::DEFAULT, &[vma, large], Bounds::whole());
     assert_eq!(kernel.nr_tables(mm), [0; 4]);
 }
+
+/// A kernel that maps by means of its own, past the notes: what it maps would be passed over, and lost with its table.
+#[cfg(debug_assertions)]
+#[test]
+fn entries_written_past_the_notes_of_used_lines_are_named_by_a_debug_build() {
+    use core::panic::AssertUnwindSafe;
+    use std::panic::catch_unwind;
+    // In the last level, and above it.
+    for (level, exits) in [(Level::Pte, false), (Level::Pte, true), (Level::Pmd, false), (Level::Pmd, true)] {
+        let kernel = PaperKernel::new(Options::default());
+        let mm = kernel.new_mm();
+        let _table = kernel.map(mm, GIB, level);
+        let address = GIB + 100 * level.entry_span();
+        let frame = kernel.ledger().new_page(level.entry_span());
+        let table = kernel.find_table(mm, address, level).expect("linked");
+        let value = EntryValue::leaf(level, frame.start_address(), PageTableFlags::USER_ACCESSIBLE);
+        // SAFETY: the entry is empty, and no program runs.
+        unsafe { table.table().entry(level.index(address)).store(value) };
+        let vma = area(GIB, GIB + level.table_span(), Backing::Anonymous);
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            if exits {
+                kernel.exit(mm, &Limits::DEFAULT, &[vma]);
+            } else {
+                kernel.zap(mm, &vma, vma.range).free();
+            }
+        }));
+        let said = panic.expect_err("it must be named").downcast::<String>().expect("a text");
+        assert!(said.starts_with("P4: ") && said.contains("TableMemory::used_lines"), "{said}");
+        kernel.take_violations();
+    }
+}
