@@ -1,12 +1,9 @@
 //! Moving mapped pages to other addresses: what mremap and the exec stack move need.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use core::mem;
-
 use mmu_pagetable::{Decoded, Level, MapError, TableView, VirtRange};
 
 use crate::gather::MmuGather;
-use crate::mm::OwesFlush;
 use crate::platform::{GatherEvent, Platform};
 
 impl<K: Platform> MmuGather<'_, K> {
@@ -131,7 +128,6 @@ impl<K: Platform> MmuGather<'_, K> {
         let old_locked = old_table.lock(kernel);
         let new_locked = (new_table.frame() != old_table.frame()).then(|| new_table.lock(kernel));
         self.note_deferred_flushes();
-        let owes_flush = OwesFlush(mm.context());
         let mut leaves = 0;
         for page in old_table.used_parts(kernel, stretch).addresses() {
             let entry = old_locked.entry(page);
@@ -161,7 +157,6 @@ impl<K: Platform> MmuGather<'_, K> {
             kernel.observe_gather(GatherEvent::DirtyFlush);
             self.flush_tlb_only();
         }
-        mem::forget(owes_flush);
         drop(new_locked);
         drop(old_locked);
         kernel.observe_gather(GatherEvent::LockDropped { leaves });

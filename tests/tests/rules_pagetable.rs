@@ -199,18 +199,20 @@ fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_
 fn entries_written_past_the_notes_of_used_lines_are_named_by_a_debug_build() {
     use core::panic::AssertUnwindSafe;
     use std::panic::catch_unwind;
-    // In the last level, and above it.
-    for (level, exits) in [(Level::Pte, false), (Level::Pte, true), (Level::Pmd, false), (Level::Pmd, true)] {
+    // In the last level, and above it, beside a leaf or beside a table, where its table's lock is taken or not.
+    let cases = [(Level::Pte, Level::Pte), (Level::Pmd, Level::Pmd), (Level::Pmd, Level::Pte)];
+    for ((level, beside), exits) in cases.into_iter().flat_map(|case| [(case, false), (case, true)]) {
         let kernel = PaperKernel::new(Options::default());
         let mm = kernel.new_mm();
-        let _table = kernel.map(mm, GIB, level);
+        let _table = kernel.map(mm, GIB, beside);
         let address = GIB + 100 * level.entry_span();
         let frame = kernel.ledger().new_page(level.entry_span());
         let table = kernel.find_table(mm, address, level).expect("linked");
         let value = EntryValue::leaf(level, frame.start_address(), PageTableFlags::USER_ACCESSIBLE);
         // SAFETY: the entry is empty, and no program runs.
         unsafe { table.table().entry(level.index(address)).store(value) };
-        let vma = area(GIB, GIB + level.table_span(), Backing::Anonymous);
+        let start = if beside == level { GIB } else { GIB + level.entry_span() };
+        let vma = area(start, GIB + level.table_span(), Backing::Anonymous);
         let panic = catch_unwind(AssertUnwindSafe(|| {
             if exits {
                 kernel.exit(mm, &Limits::DEFAULT, &[vma]);
