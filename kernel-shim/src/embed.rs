@@ -1,6 +1,6 @@
 //! The engine's three traits, implemented for this kernel: the part to copy from.
 //!
-//! Twenty-five methods, most of them a line or two; eight pass a question on to the machine. Nothing else in this crate is known
+//! Twenty-six methods, most of them a line or two; nine pass a question on to the machine. Nothing else in this crate is known
 //! to the engine.
 #![expect(unsafe_code, reason = "the engine believes the implementor about memory and CPUs")]
 
@@ -9,8 +9,8 @@ use core::sync::atomic::Ordering;
 
 use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, PcidSupport, TlbEvent,
-    flush_tlb_func,
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, FlushRequest, OnlineCpus, PageSpan, PcidSupport,
+    TlbEvent, flush_tlb_func,
 };
 use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, GatherEvent, Pages, UnmappedLeaf, Vma, VmaKind};
 use x86_64::instructions::tlb::Pcid;
@@ -154,6 +154,10 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         // SAFETY: passed on to our caller.
         unsafe { self.machine.load_cr3(root, pcid, cached) };
+    }
+
+    fn invalidate_secondary(&self, ctx_id: CtxId, span: Option<PageSpan>) {
+        self.machine.invalidate_secondary(ctx_id, span);
     }
 
     fn observe(&self, event: TlbEvent) {

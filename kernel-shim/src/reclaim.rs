@@ -128,7 +128,7 @@ impl<M: Machine> Kernel<M> {
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.unmap_counted(frame);
             let context = mm.engine.context();
-            batch.add_mm(context);
+            batch.add_mm(self, context);
             // The batch raises the generation; whom to tell comes later, for all of it.
             let span = PageSpan { start: address, end: address + 4096, stride_shift: 12 };
             let (ctx_id, tlb_gen) = (context.ctx_id(), context.tlb_gen());

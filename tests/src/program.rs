@@ -340,7 +340,7 @@ impl PaperKernel {
         let view = self.find_table(mm, address, Level::Pte).expect("a mapped page");
         let locked = view.lock(self);
         let old = locked.entry(address).get_and_clear();
-        batch.add_mm(mm.context());
+        batch.add_mm(self, mm.context());
         drop(locked);
         let frame = PhysFrame::containing_address(old.leaf_address(Level::Pte));
         self.ledger().remove_rmap(frame);
