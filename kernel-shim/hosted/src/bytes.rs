@@ -22,10 +22,10 @@ use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
 use mmu_kernel_shim::{Supply, UserAccess};
 
-use crate::features::InvlpgUppers;
+use crate::features::{InvlpgUppers, SettingDirty};
 use crate::generate::PLACES;
 use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-use crate::options::Adversary;
+use crate::options::{Adversary, Device};
 use crate::sequence::Sequence;
 
 /// Bytes of the header.
@@ -62,6 +62,8 @@ impl Sequence {
             pcid: if flags & 1 == 0 { PcidSupport::On } else { PcidSupport::Off },
             uppers: if flags & 2 == 0 { InvlpgUppers::All } else { InvlpgUppers::LeadingToAddress },
             adversary: if flags & 4 == 0 { Adversary::Keeper } else { Adversary::Forgetter },
+            dirty: if flags & 8 == 0 { SettingDirty::Checked } else { SettingDirty::Unchecked },
+            device: if flags & 16 == 0 { Device::Absent } else { Device::Present },
             steps: steps.as_chunks().0.iter().take(MOST_STEPS).map(step).collect(),
         }
     }
@@ -74,6 +76,8 @@ impl Sequence {
         flags |= u8::from(self.pcid == PcidSupport::Off);
         flags |= u8::from(self.uppers == InvlpgUppers::LeadingToAddress) << 1;
         flags |= u8::from(self.adversary == Adversary::Forgetter) << 2;
+        flags |= u8::from(self.dirty == SettingDirty::Unchecked) << 3;
+        flags |= u8::from(self.device == Device::Present) << 4;
         let mut bytes = vec![low(u64::from(self.nr_cpus.clamp(1, MOST_CPUS) - 1)), flags];
         bytes.extend(self.seed.to_le_bytes());
         for step in self.steps.iter().take(MOST_STEPS) {

@@ -19,7 +19,7 @@ use crate::boundary::Boundaries;
 use crate::checker::{Found, Violation, ViolationKind};
 use crate::machine::{HostedMachine, lock};
 use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-use crate::options::{MachineFault, Options, Telling};
+use crate::options::{Device, MachineFault, Options, Telling};
 use crate::program::{HostedKernel, touch};
 use crate::schedule::{self, Schedule};
 use crate::sequence::Sequence;
@@ -141,7 +141,11 @@ impl World {
         for number in 0..machine.nr_cpus() {
             machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
         }
-        let process = || kernel.new_mm().map(Process::new).map(Mutex::new).map_err(short);
+        let process = || -> std::io::Result<_> {
+            let mm = kernel.new_mm().map_err(short)?;
+            share_with_device(&machine, &mm);
+            Ok(Mutex::new(Process::new(mm)))
+        };
         let processes = [process()?, process()?, process()?];
         let steps = sequence.steps.clone();
         Ok(Arc::new(Self {
@@ -394,6 +398,7 @@ impl World {
 
     /// The process leaves, and another takes its place.
     fn replace(&self, cpu: CpuId, mm: MmId, new: Arc<Mm<Arc<HostedMachine>>>) {
+        share_with_device(self.machine(), &new);
         let old = core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), Process::new(new));
         old.is_dying.store(true, Ordering::Relaxed);
         loop {
@@ -465,6 +470,13 @@ impl World {
 impl Process {
     fn new(mm: Arc<Mm<Arc<HostedMachine>>>) -> Arc<Self> {
         Arc::new(Self { mm, users: AtomicU32::new(0), is_dying: AtomicBool::new(false) })
+    }
+}
+
+/// Lets the device use the address space, if there is one and the seed says so.
+fn share_with_device(machine: &HostedMachine, mm: &Mm<Arc<HostedMachine>>) {
+    if machine.options().device == Device::Present && machine.choices().one_in(2) {
+        machine.attach_device(mm.engine().context().ctx_id(), mm.root());
     }
 }
 

@@ -15,10 +15,10 @@ use mmu_gather::tlb::PcidSupport;
 use mmu_kernel_shim::{Supply, UserAccess};
 
 use crate::bytes::MOST_TOUCHED;
-use crate::features::InvlpgUppers;
+use crate::features::{InvlpgUppers, SettingDirty};
 use crate::memory::index;
 use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-use crate::options::Adversary;
+use crate::options::{Adversary, Device};
 use crate::random::Choices;
 use crate::sequence::Sequence;
 
@@ -71,6 +71,8 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
         pcid: if choices.one_in(4) { PcidSupport::Off } else { PcidSupport::On },
         uppers: if choices.one_in(3) { InvlpgUppers::LeadingToAddress } else { InvlpgUppers::All },
         adversary: if choices.one_in(8) { Adversary::Forgetter } else { Adversary::Keeper },
+        dirty: if choices.one_in(2) { SettingDirty::Unchecked } else { SettingDirty::Checked },
+        device: if choices.one_in(4) { Device::Present } else { Device::Absent },
         steps,
     }
 }
