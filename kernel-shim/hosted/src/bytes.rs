@@ -16,7 +16,8 @@
 //! Most values of a page lead to one of a few places where tables begin and end, for steps must meet to matter; the others are
 //! the page itself, so that addresses of real programs can be said.
 //!
-//! A byte that is no number of an operation means the one it meant when there were 17: saved bytes keep their meaning.
+//! A byte that is no number of an operation means the one it meant when there were 17, and so with backings, of
+//! which there were 6: saved bytes keep their meaning.
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
@@ -199,12 +200,22 @@ fn range(first: u64, pages: u64) -> VirtRange {
     VirtRange::new(first << 12, end << 12).unwrap_or_else(|_| VirtRange::of_entry(Level::Pte, first << 12))
 }
 
-const BACKINGS: [Backing; 6] =
-    [Backing::Anon, Backing::Huge, Backing::Private, Backing::Shared, Backing::Pfn, Backing::Stack];
+const BACKINGS: [Backing; 7] = [
+    Backing::Anon,
+    Backing::Huge,
+    Backing::Private,
+    Backing::Shared,
+    Backing::Pfn,
+    Backing::Stack,
+    Backing::Clean,
+];
+/// Backings there were at first: other numbers keep the meaning that they had then.
+const FIRST_BACKINGS: usize = 6;
 const RIGHTS: [Rights; 3] = [Rights::Write, Rights::Read, Rights::None];
 
 fn backing(what: u8) -> Backing {
-    BACKINGS[usize::from(what & 0xf) % BACKINGS.len()]
+    let number = usize::from(what & 0xf);
+    BACKINGS.get(number).copied().unwrap_or(BACKINGS[number % FIRST_BACKINGS])
 }
 
 fn backing_bits(backing: Backing) -> u8 {

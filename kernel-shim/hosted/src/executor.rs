@@ -253,11 +253,16 @@ impl World {
             Op::Map(mm, range, backing, rights) => {
                 self.using(mm, |mm| {
                     let mapped = kernel.mmap(mm, Vma { range, area: area(backing, rights) });
-                    if backing == Backing::Huge
+                    let content = match backing {
+                        Backing::Huge => Some(PageContent::AnonBlock),
+                        Backing::Clean => Some(PageContent::CleanBlock),
+                        _ => None,
+                    };
+                    if let Some(content) = content
                         && mapped.is_ok()
                         && let Some(blocks) = whole_blocks(range)
                     {
-                        let _short = kernel.populate(mm, blocks, PageContent::AnonBlock);
+                        let _short = kernel.populate(mm, blocks, content);
                     }
                 });
             }
@@ -499,7 +504,7 @@ const fn protection(rights: Rights) -> Protection {
 
 const fn area(backing: Backing, rights: Rights) -> Area {
     let kind = match backing {
-        Backing::Anon | Backing::Huge | Backing::Stack => AreaKind::Anon,
+        Backing::Anon | Backing::Huge | Backing::Clean | Backing::Stack => AreaKind::Anon,
         Backing::Private => AreaKind::FilePrivate(1),
         Backing::Shared => AreaKind::FileShared(2),
         Backing::Pfn => AreaKind::Pfn,

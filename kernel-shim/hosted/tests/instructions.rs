@@ -14,12 +14,15 @@ use core::ptr;
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 
-use mmu_gather::pagetable::{EntryValue, Level, TableLock, TableMemory, VirtRange};
+use mmu_gather::pagetable::{EntryValue, Level, TableLock, TableMemory, TableView, VirtRange};
 use mmu_gather::tlb::CpuId;
 use mmu_gather::{Fate, MmuGather, Vma as EngineVma, VmaKind};
 use mmu_hosted::features::{Features, SettingDirty};
 use mmu_hosted::{GiveWay, HostedKernel, HostedMachine, HostedStage, Options, touch};
-use mmu_kernel_shim::{Area, AreaKind, Config, EngineArea, Machine, Mm, Protection, Stage, UserAccess, Vma};
+use mmu_kernel_shim::{
+    Area, AreaKind, Config, EngineArea, FrameKind, Machine, Mm, PageContent, Protection, Stage, UserAccess,
+    Vma,
+};
 use x86_64::registers::rflags::RFlags;
 use x86_64::structures::paging::PageTableFlags;
 
@@ -145,7 +148,6 @@ fn call_with_write_at(
     dirty: SettingDirty,
     call: fn(&HostedKernel, &Space, &mut Gather<'_>),
 ) -> Run {
-    take_signals();
     let base = Options::new(2, 1024, 1);
     let options = Options { features: Features { dirty, ..base.features }, ..base };
     let stage =
@@ -177,28 +179,41 @@ fn call_with_write_at(
         .into_iter()
         .find(|frame| view.load(PAGE).leaf_address(Level::Pte) == frame.start_address());
     let frame = frame.expect("a page of a file");
+    let (was_reached, wrote) = step_through(kernel, &view, write_at, || call(kernel, &mm, &mut gather));
+    gather.flush().free();
+    check(kernel);
+    Run { was_reached, wrote, is_dirty: kernel.frames().meta(frame).is_dirty() }
+}
+
+/// Runs `call`; before its instruction `write_at` under the lock of `view` the program writes to [`PAGE`], whose entry is in that
+/// table. Whether there were so many, and whether it wrote.
+fn step_through(
+    kernel: &HostedKernel,
+    view: &TableView<'_>,
+    write_at: u32,
+    call: impl FnOnce(),
+) -> (bool, bool) {
+    take_signals();
     let entry = kernel.machine().frame_to_pointer(view.frame()).cast::<AtomicU64>();
     let probe = Probe {
         machine: ptr::from_ref(&**kernel.machine()),
         lock: ptr::from_ref(kernel.table_lock(view.frame())),
-        entry: entry.wrapping_add(Level::Pte.index(PAGE)),
+        entry: entry.wrapping_add(view.level().index(PAGE)),
         write_at,
         steps: Cell::new(0),
         wrote: Cell::new(false),
     };
     set_protection(probe.entry, libc::PROT_NONE);
     PROBE.set(&raw const probe);
-    call(kernel, &mm, &mut gather);
+    call();
     PROBE.set(ptr::null());
     unprotect(probe.entry);
-    gather.flush().free();
+    (probe.steps.get() > write_at, probe.wrote.get())
+}
+
+fn check(kernel: &HostedKernel) {
     let found = kernel.machine().violations();
     assert_eq!(found.count, 0, "{}", found.told[0]);
-    Run {
-        was_reached: probe.steps.get() > write_at,
-        wrote: probe.wrote.get(),
-        is_dirty: kernel.frames().meta(frame).is_dirty(),
-    }
 }
 
 /// No write is lost, at whatever instruction it comes; and there are some.
@@ -273,4 +288,43 @@ fn a_cpu_with_shadow_stacks_does_not_write_to_a_page_that_has_lost_its_rights() 
             }
         }
     }
+}
+
+/// Whether there were so many instructions; whether the program wrote to a large page before `write_at` of reclaim, which found it
+/// clean; and whether the page is still there.
+fn reclaim_with_write_at(write_at: u32) -> (bool, bool, bool) {
+    let machine = HostedMachine::new(Options::new(2, 4096, 1)).expect("memory");
+    let stage = HostedStage::boot(machine, Config::default()).expect("frames");
+    let kernel = stage.kernel();
+    let mm = kernel.new_mm().expect("frames");
+    let block = pages(512);
+    kernel.mmap(&mm, Vma { range: block, area: Area::anon() }).expect("nothing is there");
+    kernel.populate(&mm, block, PageContent::CleanBlock).expect("frames");
+    stage.on_cpu(PROGRAM, &|| {
+        kernel.switch_to(Some(&mm));
+        touch(kernel, &mm, PAGE, UserAccess::Read);
+    });
+    // SAFETY: as in `call_with_write_at`.
+    let view = unsafe { mm.engine().space().find_table(kernel, PAGE, Level::Pmd) }.expect("it is mapped");
+    let (was_reached, wrote) = step_through(kernel, &view, write_at, || {
+        kernel.reclaim([(&*mm, block)]);
+    });
+    check(kernel);
+    let is_mapped = view.load(PAGE).is_present();
+    assert_eq!(kernel.frames().count(FrameKind::Block), u64::from(is_mapped));
+    (was_reached, wrote, is_mapped)
+}
+
+#[test]
+fn a_large_page_that_is_written_to_while_reclaim_takes_it_stays() {
+    let mut writes = 0;
+    for write_at in 0..MOST_STEPS {
+        let (was_reached, wrote, is_mapped) = reclaim_with_write_at(write_at);
+        if !was_reached {
+            break;
+        }
+        writes += u32::from(wrote);
+        assert!(is_mapped || !wrote, "a write is lost at instruction {write_at}");
+    }
+    assert!(writes > 0);
 }
