@@ -44,6 +44,8 @@ impl<M: Machine> Kernel<M> {
         *child.vmas.write() = copied.clone();
         // SAFETY: the parent's map lock is held for writing until the gather has flushed.
         let mut gather = unsafe { MmuGather::new(self, &parent.engine) }.with_limits(&self.config.limits);
+        // As in `mprotect`: of large pages that reclaim took no entry tells.
+        gather.note_deferred_flushes();
         let result = copied.iter().try_for_each(|vma| self.copy_area(&mut gather, parent, &child, vma));
         // The child does not run yet: no page that both have is written to before every CPU has flushed.
         let flushed = gather.flush();

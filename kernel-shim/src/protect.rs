@@ -23,6 +23,8 @@ impl<M: Machine> Kernel<M> {
         vmas.update(range, |area| area.protection = protection);
         // SAFETY: the map lock is held for writing until the gather is finished.
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+        // Reclaim may have taken a large page, too, whose entry leads nowhere now. It had the map lock: it clears nothing any more.
+        gather.note_deferred_flushes();
         for vma in vmas.iter() {
             if let Some(part) = vma.range.intersect(range) {
                 // SAFETY: the map lock is held for writing.
