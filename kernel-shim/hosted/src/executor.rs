@@ -133,7 +133,11 @@ impl World {
     pub(crate) fn with_pace(sequence: &Sequence, trial: Trial, pace: Pace) -> std::io::Result<Arc<Self>> {
         let Trial { fault, misbehaviour, telling } = trial;
         let most_work = MostWork::of(&LIMITS);
-        let options = Options { fault, telling, most_work, ..sequence.options() };
+        let mut options = Options { fault, telling, most_work, ..sequence.options() };
+        if matches!(pace, Pace::Serial(..)) {
+            // It writes when it likes: see `run_program`.
+            options.device = Device::Absent;
+        }
         let machine = Arc::new(HostedMachine::new(options)?);
         let config = Config { limits: LIMITS, misbehaviour, ..Config::default() };
         let short = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
@@ -217,8 +221,13 @@ impl World {
         if runs {
             machine.enter_user_mode();
             if machine.choices().one_in(8) {
+                // Where nothing but the steps may decide, none but theirs writes: what is clean decides what reclaim takes.
+                let access = match self.pace {
+                    Pace::Overlapping => UserAccess::Write,
+                    Pace::Serial(..) => UserAccess::Read,
+                };
                 // What faults is tried again another time.
-                let _ = machine.user_access(machine.hot_address(), UserAccess::Write);
+                let _ = machine.user_access(machine.hot_address(), access);
             }
         }
         schedule::wait();
