@@ -9,8 +9,8 @@ use core::sync::atomic::Ordering;
 
 use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, EarlyAnswer, FlushRequest, OnlineCpus, PcidSupport,
-    TlbEvent, flush_tlb_func,
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus, PageSpan,
+    PcidSupport, TlbEvent, flush_tlb_func,
 };
 use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, GatherEvent, Pages, UnmappedLeaf, Vma, VmaKind};
 use x86_64::instructions::tlb::Pcid;
@@ -158,6 +158,10 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
 
     fn answered_early(&self, early: &EarlyAnswer) {
         self.machine.answered_early(early);
+    }
+
+    fn invalidate_secondary(&self, ctx_id: CtxId, span: Option<PageSpan>) {
+        self.machine.invalidate_secondary(ctx_id, span);
     }
 
     fn observe(&self, event: TlbEvent) {

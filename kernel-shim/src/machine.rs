@@ -4,8 +4,8 @@
 use mmu_gather::GatherEvent;
 use mmu_gather::pagetable::{Level, TableLock, VirtRange};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuBits, CpuId, CpuSet, EarlyAnswer, Laziness, OnlineCpus, PcidSupport, Slot,
-    TlbEvent,
+    CachedTranslations, CpuBits, CpuId, CpuSet, CtxId, EarlyAnswer, Laziness, OnlineCpus, PageSpan,
+    PcidSupport, Slot, TlbEvent,
 };
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
@@ -66,6 +66,11 @@ pub unsafe trait Machine: Sync {
     /// # Safety
     /// As for [`Cpus::load_cr3`](mmu_gather::tlb::Cpus::load_cr3).
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations);
+
+    /// Secondary TLBs forget `span` of the context, or all of it, before this returns.
+    ///
+    /// May be called under a table lock: see [`Cpus::invalidate_secondary`](mmu_gather::tlb::Cpus::invalidate_secondary).
+    fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}
 
     /// Fills a new root table's upper half, so that the kernel stays mapped in it.
     fn prepare_root(&self, _root: PhysFrame) {}
@@ -276,6 +281,10 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         // SAFETY: passed on to our caller.
         unsafe { (**self).load_cr3(root, pcid, cached) };
+    }
+
+    fn invalidate_secondary(&self, ctx_id: CtxId, span: Option<PageSpan>) {
+        (**self).invalidate_secondary(ctx_id, span);
     }
 
     fn prepare_root(&self, root: PhysFrame) {

@@ -28,6 +28,8 @@ pub enum PageContent {
     Pfn,
     /// 2 MiB pages of the program's own; the stretch is made of whole ones.
     AnonBlock,
+    /// 2 MiB pages of the program's own that it has only read; the stretch is made of whole ones.
+    CleanBlock,
     /// 2 MiB pages of a file.
     FileBlock,
     /// The 2 MiB page of zeroes.
@@ -37,13 +39,14 @@ pub enum PageContent {
 }
 
 impl PageContent {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Anon,
         Self::File,
         Self::FileDirty,
         Self::Zero,
         Self::Pfn,
         Self::AnonBlock,
+        Self::CleanBlock,
         Self::FileBlock,
         Self::ZeroBlock,
         Self::Swap,
@@ -59,6 +62,7 @@ impl PageContent {
             Self::Zero => "zero",
             Self::Pfn => "pfn",
             Self::AnonBlock => "anon-block",
+            Self::CleanBlock => "clean-block",
             Self::FileBlock => "file-block",
             Self::ZeroBlock => "zero-block",
             Self::Swap => "swap",
@@ -73,7 +77,7 @@ impl PageContent {
 
     const fn level(self) -> Level {
         match self {
-            Self::AnonBlock | Self::FileBlock | Self::ZeroBlock => Level::Pmd,
+            Self::AnonBlock | Self::CleanBlock | Self::FileBlock | Self::ZeroBlock => Level::Pmd,
             _ => Level::Pte,
         }
     }
@@ -152,6 +156,7 @@ impl<M: Machine> Kernel<M> {
             PageContent::Zero => with(leaf(self.zero_page(), Protection::Read), used),
             PageContent::Pfn => with(leaf(self.zero_page(), area.protection), used),
             PageContent::AnonBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), written),
+            PageContent::CleanBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), used),
             PageContent::FileBlock => with(leaf_at(Level::Pmd, self.new_block()?, private), used),
             PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, Protection::Read), used),
             PageContent::Swap => {

@@ -4,7 +4,7 @@
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use mmu_gather::pagetable::{Decoded, Level, NonPresent, VirtRange};
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, NonPresent, VirtRange};
 use mmu_gather::tlb::{Cpus, PageSpan, TlbEvent, UnmapBatch};
 use x86_64::structures::paging::PhysFrame;
 
@@ -12,6 +12,7 @@ use crate::frame::FrameKind;
 use crate::kernel::Kernel;
 use crate::machine::{Machine, Note};
 use crate::mm::Mm;
+use crate::vma::Vma;
 
 /// When something that is asked for is refused, although there is memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,7 +68,10 @@ impl<M: Machine> Kernel<M> {
         self.table_supply.set(supply);
     }
 
-    /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many.
+    /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many pages of 4 KiB.
+    ///
+    /// A 2 MiB page that nobody has written to goes whole, and leaves no place in swap: what it holds is there again at the next
+    /// fault. One that was written to stays.
     ///
     /// The map locks are dropped before the flush, so other calls may come in between: they find entries cleared and not yet
     /// flushed, which is what [`deferred_flushes`](mmu_gather::tlb::MmContext::deferred_flushes) is for. The pages are freed
@@ -88,8 +92,13 @@ impl<M: Machine> Kernel<M> {
         }
         let flushed = batch.flush(self);
         debug_assert!(flushed.is_some() || frames.is_empty(), "G1: pages taken and nothing flushed");
-        self.drop_references(frames.iter().copied());
-        frames.len() as u64
+        let nr_pages = |frame: &PhysFrame| match self.frames.meta(*frame).kind() {
+            FrameKind::Block => Level::Pmd.entry_span() / 4096,
+            _ => 1,
+        };
+        let count = frames.iter().map(nr_pages).sum();
+        self.drop_references(frames);
+        count
     }
 
     fn unmap_to_swap(
@@ -100,17 +109,21 @@ impl<M: Machine> Kernel<M> {
         frames: &mut Vec<PhysFrame>,
     ) {
         let vmas = mm.vmas.read();
-        for address in (range.start()..range.end()).step_by(4096) {
+        let mut next = range.start();
+        while next < range.end() {
+            let address = next;
+            next += 4096;
             if address.is_multiple_of(Level::Pmd.entry_span()) {
                 // Rule G7: no more than one table at a time.
                 self.machine.cond_resched();
             }
             // Detached areas are being unmapped by somebody: not ours to look into.
-            if vmas.find(address).is_none() {
-                continue;
-            }
+            let Some(vma) = vmas.find(address) else { continue };
             // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
             let Some(view) = (unsafe { mm.engine.space().find_table(self, address, Level::Pte) }) else {
+                let block = VirtRange::of_entry(Level::Pmd, address);
+                frames.extend(self.discard_block(mm, vma, block, batch));
+                next = block.end();
                 continue;
             };
             let locked = view.lock(self);
@@ -128,13 +141,61 @@ impl<M: Machine> Kernel<M> {
             let _old = unsafe { entry.exchange(NonPresent::Swap { device: 0, slot }.encode()) };
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.unmap_counted(frame);
-            let context = mm.engine.context();
-            batch.add_mm(context);
-            // The batch raises the generation; whom to tell comes later, for all of it.
-            let span = PageSpan { start: address, end: address + 4096, stride_shift: 12 };
-            let (ctx_id, tlb_gen) = (context.ctx_id(), context.tlb_gen());
-            self.observe(TlbEvent::Raised { ctx_id, tlb_gen, span: Some(span) });
+            self.note_pending(mm, batch, VirtRange::of_entry(Level::Pte, address), Level::Pte);
             frames.push(frame);
         }
+    }
+
+    /// Drops the 2 MiB page that `block` is, if it is one that nobody has written to: its first frame, to be freed after the flush.
+    ///
+    /// # Source
+    /// Linux: unmap_huge_pmd_locked, `__discard_anon_folio_pmd_locked`, mm/huge_memory.c; there each flushes at once.
+    fn discard_block(
+        &self,
+        mm: &Mm<M>,
+        vma: &Vma,
+        block: VirtRange,
+        batch: &mut UnmapBatch<Self>,
+    ) -> Option<PhysFrame> {
+        const LEVEL: Level = Level::Pmd;
+        if !vma.range.covers(block) {
+            return None;
+        }
+        // SAFETY: as in `unmap_to_swap`.
+        let view = unsafe { mm.engine.space().find_table(self, block.start(), LEVEL) }?;
+        if view.load(block.start()).is_none() {
+            return None;
+        }
+        let locked = view.lock(self);
+        let entry = locked.entry(block.start());
+        let seen = entry.load();
+        let Decoded::Leaf(page) = seen.decode(LEVEL) else { return None };
+        let frame = PhysFrame::containing_address(page);
+        let meta = self.frames.meta(frame);
+        if seen.is_dirty() || meta.kind() != FrameKind::Block || meta.owner() != 0 || !meta.is_exclusive() {
+            return None;
+        }
+        // SAFETY: the batch is told before the lock drops, and the page is freed after its flush; or it is put back below.
+        let old = unsafe { entry.exchange(EntryValue::NONE) };
+        if old.is_dirty() {
+            // Written to since it was looked at. Who has met the empty entry meanwhile has passed it by, as if before the write.
+            // SAFETY: what was there a moment ago, and nobody has been told that it is gone.
+            unsafe { entry.store(old) };
+            return None;
+        }
+        self.machine.note(Note::Cleared { address: block.start(), level: LEVEL, frame });
+        self.unmap_counted(frame);
+        self.note_pending(mm, batch, block, LEVEL);
+        Some(frame)
+    }
+
+    /// An entry of a table at `level`, which is locked, was cleared, and will be flushed with the batch.
+    fn note_pending(&self, mm: &Mm<M>, batch: &mut UnmapBatch<Self>, cleared: VirtRange, level: Level) {
+        let context = mm.engine.context();
+        batch.add_mm(self, context);
+        // The batch raises the generation; whom to tell comes later, for all of it.
+        let span = PageSpan { start: cleared.start(), end: cleared.end(), stride_shift: level.entry_shift() };
+        let (ctx_id, tlb_gen) = (context.ctx_id(), context.tlb_gen());
+        self.observe(TlbEvent::Raised { ctx_id, tlb_gen, span: Some(span) });
     }
 }

@@ -378,7 +378,7 @@ impl PaperKernel {
         let locked = view.lock(self);
         // SAFETY: the batch is told before the lock drops, and the caller frees the page after its flush.
         let old = unsafe { locked.entry(address).get_and_clear() };
-        batch.add_mm(mm.context());
+        batch.add_mm(self, mm.context());
         drop(locked);
         let frame = PhysFrame::containing_address(old.leaf_address(level));
         self.ledger().remove_rmap(frame);

@@ -267,7 +267,7 @@ fn every_flush_of_two_initiators<B: CpuBits>() {
         |_| {},
         |here, mm| {
             let mut batch = UnmapBatch::new();
-            batch.add_mm(mm);
+            batch.add_mm(here, mm);
             let _flushed = batch.flush(here);
         },
     );

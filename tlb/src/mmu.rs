@@ -178,6 +178,13 @@ pub unsafe trait Cpus {
 
     /// Tells secondary TLBs (an IOMMU, a hypervisor's shadow tables) to forget `span` of the context, and waits.
     ///
+    /// `None` is all of the context. Whatever leads to an address of the span goes, entries that point to tables too. Called once
+    /// the entries are changed and before the receipt of the flush is made; never told, a device goes on using freed pages.
+    ///
+    /// # Context
+    /// As for the flush that calls it, which may be under a table lock ([`UnmapBatch::add_mm`](crate::UnmapBatch::add_mm),
+    /// the flush of dirty pages): it neither sleeps nor takes a table lock. Several CPUs may call it at once.
+    ///
     /// Linux: mmu_notifier_arch_invalidate_secondary_tlbs.
     fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}
 

@@ -2,8 +2,10 @@
 
 use core::fmt;
 
+use arrayvec::ArrayVec;
+
 use crate::cpuset::CpuSet;
-use crate::generation::MmContext;
+use crate::generation::{CtxId, MmContext};
 use crate::mmu::{Cpus, Flushed};
 use crate::shootdown::flush_all_updated;
 
@@ -13,12 +15,21 @@ use crate::shootdown::flush_all_updated;
 /// page, and frees none of them before [`flush`](Self::flush) has returned. The generation of each address space is raised
 /// when its entry is cleared, not when the flush is sent: a CPU that switches in between finds it.
 ///
+/// Secondary TLBs are told of each context once a flush, and before the receipt is made: an IOMMU uses pages, too.
+///
 /// Linux: struct arch_tlbflush_unmap_batch.
 #[doc(alias = "arch_tlbflush_unmap_batch")]
 pub struct UnmapBatch<C: Cpus> {
     cpumask: CpuSet<C::Bits>,
+    /// Contexts that secondary TLBs were not told of yet.
+    contexts: ArrayVec<CtxId, CONTEXTS>,
     pending: Pending,
 }
+
+/// How many contexts wait for the flush; when another comes, secondary TLBs are told of the oldest at once.
+///
+/// Reclaim goes through the address spaces of one page, which mostly is one; a line of cache holds eight.
+const CONTEXTS: usize = 8;
 
 #[derive(Debug, PartialEq, Eq)]
 enum Pending {
@@ -30,22 +41,39 @@ impl<C: Cpus> UnmapBatch<C> {
     /// A batch in which nothing is pending.
     #[must_use]
     pub fn new() -> Self {
-        Self { cpumask: CpuSet::empty(), pending: Pending::Nothing }
+        Self { cpumask: CpuSet::empty(), contexts: ArrayVec::new_const(), pending: Pending::Nothing }
     }
 
     /// Notes that an entry of `mm` was cleared and will be flushed with the batch.
     ///
     /// # Context
-    /// The lock of the table that held the entry is still held.
+    /// The lock of the table that held the entry is still held. Where the batch has notes of more contexts than it can keep,
+    /// [`invalidate_secondary`](Cpus::invalidate_secondary) is called.
     ///
     /// # Source
     /// Linux: arch_tlbbatch_add_pending, set_tlb_ubc_flush_pending.
     #[doc(alias = "arch_tlbbatch_add_pending")]
-    pub fn add_mm(&mut self, mm: &MmContext<C::Bits>) {
+    pub fn add_mm(&mut self, cpus: &C, mm: &MmContext<C::Bits>) {
+        self.note_context(cpus, mm.ctx_id());
         mm.raise_tlb_gen();
         self.cpumask.insert_all(mm.cpumask());
         mm.note_batched();
         self.pending = Pending::Something;
+    }
+
+    /// Secondary TLBs have to forget what they have of this context, before the batch is flushed.
+    fn note_context(&mut self, cpus: &C, ctx_id: CtxId) {
+        // The last one first: pages of one address space follow one another.
+        if self.contexts.iter().rev().any(|noted| *noted == ctx_id) {
+            return;
+        }
+        if self.contexts.is_full()
+            && let Some(oldest) = self.contexts.pop_at(0)
+        {
+            // Its entries were cleared before they were added. Should more be, it is noted anew.
+            cpus.invalidate_secondary(oldest, None);
+        }
+        self.contexts.push(ctx_id);
     }
 
     /// Flushes every CPU that may hold a translation of a page in the batch; `None` if nothing was pending.
@@ -61,6 +89,11 @@ impl<C: Cpus> UnmapBatch<C> {
             return None;
         }
         let flushed = flush_all_updated(cpus, &self.cpumask);
+        // The entries are long cleared, so nothing is cached anew, and either order with the CPUs would do. This one is that of
+        // `flush_tlb_mm_range`. The receipt is handed out after both.
+        for ctx_id in self.contexts.drain(..) {
+            cpus.invalidate_secondary(ctx_id, None);
+        }
         self.cpumask.clear_all();
         self.pending = Pending::Nothing;
         Some(flushed)
@@ -69,7 +102,11 @@ impl<C: Cpus> UnmapBatch<C> {
 
 impl<C: Cpus> fmt::Debug for UnmapBatch<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UnmapBatch").field("cpumask", &self.cpumask).field("pending", &self.pending).finish()
+        f.debug_struct("UnmapBatch")
+            .field("cpumask", &self.cpumask)
+            .field("contexts", &self.contexts)
+            .field("pending", &self.pending)
+            .finish()
     }
 }
 

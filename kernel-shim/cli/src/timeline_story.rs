@@ -268,6 +268,9 @@ const fn rule(kind: ViolationKind) -> &'static str {
         ViolationKind::PageReachableAfterFree | ViolationKind::TableReachableAfterFree => {
             "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed."
         }
+        ViolationKind::DeviceReachesAfterFree => {
+            "Rule G1: a frame or table is freed only after secondary TLBs, too, were told to forget it."
+        }
         ViolationKind::AddressUsableAfterUnmap
         | ViolationKind::PageUsableAfterDiscard
         | ViolationKind::RightsUsableAfterProtect => {

@@ -16,16 +16,17 @@
 //! Most values of a page lead to one of a few places where tables begin and end, for steps must meet to matter; the others are
 //! the page itself, so that addresses of real programs can be said.
 //!
-//! A byte that is no number of an operation means the one it meant when there were 17: saved bytes keep their meaning.
+//! A byte that is no number of an operation means the one it meant when there were 17, and so with backings, of
+//! which there were 6: saved bytes keep their meaning.
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
 use mmu_kernel_shim::{Supply, UserAccess};
 
-use crate::features::InvlpgUppers;
+use crate::features::{InvlpgUppers, SettingDirty};
 use crate::generate::PLACES;
 use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-use crate::options::Adversary;
+use crate::options::{Adversary, Device};
 use crate::sequence::Sequence;
 
 /// Bytes of the header.
@@ -62,6 +63,8 @@ impl Sequence {
             pcid: if flags & 1 == 0 { PcidSupport::On } else { PcidSupport::Off },
             uppers: if flags & 2 == 0 { InvlpgUppers::All } else { InvlpgUppers::LeadingToAddress },
             adversary: if flags & 4 == 0 { Adversary::Keeper } else { Adversary::Forgetter },
+            dirty: if flags & 8 == 0 { SettingDirty::Checked } else { SettingDirty::Unchecked },
+            device: if flags & 16 == 0 { Device::Absent } else { Device::Present },
             steps: steps.as_chunks().0.iter().take(MOST_STEPS).map(step).collect(),
         }
     }
@@ -74,6 +77,8 @@ impl Sequence {
         flags |= u8::from(self.pcid == PcidSupport::Off);
         flags |= u8::from(self.uppers == InvlpgUppers::LeadingToAddress) << 1;
         flags |= u8::from(self.adversary == Adversary::Forgetter) << 2;
+        flags |= u8::from(self.dirty == SettingDirty::Unchecked) << 3;
+        flags |= u8::from(self.device == Device::Present) << 4;
         let mut bytes = vec![low(u64::from(self.nr_cpus.clamp(1, MOST_CPUS) - 1)), flags];
         bytes.extend(self.seed.to_le_bytes());
         for step in self.steps.iter().take(MOST_STEPS) {
@@ -195,12 +200,22 @@ fn range(first: u64, pages: u64) -> VirtRange {
     VirtRange::new(first << 12, end << 12).unwrap_or_else(|_| VirtRange::of_entry(Level::Pte, first << 12))
 }
 
-const BACKINGS: [Backing; 6] =
-    [Backing::Anon, Backing::Huge, Backing::Private, Backing::Shared, Backing::Pfn, Backing::Stack];
+const BACKINGS: [Backing; 7] = [
+    Backing::Anon,
+    Backing::Huge,
+    Backing::Private,
+    Backing::Shared,
+    Backing::Pfn,
+    Backing::Stack,
+    Backing::Clean,
+];
+/// Backings there were at first: other numbers keep the meaning that they had then.
+const FIRST_BACKINGS: usize = 6;
 const RIGHTS: [Rights; 3] = [Rights::Write, Rights::Read, Rights::None];
 
 fn backing(what: u8) -> Backing {
-    BACKINGS[usize::from(what & 0xf) % BACKINGS.len()]
+    let number = usize::from(what & 0xf);
+    BACKINGS.get(number).copied().unwrap_or(BACKINGS[number % FIRST_BACKINGS])
 }
 
 fn backing_bits(backing: Backing) -> u8 {

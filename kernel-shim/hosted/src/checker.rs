@@ -45,6 +45,8 @@ pub enum ViolationKind {
     PageReachableAfterFree,
     /// A page walk can reach a table that was freed, or did.
     TableReachableAfterFree,
+    /// A device can reach a page or a table that was freed, or did: it was not told to forget.
+    DeviceReachesAfterFree,
     /// An unmapping returned while a CPU could still use an address.
     AddressUsableAfterUnmap,
     /// A call that discards pages returned while a CPU could still use what it had cached before.
@@ -84,6 +86,9 @@ impl fmt::Display for ViolationKind {
         f.write_str(match self {
             Self::PageReachableAfterFree => "a program can still reach a page that was freed",
             Self::TableReachableAfterFree => "a page walk can still reach a table that was freed",
+            Self::DeviceReachesAfterFree => {
+                "a device that walks page tables can still reach a frame that was freed"
+            }
             Self::AddressUsableAfterUnmap => {
                 "an address can still be used although its unmapping has returned"
             }

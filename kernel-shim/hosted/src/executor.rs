@@ -19,7 +19,7 @@ use crate::boundary::Boundaries;
 use crate::checker::{Found, Violation, ViolationKind};
 use crate::machine::{HostedMachine, lock};
 use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-use crate::options::{MachineFault, Options, Telling};
+use crate::options::{Device, MachineFault, Options, Telling};
 use crate::program::{HostedKernel, touch};
 use crate::schedule::{self, Schedule};
 use crate::sequence::Sequence;
@@ -133,7 +133,11 @@ impl World {
     pub(crate) fn with_pace(sequence: &Sequence, trial: Trial, pace: Pace) -> std::io::Result<Arc<Self>> {
         let Trial { fault, misbehaviour, telling } = trial;
         let most_work = MostWork::of(&LIMITS);
-        let options = Options { fault, telling, most_work, ..sequence.options() };
+        let mut options = Options { fault, telling, most_work, ..sequence.options() };
+        if matches!(pace, Pace::Serial(..)) {
+            // It writes when it likes: see `run_program`.
+            options.device = Device::Absent;
+        }
         let machine = Arc::new(HostedMachine::new(options)?);
         let config = Config { limits: LIMITS, misbehaviour, ..Config::default() };
         let short = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
@@ -141,7 +145,11 @@ impl World {
         for number in 0..machine.nr_cpus() {
             machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
         }
-        let process = || kernel.new_mm().map(Process::new).map(Mutex::new).map_err(short);
+        let process = || -> std::io::Result<_> {
+            let mm = kernel.new_mm().map_err(short)?;
+            share_with_device(&machine, &mm);
+            Ok(Mutex::new(Process::new(mm)))
+        };
         let processes = [process()?, process()?, process()?];
         let steps = sequence.steps.clone();
         Ok(Arc::new(Self {
@@ -213,8 +221,13 @@ impl World {
         if runs {
             machine.enter_user_mode();
             if machine.choices().one_in(8) {
+                // Where nothing but the steps may decide, none but theirs writes: what is clean decides what reclaim takes.
+                let access = match self.pace {
+                    Pace::Overlapping => UserAccess::Write,
+                    Pace::Serial(..) => UserAccess::Read,
+                };
                 // What faults is tried again another time.
-                let _ = machine.user_access(machine.hot_address(), UserAccess::Write);
+                let _ = machine.user_access(machine.hot_address(), access);
             }
         }
         schedule::wait();
@@ -249,11 +262,16 @@ impl World {
             Op::Map(mm, range, backing, rights) => {
                 self.using(mm, |mm| {
                     let mapped = kernel.mmap(mm, Vma { range, area: area(backing, rights) });
-                    if backing == Backing::Huge
+                    let content = match backing {
+                        Backing::Huge => Some(PageContent::AnonBlock),
+                        Backing::Clean => Some(PageContent::CleanBlock),
+                        _ => None,
+                    };
+                    if let Some(content) = content
                         && mapped.is_ok()
                         && let Some(blocks) = whole_blocks(range)
                     {
-                        let _short = kernel.populate(mm, blocks, PageContent::AnonBlock);
+                        let _short = kernel.populate(mm, blocks, content);
                     }
                 });
             }
@@ -394,6 +412,7 @@ impl World {
 
     /// The process leaves, and another takes its place.
     fn replace(&self, cpu: CpuId, mm: MmId, new: Arc<Mm<Arc<HostedMachine>>>) {
+        share_with_device(self.machine(), &new);
         let old = core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), Process::new(new));
         old.is_dying.store(true, Ordering::Relaxed);
         loop {
@@ -468,6 +487,13 @@ impl Process {
     }
 }
 
+/// Lets the device use the address space, if there is one and the seed says so.
+fn share_with_device(machine: &HostedMachine, mm: &Mm<Arc<HostedMachine>>) {
+    if machine.options().device == Device::Present && machine.choices().one_in(2) {
+        machine.attach_device(mm.engine().context().ctx_id(), mm.root());
+    }
+}
+
 /// Sequences are made up: a call that the kernel refuses is as good as one that it does not.
 const fn ignore(_refused: Result<(), Error>) {}
 
@@ -487,7 +513,7 @@ const fn protection(rights: Rights) -> Protection {
 
 const fn area(backing: Backing, rights: Rights) -> Area {
     let kind = match backing {
-        Backing::Anon | Backing::Huge | Backing::Stack => AreaKind::Anon,
+        Backing::Anon | Backing::Huge | Backing::Clean | Backing::Stack => AreaKind::Anon,
         Backing::Private => AreaKind::FilePrivate(1),
         Backing::Shared => AreaKind::FileShared(2),
         Backing::Pfn => AreaKind::Pfn,

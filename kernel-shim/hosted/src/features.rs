@@ -9,6 +9,8 @@ pub struct Features {
     pub invlpg_uppers: InvlpgUppers,
     /// Whether INVLPG reaches global entries while PCIDs are enabled.
     pub invlpg_globals: InvlpgGlobals,
+    /// What a CPU looks at before it sets a dirty flag.
+    pub dirty: SettingDirty,
     /// Whether a fault found through a cached entry is reported at once.
     pub faults: Faults,
     /// How a 2-MiB or 1-GiB page is cached.
@@ -30,6 +32,7 @@ impl Features {
     pub const INTEL: Self = Self {
         invlpg_uppers: InvlpgUppers::All,
         invlpg_globals: InvlpgGlobals::Dropped,
+        dirty: SettingDirty::Checked,
         faults: Faults::FromCache,
         large_pages: LargePages::Whole,
         coexisting: Coexisting::SmallestFirst,
@@ -68,6 +71,20 @@ pub enum InvlpgGlobals {
     Dropped,
     /// It may not while CR4.PCIDE = 1: the erratum of Intel's Alder Lake and Raptor Lake, outside virtual machines.
     MissedWithPcid,
+}
+
+/// What a CPU looks at when a store goes through a cached translation that is writable and not dirty, before it sets D in memory.
+///
+/// It always looks whether the entry is present, in the same locked operation.
+///
+/// # Source
+/// Intel SDM vol. 3A 4.8: no D with R/W = 0 where there are shadow stacks; Linux: pte_mksaveddirty, arch/x86/include/asm/pgtable.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SettingDirty {
+    /// The rights, too: a store meets what the entry allows now. Processors with shadow stacks.
+    Checked,
+    /// Nothing else: an entry that has lost R/W since it was cached gets D = 1, and the store goes through.
+    Unchecked,
 }
 
 /// When a page fault that a cached entry led to is reported.

@@ -15,10 +15,10 @@ use mmu_gather::tlb::PcidSupport;
 use mmu_kernel_shim::{Supply, UserAccess};
 
 use crate::bytes::MOST_TOUCHED;
-use crate::features::InvlpgUppers;
+use crate::features::{InvlpgUppers, SettingDirty};
 use crate::memory::index;
 use crate::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-use crate::options::Adversary;
+use crate::options::{Adversary, Device};
 use crate::random::Choices;
 use crate::sequence::Sequence;
 
@@ -56,8 +56,12 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
             switches: choices.below(4) * 4,
             // Where guards are, programs are refused: not everywhere.
             guards: if choices.one_in(4) { 8 } else { 0 },
-            // A lost dirty bit is seen in shared pages of a file only.
-            mostly: if choices.one_in(4) { Backing::Shared } else { Backing::Anon },
+            // A lost dirty bit is seen in shared pages of a file only, and reclaim takes large pages only if they are clean.
+            mostly: match choices.below(16) {
+                0..4 => Backing::Shared,
+                4..6 => Backing::Clean,
+                _ => Backing::Anon,
+            },
         },
     };
     let mut maker = Maker { choices: &choices, nr_cpus, manner, mapped: Vec::new(), next: VecDeque::new() };
@@ -71,6 +75,8 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
         pcid: if choices.one_in(4) { PcidSupport::Off } else { PcidSupport::On },
         uppers: if choices.one_in(3) { InvlpgUppers::LeadingToAddress } else { InvlpgUppers::All },
         adversary: if choices.one_in(8) { Adversary::Forgetter } else { Adversary::Keeper },
+        dirty: if choices.one_in(2) { SettingDirty::Unchecked } else { SettingDirty::Checked },
+        device: if choices.one_in(4) { Device::Present } else { Device::Absent },
         steps,
     }
 }
@@ -223,6 +229,9 @@ impl Maker<'_> {
         if self.choices.below(64) < guards {
             return Op::Guard(mm, range, self.guarding());
         }
+        if mostly == Backing::Clean {
+            return self.focused_on_large(mm, range);
+        }
         match self.choices.below(64) {
             0..8 => {
                 let backing = match self.choices.below(16) {
@@ -233,7 +242,7 @@ impl Maker<'_> {
                     _ => Backing::Huge,
                 };
                 let range = match backing {
-                    Backing::Huge => large(whole),
+                    Backing::Huge | Backing::Clean => large(whole),
                     _ if self.choices.one_in(4) => range,
                     _ => whole,
                 };
@@ -255,6 +264,28 @@ impl Maker<'_> {
             // Clean pages are few where most programs write.
             48..58 if mostly == Backing::Shared => Op::Touch(range, UserAccess::Read),
             _ => Op::Touch(if self.choices.one_in(2) { whole } else { range }, UserAccess::Write),
+        }
+    }
+
+    /// Something with the large pages around `range`, which come clean and go whole: what is done to a part splits them.
+    fn focused_on_large(&self, mm: MmId, range: VirtRange) -> Op {
+        let whole = large(range);
+        let range = range.intersect(whole).unwrap_or(whole);
+        match self.choices.below(64) {
+            0..12 => Op::Map(mm, whole, Backing::Clean, Rights::Write),
+            12..18 => Op::Unmap(mm, whole),
+            18..28 => Op::Reclaim(mm, self.mm(), range),
+            28..32 => Op::Discard(mm, whole),
+            32..34 => Op::Discard(mm, self.part_of(range, 2)),
+            34..36 => Op::Protect(mm, whole, self.rights()),
+            36..37 => Op::Protect(mm, self.part_of(range, 2), self.rights()),
+            37..40 => Op::Remap(mm, whole, whole.end()),
+            40..41 => Op::Fork(mm, MmId(2)),
+            41..45 => Op::Switch(mm),
+            45..46 => Op::Lazy,
+            46..48 => Op::Wake,
+            48..49 => Op::Touch(self.part_of(range, 8), UserAccess::Write),
+            _ => Op::Touch(self.part_of(range, 8), UserAccess::Read),
         }
     }
 
@@ -288,13 +319,15 @@ impl Maker<'_> {
         let (mm, place) = (self.mm(), self.place());
         let backing = match self.choices.below(16) {
             0..7 => Backing::Anon,
-            7..9 => Backing::Huge,
+            7 => Backing::Huge,
+            8 => Backing::Clean,
             9..11 => Backing::Private,
             11..13 => Backing::Shared,
             13 => Backing::Pfn,
             _ => Backing::Stack,
         };
-        let range = if backing == Backing::Huge { large(place) } else { place };
+        let is_large = matches!(backing, Backing::Huge | Backing::Clean);
+        let range = if is_large { large(place) } else { place };
         self.mapped.push((mm, range));
         if self.mapped.len() > 16 {
             self.mapped.remove(0);

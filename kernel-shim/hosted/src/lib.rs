@@ -5,6 +5,7 @@
 //!  schedule    one coroutine a CPU, the next one chosen by the seed at every seam
 //!  machine     CPUs, interrupts, memory: what the small kernel runs on
 //!  mmu ...     the software MMU: arch, features, tlb_cache, structure_cache, walk, invalidate, broadcast
+//!  device      one that walks the page tables of programs, too, and hears of nothing but the hook for secondary TLBs
 //!  oversight   at every seam other CPUs run and speculate; at every free the checker looks who may still reach the frame
 //!  returns     what a call has promised   table_locks, work     rules G3, G7      mappings    tables against frames
 //!  checker     frames, who holds them, violations        story      the last events, to tell one
@@ -19,6 +20,7 @@ pub mod broadcast;
 mod bytes;
 mod checker;
 mod compare;
+mod device;
 mod executor;
 pub mod features;
 mod generate;
@@ -57,7 +59,7 @@ pub use judge::{Run, Verdict, judge, judge_in};
 pub use machine::{GiveWay, HostedMachine};
 pub use memory::Memory;
 pub use op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-pub use options::{Adversary, Checking, MachineFault, Options, Telling};
+pub use options::{Adversary, Checking, Device, MachineFault, Options, Telling};
 pub use program::{HostedKernel, Touched, touch};
 pub use random::Choices;
 pub use schedule::{Schedule, give_way, is_scheduled};

@@ -6,7 +6,9 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mmu_gather::pagetable::TableLock;
-use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, EarlyAnswer, OnlineCpus, PcidSupport};
+use mmu_gather::tlb::{
+    CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
+};
 use mmu_kernel_shim::{Machine, Moment, Note, Seam};
 use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
@@ -16,6 +18,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::arch::LinearAddress;
 use crate::boundary::{Boundary, PcidOwners, Reached};
 use crate::checker::{Checker, CpuWatch, Found, Violation, ViolationKind};
+use crate::device::SharedSpaces;
 use crate::invalidate::Cr3Load;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
@@ -34,6 +37,8 @@ pub struct HostedMachine {
     pub(crate) cpus: Box<[VirtualCpu]>,
     current: AtomicU32,
     pub(crate) checked: Option<Checked>,
+    /// What the device uses.
+    pub(crate) shared: SharedSpaces,
     /// Addresses that something just happened at: where a speculating CPU is most likely to look.
     hot: [AtomicU64; 64],
     next_hot: AtomicU32,
@@ -172,6 +177,7 @@ impl HostedMachine {
             cpus: cpus.collect(),
             current: AtomicU32::new(0),
             checked,
+            shared: SharedSpaces::default(),
             hot: [const { AtomicU64::new(0) }; 64],
             next_hot: AtomicU32::new(0),
             reached: Reached::default(),
@@ -441,6 +447,10 @@ unsafe impl Machine for HostedMachine {
         self.check_stale();
         // Between the load and its announcement.
         self.cross_between_steps();
+    }
+
+    fn invalidate_secondary(&self, ctx_id: CtxId, span: Option<PageSpan>) {
+        self.device_forgets(ctx_id, span);
     }
 
     fn online_cpus(&self) -> OnlineCpus {

@@ -165,7 +165,7 @@ impl Mmu {
     /// Translates one access and does to memory what hardware does: the accessed flags, and the dirty flag for a store.
     ///
     /// A TLB entry serves without a look at memory, except a store whose entry is not dirty yet: that one walks again, and so
-    /// sees an entry that has meanwhile gone. Otherwise the walk starts below the deepest cached structure entry.
+    /// sees an entry that has meanwhile gone, and, as the [features](crate::features::SettingDirty) say, one that may no longer be written. Otherwise the walk starts below the deepest cached structure entry.
     ///
     /// # Errors
     /// [`Fault::Page`] if the translation is missing, malformed or does not allow the access. [`Fault::NonCanonical`] before

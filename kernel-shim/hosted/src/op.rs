@@ -28,6 +28,8 @@ pub enum Backing {
     Anon,
     /// The program's own memory, in 2 MiB pages where it can be.
     Huge,
+    /// The program's own memory, in 2 MiB pages where it can be, which it has only read: reclaim drops them whole.
+    Clean,
     /// A private mapping of a file.
     Private,
     /// A shared mapping of a file.
@@ -201,6 +203,7 @@ impl fmt::Display for Backing {
         f.write_str(match self {
             Self::Anon => "anon",
             Self::Huge => "huge",
+            Self::Clean => "clean",
             Self::Private => "private",
             Self::Shared => "shared",
             Self::Pfn => "pfn",
@@ -284,11 +287,12 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
             let backing = match words.next() {
                 Some("anon") => Backing::Anon,
                 Some("huge") => Backing::Huge,
+                Some("clean") => Backing::Clean,
                 Some("private") => Backing::Private,
                 Some("shared") => Backing::Shared,
                 Some("pfn") => Backing::Pfn,
                 Some("stack") => Backing::Stack,
-                _ => return Err("anon, huge, private, shared, pfn or stack"),
+                _ => return Err("anon, huge, clean, private, shared, pfn or stack"),
             };
             Op::Map(mm, range, backing, rights(words.next())?)
         }

@@ -23,6 +23,8 @@ pub struct Options {
     pub checking: Checking,
     /// What the machine does wrong, on purpose.
     pub fault: MachineFault,
+    /// Whether a device shares programs' address spaces.
+    pub device: Device,
     /// How the MMUs treat what they need not keep.
     pub adversary: Adversary,
     /// How much of what happens is remembered.
@@ -60,6 +62,15 @@ pub enum Adversary {
     Forgetter,
 }
 
+/// Whether there is a device that walks the page tables of programs by itself, and caches what it finds: an IOMMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// There is none.
+    Absent,
+    /// There is, and it uses some of the address spaces of a sequence.
+    Present,
+}
+
 /// How much a machine remembers of what happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Telling {
@@ -88,6 +99,7 @@ impl Options {
             },
             checking: Checking::On,
             fault: MachineFault::None,
+            device: Device::Absent,
             adversary: Adversary::Keeper,
             telling: Telling::Last,
             most_work: MostWork::of(&Limits::DEFAULT),

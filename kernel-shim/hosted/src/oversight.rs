@@ -24,10 +24,10 @@ use crate::walk::Depth;
 use crate::watch::{CachedEntry, Held, Tag, Use};
 
 /// Memory as a walk reads it, with an eye on walks through tables that are free.
-struct WatchedMemory<'a> {
-    memory: &'a Memory,
-    checker: &'a Checker,
-    freed_table: Cell<Option<PhysFrame>>,
+pub(crate) struct WatchedMemory<'a> {
+    pub(crate) memory: &'a Memory,
+    pub(crate) checker: &'a Checker,
+    pub(crate) freed_table: Cell<Option<PhysFrame>>,
 }
 
 impl PhysicalMemory for WatchedMemory<'_> {
@@ -69,6 +69,9 @@ impl HostedMachine {
         }
         if choice >> 8 & 0b11 == 0 {
             self.speculate_on(self.choices.pick(self.cpus.len()));
+        }
+        if choice >> 32 & 0b11 == 0 {
+            self.device_turn(choice >> 34);
         }
         if choice >> 16 & self.calm == 0 && has_turns {
             // Now and then this CPU is away for long: others get whole operations done inside what looks like a moment.
@@ -240,6 +243,7 @@ impl HostedMachine {
     fn check_freed(&self, checked: &Checked, frame: PhysFrame, role: FrameRole) {
         let step = self.tell(What::Freed(frame, role));
         if role == FrameRole::Table {
+            self.detach_device(frame);
             for cpu in &self.cpus {
                 cpu.pcid_owners.forget(frame.start_address().as_u64());
             }
@@ -248,6 +252,7 @@ impl HostedMachine {
             return;
         }
         let freed = frames_of(frame, role);
+        self.check_device(checked, &freed);
         for cpu in &self.cpus {
             let id = cpu.id;
             let mut caches = lock(&cpu.caches);
@@ -372,7 +377,7 @@ fn tell_fills(checked: &Checked, cpu: CpuId, address: u64, fills: Vec<(PhysFrame
 }
 
 /// Whether an entry names one of these frames.
-fn overlaps(entry: &CachedEntry, frames: &core::ops::Range<usize>) -> bool {
+pub(crate) fn overlaps(entry: &CachedEntry, frames: &core::ops::Range<usize>) -> bool {
     let first = frames_of(entry.frame, FrameRole::Page).start;
     let count = match entry.held.as_a {
         Use::Page(PageSize::Size2MiB) => 512,

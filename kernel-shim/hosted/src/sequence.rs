@@ -4,9 +4,9 @@ use core::fmt;
 
 use mmu_gather::tlb::PcidSupport;
 
-use crate::features::{Features, InvlpgUppers};
+use crate::features::{Features, InvlpgUppers, SettingDirty};
 use crate::op::{Step, parse_step};
-use crate::options::{Adversary, Options};
+use crate::options::{Adversary, Device, Options};
 
 /// Steps for a machine of so many CPUs, and the seed that decides how they interleave.
 ///
@@ -23,6 +23,10 @@ pub struct Sequence {
     pub uppers: InvlpgUppers,
     /// Whether MMUs forget.
     pub adversary: Adversary,
+    /// What CPUs look at before they set a dirty flag.
+    pub dirty: SettingDirty,
+    /// Whether a device shares address spaces.
+    pub device: Device,
     /// The steps.
     pub steps: Vec<Step>,
 }
@@ -56,7 +60,8 @@ impl Sequence {
         let base = Options::new(self.nr_cpus, NR_FRAMES, self.seed);
         Options {
             pcid: self.pcid,
-            features: Features { invlpg_uppers: self.uppers, ..base.features },
+            features: Features { invlpg_uppers: self.uppers, dirty: self.dirty, ..base.features },
+            device: self.device,
             adversary: self.adversary,
             ..base
         }
@@ -85,15 +90,17 @@ impl Sequence {
             pcid: PcidSupport::On,
             uppers: InvlpgUppers::All,
             adversary: Adversary::Keeper,
+            dirty: SettingDirty::Checked,
+            device: Device::Absent,
             steps: Vec::new(),
         };
         if !(1..=64).contains(&sequence.nr_cpus) {
             return Err(SequenceError { line: cpus.1, expected });
         }
-        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter";
+        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then late-dirty, device, or nothing";
         let (mmu, line) = next(expected)?;
         let words: Vec<&str> = mmu.split_ascii_whitespace().collect();
-        let ["mmu", pcid, uppers, adversary] = words[..] else {
+        let ["mmu", pcid, uppers, adversary, ref others @ ..] = words[..] else {
             return Err(SequenceError { line, expected });
         };
         sequence.pcid =
@@ -102,6 +109,13 @@ impl Sequence {
         sequence.uppers = choose(uppers, makers, line, expected)?;
         let adversaries = [("keeper", Adversary::Keeper), ("forgetter", Adversary::Forgetter)];
         sequence.adversary = choose(adversary, adversaries, line, expected)?;
+        for word in others {
+            match *word {
+                "late-dirty" => sequence.dirty = SettingDirty::Unchecked,
+                "device" => sequence.device = Device::Present,
+                _ => return Err(SequenceError { line, expected }),
+            }
+        }
         loop {
             let (line, number) = next("a step, or `end`")?;
             if line == "end" {
@@ -138,7 +152,9 @@ impl fmt::Display for Sequence {
         let pcid = if self.pcid == PcidSupport::On { "pcid" } else { "nopcid" };
         let uppers = if self.uppers == InvlpgUppers::All { "intel" } else { "amd" };
         let adversary = if self.adversary == Adversary::Keeper { "keeper" } else { "forgetter" };
-        writeln!(f, "mmu {pcid} {uppers} {adversary}")?;
+        let dirty = if self.dirty == SettingDirty::Unchecked { " late-dirty" } else { "" };
+        let device = if self.device == Device::Present { " device" } else { "" };
+        writeln!(f, "mmu {pcid} {uppers} {adversary}{dirty}{device}")?;
         for step in &self.steps {
             writeln!(f, "{step}")?;
         }

@@ -9,7 +9,7 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::arch::{ACCESSED, DIRTY, Level, LinearAddress, Meaning, PageSize, Rights, decode};
-use crate::features::{Faults, LargePages};
+use crate::features::{Faults, LargePages, SettingDirty};
 use crate::mmu::{Access, AccessKind, AccessMode, Mmu, PageFault, Source, Start, access_code};
 use crate::physical::PhysicalMemory;
 use crate::spaces::SpaceIndex;
@@ -223,7 +223,10 @@ impl Mmu {
         memory: &M,
         watch: &mut W,
     ) -> Step {
-        let rights = walk.rights.through(leaf);
+        let mut rights = walk.rights.through(leaf);
+        if let Some(stale) = self.rights_kept(walk, rights, size, start) {
+            rights = stale;
+        }
         let (flags, clash) = match walk.purpose {
             Purpose::Access(kind, mode) if !self.permits(rights, kind, mode) => {
                 return self.stop(walk, PageFaultErrorCode::PROTECTION_VIOLATION, watch);
@@ -251,6 +254,18 @@ impl Mmu {
             }
             Purpose::Speculation(_) => Step::Speculated(Speculation::Page),
         }
+    }
+
+    /// With what rights a store goes through all the same, though the entry just read no longer lets it: those of the translation
+    /// that it came with.
+    fn rights_kept(&self, walk: &Walk, now: Rights, size: PageSize, start: PhysAddr) -> Option<Rights> {
+        let Purpose::Access(AccessKind::Write, mode) = walk.purpose else { return None };
+        if self.features.dirty == SettingDirty::Checked || now.writable() {
+            return None;
+        }
+        let (_, stale) = self.lookup(walk.address)?;
+        let same_place = stale.translate(walk.address) == start + walk.address.offset_in(size);
+        (same_place && self.permits(stale.rights(), AccessKind::Write, mode)).then_some(stale.rights())
     }
 
     /// The walk cannot go on: a fault for an access, nothing at all for speculation.

@@ -52,6 +52,10 @@ fn page() -> VirtRange {
     VirtRange::new(PAGE, PAGE + 4096).expect("a good range")
 }
 
+fn block() -> VirtRange {
+    VirtRange::new(PAGE, PAGE + (2 << 20)).expect("a good range")
+}
+
 /// Reclaim takes the page while `call` works on it, and the program on CPU 1 goes on.
 fn beside_reclaim(call: fn(&HostedKernel, &Space)) {
     for seed in 0..SEEDS {
@@ -72,6 +76,69 @@ fn beside_reclaim(call: fn(&HostedKernel, &Space)) {
         let found = rig.run(schedule);
         assert_eq!(found.count, 0, "seed {seed}: {}", found.told[0]);
     }
+}
+
+/// As [`beside_reclaim`], of a large page that was only read: its entry is empty at once. A neighbour keeps all tables.
+fn beside_reclaim_of_a_large_page(call: fn(&HostedKernel, &Space)) {
+    for seed in 0..SEEDS {
+        let rig = Rig::new(seed);
+        let kernel = rig.stage.kernel();
+        kernel.mmap(&rig.mm, Vma { range: block(), area: Area::anon() }).expect("nothing is there");
+        let neighbour = VirtRange::new(PAGE + (8 << 20), PAGE + (9 << 20)).expect("a good range");
+        kernel.mmap(&rig.mm, Vma { range: neighbour, area: Area::anon() }).expect("nothing is there");
+        kernel.populate(&rig.mm, block(), PageContent::CleanBlock).expect("frames");
+        rig.stage.on_cpu(CpuId::new(1), &|| {
+            kernel.switch_to(Some(&rig.mm));
+            touch(kernel, &rig.mm, PAGE, UserAccess::Read);
+        });
+        let mut schedule = Schedule::new();
+        rig.add(&mut schedule, 0, |kernel, mm, _| {
+            kernel.reclaim([(&**mm, page())]);
+        });
+        rig.add(&mut schedule, 1, |kernel, _, _| {
+            kernel.machine().enter_user_mode();
+            for _ in 0..100 {
+                give_way();
+            }
+            kernel.machine().leave_user_mode();
+        });
+        rig.add(&mut schedule, 2, move |kernel, mm, _| call(kernel, mm));
+        let found = rig.run(schedule);
+        assert_eq!(found.count, 0, "seed {seed}: {}", found.told[0]);
+    }
+}
+
+#[test]
+fn mprotect_makes_up_for_a_large_page_that_reclaim_has_not_flushed_yet() {
+    beside_reclaim_of_a_large_page(|kernel, mm| {
+        kernel.mprotect(mm, block(), Protection::Read).expect("no split");
+    });
+}
+
+#[test]
+fn fork_makes_up_for_a_large_page_that_reclaim_has_not_flushed_yet() {
+    beside_reclaim_of_a_large_page(|kernel, mm| {
+        let child = kernel.fork(mm, []).expect("frames");
+        kernel.exit(&child).expect("nobody runs it");
+    });
+}
+
+#[test]
+fn madvise_makes_up_for_a_large_page_that_reclaim_has_not_flushed_yet() {
+    beside_reclaim_of_a_large_page(|kernel, mm| kernel.madvise_dontneed(mm, block()).expect("no split"));
+}
+
+#[test]
+fn munmap_makes_up_for_a_large_page_that_reclaim_has_not_flushed_yet() {
+    beside_reclaim_of_a_large_page(|kernel, mm| kernel.munmap(mm, block()).expect("no split"));
+}
+
+#[test]
+fn mremap_makes_up_for_a_large_page_that_reclaim_has_not_flushed_yet() {
+    beside_reclaim_of_a_large_page(|kernel, mm| {
+        let to = VirtRange::new(PAGE + (4 << 20), PAGE + (6 << 20)).expect("a good range");
+        kernel.mremap(mm, block(), to).expect("no split");
+    });
 }
 
 /// mprotect found a place in swap, changed nothing, flushed nothing, and returned before reclaim had flushed: a program could go

@@ -28,6 +28,7 @@ fn a_text_that_is_none_is_refused_at_its_line() {
         (1, "cpus 65"),
         (2, "seed x"),
         (3, "mmu pcid intel"),
+        (3, "mmu pcid intel keeper iommu"),
         (4, "0 map m3 1000+1 anon write"),
         (4, "0 map m0 1001+1 anon write"),
         (4, "0 map m0 1000+0 anon write"),

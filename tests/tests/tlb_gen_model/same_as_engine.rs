@@ -119,7 +119,7 @@ impl Rig {
             }
             Op::Reclaim(space, item) => {
                 self.clear(space, item_bit(item));
-                self.batch.borrow_mut().add_mm(self.context(space));
+                self.batch.borrow_mut().add_mm(self, self.context(space));
             }
             Op::FlushBatch => {
                 let _flushed = self.batch.borrow_mut().flush(self);

@@ -255,7 +255,7 @@ impl Cpu<'_> {
     pub(crate) fn reclaim_without_flush(&self, page: usize) -> UnmapBatch<Self> {
         let mut batch = UnmapBatch::new();
         self.clear(page);
-        batch.add_mm(&self.machine.mm);
+        batch.add_mm(self, &self.machine.mm);
         batch
     }
 

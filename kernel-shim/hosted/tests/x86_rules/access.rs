@@ -1,7 +1,7 @@
 //! Rights, the dirty flag and page faults. 4.6, 4.7, 4.8, 4.10.4.1, 4.10.4.3.
 
 use mmu_hosted::arch::{Level, LinearAddress};
-use mmu_hosted::features::Features;
+use mmu_hosted::features::{Features, SettingDirty};
 use mmu_hosted::mmu::{AccessKind, AccessMode, Fault, Source, Start};
 use mmu_hosted::walk::Depth;
 use mmu_hosted::watch::Tag;
@@ -228,4 +228,55 @@ fn a_fault_says_what_was_tried() {
     rig.map_page(VA, 7, P | XD);
     assert_eq!(bits(rig.try_access(VA, AccessKind::Write, AccessMode::Kernel)), 0b011);
     assert_eq!(bits(rig.try_access(VA, AccessKind::Execute, AccessMode::User)), 0b1_0101);
+}
+
+/// A CPU that asks nothing but whether an entry is present before it sets D in it.
+const UNCHECKED: Features = Features { dirty: SettingDirty::Unchecked, ..Features::INTEL };
+
+#[test]
+fn a_store_through_a_clean_entry_meets_the_rights_of_now_where_there_are_shadow_stacks() {
+    let mut rig = Rig::intel();
+    let leaf = rig.map_page(VA, 7, PWU);
+    rig.read(VA);
+    rig.ram.poke(leaf, rig.ram.peek(leaf) & !W);
+    let fault = rig.fault(VA, AccessKind::Write);
+    assert_eq!(fault.code.bits(), 0b111, "P, W/R and U/S");
+    assert_eq!(rig.ram.peek(leaf) & D, 0);
+}
+
+#[test]
+fn a_store_through_a_clean_entry_may_set_the_dirty_flag_of_one_that_is_read_only_by_now() {
+    let mut rig = Rig::new(UNCHECKED, PCID_ON);
+    let leaf = rig.map_page(VA, 7, PWU);
+    rig.read(VA);
+    rig.ram.poke(leaf, rig.ram.peek(leaf) & !W);
+    assert_eq!(rig.write(VA), 7);
+    assert_eq!(rig.ram.peek(leaf) & (W | D), D);
+    // From now on the cached entry is dirty: a store looks at nothing, until it is flushed.
+    rig.ram.poke(leaf, 0);
+    assert_eq!(rig.write(VA), 7);
+    rig.invlpg(VA);
+    assert_eq!(rig.fault(VA, AccessKind::Write).code.bits(), 0b110, "W/R and U/S, not P");
+}
+
+#[test]
+fn the_dirty_flag_is_set_unchecked_in_no_entry_that_is_gone_or_leads_elsewhere_or_was_never_cached() {
+    for (found, cached) in [(0, true), ((8 << 12) | P | U | A, true), ((7 << 12) | P | U | A, false)] {
+        let mut rig = Rig::new(UNCHECKED, PCID_ON);
+        let leaf = rig.map_page(VA, 7, PWU);
+        if cached {
+            rig.read(VA);
+        }
+        rig.ram.poke(leaf, found);
+        rig.fault(VA, AccessKind::Write);
+        assert_eq!(rig.ram.peek(leaf), found);
+    }
+    // Gone between the look at it and the locked update.
+    let mut rig = Rig::new(UNCHECKED, PCID_ON);
+    let leaf = rig.map_page(VA, 7, PWU);
+    rig.read(VA);
+    rig.ram.poke(leaf, rig.ram.peek(leaf) & !W);
+    rig.ram.store_before_update.set(Some((leaf, 0)));
+    rig.fault(VA, AccessKind::Write);
+    assert_eq!(rig.ram.peek(leaf), 0);
 }
