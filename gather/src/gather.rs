@@ -265,7 +265,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Makes every CPU forget what was cleared so far. Frees nothing.
     ///
     /// # Context
-    /// As for [`flush_tlb_mm_range`]; under a table lock only for the sake of dirty pages (rule G3).
+    /// As for [`flush_tlb_mm_range`]; under a table lock only for dirty pages and moved ones (rule G3).
     ///
     /// # Source
     /// Linux: tlb_flush_mmu_tlbonly, include/asm-generic/tlb.h.

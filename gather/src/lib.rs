@@ -23,10 +23,12 @@
 //! - **G1** A frame or table reaches the allocator only after every CPU that may hold a translation through it has
 //!   flushed.
 //! - **G2** The flush covers every address cleared since the last flush, and its stride is the smallest level cleared.
-//! - **G3** Nothing is freed and no IPI is waited for under a page-table lock; dirty-page flushes (needed before the
-//!   lock drops) are the one stated exception, and they free nothing.
+//! - **G3** Nothing is freed and no IPI is waited for under a page-table lock; flushes that must come before the lock drops
+//!   (of dirty pages, and of pages that were moved) are the one stated exception, and they free nothing.
 //! - **G4** Allocation failure changes speed, never the visible result: bundle, forced flush, single-table fallback.
-//! - **G5** Everything queued is released exactly once; an unfinished gather finishes itself when dropped.
+//! - **G5** Everything queued is released exactly once; an unfinished gather finishes itself when dropped. (If a call of the
+//!   kernel's own unwinds in the middle of a flush or of freeing, what waits leaks, and whoever looks next makes up for the
+//!   flush.)
 //! - **G6** If another gather ran on the same mm meanwhile, finish flushes the whole mm, tables included.
 //! - **G7** The work between two preemption points is bounded, whatever the range.
 #![no_std]

@@ -13,7 +13,8 @@
 //!   without raising the slot is legal; raising it without flushing is not.
 //! - **T3** A ranged flush is enough only when it takes the slot from gen-1 to gen. Otherwise flush all.
 //! - **T4** A switch announces itself (SWITCHING), joins the cpumask, fences fully, reads `tlb_gen`, then loads CR3.
-//! - **T5** A lazy CPU may skip page flushes (it checks on wake-up), never the flush of freed tables.
+//! - **T5** A lazy CPU may skip page flushes (it checks on wake-up), never the flush of freed tables. A CPU that is off skips both:
+//!   it has the kernel's own root, and comes back without a translation.
 //! - **T6** A PCID names one context on one CPU until it is flushed; reuse flushes first.
 //!
 //! # Switch against flush

@@ -94,7 +94,8 @@ pub enum TlbEvent {
 /// # Safety
 /// - `cpu_state` returns the same state for the same CPU always, and a different one for each;
 /// - `pinned` and `without_interrupts` do what they say, and `pinned` names the CPU it runs on;
-/// - `flush_others` returns only after every target has run [`flush_tlb_func`](crate::flush_tlb_func) for this request;
+/// - `flush_others` returns only after every target has run [`flush_tlb_func`](crate::flush_tlb_func) for this request, or is off
+///   ([`CpuTlb::is_offline`]);
 /// - `invlpg` and `load_cr3` drop what the instructions of the same names must drop (SDM 4.10.4.1).
 pub unsafe trait Cpus {
     /// Storage for a set of CPUs: `[AtomicU64; 1]` holds 64.

@@ -292,7 +292,7 @@ const fn rule(kind: ViolationKind) -> &'static str {
             "What an entry means besides a page is the kernel's: it is told of each that is dropped, once, and says which stay."
         }
         ViolationKind::FreedUnderTableLock | ViolationKind::WaitedUnderTableLock => {
-            "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty pages."
+            "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty and moved pages."
         }
         ViolationKind::NoPreemptionPoint => {
             "Rule G7: the work between two preemption points is bounded, whatever the range."
