@@ -16,7 +16,7 @@ use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use mmu_tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushRequest, FreedTables, MmContext, PageSpan,
     PcidSupport, UnmapBatch, enter_lazy_tlb, flush_tlb_batched_pending, flush_tlb_func, flush_tlb_mm,
-    flush_tlb_mm_range, leave_mm, switch_mm,
+    flush_tlb_mm_range, init_cpu, leave_mm, offline_cpu, switch_mm,
 };
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
@@ -140,6 +140,16 @@ impl<'a> Cpu<'a> {
     pub(crate) fn go_lazy(&self) {
         // SAFETY: as in `run`.
         self.with_interrupts_off(|| unsafe { enter_lazy_tlb(self, self.here) });
+    }
+
+    pub(crate) fn go_offline(&self) {
+        // SAFETY: interrupts are off, and nothing runs here before `start`.
+        self.with_interrupts_off(|| unsafe { offline_cpu(self, self.here) });
+    }
+
+    pub(crate) fn start(&self) {
+        // SAFETY: interrupts are off, and nothing is loaded here.
+        self.with_interrupts_off(|| unsafe { init_cpu(self, self.here) });
     }
 
     pub(crate) fn leave(&self) {
