@@ -104,6 +104,16 @@ pub enum LayoutProblem {
         /// The page after the previous run.
         previous_end: u64,
     },
+    /// Pages of a kind that the area cannot have.
+    #[error("expected pages that an area of kind `{kind}` can have ({can}), found `{found}`")]
+    StateOfKind {
+        /// The word of the area.
+        kind: &'static str,
+        /// The words of the states it can have.
+        can: String,
+        /// The word of the state.
+        found: &'static str,
+    },
     /// A run of 2 MiB leaves that does not start and end where such leaves do.
     #[error("expected whole 2 MiB leaves, found {nr_pages} pages at {address:#x}")]
     HugeUnaligned {
@@ -515,6 +525,11 @@ fn check_run(run: &PageRun, vma: &LayoutVma, word: &str) -> Result<(), LayoutPro
     let previous_end = vma.runs.last().map_or(0, |previous| previous.first_page + previous.nr_pages);
     if run.first_page < previous_end {
         return Err(LayoutProblem::RunOrder { first_page: run.first_page, previous_end });
+    }
+    let states = vma.kind.states();
+    if !states.contains(&run.state) {
+        let can = states.iter().map(|state| state.word()).collect::<Vec<_>>().join(", ");
+        return Err(LayoutProblem::StateOfKind { kind: vma.kind.word(), can, found: run.state.word() });
     }
     let address = vma.address_of(run);
     let whole_leaves =
