@@ -16,7 +16,7 @@ use crate::{Failure, Fault, Format, Verdict};
 /// What `fuzz` is told.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct FuzzArgs {
-    /// Where to begin: the n-th sequence is made from this and n.
+    /// Which sequences: the n-th is made from this and n, and another seed has none of them.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Stops after so many operations, over all jobs; whole sequences are run.
@@ -66,16 +66,37 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
         }
     };
     let start = Instant::now();
-    let fuzzed = with_quiet_panics(|| fuzz::fuzz(&options, progress))
+    // A sequence that does not come back has a thread that cannot be stopped: the process ends with it.
+    let stuck = |fuzzed: Fuzzed| {
+        let code = match finish(args, &options, &fuzzed, start.elapsed(), shows_progress) {
+            Ok(_) => 1,
+            Err(failure) => {
+                let _ = writeln!(io::stderr(), "teardown: {failure}");
+                2
+            }
+        };
+        std::process::exit(code);
+    };
+    let fuzzed = with_quiet_panics(|| fuzz::fuzz(&options, progress, stuck))
         .map_err(|error| format!("cannot make a machine: {error}"))?;
-    let time = start.elapsed();
+    finish(args, &options, &fuzzed, start.elapsed(), shows_progress)
+}
+
+/// Saves what failed, and prints the report.
+fn finish(
+    args: &FuzzArgs,
+    options: &FuzzOptions,
+    fuzzed: &Fuzzed,
+    time: Duration,
+    shows_progress: bool,
+) -> Result<Verdict, Failure> {
     if shows_progress {
         let _ = write!(io::stderr(), "\r\x1b[2K");
     }
     let saved = fuzzed.failure.as_ref().map(|failure| save(args, &failure.shrunk));
     let report = match args.format {
-        Format::Text => text(args, &fuzzed, time, saved),
-        Format::Json => format!("{:#}", fuzz_json(&options, &fuzzed, time)),
+        Format::Text => text(args, fuzzed, time, saved),
+        Format::Json => format!("{:#}", fuzz_json(options, fuzzed, time)),
     };
     writeln!(io::stdout().lock(), "{report}").map_err(|error| format!("cannot write the report: {error}"))?;
     Ok(if fuzzed.failure.is_none() { Verdict::Good } else { Verdict::Violation })

@@ -12,6 +12,7 @@ pub mod capture;
 pub mod explain;
 pub mod fuzz;
 pub mod fuzz_report;
+mod fuzz_watch;
 mod host;
 pub mod html;
 pub mod layout;
