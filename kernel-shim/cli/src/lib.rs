@@ -40,6 +40,7 @@ pub mod sweep_process;
 mod sweep_report;
 #[cfg(test)]
 mod sweep_tests;
+mod tidy;
 pub mod timeline;
 mod timeline_focus;
 mod timeline_story;
