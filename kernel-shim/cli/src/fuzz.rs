@@ -42,6 +42,8 @@ pub struct Fuzzed {
     pub sequences: u64,
     /// Operations run.
     pub ops: u64,
+    /// How often what is wrong on purpose has happened.
+    pub faults: u64,
     /// What was covered.
     pub coverage: Coverage,
     /// The first failure, if there was one.
@@ -225,11 +227,12 @@ fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Shared<'_, P>, job: usize) -> io::
         }
         let sequence = generate(seed_of(options.seed, number), options.nr_cpus, options.length);
         shared.watch.begin(job, number, &sequence);
-        let Run { verdict, reached, .. } = judge_in(&sequence, options.trial)?;
+        let Run { verdict, reached, faults, .. } = judge_in(&sequence, options.trial)?;
         shared.watch.end(job);
         let mut state = lock(&shared.state);
         let State { fuzzed, failure, progress } = &mut *state;
         fuzzed.sequences += 1;
+        fuzzed.faults += faults;
         fuzzed.ops += sequence.steps.len() as u64;
         fuzzed.coverage.add(&sequence, reached);
         progress(fuzzed, shared.start.elapsed());

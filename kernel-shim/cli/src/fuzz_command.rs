@@ -93,6 +93,7 @@ fn finish(
     if shows_progress {
         let _ = write!(io::stderr(), "\r\x1b[2K");
     }
+    Fault::check_happened(args.fault, fuzzed.faults, fuzzed.failure.is_none())?;
     let saved = fuzzed.failure.as_ref().map(|failure| save(args, &failure.shrunk));
     let report = match args.format {
         Format::Text => text(args, fuzzed, time, saved),

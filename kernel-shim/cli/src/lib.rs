@@ -27,6 +27,7 @@ pub mod run;
 mod space;
 pub mod strace;
 mod strace_lex;
+mod strace_names;
 #[cfg(test)]
 mod strace_tests;
 pub mod sweep;

@@ -160,6 +160,22 @@ impl Fault {
     }
 }
 
+impl Fault {
+    /// Refuses to call a run clean whose fault never happened; says so where it did and nothing was found.
+    fn check_happened(fault: Option<Self>, times: u64, is_clean: bool) -> Result<(), Failure> {
+        let Some(fault) = fault.filter(|_| is_clean) else { return Ok(()) };
+        let word = fault.word();
+        if times == 0 {
+            return Err(format!(
+                "--fault {word} never happened: this was too short, so nothing can be said of it"
+            ));
+        }
+        let counted = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+        let _ = writeln!(io::stderr(), "teardown: --fault {word} happened {counted}, and harmed nobody");
+        Ok(())
+    }
+}
+
 /// What the process says when it ends.
 enum Verdict {
     Good,
@@ -204,7 +220,7 @@ fn run(args: &RunArgs) -> Result<Verdict, Failure> {
         progress.inc(1);
     }
     progress.finish_and_clear();
-    print(&report, args.machine.format)
+    print(&report, &args.machine)
 }
 
 fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
@@ -219,7 +235,7 @@ fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
         progress.inc(1);
     }
     progress.finish_and_clear();
-    print(&report, args.machine.format)
+    print(&report, &args.machine)
 }
 
 impl MachineArgs {
@@ -247,9 +263,10 @@ impl MachineArgs {
     }
 }
 
-fn print(report: &Report, format: Format) -> Result<Verdict, Failure> {
+fn print(report: &Report, machine: &MachineArgs) -> Result<Verdict, Failure> {
+    Fault::check_happened(machine.fault, report.faults, report.is_clean())?;
     let out = BufWriter::new(io::stdout().lock());
-    let written = match format {
+    let written = match machine.format {
         Format::Text => report.write_text(out),
         Format::Json => report.write_json(out),
     };

@@ -44,6 +44,7 @@ pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
     let telling = if args.explain || args.html.is_some() { Telling::All } else { Telling::Last };
     let run = with_quiet_panics(|| judge_in(&sequence, Trial { telling, ..trial(args.fault) }))
         .map_err(|error| format!("cannot make a machine: {error}"))?;
+    Fault::check_happened(args.fault, run.faults, run.verdict.is_clean())?;
     let mut report = String::new();
     if args.explain {
         let shown = if args.all { Shown::All } else { Shown::WhatMatters };

@@ -110,3 +110,38 @@ fn a_link_stays_a_link_to_what_was_written() {
     assert!(std::fs::read_to_string(&file).expect("text").starts_with("mmu-gather layout 1\n"));
     assert_eq!(std::fs::read_dir(folder.path()).expect("readable").count(), 2, "a temporary file was left");
 }
+
+/// A sequence of two CPUs where one has nothing cached, so that no request is sent that could be lost.
+#[test]
+fn a_fault_that_never_happened_is_not_called_harmless() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let short = folder.path().join("short.sequence");
+    let text =
+        "mmu-gather sequence 1\ncpus 2\nseed 1\nmmu pcid intel keeper\n0 map m0 40000000+1 anon write\nend\n";
+    std::fs::write(&short, text).expect("written");
+    let short = short.to_str().expect("UTF-8");
+    for fault in ["drop-ipi", "free-before-flush"] {
+        let output = teardown(&["replay", short, "--fault", fault]);
+        assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(2), ""), "{fault}");
+        assert!(stderr(&output).contains(&format!("--fault {fault} never happened")), "{}", stderr(&output));
+    }
+    // CPUs load roots all the same, and drop nothing when they do.
+    let output = teardown(&["replay", short, "--fault", "skip-flush"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(
+        stderr(&output).contains("--fault skip-flush happened") && stderr(&output).contains("harmed nobody")
+    );
+    assert_eq!(teardown(&["replay", short]).status.code(), Some(0));
+}
+
+#[test]
+fn where_nobody_looked_nothing_is_said_of_violations() {
+    let output = teardown(&["run", "--layout", SMALL, "--checker", "off", "--format", "json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("the report is JSON");
+    assert_eq!((output.status.code(), &report["violations"]), (Some(0), &serde_json::Value::Null));
+    assert_eq!(report["leaked_frames"], 0);
+    let text = stdout(&teardown(&["run", "--layout", SMALL, "--checker", "off"]));
+    let verdict = text.lines().last().unwrap_or_default();
+    assert!(verdict.starts_with("clean but for what the checker, which was off,"), "{verdict}");
+    assert!(verdict.contains("violations unknown"), "{verdict}");
+}

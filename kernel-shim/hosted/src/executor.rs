@@ -164,6 +164,14 @@ impl World {
         self.machine().events()
     }
 
+    /// How often the machine or the kernel did what is wrong on purpose.
+    pub(crate) fn faults(&self) -> u64 {
+        match self.kernel.config().misbehaviour {
+            Misbehaviour::None => self.machine().nr_faults(),
+            Misbehaviour::FreeBeforeFlush => self.kernel.counters().snapshot().leaves,
+        }
+    }
+
     /// The corners it has been to.
     pub(crate) fn reached(&self) -> Boundaries {
         let counted = self.kernel.counters().snapshot();
