@@ -10,6 +10,7 @@ use crate::boot::{BootFault, Workload};
 use crate::boot_plan::LayoutPlan;
 use crate::boot_qemu::Ending;
 use crate::report::{LayoutReport, Report};
+use crate::shown::{escaped, label, write_json};
 
 /// Everything a booted run found.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -166,11 +167,14 @@ impl BootReport {
         fault: Option<String>,
     ) -> Self {
         let report = Report { checked: true, ..Report::default() };
+        let emulator = escaped(&emulator);
         Self { report, emulator, accelerator, cpus, memory_mib, workload, fault, ..Self::default() }
     }
 
     /// Takes in one line of the image; returns what to show meanwhile, if it says how far it is.
     pub(crate) fn line(&mut self, line: String) -> Option<String> {
+        // An emulator may print anything, and its lines go to a terminal.
+        let line = escaped(&line);
         self.last = Some(line.clone());
         let (kind, rest) = line.split_once(": ").unwrap_or((&line, ""));
         match kind {
@@ -352,9 +356,7 @@ impl BootReport {
     /// # Errors
     /// What `out` returns.
     pub fn write_json(&self, mut out: impl io::Write) -> io::Result<()> {
-        serde_json::to_writer(&mut out, self)?;
-        writeln!(out)?;
-        out.flush()
+        write_json(&mut out, self)
     }
 
     /// Writes what was done, what it cost, how it compares, and then what `run` writes.
@@ -429,6 +431,7 @@ impl BootReport {
 
     fn write_comparisons(&self, out: &mut impl io::Write) -> io::Result<()> {
         for Comparison { of, counters, differences } in &self.comparisons {
+            let of = label(of);
             if differences.is_empty() {
                 writeln!(out, "\n{of}: all {counters} counters are the same as on the hosted machine")?;
                 continue;

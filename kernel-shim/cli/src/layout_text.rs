@@ -6,6 +6,7 @@ use core::str::Lines;
 use crate::layout::{
     HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END, VmaKind,
 };
+use crate::shown::escaped;
 
 /// First line of every file. A later format gets a later number.
 const HEADER: &str = "mmu-gather layout 1";
@@ -242,8 +243,8 @@ pub(crate) fn shown(rest: &str) -> String {
     const SHOWN_CHARS: usize = 60;
     match rest.char_indices().nth(SHOWN_CHARS) {
         _ if rest.is_empty() => "the end of the line".to_owned(),
-        None => format!("`{rest}`"),
-        Some((cut, _)) => format!("`{}...`", &rest[..cut]),
+        None => format!("`{}`", escaped(rest)),
+        Some((cut, _)) => format!("`{}...`", escaped(&rest[..cut])),
     }
 }
 

@@ -19,11 +19,13 @@ pub mod layout;
 #[cfg(test)]
 mod layout_tests;
 mod layout_text;
+pub mod output;
 mod pagemap;
 pub mod process;
 mod replay;
 pub mod report;
 pub mod run;
+pub mod shown;
 mod space;
 pub mod strace;
 mod strace_lex;

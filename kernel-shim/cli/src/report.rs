@@ -7,6 +7,8 @@ use mmu_hosted::{Found, HostedKernel};
 use mmu_kernel_shim::{Misbehaviour, Snapshot};
 use serde::Serialize;
 
+use crate::shown::{label, write_json};
+
 /// Everything a run found.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(into = "Written")]
@@ -223,7 +225,7 @@ impl Report {
     /// Adds one address space, and what its checker said.
     pub fn add(&mut self, layout: LayoutReport, found: &Found, lost: Lost) {
         for violation in &found.told {
-            self.stories.push(format!("{}: {violation}", layout.name));
+            self.stories.push(format!("{}: {violation}", label(&layout.name)));
         }
         self.layouts.push(layout);
         self.violations += found.count;
@@ -243,9 +245,7 @@ impl Report {
     /// # Errors
     /// What `out` returns.
     pub fn write_json(&self, mut out: impl io::Write) -> io::Result<()> {
-        serde_json::to_writer(&mut out, self)?;
-        writeln!(out)?;
-        out.flush()
+        write_json(&mut out, self)
     }
 
     /// Writes the table, the totals, the stories of violations, and the verdict.
@@ -253,7 +253,8 @@ impl Report {
     /// # Errors
     /// What `out` returns.
     pub fn write_text(&self, mut out: impl io::Write) -> io::Result<()> {
-        let width = self.layouts.iter().map(|layout| layout.name.len()).chain([6]).max().unwrap_or(6);
+        let width = self.layouts.iter().map(|layout| label(&layout.name).chars().count()).max();
+        let width = width.unwrap_or(0).max(6);
         writeln!(
             out,
             "{:width$} {:>6} {:>9}  {:>18}  {:>7} {:>6}  {:>20}  {:>13}  {:>11} {:>5} {:>7}",
@@ -298,7 +299,7 @@ impl Report {
         }
         for layout in &self.layouts {
             if let Some(log) = &layout.log {
-                writeln!(out, "{}", log.note(&layout.name))?;
+                writeln!(out, "{}", log.note(&label(&layout.name)))?;
             }
         }
         for story in &self.stories {
@@ -383,7 +384,8 @@ impl Report {
 }
 
 fn row(out: &mut impl io::Write, width: usize, layout: &LayoutReport) -> io::Result<()> {
-    let LayoutReport { name, vmas, pages, tables, batches, forced_flushes, flushes, ipis, .. } = layout;
+    let name = label(&layout.name);
+    let LayoutReport { vmas, pages, tables, batches, forced_flushes, flushes, ipis, .. } = layout;
     writeln!(
         out,
         "{name:width$} {vmas:>6} {pages:>9}  {:>8} {:>4} {:>4}  {batches:>7} {forced_flushes:>6}  {:>7} {:>5} {:>6}  {:>6} {:>6}  {:>5} {:>5} {:>5} {:>7.2}",
