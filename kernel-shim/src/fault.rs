@@ -35,8 +35,13 @@ pub enum FaultError {
     NoMemory,
 }
 
-/// How far below a stack a fault still makes it grow.
-const STACK_GUARD: u64 = 1 << 20;
+/// How far below a stack a fault still makes it grow: the limit of one jump, not a gap. Linux had one until 5.0, of 64 KiB below
+/// the stack pointer; since then only RLIMIT_STACK ends a stack, 8 MiB by default, which this kernel does not keep.
+const STACK_JUMP_LIMIT: u64 = 1 << 20;
+
+/// What stays free between a stack that grows and the area below it, so that a program that overruns its stack faults instead of
+/// writing there. Linux: stack_guard_gap, 256 pages, mm/mmap.c.
+const STACK_GUARD_GAP: u64 = 256 << 12;
 
 /// What one try came to.
 enum Try {
@@ -45,6 +50,8 @@ enum Try {
     Again,
     /// The page that this entry maps may not be written: it must first go from here, everywhere.
     Replace(EntryValue),
+    /// A large page is there, and its entry does not allow to write.
+    Large,
 }
 
 impl<M: Machine> Kernel<M> {
@@ -90,8 +97,31 @@ impl<M: Machine> Kernel<M> {
                     drop(vmas);
                     flushed.free();
                 }
+                Try::Large => {
+                    drop(vmas);
+                    self.split_for_writing(mm, page)?;
+                }
             }
         }
+    }
+
+    /// Splits the large page at `page`, whose entry does not allow to write: the fault that comes again finds a small one.
+    ///
+    /// Linux makes a page that is nobody else's writable as a whole first; here large pages that are shared are split when they are
+    /// shared, so only pages of a file or of zeroes come here, which must be replaced, and are so one small page at a time.
+    ///
+    /// Linux: the fallback of do_huge_pmd_wp_page, mm/huge_memory.c.
+    #[doc(alias = "do_huge_pmd_wp_page")]
+    fn split_for_writing(&self, mm: &Mm<M>, page: u64) -> Result<(), FaultError> {
+        // For writing: large pages come and go under it only. What is there may have changed since the fault looked; a large page
+        // that may be written by now is split for nothing, and no harm is done.
+        let vmas = mm.vmas.write();
+        let Some(vma) = vmas.find(page) else { return Ok(()) };
+        // SAFETY: the map lock is held for writing until the gather is finished.
+        let mut gather = unsafe { MmuGather::new(self, &mm.engine) };
+        // An address in the page that is not its first: cutting there splits it.
+        // SAFETY: the map lock is held for writing.
+        unsafe { gather.split_leaf(vma.going_away().area, page | 4096) }.map_err(|_| FaultError::NoMemory)
     }
 
     /// Removes the page at `page` if the entry still maps what was seen there: another thread may have replaced it meanwhile, and
@@ -134,8 +164,13 @@ impl<M: Machine> Kernel<M> {
         // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
         let view = match unsafe { mm.engine.space().ensure_table(self, page, Level::Pte) } {
             Ok(view) => view,
-            // A large leaf: another CPU was faster, or a cached entry was less than memory allows.
-            Err(MapError::Occupied(_, _, value)) if value.is_present() => return Ok(Try::Done),
+            Err(MapError::Occupied(_, _, value)) if value.is_present() => {
+                return Ok(match access {
+                    UserAccess::Write if !value.is_writable() => Try::Large,
+                    // Another CPU was faster, or a cached entry was less than memory allows.
+                    UserAccess::Read | UserAccess::Write => Try::Done,
+                });
+            }
             Err(MapError::Occupied(..)) => return Ok(Try::Again),
             Err(_) => return Err(FaultError::NoMemory),
         };
@@ -200,11 +235,15 @@ impl<M: Machine> Kernel<M> {
             (AreaKind::FileShared(file), _) => {
                 Some(leaf(self.file_page(file, area.file_page(page))?, area.protection))
             }
-            (AreaKind::Pfn, _) => Some(leaf(self.zero_page(), area.protection)),
+            (AreaKind::Pfn, _) => Some(leaf(self.device_frame()?, area.protection)),
         }
     }
 
     /// A page of a program, mapped once.
+    ///
+    /// Not zeroed, and no write to a shared page copies what was in it: programs of the hosted machine have no bytes, and those of
+    /// the booted one write a stamp before they read. A kernel with real programs zeroes the page here, and copies in
+    /// [`handle_fault`](Self::handle_fault) before the new page is mapped; otherwise it shows one program the memory of another.
     pub(crate) fn new_page(&self) -> Option<PhysFrame> {
         let frame = self.frames.allocate(FrameKind::Page)?;
         self.frames.meta(frame).add_mapping();
@@ -222,8 +261,7 @@ impl<M: Machine> Kernel<M> {
                 let frame = self.frames.allocate(FrameKind::Page)?;
                 let meta = self.frames.meta(frame);
                 meta.add_ref();
-                // Any number but 0 says "a page of a file".
-                meta.set_owner(u64::from(file) << 32 | page & 0xffff_ffff | 1 << 63);
+                meta.set_owner(owner_of(file, page));
                 self.machine.note(Note::Allocated(frame, FrameRole::Page));
                 cache.insert((file, page), frame);
                 frame
@@ -240,19 +278,29 @@ impl<M: Machine> Kernel<M> {
         ))
     }
 
+    /// A frame that is not memory to this kernel, as of a device: mapped by areas of device frames, never counted. One is enough.
+    pub(crate) fn device_frame(&self) -> Option<PhysFrame> {
+        let mut device = self.device_frame.lock();
+        if device.is_none() {
+            let new = self.frames.allocate(FrameKind::Reserved)?;
+            self.machine.note(Note::Allocated(new, FrameRole::Page));
+            *device = Some(new);
+        }
+        *device
+    }
+
     /// Whether a private page may simply be made writable: it is nobody else's.
     ///
     /// One mapping is not enough. Another address space may have unmapped the page just now, and its gather holds a reference
     /// until every CPU has flushed: until then programs there can still read what would be written here.
     pub(crate) fn may_write_in_place(&self, area: Area, frame: PhysFrame) -> bool {
         let meta = self.frames.meta(frame);
+        let is_page = matches!(meta.kind(), FrameKind::Page | FrameKind::Block);
         match area.kind {
-            AreaKind::FileShared(_) | AreaKind::Pfn => true,
-            AreaKind::Anon | AreaKind::FilePrivate(_) => {
-                matches!(meta.kind(), FrameKind::Page | FrameKind::Block)
-                    && meta.owner() == 0
-                    && meta.is_exclusive()
-            }
+            AreaKind::Pfn => true,
+            // Not the page of zeroes, which may stand for a hole of the file.
+            AreaKind::FileShared(_) => is_page,
+            AreaKind::Anon | AreaKind::FilePrivate(_) => is_page && meta.owner() == 0 && meta.is_exclusive(),
         }
     }
 
@@ -262,12 +310,26 @@ impl<M: Machine> Kernel<M> {
         if next.range.contains(page) {
             return Ok(());
         }
-        if next.area.growth != Growth::Down || next.range.start() - page > STACK_GUARD {
+        if next.area.growth != Growth::Down || next.range.start() - page > STACK_JUMP_LIMIT {
+            return Err(FaultError::NoArea);
+        }
+        // What nobody can use is a gap by itself, and of two stacks the lower one has its own. Linux: expand_downwards.
+        let is_in_the_way =
+            |below: &Vma| below.area.growth != Growth::Down && below.area.protection != Protection::None;
+        if vmas
+            .find_before(page)
+            .is_some_and(|below| is_in_the_way(below) && page - below.range.end() < STACK_GUARD_GAP)
+        {
             return Err(FaultError::NoArea);
         }
         vmas.grow_down(next.range.start(), page);
         Ok(())
     }
+}
+
+/// Which page of which file a frame is. Any number but 0 says "a page of a file".
+pub(crate) fn owner_of(file: u32, page: u64) -> u64 {
+    u64::from(file) << 32 | page & 0xffff_ffff | 1 << 63
 }
 
 /// The entry that maps a frame for a program.

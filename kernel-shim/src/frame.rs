@@ -318,9 +318,13 @@ impl<R: RelaxStrategy> Frames<R> {
         let number = index_of(first);
         let counts = self.metas[number].counts.load(Ordering::Relaxed);
         let dirty = self.metas[number].is_dirty();
-        for meta in &self.metas[number..number + BLOCK as usize] {
+        let owner = self.metas[number].owner();
+        for (page, meta) in (0..).zip(&self.metas[number..number + BLOCK as usize]) {
             meta.counts.store(counts, Ordering::Relaxed);
             meta.kind.store(FrameKind::Page as u8, Ordering::Relaxed);
+            if owner != 0 {
+                meta.set_owner(owner + page);
+            }
             if dirty {
                 meta.mark_dirty();
             }

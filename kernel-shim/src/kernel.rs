@@ -39,6 +39,8 @@ pub struct Kernel<M: Machine> {
     pub(crate) page_cache: OwnLines<SpinMutex<PageCache, M::Relax>>,
     /// The 2 MiB page of zeroes, once it was needed.
     pub(crate) zero_block: OwnLines<SpinMutex<Option<PhysFrame>, M::Relax>>,
+    /// What areas of device frames map, once one was needed.
+    pub(crate) device_frame: OwnLines<SpinMutex<Option<PhysFrame>, M::Relax>>,
     /// Places in swap that entries name.
     pub(crate) swap_slots: OwnLines<AtomicI64>,
     /// Entries that are guards.
@@ -153,6 +155,7 @@ impl<M: Machine> Kernel<M> {
             counters,
             page_cache: OwnLines::new(SpinMutex::new(BTreeMap::new())),
             zero_block: OwnLines::new(SpinMutex::new(None)),
+            device_frame: OwnLines::new(SpinMutex::new(None)),
             swap_slots: OwnLines::new(AtomicI64::new(0)),
             guards: OwnLines::new(AtomicI64::new(0)),
             ids: OwnLines::new(CtxIds::new()),
@@ -301,7 +304,8 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Moves the stack of a new program down by `shift` bytes; exec does.
+    /// Moves the stack of a new program down by `shift` bytes; exec does. Linux moves nothing but stacks; here any area will do, and
+    /// shows the same part of its file afterwards.
     ///
     /// # Errors
     /// [`Error::NoArea`] if no area starts at `stack`; [`Error::NoMemory`], [`Error::Overlap`] otherwise.
@@ -326,7 +330,9 @@ impl<M: Machine> Kernel<M> {
             let _ = vmas.insert(vma);
             return Err(Error::Overlap(path));
         }
-        if let Err(moved) = vmas.insert(Vma { range: new, ..vma }) {
+        // The pages move along, and with them the part of the file that they show.
+        let area = Area { file_base: vma.area.file_base.wrapping_add(shift >> 12), ..vma.area };
+        if let Err(moved) = vmas.insert(Vma { range: new, area }) {
             // The place was the stack's own a moment ago.
             let _ = vmas.insert(vma);
             return Err(Error::Overlap(moved.range));
@@ -384,13 +390,17 @@ impl<M: Machine> Kernel<M> {
         self.page_cache.lock().values().copied().collect()
     }
 
-    /// Gives up the page cache and the page of zeroes: what is left afterwards was lost.
+    /// Gives up the page cache, the large page of zeroes and the frame of the device: what is left afterwards was lost.
     pub fn drop_caches(&self) {
         let cached = core::mem::take(&mut *self.page_cache.lock());
         self.drop_references(cached.into_values());
         if let Some(block) = self.zero_block.lock().take() {
             self.machine.note(Note::Freed(block, FrameRole::Block));
             self.frames.free_block(block);
+        }
+        if let Some(frame) = self.device_frame.lock().take() {
+            self.machine.note(Note::Freed(frame, FrameRole::Page));
+            self.frames.free([frame]);
         }
     }
 

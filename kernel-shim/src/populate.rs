@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering;
 use mmu_gather::pagetable::{EntryValue, Level, NonPresent, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
-use crate::fault::{leaf, leaf_at};
+use crate::fault::{leaf, leaf_at, owner_of};
 use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
 use crate::machine::{FrameRole, Machine, Note};
@@ -154,10 +154,14 @@ impl<M: Machine> Kernel<M> {
                 with(leaf(self.file_page(file, area.file_page(address))?, private), written)
             }
             PageContent::Zero => with(leaf(self.zero_page(), Protection::Read), used),
-            PageContent::Pfn => with(leaf(self.zero_page(), area.protection), used),
+            PageContent::Pfn => with(leaf(self.device_frame()?, area.protection), used),
             PageContent::AnonBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), written),
             PageContent::CleanBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), used),
-            PageContent::FileBlock => with(leaf_at(Level::Pmd, self.new_block()?, private), used),
+            PageContent::FileBlock => {
+                let block = self.new_block()?;
+                self.frames.meta(block).set_owner(owner_of(file, area.file_page(address)));
+                with(leaf_at(Level::Pmd, block, private), used)
+            }
             PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, Protection::Read), used),
             PageContent::Swap => {
                 let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed);

@@ -103,6 +103,12 @@ impl VmaTree {
         self.find(address).or_else(|| self.by_start.range(address..).next().map(|(_, vma)| vma))
     }
 
+    /// The last area that starts below `address`, if it does not reach there.
+    pub(crate) fn find_before(&self, address: u64) -> Option<&Vma> {
+        let (_, vma) = self.by_start.range(..address).next_back()?;
+        Some(vma).filter(|vma| vma.range.end() <= address)
+    }
+
     /// Every area, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Vma> {
         self.by_start.values()

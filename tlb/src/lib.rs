@@ -58,7 +58,7 @@
 //!
 //! | by | proves | does not |
 //! |---|---|---|
-//! | loom (`tests/loom`) | this very source, in sixteen stories of two or three CPUs: no execution that loom tries ends badly; memory passes from its last user to the next owner in order | what no story tells; more than 6 slots' worth of address spaces; CPUs beyond the 64th; interleavings that loom passes over, many of which the corrected loom tries; load buffering (`tests/loom/README.md`) |
+//! | loom (`tests/loom`) | this very source, in eighteen stories of two or three CPUs: no execution that loom tries ends badly; memory passes from its last user to the next owner in order | what no story tells; more than 6 slots' worth of address spaces; CPUs beyond the 64th; interleavings that loom passes over, many of which the corrected loom tries; load buffering (`tests/loom/README.md`) |
 //! | a machine of small steps (`mmu-tests`, `tlb_gen_model`) | every story of two CPUs and two address spaces, up to three generations, exit and reclaim included, with stores that wait; that everything begun can end | this source, but for `plan`: the steps are a copy, compared with the engine call by call; three CPUs |
 //! | the rules (`mmu-tests`, `rules_tlb`) | each sentence above, on one thread that plays all CPUs | what happens between two instructions |
 //! | the fuzzer (`teardown fuzz`) | nothing; it finds what breaks in long random stories of a whole kernel over a software MMU | reordering: its CPUs change over at seams only |

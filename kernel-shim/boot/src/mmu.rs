@@ -8,7 +8,7 @@ use spin::Once;
 use x86_64::VirtAddr;
 use x86_64::instructions::tlb;
 pub use x86_64::instructions::tlb::Pcid;
-use x86_64::registers::control::{Cr3, Cr3Flags, Cr4, Cr4Flags};
+use x86_64::registers::control::{Cr0, Cr0Flags, Cr3, Cr3Flags, Cr4, Cr4Flags};
 use x86_64::structures::paging::PhysFrame;
 
 static FEATURES: Once<Features> = Once::new();
@@ -25,6 +25,7 @@ pub struct Features {
     /// Pages of 1 GiB exist.
     pub gib_pages: bool,
     smep: bool,
+    smap: bool,
     umip: bool,
 }
 
@@ -44,15 +45,30 @@ pub fn features() -> &'static Features {
 
 /// Switches on, for the running CPU, what [`features`] lists; the same on every CPU.
 pub(crate) fn enable_features() {
+    let flags = wanted_cr4();
+    // FSGSBASE stays off: ring 3 must not be able to set the GS base.
+    // SAFETY: CPUID says that the CPU knows each bit. CR3 carries PCID 0, which setting PCIDE requires; global pages exist in
+    // the kernel half only, which never changes (B3); ring 0 executes, reads and writes no user page, but reaches all memory
+    // through the kernel half.
+    unsafe { Cr4::update(|cr4| *cr4 |= flags) };
+}
+
+fn wanted_cr4() -> Cr4Flags {
     let features = features();
     let mut flags = Cr4Flags::PAGE_GLOBAL;
     flags.set(Cr4Flags::PCID, features.pcid);
     flags.set(Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION, features.smep);
+    flags.set(Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION, features.smap);
     flags.set(Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION, features.umip);
-    // FSGSBASE stays off: ring 3 must not be able to set the GS base.
-    // SAFETY: CPUID says that the CPU knows each bit. CR3 carries PCID 0, which setting PCIDE requires; global pages exist in
-    // the kernel half only, which never changes (B3); ring 0 executes no user page.
-    unsafe { Cr4::update(|cr4| *cr4 |= flags) };
+    flags
+}
+
+/// What is not as it should be in the control registers of the running CPU, if anything is.
+pub(crate) fn wrong_control() -> Option<&'static str> {
+    if Cr0::read().intersects(Cr0Flags::CACHE_DISABLE | Cr0Flags::NOT_WRITE_THROUGH) {
+        return Some("its caches are off (CR0.CD, CR0.NW)");
+    }
+    (!Cr4::read().contains(wanted_cr4())).then_some("a feature is off that it has (CR4)")
 }
 
 /// Drops this CPU's translations of the page at `address`: of the current PCID, and global ones.
@@ -94,7 +110,10 @@ pub unsafe fn load_root_flush(root: PhysFrame) {
 
 /// Drops what this CPU has cached under the current PCID, by loading CR3 with what it holds.
 pub fn reload_root() {
-    tlb::flush_all();
+    // Raw: the flags of `Cr3::read`, and so `tlb::flush_all`, leave the PCID out, and would load this root under PCID 0.
+    let (root, pcid_or_flags) = Cr3::read_raw();
+    // SAFETY: the root and the PCID that are loaded already, with bit 63 clear: what is cached under it is dropped.
+    unsafe { Cr3::write_raw(root, pcid_or_flags) };
 }
 
 /// Returns the root that this CPU uses now.
@@ -103,8 +122,15 @@ pub fn current_root() -> PhysFrame {
     Cr3::read_raw().0
 }
 
-/// Returns the APIC id that this CPU was reset with.
+/// Returns the APIC id that this CPU was reset with: of the x2APIC, where that is used, all 32 bits.
 pub(crate) fn initial_apic_id() -> u32 {
+    // Intel SDM vol. 2A, CPUID leaf 0x0b: the leaf is there if EBX is not 0; EDX is the id of the x2APIC.
+    if features().x2apic && __cpuid(0).eax >= 0x0b {
+        let topology = __cpuid_count(0x0b, 0);
+        if topology.ebx != 0 {
+            return topology.edx;
+        }
+    }
     __cpuid(1).ebx >> 24
 }
 
@@ -121,6 +147,7 @@ fn detect() -> Features {
         x2apic: basic.ecx >> 21 & 1 == 1,
         gib_pages: extended.edx >> 26 & 1 == 1,
         smep: structured(|leaf| leaf.ebx, 7),
+        smap: structured(|leaf| leaf.ebx, 20),
         invpcid: structured(|leaf| leaf.ebx, 10),
         umip: structured(|leaf| leaf.ecx, 2),
     }

@@ -13,11 +13,11 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::agent::{Outcome, Program, Stop, Task};
 use crate::exit::Verdict;
-use crate::percpu::{CpuIndex, CpuMask, MAX_CPUS, online};
+use crate::percpu::{CpuIndex, CpuMask, MAX_CPUS, cpu, online};
 use crate::ring3::{Exit, run as run_user};
 use crate::smp::{kick, on_cpus, on_every_cpu};
 use crate::test_space::{COUNTS, DATA, NEW, OLD, TEXT, TestSpace};
-use crate::{clock, frames, ipi, mmu, paging, println, watchdog};
+use crate::{apic, clock, frames, ipi, mmu, paging, println, watchdog};
 
 /// Round trips measured for each pair of CPUs; the shortest one counts.
 const ROUND_TRIPS: u64 = 50;
@@ -40,7 +40,8 @@ type Test = fn() -> Result<String, String>;
 
 /// Runs all tests, prints a line for each, and says whether all passed.
 pub(crate) fn run() -> Verdict {
-    let tests: [(&str, Test); 8] = [
+    let tests: [(&str, Test); 9] = [
+        ("every CPU is set up, and known by its APIC", controls),
         ("the heap hands out what it gets back", heap),
         ("floating point survives interrupts", floating_point),
         ("a call reaches every CPU from every CPU", round_trips),
@@ -62,6 +63,22 @@ pub(crate) fn run() -> Verdict {
         }
     }
     verdict
+}
+
+fn controls() -> Result<String, String> {
+    let wrong = spin::Mutex::new(None);
+    on_every_cpu(&|me| {
+        let (known, is) = (cpu(me).apic_id(), apic::id());
+        let found = match mmu::wrong_control() {
+            Some(what) => Some(format!("cpu {me}: {what}")),
+            None if known != is => Some(format!("cpu {me}: APIC id {is}, known as {known}")),
+            None => None,
+        };
+        if found.is_some() {
+            *wrong.lock() = found;
+        }
+    });
+    wrong.into_inner().map_or_else(|| Ok(format!("{} CPUs", online().count())), Err)
 }
 
 fn heap() -> Result<String, String> {

@@ -81,7 +81,7 @@ long_mode:
     or eax, 0x900                       // LME | NXE
     wrmsr
     mov eax, cr0
-    and eax, 0xfffffff3                 // not EM, not TS
+    and eax, 0x9ffffff3                 // not CD, not NW, which INIT sets; not EM, not TS
     or eax, 0x80010023                  // PG | WP | NE | MP | PE
     mov cr0, eax
     .byte 0xea                          // far jump to 0x18:long_mode_64

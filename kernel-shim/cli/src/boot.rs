@@ -16,6 +16,7 @@ use crate::boot_qemu::{self, Ending, Machine};
 use crate::boot_report::{BootReport, Comparison};
 use crate::layout::Layout;
 use crate::process::frames_needed;
+use crate::tidy::Unfinished;
 
 /// Memory without `--memory`, where no layout asks for more.
 const DEFAULT_MIB: u64 = 512;
@@ -23,6 +24,9 @@ const DEFAULT_MIB: u64 = 512;
 const LEAST_MIB: u64 = 64;
 /// QEMU's PC has a hole below 4 GiB; up to here all memory lies side by side.
 const WHOLE_MIB: u64 = 3072;
+
+/// How long the emulator may take to say what it is.
+const VERSION_LIMIT: Duration = Duration::from_secs(20);
 
 /// What `teardown boot` is told.
 #[derive(Clone, Debug, Args)]
@@ -89,6 +93,29 @@ pub enum Workload {
     Hang,
     /// Panics, to show how that ends.
     Panic,
+}
+
+impl Workload {
+    /// The parts that the image must have done, in order, before a run without a violation means anything.
+    pub(crate) const fn phases(self, fault: Option<BootFault>) -> &'static [&'static str] {
+        match (self, fault) {
+            (Self::Full | Self::Short, None) => &["drill", "threads", "churn", "lazy", "measure"],
+            (Self::Full | Self::Short, Some(_)) => &["threads", "churn", "lazy", "measure"],
+            (Self::Threads, _) => &["threads"],
+            (Self::Churn, _) => &["churn"],
+            (Self::Lazy, _) => &["lazy"],
+            (Self::Drill, _) => &["drill"],
+            (Self::Measure, _) => &["measure"],
+            (Self::Layout, _) => &["layout"],
+            (Self::SelfTest | Self::Hang | Self::Panic, _) => &[],
+        }
+    }
+
+    /// Whether CPUs tell others to flush in any run of it, where there are others. Processes that come and go, each on one CPU, need
+    /// not, and without a kernel nobody does.
+    pub(crate) const fn shoots_down(self) -> bool {
+        !matches!(self, Self::Churn | Self::SelfTest | Self::Hang | Self::Panic)
+    }
 }
 
 /// What goes wrong on purpose.
@@ -172,6 +199,17 @@ pub enum BootError {
     /// What was named as the image is none.
     #[error("{}: expected the file of an image, as kernel-shim/boot/README.md says how to build", .0.display())]
     NoImage(PathBuf),
+    /// The time was over, and nobody knows what would have come.
+    #[error("the emulator did not end within {seconds} s (--timeout); {last}")]
+    TimedOut {
+        /// The time.
+        seconds: u64,
+        /// What it said last, in words.
+        last: String,
+    },
+    /// It ended as if all were well, and did not do or say what was asked for.
+    #[error("{0}: nothing can be said of the engine")]
+    Incomplete(String),
     /// The image says what it cannot do.
     #[error("the image: {0}")]
     Image(String),
@@ -221,9 +259,10 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
     let layout = args.layout.as_deref().map(read_layout).transpose()?;
     let memory_mib = args.memory.map_or_else(|| default_mib(layout.as_ref()), |memory| memory.0);
     let plan = layout.map(|layout| LayoutPlan::new(&layout, usable_frames(memory_mib)));
-    let module = plan.as_ref().map(|plan| Module::write(&plan.text)).transpose()?;
+    let module = plan.as_ref().map(|plan| write_module(&plan.text)).transpose()?;
     // The emulator first: without it there is no need to build.
-    let version = boot_qemu::version(&args.qemu).ok_or_else(|| BootError::NoQemu(args.qemu.clone()))?;
+    let limit = Duration::from_secs(args.timeout);
+    let version = boot_qemu::version(&args.qemu, limit.min(VERSION_LIMIT))?;
     let image = args.image.clone().map_or_else(boot_image::build, Ok)?;
     if !image.is_file() {
         return Err(BootError::NoImage(image));
@@ -235,20 +274,28 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
         nr_cpus: args.cpus,
         memory_mib,
         image: &image,
-        module: module.as_ref().map(|module| module.0.as_path()),
+        module: module.as_ref().map(Unfinished::path),
         command_line: &command_line,
     };
     let mut report = BootReport::new(args, memory_mib, version);
     let progress = spinner();
-    let ending = machine.run(Duration::from_secs(args.timeout), |line| {
+    let ending = machine.run(limit, |line| {
         if let Some(message) = report.line(line) {
             progress.set_message(message);
         }
-    })?;
+    });
     progress.finish_and_clear();
+    let ending = ending?;
     report.ended(ending);
-    if ending == Ending::Usage {
-        return Err(BootError::Image(report.last_words()));
+    match ending {
+        Ending::Usage => return Err(BootError::Image(report.last_words())),
+        Ending::TimedOut => {
+            return Err(BootError::TimedOut { seconds: args.timeout, last: report.last_line() });
+        }
+        _ => {}
+    }
+    if let Some(missing) = report.missing(args.workload(), args.fault) {
+        return Err(BootError::Incomplete(missing));
     }
     if let Some(plan) = &plan {
         report.planned(plan);
@@ -336,26 +383,14 @@ impl BootReport {
     }
 }
 
-/// A plan in a file of its own, for QEMU to load; removed afterwards.
-#[derive(Debug)]
-struct Module(PathBuf);
-
-impl Module {
-    fn write(text: &str) -> Result<Self, BootError> {
-        static WRITTEN: AtomicU32 = AtomicU32::new(0);
-        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("teardown-{}-{number}.plan", std::process::id()));
-        let module = Self(path);
-        std::fs::write(&module.0, text).map_err(|error| BootError::File { path: module.0.clone(), error })?;
-        Ok(module)
-    }
-}
-
-impl Drop for Module {
-    fn drop(&mut self) {
-        // If it cannot be removed, a file is left in the folder for such files.
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// Writes a plan into a file of its own, for QEMU to load; removed afterwards.
+fn write_module(text: &str) -> Result<Unfinished, BootError> {
+    static WRITTEN: AtomicU32 = AtomicU32::new(0);
+    let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("teardown-{}-{number}.plan", std::process::id()));
+    let module = Unfinished::new(&path);
+    std::fs::write(&path, text).map_err(|error| BootError::File { path, error })?;
+    Ok(module)
 }
 
 fn read_layout(path: &Path) -> Result<Layout, BootError> {

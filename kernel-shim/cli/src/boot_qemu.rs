@@ -2,13 +2,15 @@
 
 use core::time::Duration;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Instant;
 
 use crate::boot::{Accelerator, BootError};
+use crate::tidy::Group;
 
 /// A machine to be emulated.
 #[derive(Debug)]
@@ -91,15 +93,14 @@ impl Machine<'_> {
     }
 
     /// Runs it to its end, or for `limit`, and hands every line it prints to `line`.
+    ///
+    /// # Errors
+    /// [`BootError`] if it cannot be run, is killed by somebody, or ends with a status that the image does not have.
     pub(crate) fn run(&self, limit: Duration, mut line: impl FnMut(String)) -> Result<Ending, BootError> {
-        let child = self.command().spawn().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => BootError::NoQemu(self.qemu.to_owned()),
-            _ => BootError::Qemu(format!("cannot run {}: {error}", self.qemu.display())),
-        })?;
-        let mut running = Running(child);
+        let mut running = spawn(self.qemu, &mut self.command())?;
         let (sender, lines) = mpsc::channel();
-        let console = running.0.stdout.take();
-        let reader = thread::spawn(move || {
+        let console = running.child.stdout.take();
+        thread::spawn(move || {
             // What is no text is shown as well as can be; a console that cannot be read is at its end.
             for bytes in
                 console.into_iter().flat_map(|console| BufReader::new(console).split(b'\n').flatten())
@@ -110,47 +111,74 @@ impl Machine<'_> {
                 }
             }
         });
-        let complaints = running.0.stderr.take();
-        let complaints = thread::spawn(move || {
-            let mut text = Vec::new();
-            let _ = complaints.map(|mut complaints| complaints.read_to_end(&mut text));
-            String::from_utf8_lossy(&text).trim().to_owned()
-        });
+        let complaints = rest_of(running.child.stderr.take());
         let end = Instant::now() + limit;
         loop {
             match lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(text) => line(text),
                 Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {
-                    // Ends it, so that its complaints come to an end too.
-                    drop(running);
-                    complaints.join().unwrap_or_default().lines().for_each(|text| line(text.to_owned()));
-                    return Ok(Ending::TimedOut);
-                }
+                Err(RecvTimeoutError::Timeout) => return Ok(Ending::TimedOut),
             }
         }
-        let status = running.0.wait().map_err(|error| BootError::Qemu(error.to_string()))?;
-        let _ = reader.join();
-        let complaints = complaints.join().unwrap_or_default();
+        // The console is closed, which does not mean that it has ended.
+        let Some(status) = wait_until(&mut running, end)? else { return Ok(Ending::TimedOut) };
+        let complaints = complaints();
+        if let Some(signal) = status.signal() {
+            return Err(BootError::Qemu(format!("killed by signal {signal}")));
+        }
+        // It takes SIGTERM and the like for a wish to end, and then ends as after a reset, but for these words.
+        if let Some(killed) = complaints.lines().find(|line| line.contains("terminating on signal")) {
+            return Err(BootError::Qemu(killed.to_owned()));
+        }
         status.code().and_then(Ending::of_status).ok_or_else(|| {
-            BootError::Qemu(if complaints.is_empty() { status.to_string() } else { complaints })
+            let words = complaints.lines().collect::<Vec<_>>().join("; ");
+            BootError::Qemu(if words.is_empty() { status.to_string() } else { words })
         })
     }
 }
 
-/// A child that does not outlive this command's interest in it.
-struct Running(Child);
+fn spawn(qemu: &Path, command: &mut Command) -> Result<Group, BootError> {
+    Group::spawn(command).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => BootError::NoQemu(qemu.to_owned()),
+        _ => BootError::Qemu(format!("cannot run {}: {error}", qemu.display())),
+    })
+}
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Both fail if it has ended, which is all that is wanted.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+/// Waits for a child, not longer than until `end`.
+fn wait_until(running: &mut Group, end: Instant) -> Result<Option<ExitStatus>, BootError> {
+    loop {
+        let status = running.child.try_wait().map_err(|error| BootError::Qemu(error.to_string()))?;
+        if status.is_some() || Instant::now() >= end {
+            return Ok(status);
+        }
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
+/// Reads all of a pipe meanwhile. The text is what came until shortly after it is asked for: a child may have left the pipe to others.
+fn rest_of(pipe: Option<impl Read + Send + 'static>) -> impl FnOnce() -> String {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let (sender, text) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
+        let _ = sender.send(String::from_utf8_lossy(&bytes).trim().to_owned());
+    });
+    move || text.recv_timeout(PATIENCE).unwrap_or_default()
+}
+
 /// The first line of `qemu --version`.
-pub(crate) fn version(qemu: &Path) -> Option<String> {
-    let output = Command::new(qemu).arg("--version").stdin(Stdio::null()).output().ok()?;
-    String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
+///
+/// # Errors
+/// [`BootError`] if it cannot be run, or says nothing for `limit`.
+pub(crate) fn version(qemu: &Path, limit: Duration) -> Result<String, BootError> {
+    let mut command = Command::new(qemu);
+    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut running = spawn(qemu, &mut command)?;
+    let text = rest_of(running.child.stdout.take());
+    if wait_until(&mut running, Instant::now() + limit)?.is_none() {
+        return Err(BootError::Qemu(format!("{} --version does not end", qemu.display())));
+    }
+    let version = text().lines().next().map(str::to_owned);
+    Ok(version.unwrap_or_else(|| "an emulator without a version".to_owned()))
 }

@@ -6,9 +6,11 @@ use std::io;
 use mmu_kernel_shim::Snapshot;
 use serde::Serialize;
 
+use crate::boot::{BootFault, Workload};
 use crate::boot_plan::LayoutPlan;
 use crate::boot_qemu::Ending;
 use crate::report::{LayoutReport, Report};
+use crate::shown::{escaped, label, write_json};
 
 /// Everything a booted run found.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -44,6 +46,18 @@ pub struct BootReport {
     counts: Vec<(String, Snapshot)>,
     #[serde(skip)]
     pcid: bool,
+    /// CPUs that have started, once the image has said so.
+    #[serde(skip)]
+    started: Option<u64>,
+    /// Whether it has said that all was well, and not only ended so.
+    #[serde(skip)]
+    passed: bool,
+    /// Whether it has come to the sums at the end.
+    #[serde(skip)]
+    summed_up: bool,
+    /// The last line, whatever it was.
+    #[serde(skip)]
+    last: Option<String>,
     /// What the image printed that is none of the above.
     #[serde(skip)]
     console: Vec<String>,
@@ -153,11 +167,15 @@ impl BootReport {
         fault: Option<String>,
     ) -> Self {
         let report = Report { checked: true, ..Report::default() };
+        let emulator = escaped(&emulator);
         Self { report, emulator, accelerator, cpus, memory_mib, workload, fault, ..Self::default() }
     }
 
     /// Takes in one line of the image; returns what to show meanwhile, if it says how far it is.
     pub(crate) fn line(&mut self, line: String) -> Option<String> {
+        // An emulator may print anything, and its lines go to a terminal.
+        let line = escaped(&line);
+        self.last = Some(line.clone());
         let (kind, rest) = line.split_once(": ").unwrap_or((&line, ""));
         match kind {
             "progress" => return Some(rest.to_owned()),
@@ -178,7 +196,11 @@ impl BootReport {
                 times: number(rest, "times"),
             }),
             "total" => self.total(rest),
-            "boot" if text(rest, "pcid") == Some("true") => self.pcid = true,
+            "boot" if rest == "verdict Pass" => self.passed = true,
+            "boot" if text(rest, "cpus").is_some() => {
+                self.started = Some(number(rest, "cpus"));
+                self.pcid = text(rest, "pcid") == Some("true");
+            }
             "boot" | "layout" => {}
             "violation" => self.violation(rest),
             _ => self.console.push(line),
@@ -187,6 +209,7 @@ impl BootReport {
     }
 
     fn total(&mut self, rest: &str) {
+        self.summed_up = true;
         self.total = Total {
             pages: number(rest, "pages"),
             tables: number(rest, "tables"),
@@ -229,7 +252,7 @@ impl BootReport {
             Ending::TimedOut => "timeout",
         };
         let what = match ending {
-            Ending::Pass | Ending::Usage => return,
+            Ending::Pass | Ending::Usage | Ending::TimedOut => return,
             // It was told.
             Ending::Violation if self.report.violations > 0 => return,
             Ending::Violation => "a test of the image failed",
@@ -237,7 +260,6 @@ impl BootReport {
             Ending::Exception => "the kernel took an exception",
             Ending::Hang => "no CPU made progress; the state of each:",
             Ending::Reset => "the machine was reset: a fault that its kernel could not even report",
-            Ending::TimedOut => "the time was over, and the image had not ended; what it printed:",
         };
         self.report.violations += 1;
         let console: String = self.console.iter().map(|line| format!("  {line}\n")).collect();
@@ -247,6 +269,48 @@ impl BootReport {
     /// The last line of text that the image printed.
     pub(crate) fn last_words(&self) -> String {
         self.console.last().cloned().unwrap_or_default()
+    }
+
+    /// What the image said last, in words.
+    pub(crate) fn last_line(&self) -> String {
+        self.last
+            .as_ref()
+            .map_or_else(|| "it said nothing".to_owned(), |line| format!("it said last: {line}"))
+    }
+
+    /// What a run without a violation must have done or said, and did not: it would be taken for one of a good engine.
+    pub(crate) fn missing(&self, workload: Workload, fault: Option<BootFault>) -> Option<String> {
+        if self.last.is_none() {
+            return Some("the image said nothing".to_owned());
+        }
+        if self.ending != "pass" {
+            return None;
+        }
+        let Some(started) = self.started else {
+            return Some("the image did not say how many CPUs it started".to_owned());
+        };
+        if started != u64::from(self.cpus) {
+            return Some(format!("{} CPUs were asked for and {started} started", self.cpus));
+        }
+        let phases = workload.phases(fault);
+        let is_done = |name: &str| self.phases.iter().any(|phase| phase.name == name);
+        if let Some(missing) = phases.iter().find(|name| !is_done(name)) {
+            return Some(format!("the image did not do its part `{missing}`"));
+        }
+        let is_counted = |name: &str| self.counts.iter().any(|(of, _)| of == name);
+        if let Some(missing) = ["drill", "layout"].iter().find(|of| phases.contains(of) && !is_counted(of)) {
+            return Some(format!("the image did not say what its part `{missing}` counted"));
+        }
+        if !phases.is_empty() && !self.summed_up {
+            return Some("the image did not sum up what it had done".to_owned());
+        }
+        if self.cpus > 1 && workload.shoots_down() && self.total.shootdowns == 0 {
+            return Some("no CPU told another to flush".to_owned());
+        }
+        if !self.passed {
+            return Some("the image did not say its verdict".to_owned());
+        }
+        fault.map(|fault| format!("nobody noticed the fault {fault}, which was planted"))
     }
 
     pub(crate) const fn has_pcid(&self) -> bool {
@@ -292,9 +356,7 @@ impl BootReport {
     /// # Errors
     /// What `out` returns.
     pub fn write_json(&self, mut out: impl io::Write) -> io::Result<()> {
-        serde_json::to_writer(&mut out, self)?;
-        writeln!(out)?;
-        out.flush()
+        write_json(&mut out, self)
     }
 
     /// Writes what was done, what it cost, how it compares, and then what `run` writes.
@@ -369,6 +431,7 @@ impl BootReport {
 
     fn write_comparisons(&self, out: &mut impl io::Write) -> io::Result<()> {
         for Comparison { of, counters, differences } in &self.comparisons {
+            let of = label(of);
             if differences.is_empty() {
                 writeln!(out, "\n{of}: all {counters} counters are the same as on the hosted machine")?;
                 continue;
@@ -453,14 +516,7 @@ mod tests {
 
     #[test]
     fn whatever_is_not_an_orderly_end_cannot_pass() {
-        for ending in [
-            Ending::Violation,
-            Ending::Panic,
-            Ending::Exception,
-            Ending::Hang,
-            Ending::Reset,
-            Ending::TimedOut,
-        ] {
+        for ending in [Ending::Violation, Ending::Panic, Ending::Exception, Ending::Hang, Ending::Reset] {
             let mut report = report(&["total: pages=1", "cpu 0: in ring 0"]);
             report.ended(ending);
             assert!(!report.is_clean(), "{ending:?}");

@@ -124,8 +124,14 @@ fn vma(pagemap: &File, map: &MemoryMap) -> io::Result<LayoutVma> {
     let mut runs = pagemap::runs(pagemap, area)?;
     // Markers, such as those of MADV_GUARD_INSTALL, look like swap. They name no place to give back.
     runs.retain(|run| run.state != PageState::Swap || nr_swapped > 0);
-    if matches!(kind, VmaKind::Pfn(_)) {
-        runs.iter_mut().for_each(|run| run.state = PageState::Pfn);
+    for run in &mut runs {
+        run.state = match (&kind, run.state) {
+            (VmaKind::Pfn(_), _) => PageState::Pfn,
+            // The kernel's own page in an area without a file, such as `[uprobes]`: it shows as one of a file.
+            (VmaKind::Anon | VmaKind::Heap | VmaKind::Stack, PageState::File) => PageState::Anon,
+            (VmaKind::Anon | VmaKind::Heap | VmaKind::Stack, PageState::FileHuge) => PageState::AnonHuge,
+            (_, state) => state,
+        };
     }
     Ok(LayoutVma {
         start,

@@ -3,20 +3,23 @@
 use core::time::Duration;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use clap::Args;
 use mmu_cli::fuzz::{self, FuzzOptions, Fuzzed};
 use mmu_cli::fuzz_report::{fuzz_json, not_reached, summary, verdict_text};
+use mmu_cli::output::OutputFile;
+use mmu_cli::shown::escaped;
 use mmu_hosted::{MachineFault, Sequence, Trial};
 use mmu_kernel_shim::Misbehaviour;
 
-use crate::{Failure, Fault, Format, Verdict};
+use crate::{Failure, Fault, Format, Verdict, cannot_write, output_file};
 
 /// What `fuzz` is told.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct FuzzArgs {
-    /// Where to begin: the n-th sequence is made from this and n.
+    /// Which sequences: the n-th is made from this and n, and another seed has none of them.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Stops after so many operations, over all jobs; whole sequences are run.
@@ -47,6 +50,8 @@ pub(crate) struct FuzzArgs {
 
 pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
     Fault::check(args.fault, args.cpus)?;
+    // What is found may have taken hours: where it is to go is opened first, and nothing is left there if nothing fails.
+    let file = Mutex::new(Some(output_file(&args.output)?));
     let most_time = args.time.or(if args.ops.is_some() { None } else { Some(60) }).map(Duration::from_secs);
     let options = FuzzOptions {
         seed: args.seed,
@@ -66,16 +71,39 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
         }
     };
     let start = Instant::now();
-    let fuzzed = with_quiet_panics(|| fuzz::fuzz(&options, progress))
+    // A sequence that does not come back has a thread that cannot be stopped: the process ends with it.
+    let stuck = |fuzzed: Fuzzed| {
+        let code = match finish(args, &file, &options, &fuzzed, start.elapsed(), shows_progress) {
+            Ok(_) => 1,
+            Err(failure) => {
+                let _ = writeln!(io::stderr(), "teardown: {failure}");
+                2
+            }
+        };
+        std::process::exit(code);
+    };
+    let fuzzed = with_quiet_panics(|| fuzz::fuzz(&options, progress, stuck))
         .map_err(|error| format!("cannot make a machine: {error}"))?;
-    let time = start.elapsed();
+    finish(args, &file, &options, &fuzzed, start.elapsed(), shows_progress)
+}
+
+/// Saves what failed, and prints the report.
+fn finish(
+    args: &FuzzArgs,
+    file: &Mutex<Option<OutputFile>>,
+    options: &FuzzOptions,
+    fuzzed: &Fuzzed,
+    time: Duration,
+    shows_progress: bool,
+) -> Result<Verdict, Failure> {
     if shows_progress {
         let _ = write!(io::stderr(), "\r\x1b[2K");
     }
-    let saved = fuzzed.failure.as_ref().map(|failure| save(args, &failure.shrunk));
+    Fault::check_happened(args.fault, fuzzed.faults, fuzzed.failure.is_none())?;
+    let saved = fuzzed.failure.as_ref().map(|failure| save(args, file, &failure.shrunk));
     let report = match args.format {
-        Format::Text => text(args, &fuzzed, time, saved),
-        Format::Json => format!("{:#}", fuzz_json(&options, &fuzzed, time)),
+        Format::Text => text(args, fuzzed, time, saved),
+        Format::Json => format!("{:#}", fuzz_json(options, fuzzed, time)),
     };
     writeln!(io::stdout().lock(), "{report}").map_err(|error| format!("cannot write the report: {error}"))?;
     Ok(if fuzzed.failure.is_none() { Verdict::Good } else { Verdict::Violation })
@@ -88,7 +116,7 @@ fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration, saved: Option<Saved>) 
         None => lines.push("clean".to_owned()),
         Some(failure) => {
             let place = match saved {
-                Some(Saved::InFile) => format!("saved as {}", args.output.display()),
+                Some(Saved::InFile) => format!("saved as {}", escaped(&args.output.display().to_string())),
                 Some(Saved::OnStderr) | None => "not saved".to_owned(),
             };
             lines.push(format!(
@@ -112,15 +140,19 @@ enum Saved {
 
 /// Writes a sequence that fails, with what it takes to see it fail. It is not lost if the file cannot be written: it may have
 /// taken hours to find.
-fn save(args: &FuzzArgs, sequence: &Sequence) -> Saved {
+fn save(args: &FuzzArgs, file: &Mutex<Option<OutputFile>>, sequence: &Sequence) -> Saved {
     let fault = match args.fault {
         Some(fault) => format!("# teardown replay --fault {} FILE\n", fault.word()),
         None => String::new(),
     };
     let text = format!("{fault}{sequence}");
-    let Err(error) = std::fs::write(&args.output, &text) else { return Saved::InFile };
-    let file = args.output.display();
-    let _ = write!(io::stderr(), "teardown: cannot write {file}: {error}; it was to hold\n{text}");
+    let file = file.lock().unwrap_or_else(PoisonError::into_inner).take();
+    // It is asked for once.
+    let Some(file) = file else { return Saved::InFile };
+    let written = file.write(|out| out.write_all(text.as_bytes()));
+    let Err(error) = written else { return Saved::InFile };
+    let failure = escaped(&cannot_write(&args.output, &error));
+    let _ = write!(io::stderr(), "teardown: {failure}; it was to hold\n{text}");
     Saved::OnStderr
 }
 

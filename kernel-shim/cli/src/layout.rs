@@ -10,7 +10,7 @@
 //! so that real programs can be committed as test input. The text form is in `tests/layouts/README.md`.
 //!
 //! A parsed [`Layout`] has sorted areas that do not overlap and lie in the user half, and sorted runs that do not
-//! overlap, stay inside their area and, where huge, start and end on a 2 MiB boundary. The fields are public, so code
+//! overlap, stay inside their area, hold what such an area can and, where huge, start and end on a 2 MiB boundary. The fields are public, so code
 //! that builds one by hand proves nothing: [`Layout::check`] repeats every check.
 
 use core::fmt;
@@ -228,6 +228,36 @@ impl LayoutVma {
     #[must_use]
     pub fn address_of(&self, run: &PageRun) -> u64 {
         self.start + run.first_page * PAGE_BYTES
+    }
+}
+
+impl VmaKind {
+    /// The states that pages of such an area can have. Frames that the kernel does not count are in areas of such frames and nowhere
+    /// else; pages of a file are where a file is.
+    #[must_use]
+    pub const fn states(&self) -> &'static [PageState] {
+        use PageState::{Anon, AnonHuge, File, FileHuge, Pfn, Swap, Zero, ZeroHuge};
+        match self {
+            Self::Anon | Self::Heap | Self::Stack => &[Anon, Zero, AnonHuge, ZeroHuge, Swap],
+            Self::File(_) | Self::Shared(_) | Self::HugeTlb(_) => {
+                &[Anon, File, Zero, AnonHuge, FileHuge, ZeroHuge, Swap]
+            }
+            Self::Pfn(_) => &[Pfn],
+        }
+    }
+
+    /// The word of the text form.
+    #[must_use]
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Anon => "anon",
+            Self::Heap => "heap",
+            Self::Stack => "stack",
+            Self::File(_) => "file",
+            Self::Shared(_) => "shared",
+            Self::HugeTlb(_) => "hugetlb",
+            Self::Pfn(_) => "pfn",
+        }
     }
 }
 

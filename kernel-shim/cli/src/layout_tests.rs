@@ -4,9 +4,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use crate::layout::{
-    HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END, VmaKind,
-};
+use crate::layout::{HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, Prot, Sharing, USER_END, VmaKind};
 
 /// Name and text of each bundled layout.
 fn bundled() -> Vec<(String, String)> {
@@ -266,7 +264,7 @@ impl Damage {
 }
 
 fn vma(start: u64, kind: VmaKind) -> impl Strategy<Value = LayoutVma> {
-    let run = (0..1500_u64, 1..1500_u64, prop::sample::select(PageState::ALL.to_vec()));
+    let run = (0..1500_u64, 1..1500_u64, prop::sample::select(kind.states().to_vec()));
     (prop::collection::vec(run, 0..12), any::<[bool; 4]>(), any::<[Option<u8>; 2]>()).prop_map(
         move |(steps, [read, write, exec, shared], [dirty, referenced])| {
             let mut runs = Vec::new();

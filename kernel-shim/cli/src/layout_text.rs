@@ -6,6 +6,7 @@ use core::str::Lines;
 use crate::layout::{
     HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END, VmaKind,
 };
+use crate::shown::escaped;
 
 /// First line of every file. A later format gets a later number.
 const HEADER: &str = "mmu-gather layout 1";
@@ -103,6 +104,16 @@ pub enum LayoutProblem {
         first_page: u64,
         /// The page after the previous run.
         previous_end: u64,
+    },
+    /// Pages of a kind that the area cannot have.
+    #[error("expected pages that an area of kind `{kind}` can have ({can}), found `{found}`")]
+    StateOfKind {
+        /// The word of the area.
+        kind: &'static str,
+        /// The words of the states it can have.
+        can: String,
+        /// The word of the state.
+        found: &'static str,
     },
     /// A run of 2 MiB leaves that does not start and end where such leaves do.
     #[error("expected whole 2 MiB leaves, found {nr_pages} pages at {address:#x}")]
@@ -232,8 +243,8 @@ pub(crate) fn shown(rest: &str) -> String {
     const SHOWN_CHARS: usize = 60;
     match rest.char_indices().nth(SHOWN_CHARS) {
         _ if rest.is_empty() => "the end of the line".to_owned(),
-        None => format!("`{rest}`"),
-        Some((cut, _)) => format!("`{}...`", &rest[..cut]),
+        None => format!("`{}`", escaped(rest)),
+        Some((cut, _)) => format!("`{}...`", escaped(&rest[..cut])),
     }
 }
 
@@ -515,6 +526,11 @@ fn check_run(run: &PageRun, vma: &LayoutVma, word: &str) -> Result<(), LayoutPro
     let previous_end = vma.runs.last().map_or(0, |previous| previous.first_page + previous.nr_pages);
     if run.first_page < previous_end {
         return Err(LayoutProblem::RunOrder { first_page: run.first_page, previous_end });
+    }
+    let states = vma.kind.states();
+    if !states.contains(&run.state) {
+        let can = states.iter().map(|state| state.word()).collect::<Vec<_>>().join(", ");
+        return Err(LayoutProblem::StateOfKind { kind: vma.kind.word(), can, found: run.state.word() });
     }
     let address = vma.address_of(run);
     let whole_leaves =

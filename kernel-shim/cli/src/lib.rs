@@ -12,20 +12,24 @@ pub mod capture;
 pub mod explain;
 pub mod fuzz;
 pub mod fuzz_report;
+mod fuzz_watch;
 mod host;
 pub mod html;
 pub mod layout;
 #[cfg(test)]
 mod layout_tests;
 mod layout_text;
+pub mod output;
 mod pagemap;
 pub mod process;
 mod replay;
 pub mod report;
 pub mod run;
+pub mod shown;
 mod space;
 pub mod strace;
 mod strace_lex;
+mod strace_names;
 #[cfg(test)]
 mod strace_tests;
 pub mod sweep;
@@ -39,6 +43,7 @@ pub mod sweep_process;
 mod sweep_report;
 #[cfg(test)]
 mod sweep_tests;
+mod tidy;
 pub mod timeline;
 mod timeline_focus;
 mod timeline_story;

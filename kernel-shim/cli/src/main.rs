@@ -13,8 +13,10 @@ use mmu_cli::boot::{self, BootArgs, BootVerdict};
 use mmu_cli::bundled::{LAYOUTS, TRACES};
 use mmu_cli::capture;
 use mmu_cli::layout::Layout;
+use mmu_cli::output::OutputFile;
 use mmu_cli::report::Report;
 use mmu_cli::run::{RunOptions, run_layout};
+use mmu_cli::shown::{escaped, escaped_lines, label};
 use mmu_cli::sweep::{self, SweepArgs, SweepError};
 use mmu_cli::trace::{TraceLog, run_trace};
 use mmu_gather::Limits;
@@ -160,6 +162,22 @@ impl Fault {
     }
 }
 
+impl Fault {
+    /// Refuses to call a run clean whose fault never happened; says so where it did and nothing was found.
+    fn check_happened(fault: Option<Self>, times: u64, is_clean: bool) -> Result<(), Failure> {
+        let Some(fault) = fault.filter(|_| is_clean) else { return Ok(()) };
+        let word = fault.word();
+        if times == 0 {
+            return Err(format!(
+                "--fault {word} never happened: this was too short, so nothing can be said of it"
+            ));
+        }
+        let counted = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+        let _ = writeln!(io::stderr(), "teardown: --fault {word} happened {counted}, and harmed nobody");
+        Ok(())
+    }
+}
+
 /// What the process says when it ends.
 enum Verdict {
     Good,
@@ -181,6 +199,11 @@ fn main() -> ExitCode {
         Some(Command::Replay(args)) => replay_command::replay(args),
         Some(Command::Sweep(args)) => sweep_batches(args),
     };
+    // Names of files, and words of them. Of what the compiler said every line is its own.
+    let result = result.map_err(|failure| match cli.command {
+        Some(Command::Boot(_)) => escaped_lines(&failure),
+        _ => escaped(&failure),
+    });
     match result {
         Ok(Verdict::Good) => ExitCode::SUCCESS,
         Ok(Verdict::Violation) => ExitCode::from(1),
@@ -199,12 +222,12 @@ fn run(args: &RunArgs) -> Result<Verdict, Failure> {
     let mut report = Report::default();
     let progress = progress_bar(layouts.len() as u64);
     for layout in &layouts {
-        progress.set_message(layout.name.clone());
+        progress.set_message(label(&layout.name));
         run_layout(layout, &options, &mut report).map_err(|error| error.to_string())?;
         progress.inc(1);
     }
     progress.finish_and_clear();
-    print(&report, args.machine.format)
+    print(&report, &args.machine)
 }
 
 fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
@@ -214,12 +237,12 @@ fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
     let mut report = Report::default();
     let progress = progress_bar(logs.len() as u64);
     for log in &logs {
-        progress.set_message(log.name.clone());
+        progress.set_message(label(&log.name));
         run_trace(log, &options, &mut report).map_err(|error| error.to_string())?;
         progress.inc(1);
     }
     progress.finish_and_clear();
-    print(&report, args.machine.format)
+    print(&report, &args.machine)
 }
 
 impl MachineArgs {
@@ -247,9 +270,10 @@ impl MachineArgs {
     }
 }
 
-fn print(report: &Report, format: Format) -> Result<Verdict, Failure> {
+fn print(report: &Report, machine: &MachineArgs) -> Result<Verdict, Failure> {
+    Fault::check_happened(machine.fault, report.faults, report.is_clean())?;
     let out = BufWriter::new(io::stdout().lock());
-    let written = match format {
+    let written = match machine.format {
         Format::Text => report.write_text(out),
         Format::Json => report.write_json(out),
     };
@@ -296,36 +320,28 @@ fn logs(args: &TraceArgs) -> Result<Vec<TraceLog>, Failure> {
 }
 
 fn capture_layout(args: &CaptureArgs) -> Result<Verdict, Failure> {
+    let file = args.output.as_deref().map(|path| output_file(path).map(|file| (path, file))).transpose()?;
     let layout = capture::capture(args.pid).map_err(|error| error.to_string())?;
-    match &args.output {
+    match file {
         None => {
             let mut out = BufWriter::new(io::stdout().lock());
             let written = layout.write_to(&mut out).and_then(|()| out.flush());
             written.map_err(|error| format!("cannot write the layout: {error}"))?;
         }
-        Some(path) => write_whole(path, &layout.to_string())
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?,
+        Some((path, file)) => {
+            file.write(|out| layout.write_to(out)).map_err(|error| cannot_write(path, &error))?;
+        }
     }
     Ok(Verdict::Good)
 }
 
-/// Writes a file that is either there as a whole or not at all: one cut short would be read as another layout.
-///
-/// What is no file (a pipe, a device) is written into, and a link to a file stays one.
-fn write_whole(path: &Path, text: &str) -> io::Result<()> {
-    let path = match std::fs::canonicalize(path) {
-        Ok(found) if found.is_file() => found,
-        Ok(special) => return std::fs::write(special, text),
-        Err(_) => path.to_owned(),
-    };
-    let mut temporary = path.clone().into_os_string();
-    temporary.push(".part");
-    let temporary = PathBuf::from(temporary);
-    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &path));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
-    written
+/// A place to write to, or why it is none.
+fn output_file(path: &Path) -> Result<OutputFile, Failure> {
+    OutputFile::create(path).map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+    format!("cannot write {}: {error}", path.display())
 }
 
 fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {

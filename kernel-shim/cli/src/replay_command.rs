@@ -11,7 +11,7 @@ use mmu_cli::timeline::Timeline;
 use mmu_hosted::{Sequence, Telling, Trial, judge_in};
 
 use crate::fuzz_command::{trial, with_quiet_panics};
-use crate::{Failure, Fault, Format, Verdict};
+use crate::{Failure, Fault, Format, Verdict, cannot_write, output_file};
 
 /// What `replay` is told.
 #[derive(Clone, Debug, Args)]
@@ -41,18 +41,20 @@ pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
     let name = args.file.display();
     let text = std::fs::read_to_string(&args.file).map_err(|error| format!("cannot read {name}: {error}"))?;
     let sequence = Sequence::parse(&text).map_err(|error| format!("{name}:{error}"))?;
+    let html = args.html.as_deref().map(|path| output_file(path).map(|file| (path, file))).transpose()?;
     let telling = if args.explain || args.html.is_some() { Telling::All } else { Telling::Last };
     let run = with_quiet_panics(|| judge_in(&sequence, Trial { telling, ..trial(args.fault) }))
         .map_err(|error| format!("cannot make a machine: {error}"))?;
+    Fault::check_happened(args.fault, run.faults, run.verdict.is_clean())?;
     let mut report = String::new();
     if args.explain {
         let shown = if args.all { Shown::All } else { Shown::WhatMatters };
         report = explain(&Timeline::new(&sequence, &run), shown, colour());
     }
-    if let Some(path) = &args.html {
+    if let Some((path, out)) = html {
         let file = args.file.file_name().unwrap_or_default().to_string_lossy();
         let page = page(&Timeline::new(&sequence, &run), &sequence, &run.verdict, &file);
-        std::fs::write(path, page).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        out.write(|out| out.write_all(page.as_bytes())).map_err(|error| cannot_write(path, &error))?;
     }
     match args.format {
         Format::Text => report.push_str(&verdict_text(&sequence, &run.verdict)),

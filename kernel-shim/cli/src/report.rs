@@ -1,17 +1,22 @@
 //! What a run found, as text and as JSON.
 
+use std::collections::BTreeMap;
 use std::io;
 
-use mmu_hosted::Found;
-use mmu_kernel_shim::Snapshot;
+use mmu_hosted::{Found, HostedKernel};
+use mmu_kernel_shim::{Misbehaviour, Snapshot};
 use serde::Serialize;
+
+use crate::shown::{label, write_json};
 
 /// Everything a run found.
 #[derive(Clone, Debug, Default, Serialize)]
+#[serde(into = "Written")]
 pub struct Report {
     /// One entry a layout (or log), in the order they ran.
     pub layouts: Vec<LayoutReport>,
-    /// Accesses, walks or cached entries that reached a frame after it was freed, and the like; 0 if nothing was checked.
+    /// Accesses, walks or cached entries that reached a frame after it was freed, and the like; 0, and null in the JSON, if nothing
+    /// was checked.
     pub violations: u64,
     /// Frames that nothing uses and nobody freed.
     pub leaked_frames: u64,
@@ -20,14 +25,33 @@ pub struct Report {
     /// Frames freed twice, or freed while still mapped.
     pub double_frees: u64,
     /// The first violations of each layout, told in full; not part of the JSON.
-    #[serde(skip)]
     pub stories: Vec<String>,
-    /// What the table has no column for, a line a log; not part of the JSON.
-    #[serde(skip)]
-    pub notes: Vec<String>,
+    /// How often what is wrong on purpose has happened.
+    pub faults: u64,
     /// Whether the checker ran.
-    #[serde(skip)]
     pub checked: bool,
+}
+
+/// A report as JSON has it.
+#[derive(Serialize)]
+struct Written {
+    layouts: Vec<LayoutReport>,
+    violations: Option<u64>,
+    leaked_frames: u64,
+    leaked_tables: u64,
+    double_frees: u64,
+}
+
+impl From<Report> for Written {
+    fn from(report: Report) -> Self {
+        Self {
+            violations: report.nr_violations(),
+            layouts: report.layouts,
+            leaked_frames: report.leaked_frames,
+            leaked_tables: report.leaked_tables,
+            double_frees: report.double_frees,
+        }
+    }
 }
 
 /// What happened to one address space.
@@ -59,6 +83,69 @@ pub struct LayoutReport {
     /// Time of the calls that give memory up (of a layout: munmap, exit) on a machine that models no caches, per base page; not
     /// of the checked run.
     pub ns_per_page: f64,
+    /// What else there is to say of a log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log: Option<LogReport>,
+}
+
+/// What became of the calls of a log.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LogReport {
+    /// Calls that were replayed.
+    pub calls: u64,
+    /// Threads that made them.
+    pub threads: u64,
+    /// Address spaces they ran in.
+    pub address_spaces: u64,
+    /// Areas that a call showed to have been there before the log.
+    pub assumed_areas: u64,
+    /// Calls of madvise that have no effect on pages.
+    pub ignored_advice: u64,
+    /// Calls that had failed.
+    pub failed: u64,
+    /// Calls of which the log does not hold the return.
+    pub unfinished: u64,
+    /// Calls that change an address space and were not replayed, by name.
+    pub dropped: BTreeMap<String, u64>,
+    /// Calls of threads that the log does not start, not replayed.
+    pub dropped_thread_calls: u64,
+    /// Those threads.
+    pub dropped_threads: u64,
+}
+
+impl LogReport {
+    /// What a verdict does not hold for, in words.
+    fn not_replayed(&self) -> Vec<String> {
+        let mut what: Vec<_> = self.dropped.iter().map(|(name, count)| format!("{count} {name}")).collect();
+        let Self { dropped_thread_calls: calls, dropped_threads: threads, .. } = *self;
+        if calls > 0 {
+            let (call, thread) =
+                (if calls == 1 { "call" } else { "calls" }, if threads == 1 { "thread" } else { "threads" });
+            what.push(format!("{calls} {call} of {threads} {thread} that the log does not start"));
+        }
+        what
+    }
+
+    /// What the table has no column for.
+    fn note(&self, name: &str) -> String {
+        let Self { calls, threads, address_spaces, .. } = self;
+        let mut note = format!("{name}: {calls} calls, {threads} threads, {address_spaces} address spaces");
+        for (count, what) in [
+            (self.assumed_areas, "areas assumed from before the log"),
+            (self.ignored_advice, "madvise calls without effect on pages"),
+            (self.failed, "failed calls left out"),
+            (self.unfinished, "unfinished calls left out"),
+        ] {
+            if count > 0 {
+                note.push_str(&format!("; {count} {what}"));
+            }
+        }
+        let not_replayed = self.not_replayed();
+        if !not_replayed.is_empty() {
+            note.push_str(&format!("; NOT REPLAYED: {}", not_replayed.join(", ")));
+        }
+        note
+    }
 }
 
 /// Tables freed, by level.
@@ -121,15 +208,24 @@ impl LayoutReport {
             max_deferred_tables: after.max_deferred_tables,
             max_pages_per_lock: after.max_leaves_per_lock,
             ns_per_page: 0.0,
+            log: None,
         }
     }
 }
 
 impl Report {
+    /// Counts what a kernel and its machine did wrong on purpose.
+    pub fn add_faults(&mut self, kernel: &HostedKernel) {
+        self.faults += match kernel.config().misbehaviour {
+            Misbehaviour::None => kernel.machine().nr_faults(),
+            Misbehaviour::FreeBeforeFlush => kernel.counters().snapshot().leaves,
+        };
+    }
+
     /// Adds one address space, and what its checker said.
     pub fn add(&mut self, layout: LayoutReport, found: &Found, lost: Lost) {
         for violation in &found.told {
-            self.stories.push(format!("{}: {violation}", layout.name));
+            self.stories.push(format!("{}: {violation}", label(&layout.name)));
         }
         self.layouts.push(layout);
         self.violations += found.count;
@@ -149,9 +245,7 @@ impl Report {
     /// # Errors
     /// What `out` returns.
     pub fn write_json(&self, mut out: impl io::Write) -> io::Result<()> {
-        serde_json::to_writer(&mut out, self)?;
-        writeln!(out)?;
-        out.flush()
+        write_json(&mut out, self)
     }
 
     /// Writes the table, the totals, the stories of violations, and the verdict.
@@ -159,7 +253,8 @@ impl Report {
     /// # Errors
     /// What `out` returns.
     pub fn write_text(&self, mut out: impl io::Write) -> io::Result<()> {
-        let width = self.layouts.iter().map(|layout| layout.name.len()).chain([6]).max().unwrap_or(6);
+        let width = self.layouts.iter().map(|layout| label(&layout.name).chars().count()).max();
+        let width = width.unwrap_or(0).max(6);
         writeln!(
             out,
             "{:width$} {:>6} {:>9}  {:>18}  {:>7} {:>6}  {:>20}  {:>13}  {:>11} {:>5} {:>7}",
@@ -202,23 +297,64 @@ impl Report {
         if self.layouts.len() > 1 {
             row(&mut out, width, &self.total())?;
         }
-        for note in &self.notes {
-            writeln!(out, "{note}")?;
+        for layout in &self.layouts {
+            if let Some(log) = &layout.log {
+                writeln!(out, "{}", log.note(&label(&layout.name)))?;
+            }
         }
         for story in &self.stories {
             write!(out, "\n{story}")?;
         }
-        let checked = if self.checked { "" } else { " (the checker was off)" };
         writeln!(
             out,
-            "\n{}: violations {}{checked}, leaked frames {}, leaked tables {}, double frees {}",
-            if self.is_clean() { "clean" } else { "NOT CLEAN" },
-            self.violations,
+            "\n{}: violations {}, leaked frames {}, leaked tables {}, double frees {}",
+            self.verdict(),
+            self.nr_violations().map_or_else(|| "unknown".to_owned(), |count| count.to_string()),
             self.leaked_frames,
             self.leaked_tables,
             self.double_frees,
         )?;
         out.flush()
+    }
+
+    /// One word, and what it does not hold for.
+    fn verdict(&self) -> String {
+        if !self.is_clean() {
+            return "NOT CLEAN".to_owned();
+        }
+        let mut dropped: BTreeMap<&str, u64> = BTreeMap::new();
+        let (mut threads, mut calls) = (0, 0);
+        for log in self.layouts.iter().filter_map(|layout| layout.log.as_ref()) {
+            for (name, count) in &log.dropped {
+                *dropped.entry(name).or_default() += count;
+            }
+            threads += log.dropped_threads;
+            calls += log.dropped_thread_calls;
+        }
+        let dropped = dropped.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
+        let all = LogReport {
+            dropped,
+            dropped_threads: threads,
+            dropped_thread_calls: calls,
+            ..LogReport::default()
+        };
+        let mut but_for = all.not_replayed();
+        if !but_for.is_empty() {
+            but_for = vec![format!("what was not replayed ({})", but_for.join(", "))];
+        }
+        if !self.checked {
+            but_for.push("what the checker, which was off, would have seen".to_owned());
+        }
+        if but_for.is_empty() {
+            "clean".to_owned()
+        } else {
+            format!("clean but for {}", but_for.join(" and for "))
+        }
+    }
+
+    /// Violations, if anybody looked.
+    fn nr_violations(&self) -> Option<u64> {
+        self.checked.then_some(self.violations)
     }
 
     fn total(&self) -> LayoutReport {
@@ -248,7 +384,8 @@ impl Report {
 }
 
 fn row(out: &mut impl io::Write, width: usize, layout: &LayoutReport) -> io::Result<()> {
-    let LayoutReport { name, vmas, pages, tables, batches, forced_flushes, flushes, ipis, .. } = layout;
+    let name = label(&layout.name);
+    let LayoutReport { vmas, pages, tables, batches, forced_flushes, flushes, ipis, .. } = layout;
     writeln!(
         out,
         "{name:width$} {vmas:>6} {pages:>9}  {:>8} {:>4} {:>4}  {batches:>7} {forced_flushes:>6}  {:>7} {:>5} {:>6}  {:>6} {:>6}  {:>5} {:>5} {:>5} {:>7.2}",

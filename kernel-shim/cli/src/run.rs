@@ -65,7 +65,11 @@ pub fn run_layout(layout: &Layout, options: &RunOptions, report: &mut Report) ->
     let mut pass = match options.checking {
         Checking::On => {
             report.checked = true;
-            Pass::new(layout, options, Checking::On)?.run()
+            let pass = Pass::new(layout, options, Checking::On)?;
+            let kernel = Arc::clone(&pass.kernel);
+            let outcome = pass.run();
+            report.add_faults(&kernel);
+            outcome
         }
         Checking::Off => timed.clone(),
     };

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::layout::{PAGE_BYTES, Prot, Sharing, USER_END};
 use crate::layout_text::shown;
 use crate::strace_lex::{self, Call, Line};
+use crate::strace_names::{is_dropped_call, is_exit, is_memory_call};
 
 /// What a log holds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -29,6 +30,10 @@ pub struct Trace {
     pub nr_unfinished: u64,
     /// Events left out because the log does not hold the start of their thread.
     pub nr_orphaned: u64,
+    /// Threads that those are of.
+    pub nr_orphaned_threads: u64,
+    /// Calls that change an address space and are not replayed, by name.
+    pub dropped: BTreeMap<String, u64>,
     /// Other calls.
     pub nr_other: u64,
 }
@@ -234,7 +239,7 @@ impl Trace {
             reader.line = index + 1;
             reader.read(line).map_err(|problem| at_line(index + 1, problem))?;
         }
-        let trace = reader.finish();
+        let trace = reader.finish().map_err(|(line, problem)| at_line(line, problem))?;
         if trace.events.is_empty() {
             Err(at_line(text.lines().count().max(1), TraceProblem::Nothing))
         } else {
@@ -349,24 +354,35 @@ impl Reader {
 
     /// Takes a call of which only the start was logged.
     fn never_returns(&mut self, thread: u32, line: usize, call: &str) {
-        if call.starts_with("exit(") {
-            self.ends(thread, line, MemoryCall::Exit);
-        } else if call.starts_with("exit_group(") {
-            self.ends(thread, line, MemoryCall::ExitGroup);
-        } else if call.split_once('(').is_some_and(|(name, _)| is_memory_call(name)) {
-            self.trace.nr_unfinished += 1;
+        match call.split_once('(').map_or("", |(name, _)| name) {
+            name if is_exit(name) => self.ends(thread, line, MemoryCall::Exit),
+            "exit_group" => self.ends(thread, line, MemoryCall::ExitGroup),
+            name if is_memory_call(name) => self.trace.nr_unfinished += 1,
+            name => self.count_dropped(name),
+        }
+    }
+
+    fn count_dropped(&mut self, name: &str) {
+        if is_dropped_call(name) {
+            *self.trace.dropped.entry(name.to_owned()).or_default() += 1;
         }
     }
 
     /// Takes a whole call, which entered the kernel at `entered_at` and returned at the current line.
     fn call(&mut self, thread: u32, entered_at: usize, text: &str) -> Result<(), TraceProblem> {
-        if !text.split_once('(').is_some_and(|(name, _)| is_memory_call(name)) {
-            self.trace.nr_other += 1;
+        let name = text.split_once('(').map_or("", |(name, _)| name);
+        if !is_memory_call(name) {
+            let has_failed = || strace_lex::call(text).is_some_and(|call| call.result.starts_with("-1 "));
+            if is_dropped_call(name) && !has_failed() {
+                self.count_dropped(name);
+            } else {
+                self.trace.nr_other += 1;
+            }
             return Ok(());
         }
         let call = strace_lex::call(text).ok_or_else(|| expected("a whole call with its result", text))?;
-        if let "exit" | "exit_group" = call.name {
-            let how = if call.name == "exit" { MemoryCall::Exit } else { MemoryCall::ExitGroup };
+        if is_exit(call.name) || call.name == "exit_group" {
+            let how = if is_exit(call.name) { MemoryCall::Exit } else { MemoryCall::ExitGroup };
             self.ends(thread, entered_at, how);
             return Ok(());
         }
@@ -394,7 +410,7 @@ impl Reader {
         Ok(())
     }
 
-    fn finish(mut self) -> Trace {
+    fn finish(mut self) -> Result<Trace, (usize, TraceProblem)> {
         for (thread, (line, call)) in core::mem::take(&mut self.entered) {
             self.never_returns(thread, line, &call);
         }
@@ -404,42 +420,40 @@ impl Reader {
         }
         trace.events.sort_by_key(|event| event.line);
 
-        let mut started = trace.events.first().map(|event| event.thread).into_iter().collect::<BTreeSet<_>>();
+        // Threads that the log starts, and of those the ones that have not ended.
+        let first: BTreeSet<_> = trace.events.first().map(|event| event.thread).into_iter().collect();
+        let (mut started, mut alive, mut orphans) = (first.clone(), first, BTreeSet::new());
+        let mut problem = None;
         trace.events.retain(|event| {
             let known = started.contains(&event.thread);
-            if let (true, MemoryCall::Clone { child, .. }) = (known, &event.call) {
-                started.insert(*child);
+            match &event.call {
+                MemoryCall::Clone { child, .. } if known => {
+                    started.insert(*child);
+                    if !alive.insert(*child) && problem.is_none() {
+                        let found = format!("{child}, which has not ended");
+                        problem = Some((event.line, expected("the number of a new thread", &found)));
+                    }
+                }
+                MemoryCall::Exit | MemoryCall::ExitGroup => drop(alive.remove(&event.thread)),
+                _ => {}
+            }
+            if !known {
+                orphans.insert(event.thread);
             }
             trace.nr_orphaned += u64::from(!known);
             known
         });
-        trace
+        trace.nr_orphaned_threads = orphans.len() as u64;
+        problem.map_or(Ok(trace), Err)
     }
-}
-
-fn is_memory_call(name: &str) -> bool {
-    const NAMES: [&str; 13] = [
-        "mmap",
-        "munmap",
-        "mremap",
-        "brk",
-        "madvise",
-        "mprotect",
-        "clone",
-        "clone3",
-        "fork",
-        "vfork",
-        "execve",
-        "exit",
-        "exit_group",
-    ];
-    NAMES.contains(&name)
 }
 
 /// Reads the arguments of a call that succeeded.
 fn memory_call(call: &Call<'_>) -> Result<MemoryCall, TraceProblem> {
     match (call.name, call.arguments.as_slice()) {
-        ("mmap", &[_, len, prot, flags, _, offset]) => mmap(call, len, prot, flags, offset),
+        ("mmap" | "mmap2" | "old_mmap", &[_, len, prot, flags, _, offset]) => {
+            mmap(call, len, prot, flags, offset)
+        }
         ("munmap", &[start, len]) => Ok(MemoryCall::Munmap { range: range(start, len)? }),
         ("mremap", &[old, old_len, new_len, flags, ..]) => Ok(MemoryCall::Mremap {
             from: range(old, old_len)?,
@@ -453,13 +467,13 @@ fn memory_call(call: &Call<'_>) -> Result<MemoryCall, TraceProblem> {
         ("madvise", &[start, len, named]) => {
             Ok(MemoryCall::Madvise { range: range(start, len)?, advice: advice(named) })
         }
-        ("mprotect", &[start, len, named]) => {
+        ("mprotect", &[start, len, named]) | ("pkey_mprotect", &[start, len, named, _]) => {
             Ok(MemoryCall::Mprotect { range: range(start, len)?, prot: prot(named)? })
         }
         ("vfork", _) => clone(call, ChildMemory::Borrowed),
         ("fork", _) => clone(call, ChildMemory::Copied),
         ("clone" | "clone3", arguments) => clone(call, child_memory(arguments)?),
-        ("execve", _) => Ok(MemoryCall::Exec),
+        ("execve" | "execveat", _) => Ok(MemoryCall::Exec),
         (_, arguments) => Err(expected("the arguments of this call", &arguments.join(", "))),
     }
 }

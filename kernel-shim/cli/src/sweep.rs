@@ -2,13 +2,14 @@
 
 use core::time::Duration;
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
 use crate::bundled::LAYOUTS;
 use crate::layout::{Layout, LayoutError};
+use crate::output::OutputFile;
 use crate::sweep_axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
 use crate::sweep_measure::{Plan, measure};
 use crate::sweep_process::Process;
@@ -215,37 +216,22 @@ pub fn run(args: &SweepArgs, plan: &Plan, step: impl FnMut(), done: impl FnOnce(
     written.map_err(SweepError::Output)
 }
 
-/// A file that appears whole or not at all; that it cannot be written is known before the work begins.
+/// A file to be written, and what it is called.
 struct Target<'p> {
     path: &'p Path,
-    temporary: PathBuf,
-    file: File,
+    file: OutputFile,
 }
 
 impl<'p> Target<'p> {
     fn create(path: &'p Path) -> Result<Self, SweepError> {
-        let mut temporary = path.to_path_buf().into_os_string();
-        temporary.push(".part");
-        let temporary = PathBuf::from(temporary);
-        match File::create(&temporary) {
-            Ok(file) => Ok(Self { path, temporary, file }),
+        match OutputFile::create(path) {
+            Ok(file) => Ok(Self { path, file }),
             Err(error) => Err(SweepError::File { path: path.to_path_buf(), error }),
         }
     }
 
     fn write(self, content: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<(), SweepError> {
-        let mut out = BufWriter::new(&self.file);
-        content(&mut out)
-            .and_then(|()| out.flush())
-            .and_then(|()| std::fs::rename(&self.temporary, self.path))
-            .map_err(|error| SweepError::File { path: self.path.to_path_buf(), error })
-    }
-}
-
-impl Drop for Target<'_> {
-    fn drop(&mut self) {
-        // Gone already, if it was written.
-        let _ = std::fs::remove_file(&self.temporary);
+        self.file.write(content).map_err(|error| SweepError::File { path: self.path.to_path_buf(), error })
     }
 }
 

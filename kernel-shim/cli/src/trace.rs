@@ -21,12 +21,12 @@ use core::time::Duration;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mmu_hosted::{Checking, Found, HostedMachine, MachineFault, Options};
+use mmu_hosted::{Checking, Found, HostedKernel, HostedMachine, MachineFault, Options};
 use mmu_kernel_shim::{Config, Misbehaviour};
 
 use crate::host::Host;
 use crate::replay::{FRAMES_PER_CALL, Refused, Replay};
-use crate::report::{LayoutReport, Lost, Report};
+use crate::report::{LayoutReport, LogReport, Lost, Report};
 use crate::run::{RunOptions, boot};
 use crate::strace::{MemoryCall, Trace, TraceError, TraceEvent};
 
@@ -95,20 +95,21 @@ pub fn run_trace(log: &TraceLog, options: &RunOptions, report: &mut Report) -> R
     let mut outcome = match options.checking {
         Checking::On => {
             report.checked = true;
-            run_pass(log, options, Checking::On)?
+            let outcome = run_pass(log, options, Checking::On)?;
+            report.add_faults(&outcome.kernel);
+            outcome
         }
         Checking::Off => timed,
     };
     outcome.report.ns_per_page = ns_per_page;
-    report.notes.push(outcome.note);
     report.add(outcome.report, &outcome.found, outcome.lost);
     Ok(())
 }
 
 /// What one pass came to.
 struct Outcome {
+    kernel: Arc<HostedKernel>,
     report: LayoutReport,
-    note: String,
     teardown: Duration,
     found: Found,
     lost: Lost,
@@ -145,36 +146,31 @@ fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<
     // One slot a page: a log asks for no large ones.
     let pages = after.released_slots - before.released_slots;
     Ok(Outcome {
-        report: LayoutReport::between(&log.name, replay.host.areas.get(), pages, &before, &after),
-        note: note(log, &replay),
+        report: LayoutReport {
+            log: Some(log_report(&log.trace, &replay)),
+            ..LayoutReport::between(&log.name, replay.host.areas.get(), pages, &before, &after)
+        },
         teardown: replay.host.teardown.get(),
         found: kernel.machine().violations(),
         lost: Lost { frames, tables, double_frees },
+        kernel,
     })
 }
 
-/// What the table has no column for.
-fn note(log: &TraceLog, replay: &Replay) -> String {
-    let Trace { events, nr_failed, nr_unfinished, nr_orphaned, .. } = &log.trace;
-    let mut note = format!(
-        "{}: {} calls, {} threads, {} address spaces",
-        log.name,
-        events.len(),
-        replay.nr_threads.get(),
-        replay.nr_spaces.get()
-    );
-    for (count, what) in [
-        (replay.host.assumed_areas.get(), "areas assumed from before the log"),
-        (replay.host.ignored_advice.get(), "madvise calls without effect on pages"),
-        (*nr_failed, "failed calls left out"),
-        (*nr_unfinished, "unfinished calls left out"),
-        (*nr_orphaned, "calls of threads that the log does not start left out"),
-    ] {
-        if count > 0 {
-            note.push_str(&format!("; {count} {what}"));
-        }
+/// What became of the calls.
+fn log_report(trace: &Trace, replay: &Replay) -> LogReport {
+    LogReport {
+        calls: trace.events.len() as u64,
+        threads: replay.nr_threads.get().into(),
+        address_spaces: replay.nr_spaces.get(),
+        assumed_areas: replay.host.assumed_areas.get(),
+        ignored_advice: replay.host.ignored_advice.get(),
+        failed: trace.nr_failed,
+        unfinished: trace.nr_unfinished,
+        dropped: trace.dropped.clone(),
+        dropped_thread_calls: trace.nr_orphaned,
+        dropped_threads: trace.nr_orphaned_threads,
     }
-    note
 }
 
 /// Frames for the most pages that a replay can have at once.

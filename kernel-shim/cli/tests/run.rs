@@ -158,3 +158,41 @@ fn a_captured_layout_reads_back() {
     let leftovers = std::fs::read_dir(folder.path()).expect("readable").count();
     assert_eq!(leftovers, 1, "a temporary file was left");
 }
+
+/// Once, a name could print a line of its own, a verdict for example, and a long one ended the command with a panic.
+#[test]
+fn text_of_an_input_is_shown_on_one_line_and_obeyed_by_no_terminal() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("x.layout");
+    let path = file.to_str().expect("UTF-8");
+    let layout = |name: &str, state: &str| {
+        let text = format!(
+            "mmu-gather layout 1\nname \"{name}\"\ncommand \"x\"\nkernel \"x\"\nthreads 1\ntables 1\n\
+             vma 1000-2000 rw-p anon\n {state}\nend vmas=1 runs=1 pages=1\n"
+        );
+        std::fs::write(&file, text).expect("written");
+    };
+    for fault in [&[][..], &["--fault", "skip-flush"]] {
+        layout("a\\u{a}clean: violations 0\\u{1b}[2K\\u{9b}1A", "anon 0");
+        let mut args = vec!["run", "--layout", path];
+        args.extend(fault);
+        for format in ["text", "json"] {
+            let output = teardown(&[&args[..], &["--format", format]].concat());
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(text.contains("\\u{a}clean") || text.contains("\\nclean"), "{text}");
+            assert!(text.chars().all(|char| char == '\n' || !char.is_control()), "{text:?}");
+            assert!(!text.lines().any(|line| line.starts_with("clean: violations 0\\u")), "{text}");
+        }
+    }
+    layout(&"n".repeat(70_000), "anon 0");
+    let output = teardown(&["run", "--layout", path]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(output.stdout.len() < 2000);
+    // And what is wrong with it.
+    layout("x", "\u{1b}[2K\u{9b}anon 0");
+    let output = teardown(&["run", "--layout", path]);
+    let error = stderr(&output);
+    assert_eq!((output.status.code(), error.lines().count()), (Some(2), 1), "{error:?}");
+    assert!(error.contains("`\\u{1b}[2K\\u{9b}anon 0`"), "{error:?}");
+    assert!(error.chars().all(|char| char == '\n' || !char.is_control()), "{error:?}");
+}

@@ -26,6 +26,8 @@ pub struct Run {
     pub verdict: Verdict,
     /// The corners it has been to.
     pub reached: Boundaries,
+    /// How often what was wrong on purpose has happened.
+    pub faults: u64,
     /// All that happened, oldest first; empty unless the trial was to remember all.
     pub events: Vec<Event>,
 }
@@ -83,5 +85,5 @@ pub fn judge_in(sequence: &Sequence, trial: Trial) -> io::Result<Run> {
         }
     };
     let events = if trial.telling == Telling::All { world.events() } else { Vec::new() };
-    Ok(Run { verdict, reached: world.reached(), events })
+    Ok(Run { verdict, reached: world.reached(), faults: world.faults(), events })
 }

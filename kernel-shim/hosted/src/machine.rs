@@ -46,6 +46,8 @@ pub struct HostedMachine {
     pub(crate) reached: Reached,
     /// How often a CPU was chosen.
     turns: AtomicU64,
+    /// How often what is wrong on purpose has happened.
+    faults: AtomicU64,
     /// A CPU goes on at a seam unless these bits of a choice are all 0.
     pub(crate) calm: u64,
 }
@@ -182,6 +184,7 @@ impl HostedMachine {
             next_hot: AtomicU32::new(0),
             reached: Reached::default(),
             turns: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
             // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
         })
@@ -210,6 +213,12 @@ impl HostedMachine {
     #[must_use]
     pub fn violations(&self) -> Found {
         self.checked.as_ref().map(|checked| checked.checker.found()).unwrap_or_default()
+    }
+
+    /// How often the fault of its options has happened so far: requests lost, or invalidations left out.
+    #[must_use]
+    pub fn nr_faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
     }
 
     /// Runs `f` as if it were code on `cpu`.
@@ -325,6 +334,7 @@ impl HostedMachine {
     fn send(&self, to: CpuId, request: &Request<'_>) {
         let here = self.current();
         if self.options.fault == MachineFault::DropIpi && self.choices.one_in(4) {
+            self.faults.fetch_add(1, Ordering::Relaxed);
             self.on_cpu(to, || self.tell(What::Lost(here)));
             request.unanswered.fetch_sub(1, Ordering::Release);
             return;
@@ -415,6 +425,7 @@ unsafe impl Machine for HostedMachine {
     fn invlpg(&self, address: u64) {
         self.seam(Seam::Lock);
         if self.options.fault == MachineFault::SkipFlush {
+            self.faults.fetch_add(1, Ordering::Relaxed);
             return;
         }
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
@@ -431,6 +442,7 @@ unsafe impl Machine for HostedMachine {
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             is_switch = mmu.cr3().0 != root;
             let skip = self.options.fault == MachineFault::SkipFlush && self.options.pcid == PcidSupport::On;
+            self.faults.fetch_add(u64::from(skip && !keep), Ordering::Relaxed);
             let load = if keep || skip { Cr3Load::Keep } else { Cr3Load::Flush };
             let loaded = mmu.load_cr3(root, pcid, load, watch);
             // The root in CR3 is told below.

@@ -136,6 +136,30 @@ impl Op {
         }
     }
 
+    /// How many pages it names.
+    pub(crate) const fn nr_pages(self) -> u64 {
+        match self {
+            Self::Map(_, range, ..)
+            | Self::Unmap(_, range)
+            | Self::Discard(_, range)
+            | Self::Guard(_, range, _)
+            | Self::Protect(_, range, _)
+            | Self::Remap(_, range, _)
+            | Self::MoveStack(_, range, _)
+            | Self::Reclaim(_, _, range)
+            | Self::Touch(range, _) => range.nr_pages(),
+            Self::Fork(..)
+            | Self::Exit(_)
+            | Self::Switch(_)
+            | Self::Lazy
+            | Self::Wake
+            | Self::Batches(_)
+            | Self::Tables(_)
+            | Self::Preempt(_)
+            | Self::Sync => 0,
+        }
+    }
+
     /// The words of all operations. New ones come last: saved bytes name operations by their number.
     pub const WORDS: [&'static str; 18] = [
         "map",

@@ -23,6 +23,10 @@ thread_local! {
     static ON_RETURN: Cell<Option<*const dyn Fn()>> = const { Cell::new(None) };
     /// Times in a row that a CPU gave way because it waits for another.
     static WAITS: Cell<u64> = const { Cell::new(0) };
+    /// Times that a CPU gave way, for whatever reason, since a step was done.
+    static TURNS: Cell<u64> = const { Cell::new(0) };
+    /// How many of those the size of a step can explain. Set while a schedule runs that says when steps are done.
+    static MOST_TURNS: Cell<u64> = const { Cell::new(u64::MAX) };
 }
 
 /// So many waits in a row without anybody doing something else are a deadlock.
@@ -44,13 +48,33 @@ pub(crate) fn progress() {
     WAITS.set(0);
 }
 
+/// A step began or ended: nobody runs in a circle, which no deadlock is.
+pub(crate) fn step_done() {
+    progress();
+    TURNS.set(0);
+}
+
+/// The schedule that this thread runs next calls [`step_done`] at least once in so many turns.
+pub(crate) fn expect_steps_within(turns: u64) {
+    MOST_TURNS.set(turns);
+}
+
 /// Gives the other CPUs a chance, if this code runs in a schedule. Returns when this CPU is chosen again.
+///
+/// # Panics
+/// If no step was done for more turns than [`expect_steps_within`] allows.
 #[inline]
 pub fn give_way() {
     let way = WAY_OUT.get();
     if way.is_null() {
         return;
     }
+    let turns = TURNS.get() + 1;
+    TURNS.set(turns);
+    assert!(
+        turns <= MOST_TURNS.get(),
+        "a call does not end: no step has begun or ended for {turns} turns, which its size does not explain"
+    );
     // SAFETY: `run` sets the pointer before it resumes a coroutine, to the yielder that coroutine was given and that lives
     // on its stack until it returns; and clears it when the coroutine is suspended or done.
     unsafe { &*way }.suspend(());
@@ -133,7 +157,7 @@ impl Schedule {
         is_done: impl Fn(CpuId),
         on_return: &(dyn Fn() + 'static),
     ) {
-        progress();
+        step_done();
         ON_RETURN.set(Some(ptr::from_ref(on_return)));
         while !self.tasks.is_empty() {
             let place = choices.pick(self.tasks.len());
@@ -145,6 +169,7 @@ impl Schedule {
             leaves(task.cpu);
             let result = result.unwrap_or_else(|panic| {
                 ON_RETURN.set(None);
+                MOST_TURNS.set(u64::MAX);
                 // Unwinding the others would run what they still have to do, with nobody to wait for: leave them, and their
                 // stacks, to which mail may point. They never run again.
                 for task in self.tasks.drain(..) {
@@ -158,11 +183,53 @@ impl Schedule {
             }
         }
         ON_RETURN.set(None);
+        MOST_TURNS.set(u64::MAX);
     }
 }
 
 impl fmt::Debug for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.tasks.iter().map(|task| task.cpu)).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_in_a_circle_is_stopped_although_nobody_waits() {
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            let mut schedule = Schedule::new();
+            for number in 0..2 {
+                schedule.spawn(CpuId::new(number), || {
+                    loop {
+                        // A seam, as a program crosses whose fault is answered by nothing.
+                        progress();
+                        give_way();
+                    }
+                });
+            }
+            expect_steps_within(1000);
+            schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {});
+        }));
+        let words = ended.expect_err("it ended");
+        let words = words.downcast_ref::<String>().expect("words with a number");
+        assert!(words.contains("does not end") && words.contains("1001 turns"), "{words}");
+    }
+
+    #[test]
+    fn steps_that_are_done_may_be_as_many_as_one_likes() {
+        let mut schedule = Schedule::new();
+        schedule.spawn(CpuId::new(0), || {
+            for _ in 0..100 {
+                (0..900).for_each(|_| give_way());
+                step_done();
+            }
+        });
+        expect_steps_within(1000);
+        schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {});
+        // A schedule that follows on this thread is not counted.
+        assert_eq!(MOST_TURNS.get(), u64::MAX);
     }
 }
