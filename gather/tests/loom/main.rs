@@ -140,7 +140,7 @@ unsafe impl PageTableFrameMapping for Cpu<'_> {
 unsafe impl TableMemory for Cpu<'_> {
     type Relax = spin::Spin;
 
-    fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
+    unsafe fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
         unreachable!("there are no tables")
     }
 
@@ -148,7 +148,7 @@ unsafe impl TableMemory for Cpu<'_> {
         None
     }
 
-    fn free_tables(&self, tables: &[PhysFrame]) {
+    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
         assert!(tables.is_empty(), "there are no tables");
     }
 }
