@@ -31,13 +31,14 @@ impl<B: CpuBits> Mm<B> {
     ///
     /// # Safety
     /// - As for [`AddressSpace::new`];
-    /// - `ids` is the one source of names for all address spaces that the same CPUs load.
+    /// - as for [`MmContext::new`].
     #[must_use]
     pub unsafe fn new(ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
         Self {
             // SAFETY: passed on to our caller.
             space: unsafe { AddressSpace::new(root, mode) },
-            context: MmContext::new(ids, root),
+            // SAFETY: passed on to our caller.
+            context: unsafe { MmContext::new(ids, root) },
             open_gathers: AtomicU32::new(0),
         }
     }
