@@ -110,7 +110,8 @@ impl<'a> Cpu<'a> {
         drop(table);
         if found {
             let page = VirtRange::new(PAGE, 2 * PAGE).expect("not empty");
-            gather.remove_page(frame(9), page, Level::Pte);
+            // SAFETY: the entry was found and taken under its lock, once, and its page has no other reference.
+            unsafe { gather.remove_page(frame(9), page, Level::Pte) };
         }
         let flushed = gather.flush();
         self.assert_forgotten("after the call");
