@@ -280,12 +280,12 @@ unsafe impl<C: Counting> TableMemory for Machine<'_, C> {
     type Relax = spin::Spin;
 
     #[inline]
-    fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
         self.memory.frame(frame.start_address().as_u64()).lock()
     }
 
     #[inline]
-    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+    unsafe fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
         Some(self.memory.frame(frame.start_address().as_u64()).used_lines())
     }
 
@@ -293,7 +293,7 @@ unsafe impl<C: Counting> TableMemory for Machine<'_, C> {
         self.memory.allocate_table()
     }
 
-    fn free_tables(&self, tables: &[PhysFrame]) {
+    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
         for table in tables {
             self.memory.free_table(table.start_address().as_u64());
         }

@@ -106,6 +106,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ///   reading at least (Linux: mmap_lock): no table below `mm` is freed meanwhile but by this gather;
     /// - `mm` is an address space of `kernel`: its tables are in that memory, and those CPUs alone load it.
     ///
+    /// That is promised of whatever the gather is told to do: its safe calls take any range. A kernel that frees tables under a
+    /// lock held for reading (munmap after a downgrade) keeps the other gathers of that time to areas that are not detached.
+    ///
+    /// # Panics
+    /// If 2^31 gathers of `mm` were begun and never finished.
+    ///
     /// # Source
     /// Linux: tlb_gather_mmu, mm/mmu_gather.c.
     #[doc(alias = "tlb_gather_mmu")]
@@ -256,7 +262,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 self.flush_tlb_only();
                 // INVARIANT: G1, `range` held this table, so the flush just done was made for it too.
                 let receipt = self.take_receipt();
-                self.kernel.free_tables(&[alone]);
+                // SAFETY: an `UnhookedTable` was taken in, of which there is one, and its flush was made just now.
+                unsafe { self.kernel.free_tables(&[alone]) };
                 self.free_all(receipt);
             }
         }

@@ -18,7 +18,32 @@
 //! [`Cpus`](tlb::Cpus) (who may hold a translation) and [`Pages`] (what happens to the pages). Nothing else is reached:
 //! no heap, no global, no `dyn`.
 //!
-//! Rules (each has a test that bears its sentence as its name; P and T rules are in the two crates below):
+//! # What safe code can and cannot do
+//!
+//! No safe call, in any order, with any argument, makes the engine free something reachable, or lose a flush that it owes. What
+//! could is `unsafe` and lists what it asks, or takes a proof, or is not public. Safe code can make the engine flush more than it
+//! must, wait for a lock that it holds itself, panic where a function says so, and leak what it forgets.
+//!
+//! | proof | shows | comes from |
+//! |---|---|---|
+//! | [`MmuGather`] | the map lock is held until it has flushed | `unsafe` [`new`](MmuGather::new), from the kernel |
+//! | [`FlushedGather`] | every CPU has forgotten what waits in it | [`flush`](MmuGather::flush); consumed where it is freed |
+//! | [`UnhookedTable`](pagetable::UnhookedTable) | no new walk reaches the table, of that root | where it is unhooked; not copied |
+//! | [`TableView`](pagetable::TableView) | it was a table of this level, and stays one | `unsafe`, or another view |
+//! | [`LockedTable`](pagetable::LockedTable) | no other software changes the entries; nothing about a new value | [`lock`](pagetable::TableView::lock) |
+//! | [`Flushed`](tlb::Flushed) | who had to be told has answered, up to a generation of one context | a flush; not copied |
+//! | [`FlushRequest`](tlb::FlushRequest) | it asks for no less than was changed | a flush, or `unsafe` |
+//! | a pinned [`MmContext`](tlb::MmContext) | a CPU may know it by its address | `Pin<&Mm>` |
+//!
+//! What the engine believes without proof is what a kernel promises when it implements the two unsafe traits: among it that there is
+//! one machine, with one memory. Safe code that holds two kernels of one type could flush the CPUs of the wrong one. What a kernel
+//! does with its own pages when its own methods are called (`unmap_page`, say) is the kernel's affair.
+//!
+//! Tests hold this up: `tests/compile_fail`, and `safe_attacker`, which makes all these calls at random.
+//!
+//! # Rules
+//!
+//! Each has a test that bears its sentence as its name; P and T rules are in the two crates below.
 //!
 //! - **G1** A frame or table reaches the allocator only after every CPU that may hold a translation through it has
 //!   flushed.

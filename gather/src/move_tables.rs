@@ -30,8 +30,10 @@ impl<K: Platform> MmuGather<'_, K> {
     /// Linux: move_page_tables, mm/mremap.c.
     pub unsafe fn move_page_tables(&mut self, old: VirtRange, new_start: u64) -> Result<(), MapError> {
         let new_end = new_start.checked_add(old.len_bytes()).ok_or(MapError::NotUserSpace(new_start))?;
-        if new_end > self.mm.space().mode().user_end() {
-            return Err(MapError::NotUserSpace(new_end));
+        for end in [old.end(), new_end] {
+            if end > self.mm.space().mode().user_end() {
+                return Err(MapError::NotUserSpace(end));
+            }
         }
         self.for_each_table(old, |gather, _, part| {
             gather.prepare_place(old, part, part.start() - old.start() + new_start)

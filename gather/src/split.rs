@@ -58,7 +58,8 @@ impl<K: Platform> MmuGather<'_, K> {
     #[doc(alias = "__split_huge_pmd")]
     pub unsafe fn split_leaf(&mut self, area: K::Area, address: u64) -> Result<(), SplitError> {
         for level in [Level::Pud, Level::Pmd] {
-            if address & (level.entry_span() - 1) != 0 {
+            // The kernel's half, if that is named, is not ours to split.
+            if address < self.mm.space().mode().user_end() && address & (level.entry_span() - 1) != 0 {
                 self.split_at(area, address, level)?;
             }
         }
@@ -85,7 +86,8 @@ impl<K: Platform> MmuGather<'_, K> {
         let value = entry.load();
         let Decoded::Leaf(first) = value.decode(level) else {
             drop(locked);
-            kernel.free_tables(&[table]);
+            // SAFETY: allocated above, and never linked.
+            unsafe { kernel.free_tables(&[table]) };
             return Ok(());
         };
         let access = if value.is_writable() { MigrationAccess::Writable } else { MigrationAccess::ReadOnly };
@@ -105,7 +107,8 @@ impl<K: Platform> MmuGather<'_, K> {
         let linked = unsafe { mm.space().link_table(kernel, view, address, marker, table) };
         debug_assert!(linked.is_ok(), "somebody replaced the migration entry at {address:#x}: {linked:?}");
         if linked.is_err() {
-            kernel.free_tables(&[table]);
+            // SAFETY: allocated above, and never linked.
+            unsafe { kernel.free_tables(&[table]) };
         }
         Ok(())
     }
@@ -145,7 +148,8 @@ impl<K: Platform> MmuGather<'_, K> {
         // SAFETY: the view is live: the constructor's caller holds the map lock; the table is ours, of the level below.
         if unsafe { mm.space().link_table(kernel, view, address, whole.encode(), table) }.is_err() {
             // The page has arrived meanwhile, or the marker is gone: what is there now may be a leaf.
-            kernel.free_tables(&[table]);
+            // SAFETY: allocated above, and never linked.
+            unsafe { kernel.free_tables(&[table]) };
             return self.split_at(area, address, level);
         }
         if let NonPresent::Migration { frame, .. } = whole {

@@ -62,14 +62,18 @@ impl TableQueue {
     }
 
     /// Hands every table to the kernel; returns how many.
-    pub(crate) fn free_all<K: Platform>(&mut self, kernel: &K) -> u64 {
+    ///
+    /// # Safety
+    /// All of them were [unhooked](mmu_pagetable::UnhookedTable), and were flushed for since they were queued.
+    pub(crate) unsafe fn free_all<K: Platform>(&mut self, kernel: &K) -> u64 {
         let Some(mut batch) = self.batch else { return 0 };
         // SAFETY: by the invariant the page is ours alone.
         let batch = unsafe { batch.as_mut() };
         if batch.is_empty() {
             return 0;
         }
-        kernel.free_tables(batch);
+        // SAFETY: passed on to our caller; each was queued once, because an `UnhookedTable` cannot be copied.
+        unsafe { kernel.free_tables(batch) };
         let tables = batch.len() as u64;
         batch.clear();
         kernel.cond_resched();

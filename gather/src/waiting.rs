@@ -1,4 +1,5 @@
 //! What a gather has unhooked and not freed yet: the pages and the tables.
+#![expect(unsafe_code, reason = "on a receipt, tables are freed")]
 
 use mmu_tlb::{CpuBits, Flushed, MmContext};
 use static_assertions::assert_not_impl_any;
@@ -48,7 +49,8 @@ impl Waiting {
     /// The one way from pending to free. INVARIANT: G1, it takes the receipt of a flush of everything here.
     #[inline(never)]
     pub(crate) fn free_all<K: Platform>(&mut self, kernel: &K, free_chunk: u16, _receipt: Covered) {
-        let tables = self.tables.free_all(kernel);
+        // SAFETY: the receipt is of a flush of everything that waits here.
+        let tables = unsafe { self.tables.free_all(kernel) };
         let slots = self.pages.free_all(kernel, free_chunk);
         kernel.observe_gather(GatherEvent::Released { slots, tables });
     }

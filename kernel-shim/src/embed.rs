@@ -65,14 +65,14 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     type Relax = M::Relax;
 
     #[inline]
-    fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {
         let lock = self.frames.meta(frame).table_lock();
         self.machine.about_to_lock(frame, lock);
         lock
     }
 
     #[inline]
-    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+    unsafe fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
         Some(self.frames.meta(frame).used_lines())
     }
 
@@ -90,7 +90,7 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
         Some(frame)
     }
 
-    fn free_tables(&self, tables: &[PhysFrame]) {
+    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
         self.machine.seam(Seam::Free);
         for table in tables {
             if self.frames.meta(*table).kind() != FrameKind::Table {

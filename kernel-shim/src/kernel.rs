@@ -299,8 +299,8 @@ impl<M: Machine> Kernel<M> {
         self.note_unmapped(mm, all);
         drop(vmas);
         flushed.free();
-        // Every CPU has left the address space: `exit_mmap` says so.
-        self.free_tables(&[mm.root()]);
+        // SAFETY: every CPU has left the address space, `exit_mmap` says so, and nobody else frees its root.
+        unsafe { self.free_tables(&[mm.root()]) };
         Ok(())
     }
 

@@ -79,7 +79,8 @@ impl AddressSpace {
                 continue;
             }
             let new = memory.allocate_table().ok_or(MapError::NoTable(address))?;
-            if let Some(used) = memory.used_lines(new) {
+            // SAFETY: a table that was just allocated.
+            if let Some(used) = unsafe { memory.used_lines(new) } {
                 used.forget_all();
             }
             let locked = view.lock(memory);
@@ -93,7 +94,8 @@ impl AddressSpace {
                 continue;
             }
             drop(locked);
-            memory.free_tables(&[new]);
+            // SAFETY: allocated above, and never linked.
+            unsafe { memory.free_tables(&[new]) };
             if found.as_table(view.level()).is_none() {
                 return Err(MapError::Occupied(address, view.level(), found));
             }
@@ -160,7 +162,8 @@ impl AddressSpace {
         if found != expected || found.is_present() {
             return Err(found);
         }
-        if let Some(used) = memory.used_lines(table) {
+        // SAFETY: our caller answers for the table.
+        if let Some(used) = unsafe { memory.used_lines(table) } {
             used.note_all();
         }
         // SAFETY: the entry is not present, so nothing is lost; our caller answers for the table.

@@ -120,20 +120,28 @@ impl VirtRange {
         Self { start, end }
     }
 
-    /// The bytes covered by the entry of a table at `level` that `address` selects.
+    /// The bytes covered by the entry of a table at `level` that `address`, a user address, selects.
+    ///
+    /// # Panics
+    /// In a debug build, if `address` lies above the largest lower half (`1 << 56`).
     #[must_use]
     #[inline]
     pub const fn of_entry(level: Level, address: u64) -> Self {
+        debug_assert!(address < 1 << 56, "not a user address");
         let start = address & !(level.entry_span() - 1);
-        Self { start, end: start + level.entry_span() }
+        Self { start, end: start.wrapping_add(level.entry_span()) }
     }
 
     /// The part of this range that one entry of a table at `level` covers, beginning at `address`: from `address` to
-    /// the end of that entry or of the range, whichever comes first. `address` lies inside the range.
+    /// the end of that entry or of the range, whichever comes first. `address` lies inside the range, at the start of a page.
+    ///
+    /// # Panics
+    /// In a debug build, if it does not.
     #[must_use]
     #[inline]
     pub const fn within_entry(self, level: Level, address: u64) -> Self {
-        let boundary = (address & !(level.entry_span() - 1)) + level.entry_span();
+        debug_assert!(self.contains(address) && address.is_multiple_of(4096), "not a page of the range");
+        let boundary = (address & !(level.entry_span() - 1)).wrapping_add(level.entry_span());
         Self { start: address, end: if boundary < self.end { boundary } else { self.end } }
     }
 }

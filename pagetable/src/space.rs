@@ -26,6 +26,7 @@ impl AddressSpace {
     /// # Safety
     /// - `root` holds a table of the mode's root level, whose lower half is empty, in the memory that every later call
     ///   is given;
+    /// - `root` is the root of no other address space;
     /// - the frame stays a table until the address space is dropped and every CPU has left it.
     #[must_use]
     #[expect(unsafe_code, reason = "a frame number is taken on trust")]

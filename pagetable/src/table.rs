@@ -80,20 +80,28 @@ pub type TableLock<R> = SpinMutex<(), R>;
 ///   from a root are distinct;
 /// - `used_lines` returns the same one for the same frame until the frame is freed, and another for every other frame; once it
 ///   does, entries of linked tables become something only through [`LockedTable::entry`] (rule P4); the kernel half of a root,
-///   which the engine does not look at, is free from that.
+///   which the engine does not look at, is free from that;
+/// - nobody gets a view of one memory and a reference to another of the same type: a machine has one memory, and where a
+///   process has several (a simulator), whoever holds two keeps their views apart.
 pub unsafe trait TableMemory: PageTableFrameMapping {
     /// What a CPU does while it waits for a table lock.
     type Relax: RelaxStrategy;
 
     /// The lock of the table in `frame`. Asked for only by who takes it next, or tries to.
-    fn table_lock(&self, frame: PhysFrame) -> &TableLock<Self::Relax>;
+    ///
+    /// # Safety
+    /// `frame` is a table of this memory, and is not freed while the lock is used.
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<Self::Relax>;
 
     /// Where it is noted which cache lines of the table in `frame` may hold entries; best beside the lock.
     ///
     /// A kernel that keeps it has sparse memory torn down by looking at the lines that are used, not at all 64 of each table. One
     /// that does not, or that writes entries by means of its own, says `None`: every line is then looked at.
+    ///
+    /// # Safety
+    /// As for [`table_lock`](Self::table_lock).
     #[inline]
-    fn used_lines(&self, _frame: PhysFrame) -> Option<&UsedLines> {
+    unsafe fn used_lines(&self, _frame: PhysFrame) -> Option<&UsedLines> {
         None
     }
 
@@ -111,7 +119,11 @@ pub unsafe trait TableMemory: PageTableFrameMapping {
     ///
     /// # Context
     /// No table lock is held.
-    fn free_tables(&self, tables: &[PhysFrame]);
+    ///
+    /// # Safety
+    /// Each of `tables` came from [`allocate_table`](Self::allocate_table), or was a root, and is given back once: it was never
+    /// linked, or it was unhooked and every CPU, lazy ones included, has flushed since; no CPU has it as its root.
+    unsafe fn free_tables(&self, tables: &[PhysFrame]);
 }
 
 /// What the panic of a debug build says of an entry in a line that is not noted.
@@ -207,21 +219,29 @@ impl<'m> TableView<'m> {
     /// Spins. Never taken while a lock of the same or a lower level is held.
     #[inline]
     pub fn lock<M: TableMemory>(&self, memory: &'m M) -> LockedTable<'m, M::Relax> {
-        let guard = memory.table_lock(self.frame).lock();
-        LockedTable { view: *self, used: memory.used_lines(self.frame), _guard: guard }
+        // SAFETY: a view is of a live table (contract of `new`), of the one memory there is (contract of `TableMemory`).
+        let guard = unsafe { memory.table_lock(self.frame) }.lock();
+        LockedTable { view: *self, used: self.notes(memory), _guard: guard }
     }
 
     /// Takes the table's lock if nobody holds it.
     pub fn try_lock<M: TableMemory>(&self, memory: &'m M) -> Option<LockedTable<'m, M::Relax>> {
-        let guard = memory.table_lock(self.frame).try_lock()?;
-        Some(LockedTable { view: *self, used: memory.used_lines(self.frame), _guard: guard })
+        // SAFETY: as in `lock`.
+        let guard = unsafe { memory.table_lock(self.frame) }.try_lock()?;
+        Some(LockedTable { view: *self, used: self.notes(memory), _guard: guard })
+    }
+
+    #[inline(always)]
+    fn notes<'n, M: TableMemory>(&self, memory: &'n M) -> Option<&'n UsedLines> {
+        // SAFETY: as in `lock`.
+        unsafe { memory.used_lines(self.frame) }
     }
 
     /// The lines that may hold entries: all, if the kernel does not note them. Without the lock they may change at any time.
     #[must_use]
     #[inline]
     pub fn used_lines<M: TableMemory>(&self, memory: &M) -> Lines {
-        memory.used_lines(self.frame).map_or(Lines::ALL, UsedLines::load)
+        self.notes(memory).map_or(Lines::ALL, UsedLines::load)
     }
 
     /// The parts of `range`, which lies inside the span of the table, whose entries may be something; see
@@ -262,7 +282,7 @@ impl<'m> TableView<'m> {
     /// If `range` reaches beyond the table.
     #[inline]
     pub fn prefetch_entries<M: TableMemory>(&self, memory: &M, range: VirtRange) {
-        if let Some(used) = memory.used_lines(self.frame) {
+        if let Some(used) = self.notes(memory) {
             // SAFETY: as in `prefetch`.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(used).cast()) };
         }
@@ -499,12 +519,12 @@ mod tests {
     unsafe impl TableMemory for Memory {
         type Relax = spin::Spin;
 
-        fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
+        unsafe fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
             self.asked_for_lock.set(self.asked_for_lock.get() + 1);
             &self.lock
         }
 
-        fn used_lines(&self, _: PhysFrame) -> Option<&UsedLines> {
+        unsafe fn used_lines(&self, _: PhysFrame) -> Option<&UsedLines> {
             self.used_lines.as_ref()
         }
 
@@ -512,7 +532,7 @@ mod tests {
             None
         }
 
-        fn free_tables(&self, _: &[PhysFrame]) {}
+        unsafe fn free_tables(&self, _: &[PhysFrame]) {}
     }
 
     #[test]

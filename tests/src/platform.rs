@@ -53,12 +53,12 @@ unsafe impl PageTableFrameMapping for PaperKernel {
 unsafe impl TableMemory for PaperKernel {
     type Relax = Deadlock;
 
-    fn table_lock(&self, frame: PhysFrame) -> &TableLock<Deadlock> {
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<Deadlock> {
         self.note_lock(frame);
         self.lock_of(frame)
     }
 
-    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+    unsafe fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
         match self.options().line_notes {
             LineNotes::Kept => Some(self.used_lines_of(frame)),
             LineNotes::NotKept => None,
@@ -70,7 +70,7 @@ unsafe impl TableMemory for PaperKernel {
         self.table_supply().take().then(|| self.new_table())
     }
 
-    fn free_tables(&self, tables: &[PhysFrame]) {
+    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
         self.check_before_freeing("free_tables");
         for table in tables {
             self.check_table_may_be_freed(*table);

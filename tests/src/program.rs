@@ -4,7 +4,8 @@
 use core::pin::Pin;
 
 use mmu_gather::pagetable::{
-    Bounds, Decoded, EntryValue, Level, Lines, Mapping, NonPresent, Table, TableView, VirtRange,
+    Bounds, Decoded, EntryValue, Level, Lines, Mapping, NonPresent, Table, TableMemory, TableView,
+    UnhookedTable, VirtRange,
 };
 use mmu_gather::tlb::{
     CpuId, CpuTlb, Laziness, UnmapBatch, enter_lazy_tlb, init_cpu, leave_mm, offline_cpu, switch_mm,
@@ -383,6 +384,25 @@ impl PaperKernel {
         let frame = PhysFrame::containing_address(old.leaf_address(level));
         self.ledger().remove_rmap(frame);
         frame
+    }
+
+    /// Unhooks the last-level table for `address` if it is there and empty, and leaves those above; whoever gets it queues it in
+    /// a gather, or loses it.
+    pub fn unhook_empty_table(&self, mm: &PaperMm, address: u64) -> Option<UnhookedTable> {
+        let table = self.find_table(mm, address, Level::Pte).filter(|view| view.table().is_empty())?;
+        let span = VirtRange::of_entry(Level::Pmd, address);
+        let mut unhooked = None;
+        let bounds = Bounds::between(Some(span.start()), Some(span.end()));
+        // SAFETY: one thread; nothing is mapped there. An `UnhookedTable` is freed by a gather's flush only.
+        unsafe { mm.space().free_range(self, span, bounds, |table| unhooked = Some(table)) };
+        debug_assert!(unhooked.as_ref().is_none_or(|unhooked| unhooked.frame() == table.frame()));
+        unhooked
+    }
+
+    /// The kernel itself frees one table, a root that nobody uses any more; or any other, as a mistake that the checker sees.
+    pub fn free_one_table(&self, table: PhysFrame) {
+        // SAFETY: nothing is used again: the arena keeps even freed tables, and the checker says what was wrong.
+        unsafe { self.free_tables(&[table]) };
     }
 
     fn check_use(&self, cpu: CpuId, leaf: &Translation, address: u64) {

@@ -4,7 +4,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use mmu_gather::pagetable::{Bounds, EntryValue, Level, TableMemory};
+use mmu_gather::pagetable::{Bounds, EntryValue, Level};
 use mmu_gather::tlb::{CpuSet, Cpus};
 use mmu_gather::{Limits, Pages};
 use mmu_tests::{Access, Backing, Bits, CPU, Fault, GIB, Options, PaperKernel, PaperMm, Violation, area};
@@ -60,7 +60,7 @@ fn a_table_freed_while_even_a_lazy_cpu_can_walk_on_from_it_is_seen() {
     kernel.speculate(CPU[1], GIB);
     kernel.go_lazy(CPU[1]);
     let table = kernel.find_table(mm, GIB, Level::Pte).expect("linked").frame();
-    kernel.free_tables(&[table]);
+    kernel.free_one_table(table);
     assert_eq!(
         kernel.take_violations(),
         [
@@ -69,7 +69,7 @@ fn a_table_freed_while_even_a_lazy_cpu_can_walk_on_from_it_is_seen() {
             Violation::TableFreedTooEarly(table, CPU[1], GIB)
         ]
     );
-    kernel.free_tables(&[table]);
+    kernel.free_one_table(table);
     assert!(kernel.take_violations().contains(&Violation::TableFreedTwice(table)));
     kernel.speculate(CPU[1], GIB + 0x1000);
     assert_eq!(kernel.take_violations(), [Violation::FreedTableWalked(table, CPU[1], GIB + 0x1000)]);

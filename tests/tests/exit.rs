@@ -1,6 +1,6 @@
 //! The end of an address space.
 
-use mmu_gather::pagetable::{Level, TableMemory};
+use mmu_gather::pagetable::Level;
 use mmu_gather::tlb::PcidSupport;
 use mmu_gather::{GatherEvent, Limits, exit_mmap};
 use mmu_tests::{Access, Backing, CPU, Event, GIB, MIB, Options, PaperKernel, Supply, area, range};
@@ -38,7 +38,7 @@ fn everything_goes_and_the_root_is_the_callers_to_free() {
             assert_eq!(kernel.ledger().nr_held(), 0, "{supply:?}");
             assert!(!mm.context().is_loaded_somewhere(&kernel));
             // The checker objects if a CPU still has it in CR3.
-            kernel.free_tables(&[mm.space().root()]);
+            kernel.free_one_table(mm.space().root());
         }
     }
 }
@@ -52,7 +52,7 @@ fn a_lazy_cpu_leaves_even_an_address_space_in_which_nothing_was_mapped() {
         kernel.go_lazy(CPU[1]);
         kernel.exit(mm, &Limits::DEFAULT, &[]);
         assert!(!mm.context().is_loaded_somewhere(&kernel));
-        kernel.free_tables(&[mm.space().root()]);
+        kernel.free_one_table(mm.space().root());
     }
 }
 
@@ -66,7 +66,7 @@ fn the_cpu_that_runs_the_exit_leaves_what_it_borrows_itself() {
     kernel.go_lazy(CPU[0]);
     kernel.exit(mm, &Limits::DEFAULT, &[area(GIB, GIB + PAGE, Backing::Anonymous)]);
     assert!(!kernel.state(CPU[0]).has_loaded(mm.context()));
-    kernel.free_tables(&[mm.space().root()]);
+    kernel.free_one_table(mm.space().root());
 }
 
 #[test]

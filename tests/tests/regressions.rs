@@ -292,7 +292,7 @@ fn no_cpu_has_a_dead_root_in_cr3() {
     let mm = kernel.mm(0);
     kernel.go_lazy(CPU[1]);
     kernel.exit(mm, &Limits::DEFAULT, &[area(GIB, GIB + PAGE, Backing::Anonymous)]);
-    mmu_gather::pagetable::TableMemory::free_tables(&kernel, &[mm.space().root()]);
+    kernel.free_one_table(mm.space().root());
 }
 
 /// Nanos: a flush skipped because the new mapping at the address "had no old one", which was unmapped and not flushed.

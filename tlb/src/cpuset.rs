@@ -121,6 +121,9 @@ impl<B: CpuBits> CpuSet<B> {
     }
 
     /// Adds `cpu` to a set that nobody else sees.
+    ///
+    /// # Panics
+    /// If `cpu` does not fit the storage.
     pub fn insert(&mut self, cpu: CpuId) {
         let (word, bit) = self.place(cpu);
         word.store(word.load(Ordering::Relaxed) | bit, Ordering::Relaxed);

@@ -21,18 +21,27 @@ pub struct PageSpan {
 }
 
 impl PageSpan {
-    /// How many INVLPGs it takes.
+    /// How many INVLPGs it takes. A span that ends before it begins, or has a stride of 64 or more, is more than any ceiling
+    /// allows: `u64::MAX`.
     #[must_use]
     #[inline]
     pub const fn nr_pages(self) -> u64 {
-        // No address is so high that this overflows.
-        (self.end - self.start + ((1 << self.stride_shift) - 1)) >> self.stride_shift
+        if self.end < self.start || self.stride_shift >= u64::BITS {
+            return u64::MAX;
+        }
+        let (length, stride) = (self.end - self.start, 1 << self.stride_shift);
+        // Both addresses are user ones where it matters: this saturates for no other.
+        length.saturating_add(stride - 1) >> self.stride_shift
     }
 
-    /// The addresses to invalidate.
+    /// The addresses to invalidate; of a span that makes no sense, none.
     #[inline]
     pub fn pages(self) -> impl Iterator<Item = u64> {
-        (0..self.nr_pages()).map(move |page| self.start + (page << self.stride_shift))
+        let nr_pages = match self.nr_pages() {
+            u64::MAX => 0,
+            nr_pages => nr_pages,
+        };
+        (0..nr_pages).map(move |page| self.start.wrapping_add(page << self.stride_shift))
     }
 }
 
@@ -192,6 +201,10 @@ pub enum WhyNothing {
 /// A ranged flush is enough only from the generation just before the one asked for (rule T3); and it is refused, merely
 /// as an optimisation, when the address space has moved on meanwhile: the full flush then spares the next request.
 ///
+/// # Panics
+/// In a debug build, in a situation that cannot be: a slot ahead of its address space, a generation asked for that it has not
+/// reached.
+///
 /// # Source
 /// Linux: flush_tlb_func, arch/x86/mm/tlb.c.
 #[must_use]
@@ -327,6 +340,7 @@ pub(crate) fn flush_context<C: Cpus>(
 
 impl fmt::Display for PageSpan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}..{:#x} by {} KiB", self.start, self.end, (1u64 << self.stride_shift) >> 10)
+        let stride = 1u64.checked_shl(self.stride_shift).unwrap_or(0);
+        write!(f, "{:#x}..{:#x} by {} KiB", self.start, self.end, stride >> 10)
     }
 }

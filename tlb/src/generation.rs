@@ -1,4 +1,5 @@
 //! The names of flushes: which context, and how far it has come.
+#![expect(unsafe_code, reason = "a source of names is taken on trust")]
 
 use core::marker::PhantomPinned;
 use core::num::NonZeroU64;
@@ -91,7 +92,7 @@ impl TlbGen {
     /// The generation after this one.
     #[must_use]
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.wrapping_add(1))
     }
 }
 
@@ -121,8 +122,13 @@ static_assertions::const_assert_eq!(align_of::<MmContext<[AtomicU64; 1]>>(), 64)
 
 impl<B: CpuBits> MmContext<B> {
     /// The context of a new address space whose top table is `root`. No CPU may have it loaded yet.
+    ///
+    /// # Safety
+    /// - `ids` is the one source of names for all address spaces of the machine: a CPU's slot, and a receipt
+    ///   ([`Flushed`](crate::Flushed)), know a context by its name alone;
+    /// - `root` is the root of no other context: a flush of that one would not reach the CPUs that have this one loaded.
     #[must_use]
-    pub fn new(ids: &CtxIds, root: PhysFrame) -> Self {
+    pub unsafe fn new(ids: &CtxIds, root: PhysFrame) -> Self {
         Self {
             ctx_id: ids.allocate(),
             root,
@@ -260,7 +266,8 @@ mod tests {
     use super::*;
 
     fn context() -> MmContext<[AtomicU64; 1]> {
-        MmContext::new(&CtxIds::new(), PhysFrame::containing_address(PhysAddr::new(0x1000)))
+        // SAFETY: it is flushed nowhere.
+        unsafe { MmContext::new(&CtxIds::new(), PhysFrame::containing_address(PhysAddr::new(0x1000))) }
     }
 
     #[test]

@@ -44,7 +44,8 @@ impl<B: CpuBits> Machine<B> {
     fn new() -> Self {
         let (ids, root) = (CtxIds::new(), PhysFrame::containing_address(PhysAddr::zero()));
         Self {
-            spaces: core::array::from_fn(|_| MmContext::new(&ids, root)),
+            // SAFETY: one source of names; nothing is mapped below the root that they seem to share.
+            spaces: core::array::from_fn(|_| unsafe { MmContext::new(&ids, root) }),
             cpus: core::array::from_fn(|_| CpuTlb::new()),
         }
     }

@@ -96,6 +96,9 @@ pub enum TlbEvent {
 /// - `pinned` and `without_interrupts` do what they say, and `pinned` names the CPU it runs on;
 /// - `flush_others` returns only after every target has run [`flush_tlb_func`](crate::flush_tlb_func) for this request, or is off
 ///   ([`CpuTlb::is_offline`]);
+/// - `online_cpus`, `pcid_support` and `init_root` say what is so: a CPU that `online_cpus` denies is told nothing;
+/// - contexts of this machine are flushed with this machine: there is one, and where a process has several of one type (a
+///   simulator), whoever holds two keeps their contexts apart;
 /// - `invlpg` and `load_cr3` drop what the instructions of the same names must drop (SDM 4.10.4.1).
 pub unsafe trait Cpus {
     /// Storage for a set of CPUs: `[AtomicU64; 1]` holds 64.

@@ -15,7 +15,7 @@ pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 ///
 /// The entries were changed before the call. CPUs that have `mm` loaded and run programs are interrupted; lazy ones only
 /// when tables go; CPUs elsewhere find out when they come back. More than
-/// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages become a full flush.
+/// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages become a full flush, and so does a span that makes no sense.
 ///
 /// # Context
 /// Interrupts on; no lock held that an interrupt handler takes; may be called under a table lock, which only the flush of
@@ -30,11 +30,13 @@ pub fn flush_tlb_mm_range<C: Cpus>(
     span: PageSpan,
     tables: FreedTables,
 ) -> Flushed {
-    if span.nr_pages() > cpus.single_page_flush_ceiling() {
+    let nr_pages = span.nr_pages();
+    // A span that makes no sense has `u64::MAX` pages, which no ceiling lets pass.
+    if nr_pages > cpus.single_page_flush_ceiling() || nr_pages == u64::MAX {
         return flush_whole(cpus, mm, Some(span), tables);
     }
     let tlb_gen = cpus.pinned(|here| {
-        cpus.observe(TlbEvent::Requested { pages: Some(span.nr_pages()), tables });
+        cpus.observe(TlbEvent::Requested { pages: Some(nr_pages), tables });
         shoot_down(cpus, here, mm, Some(span), tables, |tlb_gen| FlushKind::Range { mm, tlb_gen, span })
     });
     cpus.invalidate_secondary(mm.ctx_id(), Some(span));

@@ -114,7 +114,8 @@ impl<'a> Cpu<'a> {
         drop(table);
         if found {
             let page = VirtRange::new(PAGE, 2 * PAGE).expect("not empty");
-            gather.remove_page(frame(9), page, Level::Pte);
+            // SAFETY: the entry was found and taken under its lock, once, and its page has no other reference.
+            unsafe { gather.remove_page(frame(9), page, Level::Pte) };
         }
         let flushed = gather.flush();
         self.assert_forgotten("after the call");
@@ -144,7 +145,7 @@ unsafe impl PageTableFrameMapping for Cpu<'_> {
 unsafe impl TableMemory for Cpu<'_> {
     type Relax = spin::Spin;
 
-    fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
+    unsafe fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
         unreachable!("there are no tables")
     }
 
@@ -152,7 +153,7 @@ unsafe impl TableMemory for Cpu<'_> {
         None
     }
 
-    fn free_tables(&self, tables: &[PhysFrame]) {
+    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
         assert!(tables.is_empty(), "there are no tables");
     }
 }

@@ -143,21 +143,24 @@ unsafe impl<W: Watch> TableMemory for SweepMachine<'_, W> {
     type Relax = spin::Spin;
 
     #[inline]
-    fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
-        self.base.table_lock(frame)
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
+        // SAFETY: passed on to our caller, here and below.
+        unsafe { self.base.table_lock(frame) }
     }
 
     #[inline]
-    fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
-        self.base.used_lines(frame)
+    unsafe fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        // SAFETY: as above.
+        unsafe { self.base.used_lines(frame) }
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {
         self.base.allocate_table()
     }
 
-    fn free_tables(&self, tables: &[PhysFrame]) {
-        self.base.free_tables(tables);
+    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
+        // SAFETY: as above.
+        unsafe { self.base.free_tables(tables) };
         self.watch.tables_freed(tables);
     }
 }

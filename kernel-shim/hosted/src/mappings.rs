@@ -71,7 +71,10 @@ impl World {
             return;
         }
         let machine = self.kernel.machine();
-        let noted = self.kernel.used_lines(table).map_or(Lines::ALL, UsedLines::load);
+        #[expect(unsafe_code, reason = "looks at the notes of a table while nothing changes them")]
+        // SAFETY: a table of this kernel, as was found just now, and nothing else runs.
+        let used = unsafe { self.kernel.used_lines(table) };
+        let noted = used.map_or(Lines::ALL, UsedLines::load);
         for (index, entry) in entries(machine, table).enumerate() {
             let address = start + ((index as u64) << level.entry_shift());
             if entry != 0 && noted.both(Lines::touched_by(&(index..index + 1))).is_empty() {

@@ -4,7 +4,7 @@ use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mmu_gather::pagetable::{Decoded, Level, Line, Marker, NonPresent, TableMemory, VirtRange};
+use mmu_gather::pagetable::{Decoded, Level, Line, Marker, NonPresent, VirtRange};
 use mmu_gather::tlb::CpuId;
 use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, give_way, touch};
 use mmu_kernel_shim::{
@@ -66,7 +66,7 @@ fn lookup(kernel: &HostedKernel, mm: &HostedMm, page: u64) -> Decoded {
 fn used_lines(kernel: &HostedKernel, mm: &HostedMm) -> Vec<usize> {
     // SAFETY: nothing else runs, so no table is freed meanwhile.
     let table = unsafe { mm.engine().space().find_table(kernel, START, Level::Pte) }.expect("linked");
-    let lines = kernel.used_lines(table.frame()).expect("the small kernel notes them").load();
+    let lines = table.used_lines(kernel);
     lines.into_iter().map(Line::first_entry).collect()
 }
 

@@ -198,7 +198,8 @@ fn step_through(
     let entry = kernel.machine().frame_to_pointer(view.frame()).cast::<AtomicU64>();
     let probe = Probe {
         machine: ptr::from_ref(&**kernel.machine()),
-        lock: ptr::from_ref(kernel.table_lock(view.frame())),
+        // SAFETY: the view's table, which nobody frees.
+        lock: ptr::from_ref(unsafe { kernel.table_lock(view.frame()) }),
         entry: entry.wrapping_add(view.level().index(PAGE)),
         write_at,
         steps: Cell::new(0),

@@ -69,7 +69,8 @@ impl Rig {
             here: Cell::new(CpuId::new(0)),
             states: [CpuTlb::new(), CpuTlb::new()],
             hardware: RefCell::default(),
-            spaces: [MmContext::new(&ids, root(1)), MmContext::new(&ids, root(2))],
+            // SAFETY: one source of names; each has a root of its own.
+            spaces: [1, 2].map(|number| unsafe { MmContext::new(&ids, root(number)) }),
             present: [Cell::new(ALL), Cell::new(ALL)],
             batch: RefCell::new(UnmapBatch::new()),
             last_load: Cell::new(None),
@@ -349,7 +350,8 @@ fn the_slot_chosen_is_the_one_the_engine_chooses() {
     let rig = Rig::new(PcidSupport::On);
     let ids = CtxIds::new();
     let spaces: [MmContext<Bits>; 9] =
-        core::array::from_fn(|number| MmContext::new(&ids, root(3 + number as u64)));
+        // SAFETY: these CPUs load none of the others.
+        core::array::from_fn(|number| unsafe { MmContext::new(&ids, root(3 + number as u64)) });
     // The machine has names for two spaces; here a slot's place in this list names its space.
     let mut named: Vec<Option<usize>> = vec![None; usize::from(NR_DYN_ASIDS)];
     let mut gens = vec![0u8; usize::from(NR_DYN_ASIDS)];

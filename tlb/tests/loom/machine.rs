@@ -69,8 +69,10 @@ impl Machine {
             cpus: core::array::from_fn(|_| CpuTlb::new()),
             interrupts: core::array::from_fn(|_| Mutex::new(())),
             hardware: core::array::from_fn(|_| Plain::default()),
-            mm: MmContext::new(&ids, frame(1)),
-            other: MmContext::new(&ids, frame(2)),
+            // SAFETY: one source of names, and a root each; here and below.
+            mm: unsafe { MmContext::new(&ids, frame(1)) },
+            // SAFETY: as above.
+            other: unsafe { MmContext::new(&ids, frame(2)) },
             entries: core::array::from_fn(|_| AtomicBool::new(true)),
             link: AtomicBool::new(true),
             freed_pages: core::array::from_fn(|_| AtomicBool::new(false)),
