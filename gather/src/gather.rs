@@ -109,9 +109,6 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// That is promised of whatever the gather is told to do: its safe calls take any range. A kernel that frees tables under a
     /// lock held for reading (munmap after a downgrade) keeps the other gathers of that time to areas that are not detached.
     ///
-    /// # Panics
-    /// If 2^31 gathers of `mm` were begun and never finished.
-    ///
     /// # Source
     /// Linux: tlb_gather_mmu, mm/mmu_gather.c.
     #[doc(alias = "tlb_gather_mmu")]

@@ -267,8 +267,8 @@ struct Outcome {
     held: usize,
     tables: [u64; 4],
     /// Gathers open when the first flush was asked for, and now.
-    open_at_flush: Option<u32>,
-    open: u32,
+    open_at_flush: Option<u64>,
+    open: u64,
 }
 
 impl Outcome {

@@ -16,22 +16,27 @@ pub struct PageSpan {
     pub start: u64,
     /// One past the last byte.
     pub end: u64,
-    /// 12, 21 or 30: the smallest page size whose entry was changed. One INVLPG drops a page whatever its size.
+    /// 12, 21 or 30: the smallest page size whose entry was changed. One INVLPG drops a page whatever its size. (64 and more are
+    /// taken modulo 64.)
     pub stride_shift: u32,
 }
 
 impl PageSpan {
-    /// How many INVLPGs it takes. A span that ends before it begins, or has a stride of 64 or more, is more than any ceiling
-    /// allows: `u64::MAX`.
+    /// How many INVLPGs it takes. A span that ends before it begins is more than any ceiling allows: `u64::MAX`.
     #[must_use]
     #[inline]
     pub const fn nr_pages(self) -> u64 {
-        if self.end < self.start || self.stride_shift >= u64::BITS {
-            return u64::MAX;
+        match self.end.checked_sub(self.start) {
+            // Both addresses are user ones where it matters: this saturates for no other.
+            Some(length) => length.saturating_add((1 << self.shift()) - 1) >> self.shift(),
+            None => u64::MAX,
         }
-        let (length, stride) = (self.end - self.start, 1 << self.stride_shift);
-        // Both addresses are user ones where it matters: this saturates for no other.
-        length.saturating_add(stride - 1) >> self.stride_shift
+    }
+
+    /// The stride, as the processor shifts by it.
+    #[inline]
+    const fn shift(self) -> u32 {
+        self.stride_shift & (u64::BITS - 1)
     }
 
     /// The addresses to invalidate; of a span that makes no sense, none.
@@ -41,7 +46,7 @@ impl PageSpan {
             u64::MAX => 0,
             nr_pages => nr_pages,
         };
-        (0..nr_pages).map(move |page| self.start.wrapping_add(page << self.stride_shift))
+        (0..nr_pages).map(move |page| self.start.wrapping_add(page << self.shift()))
     }
 }
 
