@@ -62,7 +62,7 @@ pub(crate) fn expect_steps_within(turns: u64) {
 /// Gives the other CPUs a chance, if this code runs in a schedule. Returns when this CPU is chosen again.
 ///
 /// # Panics
-/// If no step was done for more turns than [`expect_steps_within`] allows.
+/// If no step was done for more turns than `expect_steps_within` allows.
 #[inline]
 pub fn give_way() {
     let way = WAY_OUT.get();
