@@ -184,3 +184,16 @@ fn a_batch_page_that_was_refused_is_asked_for_again() {
     assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::BatchTaken)), 1);
     assert_eq!(forced_flushes(&kernel), 2, "each refusal forces one, and then there is room");
 }
+
+/// A batch is written where the kernel says: at an odd address it would be undefined, and on most machines merely slow.
+#[cfg(debug_assertions)]
+#[test]
+#[should_panic(expected = "is not aligned to 8 bytes")]
+#[expect(unsafe_code, reason = "lends a page")]
+fn a_batch_page_that_is_not_aligned_is_named_by_a_debug_build() {
+    let mut memory = vec![0_u64; 1024];
+    let odd = memory.as_mut_ptr().cast::<u8>().wrapping_add(4);
+    let page = core::ptr::NonNull::new(odd.cast()).expect("not null");
+    // SAFETY: it is not what it must be, which is to be named before anything is written.
+    let _page = unsafe { mmu_gather::BatchPage::new(page) };
+}
