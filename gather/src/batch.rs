@@ -129,11 +129,7 @@ impl PageQueue {
         if self.delayed_rmaps == DelayedRmaps::Some && self.active.is_some() {
             return Room::Full;
         }
-        let kept = match self.active {
-            None => self.first,
-            // SAFETY: by the invariant the page is ours alone.
-            Some(active) => unsafe { active.as_ref() }.next,
-        };
+        let kept = self.kept();
         if kept.is_some() {
             self.active = kept;
             return Room::Left;
@@ -170,13 +166,14 @@ impl PageQueue {
         if self.delayed_rmaps == DelayedRmaps::None {
             return;
         }
+        // First: if the kernel's call unwinds, they are not removed again.
+        self.delayed_rmaps = DelayedRmaps::None;
         kernel.remove_rmaps(FreedPages::new(&self.bundle, Which::DelayedRmap, self.runs));
         if let Some(active) = self.active {
             // SAFETY: by the invariant the page is ours alone.
             let batch = unsafe { active.as_ref() };
             kernel.remove_rmaps(FreedPages::new(&batch.slots, Which::DelayedRmap, self.runs));
         }
-        self.delayed_rmaps = DelayedRmaps::None;
     }
 
     /// Hands everything to the kernel, a chunk at a time with a preemption point between; returns how many slots.
@@ -262,12 +259,17 @@ impl PageQueue {
     /// Whether going on to the next batch would ask the kernel for a page.
     #[inline]
     pub(crate) fn needs_new_page(&self, limits: &Limits) -> bool {
-        let kept = match self.active {
+        self.kept().is_none() && self.batch_pages < limits.batch_pages
+    }
+
+    /// The batch page after the one in use, if one was kept from before the last flush.
+    #[inline]
+    fn kept(&self) -> Option<NonNull<Batch>> {
+        match self.active {
             None => self.first,
             // SAFETY: by the invariant the page is ours alone.
             Some(active) => unsafe { active.as_ref() }.next,
-        };
-        kept.is_none() && self.batch_pages < limits.batch_pages
+        }
     }
 
     /// Whether there are batch pages to be given back.

@@ -1,9 +1,12 @@
 //! Unhooking tables: `free_pgtables` removes tables, once `zap` has removed the pages.
 #![expect(unsafe_code, reason = "the constructor's promise is passed on")]
 
+use core::mem;
+
 use mmu_pagetable::{Bounds, Level, VirtRange};
 
 use crate::gather::{MmuGather, PfnMaps};
+use crate::mm::OwesFlush;
 use crate::platform::{Platform, Vma};
 
 impl<K: Platform> MmuGather<'_, K> {
@@ -74,8 +77,11 @@ impl<K: Platform> MmuGather<'_, K> {
             self.queue_table(&table, address);
             kernel.cond_resched();
         };
+        // Tables that were unhooked together and not queued yet leak, if a call of the kernel's unwinds in the sink.
+        let owes_flush = OwesFlush(mm.context());
         // SAFETY: the constructor's caller holds the map lock, and by this function's context nobody walks the range. The
-        // sink queues; pages leave the queue only through `free_pending`, after a flush of what `range` noted.
+        // sink queues; tables leave the queue only through `free_all`, after a flush of what `range` noted.
         unsafe { mm.space().free_range(kernel, range, bounds, sink) };
+        mem::forget(owes_flush);
     }
 }

@@ -124,7 +124,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// reaches every CPU all the same.
     ///
     /// # Safety
-    /// As for [`new`](Self::new).
+    /// As for [`new`](Self::new); and no program runs in `mm` any more, nor comes back.
     ///
     /// # Source
     /// Linux: tlb_gather_mmu_fullmm, mm/mmu_gather.c.
@@ -202,8 +202,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Linux: tlb_remove_page, include/asm-generic/tlb.h.
     #[doc(alias = "tlb_remove_page")]
     pub unsafe fn remove_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
-        self.state.range.cleared(cleared, level);
         self.make_room();
+        self.state.range.cleared(cleared, level);
         if self.waiting.pages.push(self.kernel, &self.limits, Slot::page(frame)) == Room::Full {
             self.forced_flush();
         }
@@ -219,8 +219,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// Linux: tlb_remove_page with encoded nr_pages, since folios are unmapped in runs.
     #[doc(alias = "__tlb_remove_folio_pages")]
     pub unsafe fn remove_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) {
-        self.state.range.cleared(cleared, Level::Pte);
         self.make_room();
+        self.state.range.cleared(cleared, Level::Pte);
         let run = Slot::run(frame, nr_pages);
         if self.waiting.pages.push_run(self.kernel, &self.limits, run) == Room::Full {
             self.forced_flush();
@@ -403,9 +403,10 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[inline(always)]
     fn finish_flush(&mut self) -> Option<Covered> {
         self.flush_for_all_gathers();
+        let receipt = if self.waiting.is_empty() { None } else { Some(self.take_receipt()) };
         // INVARIANT: G6, the count goes down only after the flush.
         self.mm.close_gather();
-        if self.waiting.is_empty() { None } else { Some(self.take_receipt()) }
+        receipt
     }
 
     /// How much must be flushed when no other gather is open.
@@ -488,8 +489,8 @@ impl<K: Platform> Drop for MmuGather<'_, K> {
         // Should the flush unwind: this is not run again.
         let open = OpenGather::taken_over(self.mm);
         self.flush_for_all_gathers();
-        open.close();
         let receipt = if self.waiting.is_empty() { None } else { Some(self.take_receipt()) };
+        open.close();
         self.waiting.finish(self.kernel, self.limits.free_chunk, receipt);
     }
 }

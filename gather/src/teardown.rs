@@ -160,7 +160,8 @@ fn leave<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
 /// `old` is where the stack is, `next_area_start` the area above it, if any. The area itself already spans both places.
 ///
 /// # Errors
-/// [`MapError`] if tables for the new place could not be had or `shift` leads out of user space; nothing was moved.
+/// [`MapError`] if tables for the new place could not be had, `shift` leads out of user space, something is mapped at the new
+/// place, or a large leaf is in the old one; nothing was moved.
 ///
 /// # Safety
 /// As for [`MmuGather::new`], the map lock being held for writing.

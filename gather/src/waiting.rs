@@ -1,6 +1,8 @@
 //! What a gather has unhooked and not freed yet: the pages and the tables.
 #![expect(unsafe_code, reason = "on a receipt, tables are freed")]
 
+use core::mem;
+
 use mmu_tlb::{CpuBits, Flushed, MmContext};
 use static_assertions::assert_not_impl_any;
 
@@ -17,6 +19,16 @@ impl Covered {
     pub(crate) fn by<B: CpuBits>(mm: &MmContext<B>, receipt: Flushed) -> Self {
         debug_assert!(receipt.is_of(mm), "G1: {receipt:?} is of another address space");
         Self(())
+    }
+}
+
+/// What is being handed to the kernel. If a call of the kernel's unwinds, nobody knows how much of it was taken: none of it may be
+/// handed over again, and the rest leaks.
+struct HandedOver<'w>(&'w mut Waiting);
+
+impl Drop for HandedOver<'_> {
+    fn drop(&mut self) {
+        let _leaked = self.0.leave();
     }
 }
 
@@ -49,9 +61,11 @@ impl Waiting {
     /// The one way from pending to free. INVARIANT: G1, it takes the receipt of a flush of everything here.
     #[inline(never)]
     pub(crate) fn free_all<K: Platform>(&mut self, kernel: &K, free_chunk: u16, _receipt: Covered) {
+        let handed_over = HandedOver(self);
         // SAFETY: the receipt is of a flush of everything that waits here.
-        let tables = unsafe { self.tables.free_all(kernel) };
-        let slots = self.pages.free_all(kernel, free_chunk);
+        let tables = unsafe { handed_over.0.tables.free_all(kernel) };
+        let slots = handed_over.0.pages.free_all(kernel, free_chunk);
+        mem::forget(handed_over);
         kernel.observe_gather(GatherEvent::Released { slots, tables });
     }
 

@@ -176,7 +176,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                     }
                     Decoded::Table(frame) => {
                         self.prefetch_table(view, address + FETCH_AHEAD * level.entry_span(), used);
-                        // SAFETY: as in `zap_vma_range`; P2: the link leads to a live table of the level below.
+                        // SAFETY: as in `zap_user_range`; P2: the link leads to a live table of the level below.
                         let child = unsafe { TableView::new(kernel, frame, below) };
                         self.zap_table(vma, child, part);
                         part.end()
@@ -198,7 +198,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[inline]
     fn prefetch_table(&self, view: TableView<'_>, address: u64, range: VirtRange) {
         if range.contains(address) {
-            // SAFETY: as in `zap_vma_range`.
+            // SAFETY: as in `zap_user_range`.
             if let Some(child) = unsafe { view.child(self.kernel, address) } {
                 child.prefetch(self.kernel);
             }
@@ -237,11 +237,17 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             whole_end = whole_end.min(whole_start.saturating_add(span * Limits::EXIT_LARGE_LEAVES as u64));
         }
         match VirtRange::new(whole_start, whole_end) {
-            Ok(whole) if whole_start.is_multiple_of(span) => self.visit(vma, view, whole, Large(level)),
+            // Not before where we are: what was rounded out to may be a table by now.
+            Ok(whole) if whole_start.is_multiple_of(span) => {
+                self.visit(vma, view, whole, Large(level)).max(address)
+            }
             _ => {
                 let range = VirtRange::of_entry(level, address);
                 if matches!(view.load(address).decode(level), Decoded::Leaf(_)) {
                     self.state.cut.get_or_insert(CutLeaf { address: range.start(), level });
+                } else {
+                    // A leaf a moment ago, perhaps, which reclaim has just cleared.
+                    self.note_deferred_flushes_of(view);
                 }
                 range.end().min(end)
             }

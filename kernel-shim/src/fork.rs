@@ -118,6 +118,7 @@ impl<M: Machine> Kernel<M> {
     ) -> Result<(), Error> {
         let addresses = || view.used_parts(self, range).addresses();
         if addresses().all(|address| view.load(address).is_none()) {
+            gather.note_deferred_flushes_of(view);
             return Ok(());
         }
         // SAFETY: the child's areas are in place and nobody else knows it.

@@ -74,7 +74,7 @@ impl<M: Machine> Kernel<M> {
     /// fault. One that was written to stays.
     ///
     /// The map locks are dropped before the flush, so other calls may come in between: they find entries cleared and not yet
-    /// flushed, which is what [`deferred_flushes`](mmu_gather::tlb::MmContext::deferred_flushes) is for. The pages are freed
+    /// flushed, which is what [`has_deferred_flushes`](mmu_gather::tlb::MmContext::has_deferred_flushes) is for. The pages are freed
     /// after it.
     ///
     /// # Source

@@ -162,3 +162,32 @@ fn a_move_that_unwinds_under_its_locks_owes_the_flush_of_the_old_place() {
     kernel.zap(mm, &moved, moved.range).free();
     assert_eq!(kernel.ledger().nr_held(), 0);
 }
+
+/// A kernel that catches its own unwinding and goes on with the gather.
+#[test]
+fn a_gather_that_is_used_again_after_its_freeing_unwound_frees_nothing_twice() {
+    for (nr_pages, batch_pages) in [(3, 19), (40, 19), (40, 0)] {
+        for again in 0..3 {
+            let (kernel, pages) = kernel_in_use(nr_pages);
+            let (mm, vma) = (kernel.mm(0), area(pages.start(), pages.end(), Backing::Anonymous));
+            let limits = Limits { batch_pages, ..Limits::DEFAULT };
+            let mut gather = kernel.gather(mm).with_limits(&limits);
+            let at = |event: &Event| matches!(event, Event::PageFreed(_));
+            unwinding(&kernel, at, || {
+                gather.zap_vma_range(&vma, pages).expect("no leaf is cut");
+                gather.flush_mmu();
+            });
+            match again {
+                0 => gather.flush_mmu(),
+                1 => gather.flush_tlb_only(),
+                _ => {}
+            }
+            gather.flush().free();
+            assert_eq!(mm.open_gathers(), 0);
+            // The checker objects to a page that is released twice.
+            kernel.zap(mm, &vma, pages).free();
+            assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));
+            assert_eq!(kernel.take_violations(), [], "{nr_pages} pages");
+        }
+    }
+}

@@ -345,7 +345,6 @@ pub(crate) fn flush_context<C: Cpus>(
 
 impl fmt::Display for PageSpan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let stride = 1u64.checked_shl(self.stride_shift).unwrap_or(0);
-        write!(f, "{:#x}..{:#x} by {} KiB", self.start, self.end, stride >> 10)
+        write!(f, "{:#x}..{:#x} by {} KiB", self.start, self.end, (1u64 << self.shift()) >> 10)
     }
 }

@@ -66,7 +66,7 @@ pub enum TlbEvent {
     IpisSaved {
         /// They are lazy and will look at the generation when they wake.
         lazy: u32,
-        /// They have another address space loaded and will look at the generation when they come back.
+        /// They have another address space loaded and will look at the generation when they come back, or are off.
         elsewhere: u32,
     },
     /// This CPU carried out a request by invalidating this many pages one by one.
@@ -188,6 +188,8 @@ pub unsafe trait Cpus {
     /// # Context
     /// As for the flush that calls it, which may be under a table lock ([`UnmapBatch::add_mm`](crate::UnmapBatch::add_mm),
     /// the flush of dirty pages): it neither sleeps nor takes a table lock. Several CPUs may call it at once.
+    ///
+    /// A reclaim batch knows contexts by name: one of them may have ended by then, and a name that is not known is no error.
     ///
     /// Linux: mmu_notifier_arch_invalidate_secondary_tlbs.
     fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}

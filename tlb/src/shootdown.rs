@@ -33,7 +33,8 @@ pub fn flush_tlb_mm_range<C: Cpus>(
     let nr_pages = span.nr_pages();
     // A span that makes no sense has `u64::MAX` pages, which no ceiling lets pass.
     if nr_pages > cpus.single_page_flush_ceiling() || nr_pages == u64::MAX {
-        return flush_whole(cpus, mm, Some(span), tables);
+        let changed = if nr_pages == u64::MAX { None } else { Some(span) };
+        return flush_whole(cpus, mm, changed, tables);
     }
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: Some(nr_pages), tables });
@@ -62,8 +63,9 @@ fn flush_whole<C: Cpus>(
     changed: Option<PageSpan>,
     tables: FreedTables,
 ) -> Flushed {
-    // Read before the generation rises: what is noted later may be of entries cleared too late for this flush.
-    let deferred = mm.deferred_flushes();
+    // Read before the generation rises: what is noted later may be of entries cleared too late for this flush. Where the caller
+    // knows what was changed, secondary TLBs are told of no more, so that is not one for what others owe.
+    let deferred = if changed.is_none() { mm.deferred_flushes() } else { None };
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: None, tables });
         shoot_down(cpus, here, mm, changed, tables, |tlb_gen| FlushKind::Mm { mm, tlb_gen })
@@ -215,8 +217,8 @@ pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) ->
         let mut lazy = 0;
         cpumask.for_each_but(here, |cpu| match cpus.cpu_state(cpu).concern(None) {
             Concern::Lazy => lazy += 1,
-            Concern::Offline => {}
-            Concern::MustFlush | Concern::Elsewhere => targets.insert(cpu),
+            Concern::Offline | Concern::Elsewhere => {}
+            Concern::MustFlush => targets.insert(cpu),
         });
         if lazy > 0 {
             cpus.observe(TlbEvent::IpisSaved { lazy, elsewhere: 0 });

@@ -54,11 +54,12 @@ impl<C: Cpus> UnmapBatch<C> {
     /// Linux: arch_tlbbatch_add_pending, set_tlb_ubc_flush_pending.
     #[doc(alias = "arch_tlbbatch_add_pending")]
     pub fn add_mm(&mut self, cpus: &C, mm: &MmContext<C::Bits>) {
-        self.note_context(cpus, mm.ctx_id());
         mm.raise_tlb_gen();
         self.cpumask.insert_all(mm.cpumask());
         mm.note_batched();
         self.pending = Pending::Something;
+        // Last: it may call the kernel.
+        self.note_context(cpus, mm.ctx_id());
     }
 
     /// Secondary TLBs have to forget what they have of this context, before the batch is flushed.
@@ -67,13 +68,12 @@ impl<C: Cpus> UnmapBatch<C> {
         if self.contexts.iter().rev().any(|noted| *noted == ctx_id) {
             return;
         }
-        if self.contexts.is_full()
-            && let Some(oldest) = self.contexts.pop_at(0)
-        {
-            // Its entries were cleared before they were added. Should more be, it is noted anew.
+        // Its entries were cleared before they were added. Should more be, it is noted anew.
+        let oldest = if self.contexts.is_full() { self.contexts.pop_at(0) } else { None };
+        self.contexts.push(ctx_id);
+        if let Some(oldest) = oldest {
             cpus.invalidate_secondary(oldest, None);
         }
-        self.contexts.push(ctx_id);
     }
 
     /// Flushes every CPU that may hold a translation of a page in the batch; `None` if nothing was pending.
@@ -91,8 +91,10 @@ impl<C: Cpus> UnmapBatch<C> {
         let flushed = flush_all_updated(cpus, &self.cpumask);
         // The entries are long cleared, so nothing is cached anew, and either order with the CPUs would do. This one is that of
         // `flush_tlb_mm_range`. The receipt is handed out after both.
-        for ctx_id in self.contexts.drain(..) {
+        while let Some(ctx_id) = self.contexts.last().copied() {
             cpus.invalidate_secondary(ctx_id, None);
+            // Afterwards: if the kernel's call unwinds, it is still to be told.
+            self.contexts.pop();
         }
         self.cpumask.clear_all();
         self.pending = Pending::Nothing;
