@@ -418,7 +418,7 @@ fn no_speculation_on_a_cpu_on_its_way_out_walks_through_a_freed_table() {
 
 /// CPU 1 is switched off while the table goes: it is told as long as CR3 leads there, and not waited for afterwards.
 ///
-/// 896 executions, 0.06 s.
+/// 896 executions, 0.06 s; corrected: 5240, 0.3 s.
 /// Seen to fail with: the CPU taken for off before CR3 changes.
 #[test]
 fn a_cpu_that_is_switched_off_walks_through_no_table_that_is_free() {
@@ -437,7 +437,7 @@ fn a_cpu_that_is_switched_off_walks_through_no_table_that_is_free() {
 /// CPU 1 was here, is off, and comes back to the same address space while a page goes: told or not, it does not use it once it
 /// is free.
 ///
-/// 2518 executions, 0.2 s. Seen to fail with: SWITCHING not announced. (The fence of `switch_mm` is not missed here: no slot is
+/// 2518 executions, 0.2 s; corrected: 150 854, 8 s. Seen to fail with: SWITCHING not announced. (The fence of `switch_mm` is not missed here: no slot is
 /// believed after a start, so CR3 is loaded with a flush, which is serialising.)
 #[test]
 fn a_cpu_that_is_switched_on_again_uses_nothing_that_was_freed_while_it_was_off() {
