@@ -352,7 +352,7 @@ impl<K: Platform, L: Leaves, C: Clear> Work<'_, K, L, C> {
     fn one(&self, entry: &Entry, slots: &mut impl Slots, done: &mut Done) -> bool {
         let index = done.next;
         let seen = entry.load();
-        if seen.is_none() {
+        if seen.is_empty() {
             return true;
         }
         if seen.bits() & self.leaf_bits() == self.leaf_bits() {
@@ -424,10 +424,10 @@ fn not_a_leaf<K: Platform>(
                 return Met::Kept;
             }
             // SAFETY: its lock is held. Nothing is cached from an entry that is not present: no range, no flush.
-            unsafe { entry.store(EntryValue::NONE) };
+            unsafe { entry.store(EntryValue::EMPTY) };
             Met::Cleared
         }
         Decoded::Table(_) => Met::Table,
-        Decoded::None | Decoded::Leaf(_) => Met::Kept,
+        Decoded::Empty | Decoded::Leaf(_) => Met::Kept,
     }
 }

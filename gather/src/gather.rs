@@ -147,7 +147,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 pfn_maps: PfnMaps::NotSeen,
                 range: FlushRange::empty(),
                 deferred: DeferredFlushes::NotSeen,
-                rights: StaleWrites::None,
+                rights: StaleWrites::Impossible,
                 phase: Phase::Open,
                 cut: None,
                 receipt: None,
@@ -440,7 +440,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
         // INVARIANT: G2, the range is emptied together with the flush, nowhere else.
         self.state.range.reset();
-        self.state.rights = StaleWrites::None;
+        self.state.rights = StaleWrites::Impossible;
         self.state.receipt = Some(Covered::by(self.mm.context(), receipt));
     }
 

@@ -66,7 +66,7 @@ impl<K: Platform> MmuGather<'_, K> {
             } else {
                 let (level, found) = (view.level(), view.load(address));
                 // A table that was linked just now has nothing to move.
-                if !matches!(found.decode(level), Decoded::None | Decoded::Table(_)) {
+                if !matches!(found.decode(level), Decoded::Empty | Decoded::Table(_)) {
                     return Err(MapError::Large(VirtRange::of_entry(level, address).start(), level, found));
                 }
                 self.note_deferred_flushes_of(view);
@@ -89,7 +89,7 @@ impl<K: Platform> MmuGather<'_, K> {
             let stop = (address | (Level::Pmd.entry_span() - 1)) + 1;
             while address < stop.min(new_start + part.len_bytes()) {
                 let found = view.load(address);
-                if !found.is_none() && !old.contains(address) {
+                if !found.is_empty() && !old.contains(address) {
                     return Err(MapError::Occupied(address, Level::Pte, found));
                 }
                 address += page;
@@ -122,7 +122,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let Some(new_table) = (unsafe { mm.space().find_table(kernel, new_start, Level::Pte) }) else {
             // Where the places overlap, the old table may itself be one that was only just linked to move into: it is empty.
             let empty =
-                (stretch.start()..stretch.end()).step_by(4096).all(|page| old_table.load(page).is_none());
+                (stretch.start()..stretch.end()).step_by(4096).all(|page| old_table.load(page).is_empty());
             debug_assert!(empty, "no table was prepared at {new_start:#x} for what is mapped in {stretch}");
             return;
         };
@@ -133,12 +133,12 @@ impl<K: Platform> MmuGather<'_, K> {
         let mut leaves = 0;
         for page in old_table.used_parts(kernel, stretch).addresses() {
             let entry = old_locked.entry(page);
-            if entry.load().is_none() {
+            if entry.load().is_empty() {
                 continue;
             }
             let target_page = page - stretch.start() + new_start;
             let target = new_locked.as_ref().unwrap_or(&old_locked).entry(target_page);
-            if !target.load().is_none() {
+            if !target.load().is_empty() {
                 debug_assert!(false, "something is mapped at {target_page:#x}");
                 continue;
             }

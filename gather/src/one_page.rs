@@ -82,7 +82,7 @@ impl<'a, K: Platform> OnePage<'a, K> {
             return None;
         }
         // As `MmuGather::stale_writes`.
-        let stale = if mm.open_gathers() > 1 { StaleWrites::Possible } else { StaleWrites::None };
+        let stale = if mm.open_gathers() > 1 { StaleWrites::Possible } else { StaleWrites::Impossible };
         let (done, slot) = zap_one(kernel, self.area, &locked, address, Locked(stale));
         let mut flush = Flush::of_page(address, done.leaves);
         if done.rmaps == DelayedRmaps::Some {

@@ -76,7 +76,7 @@ impl<K: Platform> MmuGather<'_, K> {
             Decoded::NonPresent(meaning) => {
                 return self.split_meaning(area, view, address, (level, below), meaning);
             }
-            Decoded::None | Decoded::Table(_) => return Ok(()),
+            Decoded::Empty | Decoded::Table(_) => return Ok(()),
         }
         let table = kernel.allocate_table().ok_or(SplitError::NoTable(address))?;
         let whole = VirtRange::of_entry(level, address);

@@ -170,7 +170,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             while address < used.end() {
                 let part = used.within_entry(level, address);
                 address = match view.load(address).decode(level) {
-                    Decoded::None => {
+                    Decoded::Empty => {
                         passed_over = Passed::Empty;
                         part.end()
                     }

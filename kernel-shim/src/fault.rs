@@ -72,7 +72,7 @@ impl<M: Machine> Kernel<M> {
                 continue;
             };
             let allowed = match access {
-                UserAccess::Read => vma.area.protection != Protection::None,
+                UserAccess::Read => vma.area.protection != Protection::Nothing,
                 UserAccess::Write => vma.area.protection == Protection::Write,
             };
             if !allowed {
@@ -208,7 +208,7 @@ impl<M: Machine> Kernel<M> {
                 }
                 Err(FaultError::NotAllowed)
             }
-            Decoded::None => {
+            Decoded::Empty => {
                 let value = self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?;
                 // SAFETY: the entry is empty; `page_for` took a reference for it on a page that the area may map so.
                 unsafe { entry.store(value) };
@@ -315,7 +315,7 @@ impl<M: Machine> Kernel<M> {
         }
         // What nobody can use is a gap by itself, and of two stacks the lower one has its own. Linux: expand_downwards.
         let is_in_the_way =
-            |below: &Vma| below.area.growth != Growth::Down && below.area.protection != Protection::None;
+            |below: &Vma| below.area.growth != Growth::Down && below.area.protection != Protection::Nothing;
         if vmas
             .find_before(page)
             .is_some_and(|below| is_in_the_way(below) && page - below.range.end() < STACK_GUARD_GAP)
@@ -340,7 +340,7 @@ pub(crate) fn leaf(frame: PhysFrame, protection: Protection) -> EntryValue {
 /// The entry of a table at `level` that maps a page for a program.
 pub(crate) fn leaf_at(level: Level, frame: PhysFrame, protection: Protection) -> EntryValue {
     let flags = match protection {
-        Protection::None => PageTableFlags::empty(),
+        Protection::Nothing => PageTableFlags::empty(),
         Protection::Read => PageTableFlags::USER_ACCESSIBLE,
         Protection::Write => PageTableFlags::USER_ACCESSIBLE | PageTableFlags::WRITABLE,
     };

@@ -117,7 +117,7 @@ impl<M: Machine> Kernel<M> {
         range: VirtRange,
     ) -> Result<(), Error> {
         let addresses = || view.used_parts(self, range).addresses();
-        if addresses().all(|address| view.load(address).is_none()) {
+        if addresses().all(|address| view.load(address).is_empty()) {
             gather.note_deferred_flushes_of(view);
             return Ok(());
         }
@@ -152,7 +152,7 @@ impl<M: Machine> Kernel<M> {
                     // SAFETY: as above.
                     unsafe { target.entry(address).store(meaning.encode()) };
                 }
-                Decoded::None | Decoded::Table(_) | Decoded::NonPresent(_) => {}
+                Decoded::Empty | Decoded::Table(_) | Decoded::NonPresent(_) => {}
             }
         }
         drop((source, target));

@@ -168,7 +168,7 @@ impl<M: Machine> Kernel<M> {
             for address in (part.start()..part.end()).step_by(4096) {
                 let entry = locked.entry(address);
                 match entry.load().decode(Level::Pte) {
-                    Decoded::None => {
+                    Decoded::Empty => {
                         self.guards.fetch_add(1, Ordering::Relaxed);
                         // SAFETY: the entry is empty, and a guard maps nothing.
                         unsafe { entry.store(GUARD.encode()) };
@@ -191,7 +191,7 @@ impl<M: Machine> Kernel<M> {
             let entry = locked.entry(address);
             if entry.load() == GUARD.encode() {
                 // SAFETY: a guard maps nothing: nobody loses anything.
-                unsafe { entry.store(EntryValue::NONE) };
+                unsafe { entry.store(EntryValue::EMPTY) };
                 self.guards.fetch_sub(1, Ordering::Relaxed);
             }
         }

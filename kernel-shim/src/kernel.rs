@@ -79,7 +79,7 @@ impl Default for Config {
             limits: Limits::DEFAULT,
             batches: Supply::Always,
             flush_ceiling: mmu_gather::tlb::SINGLE_PAGE_FLUSH_CEILING,
-            misbehaviour: Misbehaviour::None,
+            misbehaviour: Misbehaviour::Absent,
         }
     }
 }
@@ -88,7 +88,7 @@ impl Default for Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Misbehaviour {
     /// Nothing.
-    None,
+    Absent,
     /// It frees pages when their entries are cleared, as half of the kernels looked at do.
     FreeBeforeFlush,
 }
@@ -441,7 +441,7 @@ impl<M: Machine> Kernel<M> {
         ends.into_iter().any(|end| {
             // SAFETY: the map lock is held, and `end` lies in an area: its tables stay.
             let found = unsafe { mm.engine.space().lookup(self, end) };
-            !found.value.is_none() && end & (found.level.entry_span() - 1) != 0
+            !found.value.is_empty() && end & (found.level.entry_span() - 1) != 0
         })
     }
 

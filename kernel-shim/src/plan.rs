@@ -125,7 +125,7 @@ impl<M: Machine> Planned<M> {
                 Line::Area(vma) => {
                     kernel.mmap(&self.mm, vma).map_err(refused)?;
                     self.areas.push(vma.range);
-                    readable = vma.area.protection != Protection::None;
+                    readable = vma.area.protection != Protection::Nothing;
                 }
                 Line::Fill(range, content) => {
                     kernel.populate(&self.mm, range, content).map_err(refused)?;
@@ -160,7 +160,7 @@ impl Line {
                 let protection = match words.next()? {
                     "w" => Protection::Write,
                     "r" => Protection::Read,
-                    "-" => Protection::None,
+                    "-" => Protection::Nothing,
                     _ => return None,
                 };
                 let kind = parse_kind(words.next()?)?;

@@ -123,7 +123,7 @@ impl<M: Machine> Kernel<M> {
         let mut address = part.start();
         while address < part.end() {
             let entry = locked.entry(address);
-            if entry.load().is_none() {
+            if entry.load().is_empty() {
                 let value = self.entry_for(vma.area, address, content).ok_or(Error::NoMemory)?;
                 // SAFETY: the entry is empty; `entry_for` took a reference for it on a page that the area may map so.
                 unsafe { entry.store(value) };

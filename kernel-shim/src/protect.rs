@@ -67,7 +67,7 @@ impl<M: Machine> Kernel<M> {
                     self.protect_leaf(gather, vma.area, &view.lock(self), address);
                     self.machine.cond_resched();
                 }
-                Decoded::None | Decoded::NonPresent(_) => {}
+                Decoded::Empty | Decoded::NonPresent(_) => {}
             }
         }
         // What was passed over may be empty because reclaim is still to flush it.
@@ -88,7 +88,7 @@ impl<M: Machine> Kernel<M> {
             let rights = PageTableFlags::USER_ACCESSIBLE | PageTableFlags::WRITABLE;
             let frame = PhysFrame::containing_address(page);
             let wanted = match area.protection {
-                Protection::None => PageTableFlags::empty(),
+                Protection::Nothing => PageTableFlags::empty(),
                 Protection::Write if self.may_write_in_place(area, frame) => rights,
                 Protection::Read | Protection::Write => PageTableFlags::USER_ACCESSIBLE,
             };

@@ -163,7 +163,7 @@ impl<M: Machine> Kernel<M> {
         }
         // SAFETY: as in `unmap_to_swap`.
         let view = unsafe { mm.engine.space().find_table(self, block.start(), LEVEL) }?;
-        if view.load(block.start()).is_none() {
+        if view.load(block.start()).is_empty() {
             return None;
         }
         let locked = view.lock(self);
@@ -176,7 +176,7 @@ impl<M: Machine> Kernel<M> {
             return None;
         }
         // SAFETY: the batch is told before the lock drops, and the page is freed after its flush; or it is put back below.
-        let old = unsafe { entry.exchange(EntryValue::NONE) };
+        let old = unsafe { entry.exchange(EntryValue::EMPTY) };
         if old.is_dirty() {
             // Written to since it was looked at. Who has met the empty entry meanwhile has passed it by, as if before the write.
             // SAFETY: what was there a moment ago, and nobody has been told that it is gone.

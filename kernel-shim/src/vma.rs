@@ -9,7 +9,7 @@ use mmu_gather::pagetable::{Bounds, VirtRange};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protection {
     /// Nothing.
-    None,
+    Nothing,
     /// Read and execute.
     Read,
     /// Read, execute and write.

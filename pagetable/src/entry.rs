@@ -170,7 +170,7 @@ pub struct EntryValue(u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StaleWrites {
     /// No: whoever took the right away has flushed.
-    None,
+    Impossible,
     /// Perhaps: somebody is between taking rights away and flushing.
     Possible,
 }
@@ -179,7 +179,7 @@ pub enum StaleWrites {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decoded {
     /// All 64 bits are zero.
-    None,
+    Empty,
     /// Points to a table of the level below.
     Table(PhysFrame),
     /// Maps a page of the size that one entry of this level covers; carries the physical address of its first byte.
@@ -190,7 +190,7 @@ pub enum Decoded {
 
 impl EntryValue {
     /// No translation and no meaning.
-    pub const NONE: Self = Self(0);
+    pub const EMPTY: Self = Self(0);
 
     /// The value with exactly these bits.
     #[must_use]
@@ -234,7 +234,7 @@ impl EntryValue {
     /// Whether nothing at all is here.
     #[must_use]
     #[inline]
-    pub const fn is_none(self) -> bool {
+    pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
@@ -286,7 +286,7 @@ impl EntryValue {
     pub const fn is_settled(self, stale: StaleWrites) -> bool {
         const USED: u64 = PageTableFlags::PRESENT.bits() | PageTableFlags::ACCESSED.bits();
         let written = self.0 & Self::SETTLED.bits() == Self::SETTLED.bits();
-        let never = self.0 & USED == USED && !self.is_writable() && matches!(stale, StaleWrites::None);
+        let never = self.0 & USED == USED && !self.is_writable() && matches!(stale, StaleWrites::Impossible);
         written || never
     }
 
@@ -325,8 +325,8 @@ impl EntryValue {
     #[must_use]
     #[inline]
     pub fn decode(self, level: Level) -> Decoded {
-        if self.is_none() {
-            Decoded::None
+        if self.is_empty() {
+            Decoded::Empty
         } else if !self.is_present() {
             Decoded::NonPresent(NonPresent::decode(self))
         } else if let Some(table) = self.as_table(level) {
@@ -451,7 +451,7 @@ mod tests {
         ];
         for meaning in meanings {
             let value = meaning.encode();
-            assert!(!value.is_none() && !value.is_present(), "{meaning:?}");
+            assert!(!value.is_empty() && !value.is_present(), "{meaning:?}");
             assert_eq!(value.decode(Level::Pte), Decoded::NonPresent(meaning));
             assert_eq!(value.decode(Level::Pmd), Decoded::NonPresent(meaning));
         }
@@ -487,7 +487,7 @@ mod tests {
             // SAFETY: the entry is in no table.
             let old = unsafe { clear(&entry) };
             assert!(old.is_dirty() && !old.is_accessed());
-            assert!(entry.load().is_none());
+            assert!(entry.load().is_empty());
         }
     }
 }

@@ -274,7 +274,7 @@ fn first_used(entries: &[Entry], from: usize) -> usize {
         }
         index += 8;
     }
-    while index < entries.len() && entries[index].load().is_none() {
+    while index < entries.len() && entries[index].load().is_empty() {
         index += 1;
     }
     index

@@ -85,7 +85,7 @@ impl AddressSpace {
             }
             let locked = view.lock(memory);
             let found = locked.entry(address).load();
-            if found.is_none() {
+            if found.is_empty() {
                 // SAFETY: the entry is empty, and the table is zeroed and known to nobody else.
                 unsafe { locked.entry(address).store(EntryValue::table(new)) };
                 if let Some(below) = view.level().below() {
@@ -130,7 +130,7 @@ impl AddressSpace {
         let locked = view.lock(memory);
         let entry = locked.entry(address);
         let found = entry.load();
-        if !found.is_none() {
+        if !found.is_empty() {
             return Err(MapError::Occupied(VirtRange::of_entry(level, address).start(), level, found));
         }
         // SAFETY: the entry is empty; our caller answers for the page.

@@ -48,7 +48,7 @@ impl Table {
     /// Whether all 512 entries are none now. Final only while the lock is held.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.entries.iter().all(|entry| entry.load().is_none())
+        self.entries.iter().all(|entry| entry.load().is_empty())
     }
 
     /// Whether the entries of one cache line are all none now.
@@ -266,7 +266,7 @@ impl<'m> TableView<'m> {
             // Without the lock: a line may be noted, filled, emptied and forgotten while we look; hardly three times over.
             let is_missing = (0..3).all(|_| {
                 !self.table.line_is_empty(line)
-                    && self.used_lines(memory).both(Lines::NONE.with(line)).is_empty()
+                    && self.used_lines(memory).both(Lines::EMPTY.with(line)).is_empty()
             });
             assert!(!is_missing, "P4: {self:?} has an entry in {line:?}, which {PAST_THE_NOTES}");
         }
@@ -387,7 +387,7 @@ impl<'m, R> LockedTable<'m, R> {
         if let Some(used) = self.used {
             let noted = used.load().both(Lines::touched_by(entries)).into_iter();
             let empty = noted.filter(|line| self.view.table.line_is_empty(*line));
-            used.forget(empty.fold(Lines::NONE, Lines::with));
+            used.forget(empty.fold(Lines::EMPTY, Lines::with));
         }
     }
 }
@@ -468,7 +468,7 @@ impl LockedEntry<'_> {
     #[inline]
     fn note(&self, value: EntryValue) {
         if let Some(used) = self.used
-            && !value.is_none()
+            && !value.is_empty()
         {
             used.note(self.index);
         }

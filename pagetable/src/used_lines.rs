@@ -35,14 +35,14 @@ impl Lines {
     /// All of them.
     pub const ALL: Self = Self(u64::MAX);
     /// None of them.
-    pub const NONE: Self = Self(0);
+    pub const EMPTY: Self = Self(0);
 
     /// The lines that have an entry in `entries`, indices of a table.
     #[must_use]
     #[inline]
     pub const fn touched_by(entries: &Range<usize>) -> Self {
         if entries.start >= entries.end {
-            return Self::NONE;
+            return Self::EMPTY;
         }
         Self::between(entries.start / Line::ENTRIES, entries.end.div_ceil(Line::ENTRIES))
     }
@@ -56,7 +56,7 @@ impl Lines {
 
     #[inline]
     const fn between(first: usize, end: usize) -> Self {
-        if first >= end || end > 64 { Self::NONE } else { Self(u64::MAX >> (64 - (end - first)) << first) }
+        if first >= end || end > 64 { Self::EMPTY } else { Self(u64::MAX >> (64 - (end - first)) << first) }
     }
 
     /// The lines that are in both.
@@ -302,7 +302,7 @@ mod tests {
         for range in ranges() {
             for line in Lines::ALL {
                 let mut entries = line.first_entry()..line.first_entry() + Line::ENTRIES;
-                let is_in = |set: Lines| !set.both(Lines::NONE.with(line)).is_empty();
+                let is_in = |set: Lines| !set.both(Lines::EMPTY.with(line)).is_empty();
                 assert_eq!(is_in(Lines::touched_by(&range)), entries.any(|entry| range.contains(&entry)));
                 let mut entries = line.first_entry()..line.first_entry() + Line::ENTRIES;
                 assert_eq!(is_in(Lines::inside(&range)), entries.all(|entry| range.contains(&entry)));

@@ -10,6 +10,6 @@ fn main() {
     let mm = kernel.new_mm();
     let locked = kernel.table(&mm).lock(&kernel);
     let entry = locked.entry(0x1000);
-    entry.store(EntryValue::NONE); // refused
+    entry.store(EntryValue::EMPTY); // refused
     let _ = entry.load();
 }

@@ -143,7 +143,7 @@ impl PaperKernel {
             let noted = view.used_lines(self);
             let is_noted = |index: usize| !noted.both(Lines::touched_by(&(index..index + 1))).is_empty();
             let mut entries = view.table().entries().iter().enumerate();
-            if entries.any(|(index, entry)| !entry.load().is_none() && !is_noted(index)) {
+            if entries.any(|(index, entry)| !entry.load().is_empty() && !is_noted(index)) {
                 tables.push((view.level(), view.frame()));
             }
         });
@@ -285,7 +285,7 @@ impl PaperKernel {
         let value = entry.load();
         let mut set = PageTableFlags::ACCESSED;
         match value.decode(view.level()) {
-            Decoded::None | Decoded::NonPresent(_) => return Err(Fault::NotPresent),
+            Decoded::Empty | Decoded::NonPresent(_) => return Err(Fault::NotPresent),
             Decoded::Leaf(_) if access == Access::Write && !value.is_writable() => {
                 return Err(Fault::ReadOnly);
             }

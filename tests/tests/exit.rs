@@ -131,7 +131,7 @@ fn areas_are_unlinked_after_their_pages_and_before_their_tables() {
     kernel.map(mm, GIB, Level::Pte);
     let vmas = [area(GIB, GIB + PAGE, Backing::Anonymous)];
     let unlink = || {
-        assert!(kernel.lookup(mm, GIB).value.is_none());
+        assert!(kernel.lookup(mm, GIB).value.is_empty());
         assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0]);
     };
     // SAFETY: one thread, and no CPU runs a program of it.

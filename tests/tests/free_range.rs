@@ -96,7 +96,7 @@ fn kernel_for(case: &Case, mode: PagingMode) -> (PaperKernel, Vma<Backing>) {
         kernel.map(mm, address, Level::Pte);
     }
     let last = vma.range.end() - PAGE;
-    if kernel.lookup(mm, last).value.is_none() {
+    if kernel.lookup(mm, last).value.is_empty() {
         kernel.map(mm, last, Level::Pte);
     }
     for neighbour in case.floor.map(|floor| floor - PAGE).into_iter().chain(case.ceiling) {

@@ -113,8 +113,8 @@ fn a_migration_entry_or_marker_of_a_large_page_is_split_where_a_range_cuts_it() 
         assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 0, "nothing was cached from it");
         let vma = area(AT, cut, Backing::Anonymous);
         kernel.zap(mm, &vma, vma.range).free();
-        assert!(kernel.lookup(mm, cut - PAGE).value.is_none());
-        assert!(!kernel.lookup(mm, cut).value.is_none(), "beyond the range");
+        assert!(kernel.lookup(mm, cut - PAGE).value.is_empty());
+        assert!(!kernel.lookup(mm, cut).value.is_empty(), "beyond the range");
     }
 }
 
@@ -329,7 +329,7 @@ fn a_large_leaf_that_a_range_cuts_and_nobody_split_is_an_error_and_stays_mapped_
             assert!(error.to_string().contains("was not split before"), "{error}");
             assert_eq!(kernel.lookup(mm, AT), leaf, "still mapped");
             for page in small {
-                assert!(kernel.lookup(mm, page).value.is_none(), "all else is gone");
+                assert!(kernel.lookup(mm, page).value.is_empty(), "all else is gone");
             }
             let all = area(AT - GIB, AT + 2 * GIB, Backing::Anonymous);
             kernel.unmap(mm, &Limits::DEFAULT, &[all], Bounds::whole());

@@ -57,8 +57,8 @@ fn meanings_move_too_and_holes_stay_holes() {
     kernel.gather(mm).move_pages(range(GIB, GIB + 8 * PAGE), 2 * GIB).expect("memory");
     assert_eq!(kernel.lookup(mm, 2 * GIB + 4 * PAGE).value, swap.encode());
     assert_eq!(kernel.lookup(mm, 2 * GIB + 5 * PAGE).value, NonPresent::Marker(Marker::Guard).encode());
-    assert!(kernel.lookup(mm, 2 * GIB + 3 * PAGE).value.is_none());
-    assert!(kernel.lookup(mm, GIB + 4 * PAGE).value.is_none());
+    assert!(kernel.lookup(mm, 2 * GIB + 3 * PAGE).value.is_empty());
+    assert!(kernel.lookup(mm, GIB + 4 * PAGE).value.is_empty());
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn moving_without_memory_moves_nothing() {
         assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 0);
         let found = touch_all(&kernel, CPU[1], old, Access::Write);
         assert_eq!(found, frames.iter().map(|frame| Ok(*frame)).collect::<Vec<_>>());
-        assert!(kernel.lookup(mm, to).value.is_none() && kernel.lookup(mm, 600 * GIB).value.is_none());
+        assert!(kernel.lookup(mm, to).value.is_empty() && kernel.lookup(mm, 600 * GIB).value.is_empty());
     }
 }
 
@@ -140,7 +140,7 @@ fn a_large_leaf_is_refused_before_anything_is_moved_and_can_be_found() {
     drop(gather);
     assert_eq!(kernel.lookup(mm, GIB + 4 * MIB).value, leaf);
     assert!(kernel.lookup(mm, GIB).value.is_present());
-    assert!(kernel.lookup(mm, 8 * GIB).value.is_none());
+    assert!(kernel.lookup(mm, 8 * GIB).value.is_empty());
     kernel.map(mm, 20 * GIB, Level::Pud);
     assert_eq!(kernel.gather(mm).find_large_leaf(range(10 * GIB, 30 * GIB)), Some(20 * GIB));
 }

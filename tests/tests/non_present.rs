@@ -39,7 +39,7 @@ fn the_kernel_is_asked_about_every_kind_and_none_is_flushed_for() {
         // This kernel keeps guards, and nothing else.
         let left = kernel.lookup(mm, address).value;
         let kept =
-            if meaning == NonPresent::Marker(Marker::Guard) { meaning.encode() } else { EntryValue::NONE };
+            if meaning == NonPresent::Marker(Marker::Guard) { meaning.encode() } else { EntryValue::EMPTY };
         assert_eq!(left, kept, "{meaning:?}");
     }
     assert_eq!(
@@ -95,7 +95,7 @@ fn a_meaning_in_place_of_a_large_page_is_asked_about_at_its_level() {
             1,
             "{level:?}"
         );
-        assert!(kernel.lookup(mm, GIB).value.is_none());
+        assert!(kernel.lookup(mm, GIB).value.is_empty());
         kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());
         assert_eq!(kernel.nr_tables(mm), [0; 4]);
     }
@@ -106,7 +106,7 @@ fn a_meaning_in_place_of_a_large_page_is_asked_about_at_its_level() {
 fn no_meaning_looks_like_the_address_of_memory() {
     for meaning in every_kind() {
         let value = meaning.encode();
-        assert!(!value.is_present() && !value.is_none(), "{meaning:?}");
+        assert!(!value.is_present() && !value.is_empty(), "{meaning:?}");
         assert_eq!(value.decode(Level::Pte), Decoded::NonPresent(meaning));
         if !matches!(meaning, NonPresent::Other(_)) {
             assert!(value.leaf_address(Level::Pte).as_u64() > 1 << 46, "{meaning:?} names {value:?}");

@@ -165,10 +165,10 @@ fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_
     kernel.zap(mm, &vma, vma.range).free();
     holds("after all pages went");
     assert!(used_lines(GIB).contains(&96));
-    assert_ne!(kernel.lookup(mm, GIB + 100 * PAGE).value, EntryValue::NONE);
+    assert_ne!(kernel.lookup(mm, GIB + 100 * PAGE).value, EntryValue::EMPTY);
     let table = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
     // SAFETY: a marker maps nothing.
-    unsafe { table.lock(&kernel).entry(GIB + 100 * PAGE).store(EntryValue::NONE) };
+    unsafe { table.lock(&kernel).entry(GIB + 100 * PAGE).store(EntryValue::EMPTY) };
     kernel.zap(mm, &vma, vma.range).free();
     assert!(used_lines(GIB).is_empty());
 

@@ -36,7 +36,7 @@ fn t1_order_is_change_the_page_table_raise_tlb_gen_then_look_who_must_be_told_tl
         |event| *event == Event::StateRead(CPU[1]),
         |kernel| {
             let mm = kernel.mm(0);
-            assert!(kernel.lookup(mm, GIB + PAGE).value.is_none(), "first the page table");
+            assert!(kernel.lookup(mm, GIB + PAGE).value.is_empty(), "first the page table");
             assert_eq!(mm.context().tlb_gen().get(), 2, "then the generation");
         },
     );
@@ -90,7 +90,7 @@ fn t2_nothing_older_than_gen_is_cached_in_a_slot_flushing_without_raising_is_leg
                 4 | 5 => kernel.speculate(cpu, address),
                 // Flushing without raising: always legal.
                 6 => kernel.on(cpu, || kernel.invlpg(address)),
-                _ if kernel.lookup(mm, address).value.is_none() => {
+                _ if kernel.lookup(mm, address).value.is_empty() => {
                     kernel.map(mm, address, Level::Pte);
                 }
                 _ => {

@@ -81,7 +81,7 @@ proptest! {
 
     #[test]
     fn a_run_is_decided_by_its_sequence_alone(sequence in sequences(60)) {
-        for fault in [MachineFault::None, MachineFault::SkipFlush, MachineFault::DropIpi] {
+        for fault in [MachineFault::Absent, MachineFault::SkipFlush, MachineFault::DropIpi] {
             let all = Trial { telling: Telling::All, ..trial(fault) };
             let (one, other) = (judge_in(&sequence, all).expect("memory"), judge_in(&sequence, all).expect("memory"));
             prop_assert_eq!(told(&one), told(&other));

@@ -39,19 +39,19 @@ fn all_flags() -> impl Iterator<Item = PageTableFlags> {
 
 #[test]
 fn an_entry_is_settled_exactly_if_no_step_of_hardware_changes_it() {
-    for stale in [StaleWrites::None, StaleWrites::Possible] {
+    for stale in [StaleWrites::Impossible, StaleWrites::Possible] {
         for value in all_flags().map(leaf) {
             let changes = steps(value, stale).iter().any(|after| *after != value);
             // Settled by dirty alone, or by rights alone; never where something could still be set.
             assert_eq!(value.is_settled(stale), !changes, "{:?}, {stale:?}", value.flags());
         }
-        assert!(!EntryValue::NONE.is_settled(stale));
+        assert!(!EntryValue::EMPTY.is_settled(stale));
     }
 }
 
 #[test]
 fn the_bits_that_settle_a_line_settle_each_of_its_entries() {
-    for stale in [StaleWrites::None, StaleWrites::Possible] {
+    for stale in [StaleWrites::Impossible, StaleWrites::Possible] {
         for flags in all_flags() {
             assert!(with(leaf(flags), EntryValue::SETTLED).is_settled(stale), "{flags:?}, {stale:?}");
         }
@@ -102,13 +102,14 @@ fn no_dirty_bit_is_lost_between_a_program_that_writes_and_a_clear_without_exchan
             round.store(2 * now - 1, Ordering::Release);
             wait_for(&walking, 2 * now - 1);
             // SAFETY: the entry is in no table, and only the walker changes it, as hardware does.
-            let clear = |entry: &&Entry| unsafe { entry.get_and_clear_seen(entry.load(), StaleWrites::None) };
+            let clear =
+                |entry: &&Entry| unsafe { entry.get_and_clear_seen(entry.load(), StaleWrites::Impossible) };
             let cleared: Vec<EntryValue> = entries.iter().map(clear).collect();
             round.store(2 * now, Ordering::Release);
             wait_for(&walking, 2 * now);
             for (index, (value, written)) in cleared.iter().zip(&written).enumerate() {
                 let left = entries[index].load();
-                if !left.is_none() || written.load(Ordering::Relaxed) && !value.is_dirty() {
+                if !left.is_empty() || written.load(Ordering::Relaxed) && !value.is_dirty() {
                     losses.push((now, index, value.flags(), left));
                 }
             }

@@ -37,7 +37,7 @@ pub(crate) struct BareMachine {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// Nothing.
-    None,
+    Absent,
     /// A CPU that flushes itself, because it unmapped something, does nothing and says that it has.
     SkipLocalFlush,
     /// A CPU that is told by another to flush does nothing and says that it has.

@@ -45,7 +45,7 @@ impl<'a> Phases<'a> {
     pub(crate) fn drill(self) -> Self {
         // Its programs do not look at what they read, so it is not where a fault is found.
         let config = self.kernel.config();
-        if self.kernel.machine().fault() != Fault::None || config.misbehaviour != Misbehaviour::None {
+        if self.kernel.machine().fault() != Fault::Absent || config.misbehaviour != Misbehaviour::Absent {
             return self;
         }
         self.phase("drill", |kernel, _| stage::run_drill(kernel))

@@ -67,9 +67,9 @@ pub(crate) fn run(options: &Options<'_>, module: Option<&'static [u8]>) -> Verdi
 /// What goes wrong in the machine, and in the kernel.
 fn fault(name: &str) -> Option<(Fault, Misbehaviour)> {
     Some(match name {
-        "none" => (Fault::None, Misbehaviour::None),
-        "skip-local-flush" => (Fault::SkipLocalFlush, Misbehaviour::None),
-        "skip-remote-flush" => (Fault::SkipRemoteFlush, Misbehaviour::None),
+        "none" => (Fault::Absent, Misbehaviour::Absent),
+        "skip-local-flush" => (Fault::SkipLocalFlush, Misbehaviour::Absent),
+        "skip-remote-flush" => (Fault::SkipRemoteFlush, Misbehaviour::Absent),
         "free-before-flush" => (Fault::Linger, Misbehaviour::FreeBeforeFlush),
         _ => return None,
     })

@@ -258,12 +258,12 @@ impl MachineArgs {
             checking: if self.checker == Switch::On { Checking::On } else { Checking::Off },
             misbehaviour: match self.fault {
                 Some(Fault::FreeBeforeFlush) => Misbehaviour::FreeBeforeFlush,
-                _ => Misbehaviour::None,
+                _ => Misbehaviour::Absent,
             },
             fault: match self.fault {
                 Some(Fault::SkipFlush) => MachineFault::SkipFlush,
                 Some(Fault::DropIpi) => MachineFault::DropIpi,
-                _ => MachineFault::None,
+                _ => MachineFault::Absent,
             },
             ..RunOptions::default()
         })

@@ -92,7 +92,7 @@ impl Builder<'_> {
             protection: match (vma.prot.read || vma.prot.exec, vma.prot.write) {
                 (_, true) => Protection::Write,
                 (true, false) => Protection::Read,
-                (false, false) => Protection::None,
+                (false, false) => Protection::Nothing,
             },
             growth: if vma.kind == VmaKind::Stack { Growth::Down } else { Growth::Fixed },
             // Each mapping of a file begins at a place of its own: the layout does not say where.

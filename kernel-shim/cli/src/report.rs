@@ -217,7 +217,7 @@ impl Report {
     /// Counts what a kernel and its machine did wrong on purpose.
     pub fn add_faults(&mut self, kernel: &HostedKernel) {
         self.faults += match kernel.config().misbehaviour {
-            Misbehaviour::None => kernel.machine().nr_faults(),
+            Misbehaviour::Absent => kernel.machine().nr_faults(),
             Misbehaviour::FreeBeforeFlush => kernel.counters().snapshot().leaves,
         };
     }

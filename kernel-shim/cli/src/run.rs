@@ -45,8 +45,8 @@ impl Default for RunOptions {
             limits: Limits::DEFAULT,
             batches: Supply::Always,
             checking: Checking::On,
-            misbehaviour: Misbehaviour::None,
-            fault: MachineFault::None,
+            misbehaviour: Misbehaviour::Absent,
+            fault: MachineFault::Absent,
         }
     }
 }
@@ -109,13 +109,13 @@ impl Pass {
     fn new(layout: &Layout, options: &RunOptions, checking: Checking) -> Result<Self, BuildError> {
         let machine = HostedMachine::new(Options {
             checking,
-            fault: if checking == Checking::On { options.fault } else { MachineFault::None },
+            fault: if checking == Checking::On { options.fault } else { MachineFault::Absent },
             ..Options::new(options.nr_cpus, frames_needed(layout), options.seed)
         })?;
         let config = Config {
             limits: options.limits,
             batches: options.batches,
-            misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::None },
+            misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::Absent },
             ..Config::default()
         };
         let error = |source| BuildError::Kernel { name: layout.name.clone(), start: 0, end: 0, source };

@@ -348,7 +348,7 @@ const fn protection(prot: Prot) -> Protection {
     match (prot.read || prot.exec, prot.write) {
         (_, true) => Protection::Write,
         (true, false) => Protection::Read,
-        (false, false) => Protection::None,
+        (false, false) => Protection::Nothing,
     }
 }
 

@@ -118,13 +118,13 @@ struct Outcome {
 fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<Outcome, ReplayError> {
     let machine = HostedMachine::new(Options {
         checking,
-        fault: if checking == Checking::On { options.fault } else { MachineFault::None },
+        fault: if checking == Checking::On { options.fault } else { MachineFault::Absent },
         ..Options::new(options.nr_cpus, frames_needed(&log.trace), options.seed)
     })?;
     let config = Config {
         limits: options.limits,
         batches: options.batches,
-        misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::None },
+        misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::Absent },
         ..Config::default()
     };
     let boot_error = |source| ReplayError::Boot { log: log.source.clone(), source };

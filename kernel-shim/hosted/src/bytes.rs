@@ -211,7 +211,7 @@ const BACKINGS: [Backing; 7] = [
 ];
 /// Backings there were at first: other numbers keep the meaning that they had then.
 const FIRST_BACKINGS: usize = 6;
-const RIGHTS: [Rights; 3] = [Rights::Write, Rights::Read, Rights::None];
+const RIGHTS: [Rights; 3] = [Rights::Write, Rights::Read, Rights::Nothing];
 
 fn backing(what: u8) -> Backing {
     let number = usize::from(what & 0xf);

@@ -62,7 +62,7 @@ pub struct Trial {
 impl Default for Trial {
     /// Nothing is wrong, and little is remembered.
     fn default() -> Self {
-        Self { fault: MachineFault::None, misbehaviour: Misbehaviour::None, telling: Telling::Last }
+        Self { fault: MachineFault::Absent, misbehaviour: Misbehaviour::Absent, telling: Telling::Last }
     }
 }
 
@@ -81,7 +81,7 @@ const WINDOW: usize = 6;
 /// # Panics
 /// If the engine does: an assertion of its own, or a deadlock.
 pub fn execute(sequence: &Sequence) -> std::io::Result<Outcome> {
-    execute_with(sequence, MachineFault::None)
+    execute_with(sequence, MachineFault::Absent)
 }
 
 /// As [`execute`], on a machine that does something wrong: to see the checker notice.
@@ -175,7 +175,7 @@ impl World {
     /// How often the machine or the kernel did what is wrong on purpose.
     pub(crate) fn faults(&self) -> u64 {
         match self.kernel.config().misbehaviour {
-            Misbehaviour::None => self.machine().nr_faults(),
+            Misbehaviour::Absent => self.machine().nr_faults(),
             Misbehaviour::FreeBeforeFlush => self.kernel.counters().snapshot().leaves,
         }
     }
@@ -526,7 +526,7 @@ fn whole_blocks(range: VirtRange) -> Option<VirtRange> {
 
 const fn protection(rights: Rights) -> Protection {
     match rights {
-        Rights::None => Protection::None,
+        Rights::Nothing => Protection::Nothing,
         Rights::Read => Protection::Read,
         Rights::Write => Protection::Write,
     }

@@ -150,7 +150,7 @@ impl Maker<'_> {
         let area = if self.choices.one_in(4) { self.fill_with_pages(mm) } else { self.fill_by_splitting(mm) };
         self.mapped.push((mm, area));
         let op = match self.choices.below(6) {
-            0 => Op::Protect(mm, area, if self.choices.one_in(2) { Rights::None } else { Rights::Read }),
+            0 => Op::Protect(mm, area, if self.choices.one_in(2) { Rights::Nothing } else { Rights::Read }),
             1 => Op::Unmap(mm, area),
             2 => Op::Discard(mm, area),
             3 => Op::Reclaim(mm, mm, area),
@@ -379,7 +379,7 @@ impl Maker<'_> {
 
     fn rights(&self) -> Rights {
         match self.choices.below(4) {
-            0 => Rights::None,
+            0 => Rights::Nothing,
             1 => Rights::Read,
             _ => Rights::Write,
         }

@@ -419,7 +419,7 @@ unsafe impl Machine for HostedMachine {
 
     /// With a fault planted the checker is to notice what comes of it, not the engine what the machine does.
     fn answered_early(&self, early: &EarlyAnswer) {
-        assert!(self.options.fault != MachineFault::None, "{early}");
+        assert!(self.options.fault != MachineFault::Absent, "{early}");
     }
 
     fn invlpg(&self, address: u64) {

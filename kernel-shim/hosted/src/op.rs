@@ -44,7 +44,7 @@ pub enum Backing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rights {
     /// Nothing.
-    None,
+    Nothing,
     /// Read.
     Read,
     /// Read and write.
@@ -239,7 +239,7 @@ impl fmt::Display for Backing {
 impl fmt::Display for Rights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::None => "none",
+            Self::Nothing => "none",
             Self::Read => "read",
             Self::Write => "write",
         })
@@ -387,7 +387,7 @@ fn range(word: Option<&str>) -> Result<VirtRange, &'static str> {
 
 fn rights(word: Option<&str>) -> Result<Rights, &'static str> {
     match word {
-        Some("none") => Ok(Rights::None),
+        Some("none") => Ok(Rights::Nothing),
         Some("read") => Ok(Rights::Read),
         Some("write") => Ok(Rights::Write),
         _ => Err("none, read or write"),

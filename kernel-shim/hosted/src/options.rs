@@ -46,7 +46,7 @@ pub enum Checking {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MachineFault {
     /// Nothing.
-    None,
+    Absent,
     /// INVLPG and the flush of a CR3 load do nothing.
     SkipFlush,
     /// One interrupt in four is lost, and acknowledged all the same.
@@ -98,7 +98,7 @@ impl Options {
                 ..Features::INTEL
             },
             checking: Checking::On,
-            fault: MachineFault::None,
+            fault: MachineFault::Absent,
             device: Device::Absent,
             adversary: Adversary::Keeper,
             telling: Telling::Last,

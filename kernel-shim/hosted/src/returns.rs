@@ -57,7 +57,7 @@ impl Promise {
         is_inside
             && match self.what {
                 Promised::Gone => true,
-                Promised::AtMost(Protection::None) => entry.rights.user(),
+                Promised::AtMost(Protection::Nothing) => entry.rights.user(),
                 Promised::Discarded(since) => entry.at < since,
                 Promised::AtMost(Protection::Read) => entry.rights.user() && entry.rights.writable(),
                 Promised::AtMost(Protection::Write) => false,

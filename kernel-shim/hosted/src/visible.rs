@@ -100,7 +100,7 @@ impl World {
                 }
                 Decoded::NonPresent(NonPresent::Swap { .. }) => Some(Seen::Written),
                 Decoded::NonPresent(NonPresent::Marker(Marker::Guard)) => Some(Seen::Guard),
-                Decoded::NonPresent(_) | Decoded::None | Decoded::Table(_) => None,
+                Decoded::NonPresent(_) | Decoded::Empty | Decoded::Table(_) => None,
             };
             if let Some(seen) = seen {
                 add(page, seen);

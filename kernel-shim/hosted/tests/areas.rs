@@ -89,7 +89,7 @@ fn a_device_has_a_frame_of_its_own_and_nobody_writes_to_the_page_of_zeroes() {
 #[test]
 fn a_stack_leaves_a_gap_to_the_area_below() {
     let stack = Area { growth: Growth::Down, ..Area::anon() };
-    let none = Area { protection: Protection::None, ..Area::anon() };
+    let none = Area { protection: Protection::Nothing, ..Area::anon() };
     // The gap is 256 pages, and a fault at most 256 pages below a stack makes it grow.
     for (below, lowest) in [(Area::anon(), 257), (none, 1), (stack, 1)] {
         let small = Small::new(&[(range(0, 1), below), (range(400, 401), stack)]);

@@ -102,7 +102,7 @@ fn a_guard_refuses_reads_and_writes_until_it_is_removed_and_the_page_is_a_new_on
     // Pages and holes in the range stay what they are.
     kernel.guard_remove(&mm, range(0, 4)).expect("private");
     assert_eq!((guards(&kernel, &mm, PAGES), kernel.guards()), (vec![4], 1));
-    assert_eq!(lookup(&kernel, &mm, 3), Decoded::None);
+    assert_eq!(lookup(&kernel, &mm, 3), Decoded::Empty);
     assert!(matches!(lookup(&kernel, &mm, 2), Decoded::Leaf(_)));
     assert_eq!(write(&kernel, &mm, 3), Touched::Reached);
     assert_eq!(kernel.counters().snapshot().guard_faults, 2);

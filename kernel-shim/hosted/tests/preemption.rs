@@ -48,7 +48,7 @@ fn discard(kernel: &HostedKernel, mm: &HostedMm, range: VirtRange) {
 }
 
 fn protect(kernel: &HostedKernel, mm: &HostedMm, range: VirtRange) {
-    kernel.mprotect(mm, range, Protection::None).expect("nothing is split");
+    kernel.mprotect(mm, range, Protection::Nothing).expect("nothing is split");
 }
 
 fn fork(kernel: &HostedKernel, mm: &HostedMm, _range: VirtRange) {

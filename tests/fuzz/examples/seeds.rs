@@ -71,7 +71,7 @@ fn range(start: u64, bytes: u64, most_pages: u64) -> Option<VirtRange> {
 const fn rights(prot: Prot) -> Rights {
     match prot {
         Prot { write: true, .. } => Rights::Write,
-        Prot { write: false, read: false, exec: false } => Rights::None,
+        Prot { write: false, read: false, exec: false } => Rights::Nothing,
         Prot { .. } => Rights::Read,
     }
 }

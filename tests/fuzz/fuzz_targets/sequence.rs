@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use mmu_hosted::{MachineFault, Sequence, execute_with};
 
 static FAULT: LazyLock<MachineFault> = LazyLock::new(|| match std::env::var("MACHINE_FAULT").as_deref() {
-    Err(_) => MachineFault::None,
+    Err(_) => MachineFault::Absent,
     Ok("skip-flush") => MachineFault::SkipFlush,
     Ok("drop-ipi") => MachineFault::DropIpi,
     Ok(other) => panic!("MACHINE_FAULT is skip-flush or drop-ipi, not {other}"),

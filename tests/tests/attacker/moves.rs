@@ -30,7 +30,7 @@ impl World<'_> {
                 let wanted: Vec<u64> = first.map(|(address, ..)| *address).take(more).collect();
                 for address in wanted {
                     let found = kernel.lookup(mm, address);
-                    if found.level >= level && found.value.is_none() {
+                    if found.level >= level && found.value.is_empty() {
                         kernel.map(mm, address, level);
                         self.nr_devices += usize::from(backing == Backing::Device);
                         self.mapped(number, address);

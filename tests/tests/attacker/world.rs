@@ -323,7 +323,7 @@ impl<'a> World<'a> {
     }
 
     pub(crate) fn is_empty(&self, mm: usize, address: u64) -> bool {
-        self.kernel.lookup(self.kernel.mm(mm), address).value.is_none()
+        self.kernel.lookup(self.kernel.mm(mm), address).value.is_empty()
     }
 
     /// What a zap over `range` has to answer for.
