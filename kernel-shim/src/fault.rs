@@ -10,7 +10,7 @@ use core::sync::atomic::Ordering;
 
 use crate::frame::FrameKind;
 use crate::kernel::Kernel;
-use crate::machine::{FrameRole, Machine, Note, Seam};
+use crate::machine::{FrameRole, Machine, Note, Seam, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, AreaKind, Growth, Protection, Vma};
 
@@ -65,7 +65,7 @@ impl<M: Machine> Kernel<M> {
     pub fn handle_fault(&self, mm: &Mm<M>, address: u64, access: UserAccess) -> Result<(), FaultError> {
         let page = address & !0xfff;
         loop {
-            let vmas = mm.vmas.read();
+            let vmas = mm.read(&self.machine, UnderMapLock::Flushes);
             let Some(vma) = vmas.find(address).copied() else {
                 drop(vmas);
                 self.grow_stack(mm, page)?;
@@ -115,7 +115,7 @@ impl<M: Machine> Kernel<M> {
     fn split_for_writing(&self, mm: &Mm<M>, page: u64) -> Result<(), FaultError> {
         // For writing: large pages come and go under it only. What is there may have changed since the fault looked; a large page
         // that may be written by now is split for nothing, and no harm is done.
-        let vmas = mm.vmas.write();
+        let vmas = mm.write(&self.machine, UnderMapLock::Flushes);
         let Some(vma) = vmas.find(page) else { return Ok(()) };
         // SAFETY: the map lock is held for writing until the gather is finished.
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) };
@@ -305,7 +305,7 @@ impl<M: Machine> Kernel<M> {
     }
 
     fn grow_stack(&self, mm: &Mm<M>, page: u64) -> Result<(), FaultError> {
-        let mut vmas = mm.vmas.write();
+        let mut vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
         let next = vmas.find_from(page).copied().ok_or(FaultError::NoArea)?;
         if next.range.contains(page) {
             return Ok(());

@@ -12,7 +12,7 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, Note};
+use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{AreaKind, Protection, Vma};
 
@@ -36,12 +36,12 @@ impl<M: Machine> Kernel<M> {
         left_out: impl IntoIterator<Item = VirtRange>,
     ) -> Result<Arc<Mm<M>>, Error> {
         let child = self.new_mm()?;
-        let vmas = parent.vmas.write();
+        let vmas = parent.write(&self.machine, UnderMapLock::Flushes);
         let mut copied = vmas.clone();
         for range in left_out {
             copied.detach(range);
         }
-        *child.vmas.write() = copied.clone();
+        *child.write(&self.machine, UnderMapLock::WaitsForNobody) = copied.clone();
         // SAFETY: the parent's map lock is held for writing until the gather has flushed.
         let mut gather = unsafe { MmuGather::new(self, &parent.engine) }.with_limits(&self.config.limits);
         let result = copied.iter().try_for_each(|vma| self.copy_area(&mut gather, parent, &child, vma));

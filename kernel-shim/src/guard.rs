@@ -7,7 +7,7 @@ use mmu_gather::MmuGather;
 use mmu_gather::pagetable::{Decoded, EntryValue, Level, MapError, Marker, NonPresent, TableView, VirtRange};
 
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, Moment, Note};
+use crate::machine::{Machine, Moment, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{AreaKind, Vma, VmaTree};
 
@@ -51,12 +51,12 @@ impl<M: Machine> Kernel<M> {
     /// Linux: madvise_guard_install, mm/madvise.c.
     #[doc(alias = "madvise_guard_install")]
     pub fn guard_install(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
-        let vmas = self.lock_with_whole_ends(mm, range)?;
+        let vmas = self.lock_with_whole_ends(mm, range, UnderMapLock::Frees)?;
         if self.install(mm, &vmas, range, TRIES)? == Installed::All {
             return Ok(());
         }
         drop(vmas);
-        let vmas = mm.vmas.write();
+        let vmas = mm.write(&self.machine, UnderMapLock::Frees);
         self.split_ends(mm, &vmas, range)?;
         let installed = self.install(mm, &vmas, range, 1)?;
         debug_assert_eq!(
@@ -76,7 +76,7 @@ impl<M: Machine> Kernel<M> {
     /// Linux: madvise_guard_remove, mm/madvise.c.
     #[doc(alias = "madvise_guard_remove")]
     pub fn guard_remove(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
-        let vmas = mm.vmas.read();
+        let vmas = mm.read(&self.machine, UnderMapLock::WaitsForNobody);
         all_private(&vmas, range)?;
         for vma in vmas.iter() {
             let Some(mut rest) = vma.range.intersect(range) else { continue };

@@ -11,15 +11,16 @@ use core::sync::atomic::{AtomicI64, Ordering};
 use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
 use mmu_gather::tlb::{CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, init_cpu, switch_mm};
 use mmu_gather::{
-    CutLeaf, Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region, zap_page_range,
+    CutLeaf, FlushedGather, Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region,
+    zap_page_range,
 };
 use spin::mutex::SpinMutex;
-use spin::rwlock::{RwLock, RwLockReadGuard};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::counters::{Counters, CpuCounters};
 use crate::frame::{FrameKind, Frames};
-use crate::machine::{FrameRole, Machine, Note};
+use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
+use crate::map_lock::MapRead;
 use crate::mm::Mm;
 use crate::own_lines::OwnLines;
 use crate::reclaim::{Pressure, Supply};
@@ -215,7 +216,7 @@ impl<M: Machine> Kernel<M> {
         self.machine.prepare_root(root);
         // SAFETY: a fresh table whose lower half is zero; it is freed in `exit` only, when every CPU has left it.
         let engine = unsafe { mmu_gather::Mm::new(&self.ids, root, PagingMode::FourLevel) };
-        Ok(Arc::new(Mm { engine, vmas: RwLock::new(VmaTree::new()) }))
+        Ok(Arc::new(Mm::new(engine)))
     }
 
     /// Adds an area.
@@ -226,7 +227,8 @@ impl<M: Machine> Kernel<M> {
         if !mm.engine.space().user_range().covers(vma.range) {
             return Err(Error::NotUserSpace(vma.range.end()));
         }
-        mm.vmas.write().insert(vma).map_err(|vma| Error::Overlap(vma.range))
+        let mut vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
+        vmas.insert(vma).map_err(|vma| Error::Overlap(vma.range))
     }
 
     /// Takes down whatever lies in `range`. Nothing mapped there is no error.
@@ -237,14 +239,14 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was unmapped then.
     pub fn munmap(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
-        let mut vmas = mm.vmas.write();
+        let mut vmas = mm.write(&self.machine, UnderMapLock::Flushes);
         self.split_ends(mm, &vmas, range)?;
         let detached = vmas.detach(range);
         if detached.is_empty() {
             return Ok(());
         }
         let bounds = vmas.bounds_around(range);
-        let vmas = vmas.downgrade();
+        let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let limits = &self.config.limits;
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: the map lock is held, for reading, until the flush is done. The areas are detached: no fault finds them, and
@@ -263,7 +265,7 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was dropped then.
     pub fn madvise_dontneed(&self, mm: &Mm<M>, range: VirtRange) -> Result<(), Error> {
-        let vmas = self.lock_with_whole_ends(mm, range)?;
+        let vmas = self.lock_with_whole_ends(mm, range, UnderMapLock::Frees)?;
         for vma in vmas.iter() {
             let Some(part) = vma.range.intersect(range) else { continue };
             let since = self.machine.moment();
@@ -290,7 +292,7 @@ impl<M: Machine> Kernel<M> {
                 return Err(Error::Busy(CpuId::new(number)));
             }
         }
-        let mut vmas = mm.vmas.write();
+        let mut vmas = mm.write(&self.machine, UnderMapLock::FreesEarly);
         let all = mm.engine.space().user_range();
         let detached = vmas.detach(all);
         let going = detached.iter().map(Vma::going_away);
@@ -317,7 +319,7 @@ impl<M: Machine> Kernel<M> {
         else {
             return Err(Error::NotUserSpace(stack.start()));
         };
-        let mut vmas = mm.vmas.write();
+        let mut vmas = mm.write(&self.machine, UnderMapLock::FreesEarly);
         let Some(vma) = vmas.find(stack.start()).copied().filter(|vma| vma.range == stack) else {
             return Err(Error::NoArea(stack.start()));
         };
@@ -352,9 +354,10 @@ impl<M: Machine> Kernel<M> {
             Err(_) => {
                 vmas.detach(new);
                 let _ = vmas.insert(vma);
-                if let Ok(unused) = VirtRange::new(new.start(), new.end().min(stack.start())) {
-                    self.drop_empty_tables(mm, &vmas, unused);
-                }
+                let unused = VirtRange::new(new.start(), new.end().min(stack.start()));
+                let flushed = unused.map(|unused| self.drop_empty_tables(mm, &vmas, unused));
+                drop(vmas);
+                drop(flushed);
                 Err(Error::NoMemory)
             }
         }
@@ -418,21 +421,23 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
-    /// Takes the map lock for reading, and sees to it that no end of `range` lies inside a large page.
+    /// Takes the map lock for reading, and sees to it that no end of `range` lies inside a large page. The call then does no more
+    /// than `most`.
     pub(crate) fn lock_with_whole_ends<'m>(
-        &self,
+        &'m self,
         mm: &'m Mm<M>,
         range: VirtRange,
-    ) -> Result<RwLockReadGuard<'m, VmaTree, M::Relax>, Error> {
-        let vmas = mm.vmas.read();
+        most: UnderMapLock,
+    ) -> Result<MapRead<'m, M>, Error> {
+        let vmas = mm.read(&self.machine, most);
         if !self.ends_cut_a_large_page(mm, &vmas, range) {
             return Ok(vmas);
         }
         drop(vmas);
         // Large pages come and go under the lock held for writing only.
-        let vmas = mm.vmas.write();
+        let vmas = mm.write(&self.machine, UnderMapLock::Flushes);
         self.split_ends(mm, &vmas, range)?;
-        Ok(vmas.downgrade())
+        Ok(vmas.downgrade(most))
     }
 
     /// Whether an end of `range` lies inside a large page. The map lock is held, for reading at least.
@@ -477,17 +482,22 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Frees tables that were linked in `range`, where no area is, for something that then could not be done. The map lock is
-    /// held for writing.
-    pub(crate) fn drop_empty_tables(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange) {
+    /// Unhooks tables that were linked in `range`, where no area is, for something that then could not be done. The map lock is
+    /// held for writing; what comes back is dropped after it.
+    pub(crate) fn drop_empty_tables<'a>(
+        &'a self,
+        mm: &'a Mm<M>,
+        vmas: &VmaTree,
+        range: VirtRange,
+    ) -> Option<FlushedGather<'a, Self>> {
         let nothing = Vma { range, area: Area::anon() };
         let bounds = vmas.bounds_around(range);
         // SAFETY: the map lock is held for writing, and no area is in the range: nobody faults there.
         let flushed = unsafe {
             unmap_region(self, &mm.engine, &self.config.limits, [nothing.going_away()], bounds, || {})
         };
-        // Freed under the map lock: this is the path of a call that fails. Where no area is, no leaf is cut.
-        drop(flushed);
+        // Where no area is, no leaf is cut.
+        flushed.ok()
     }
 
     /// Says that an unmapping is about to return.

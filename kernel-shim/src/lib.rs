@@ -6,7 +6,8 @@
 //! |---|---|
 //! | machine | CPUs, interrupts, physical memory: supplied by the machine |
 //! | frame | 32 bytes of metadata a frame: references, mappings, the table lock |
-//! | vma, mm | areas, address spaces, the map lock |
+//! | vma, mm | areas, address spaces |
+//! | map_lock | the map lock, and what each call may do under it |
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
 //! | fault | demand faults |
 //! | fork | copies of address spaces, pages shared until written |
@@ -33,6 +34,7 @@ mod frame;
 mod guard;
 mod kernel;
 mod machine;
+mod map_lock;
 mod mm;
 mod own_lines;
 pub mod plan;
@@ -49,7 +51,7 @@ pub use embed::EngineArea;
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
 pub use kernel::{Config, Error, Kernel, Misbehaviour};
-pub use machine::{FrameRole, Machine, Moment, Note, Seam};
+pub use machine::{FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
 pub use reclaim::Supply;

@@ -130,6 +130,20 @@ pub enum Seam {
     Allocate,
 }
 
+/// The most that a call does while it holds the map lock of an address space, the least first. Each does what those before it do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum UnderMapLock {
+    /// It waits for no other CPU, and frees nothing.
+    WaitsForNobody,
+    /// It waits for other CPUs to flush.
+    Flushes,
+    /// It frees early, when a gather has no room for more or holds dirty pages of a file; what the gather clears last is freed
+    /// after the lock was dropped.
+    FreesEarly,
+    /// It frees.
+    Frees,
+}
+
 /// What a frame is given out for, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameRole {
@@ -230,6 +244,18 @@ pub enum Note {
     },
     /// A gather did something on this CPU.
     Gather(GatherEvent),
+    /// This CPU holds the map lock of an address space from now on, for reading or for writing, or has downgraded it.
+    MapLocked {
+        /// The root table.
+        root: PhysFrame,
+        /// The most that is done on this CPU until the lock is dropped, or until this is said again.
+        most: UnderMapLock,
+    },
+    /// This CPU is about to drop the map lock.
+    MapUnlocked {
+        /// The root table.
+        root: PhysFrame,
+    },
 }
 
 // SAFETY: every method passes on to the machine behind the `Arc`, whose contract it is.

@@ -3,10 +3,10 @@
 use core::fmt;
 
 use mmu_gather::pagetable::Level;
-use spin::rwlock::RwLock;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::machine::Machine;
+use crate::machine::{Machine, UnderMapLock};
+use crate::map_lock::{MapLock, MapRead, MapWrite};
 use crate::vma::VmaTree;
 
 /// An address space. Linux: mm_struct.
@@ -14,11 +14,25 @@ use crate::vma::VmaTree;
 /// CPUs that have it loaded keep it alive (by `Arc`); its tables go when [`Kernel::exit`](crate::Kernel::exit) is called.
 pub struct Mm<M: Machine> {
     pub(crate) engine: mmu_gather::Mm<M::Bits>,
-    /// The map lock. Linux: mmap_lock.
-    pub(crate) vmas: RwLock<VmaTree, M::Relax>,
+    vmas: MapLock<M::Relax>,
 }
 
 impl<M: Machine> Mm<M> {
+    /// An address space without areas.
+    pub(crate) const fn new(engine: mmu_gather::Mm<M::Bits>) -> Self {
+        Self { engine, vmas: MapLock::new() }
+    }
+
+    /// Takes the map lock for reading. Under it the call does no more than `most`.
+    pub(crate) fn read<'m>(&'m self, machine: &'m M, most: UnderMapLock) -> MapRead<'m, M> {
+        self.vmas.read(machine, self.root(), most)
+    }
+
+    /// Takes the map lock for writing. Under it the call does no more than `most`.
+    pub(crate) fn write<'m>(&'m self, machine: &'m M, most: UnderMapLock) -> MapWrite<'m, M> {
+        self.vmas.write(machine, self.root(), most)
+    }
+
     /// The engine's part.
     #[must_use]
     pub const fn engine(&self) -> &mmu_gather::Mm<M::Bits> {
@@ -34,13 +48,13 @@ impl<M: Machine> Mm<M> {
     /// How many areas it has.
     #[must_use]
     pub fn nr_vmas(&self) -> usize {
-        self.vmas.read().len()
+        self.vmas.peek(VmaTree::len)
     }
 
     /// A copy of its areas.
     #[must_use]
     pub fn vmas(&self) -> VmaTree {
-        self.vmas.read().clone()
+        self.vmas.peek(VmaTree::clone)
     }
 
     /// Tables linked, by level: PTE, PMD, PUD.

@@ -9,7 +9,7 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 use crate::fault::{leaf, leaf_at, owner_of};
 use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
-use crate::machine::{FrameRole, Machine, Note};
+use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, AreaKind, Protection, Vma};
 
@@ -90,7 +90,7 @@ impl<M: Machine> Kernel<M> {
     /// [`Error::NoArea`] if the range is not inside one area; [`Error::NoMemory`]; what was filled so far stays.
     pub fn populate(&self, mm: &Mm<M>, range: VirtRange, content: PageContent) -> Result<(), Error> {
         // For writing: who holds it for reading relies on large pages not to appear.
-        let vmas = mm.vmas.write();
+        let vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
         let vma = vmas
             .find(range.start())
             .copied()

@@ -6,7 +6,7 @@ use mmu_gather::pagetable::{Decoded, EntryValue, Level, LockedTable, TableView, 
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, Note};
+use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, Protection, Vma};
 
@@ -16,7 +16,7 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was changed then.
     pub fn mprotect(&self, mm: &Mm<M>, range: VirtRange, protection: Protection) -> Result<(), Error> {
-        let mut vmas = mm.vmas.write();
+        let mut vmas = mm.write(&self.machine, UnderMapLock::Flushes);
         self.split_ends(mm, &vmas, range)?;
         vmas.cut(range.start());
         vmas.cut(range.end());

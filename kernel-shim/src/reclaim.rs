@@ -10,7 +10,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::frame::FrameKind;
 use crate::kernel::Kernel;
-use crate::machine::{Machine, Note};
+use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::Vma;
 
@@ -108,7 +108,7 @@ impl<M: Machine> Kernel<M> {
         batch: &mut UnmapBatch<Self>,
         frames: &mut Vec<PhysFrame>,
     ) {
-        let vmas = mm.vmas.read();
+        let vmas = mm.read(&self.machine, UnderMapLock::WaitsForNobody);
         let mut next = range.start();
         while next < range.end() {
             let address = next;

@@ -5,7 +5,7 @@ use mmu_gather::pagetable::VirtRange;
 use mmu_gather::{MmuGather, unmap_region};
 
 use crate::kernel::{Error, Kernel};
-use crate::machine::Machine;
+use crate::machine::{Machine, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, Vma, VmaTree};
 
@@ -28,9 +28,9 @@ impl<M: Machine> Kernel<M> {
             vma.ok_or(Error::NoArea(old.start()))
         };
         // Before anything is unmapped; and again below, for other calls may come in between.
-        find_source(&mm.vmas.read())?;
+        find_source(&mm.read(&self.machine, UnderMapLock::WaitsForNobody))?;
         self.munmap(mm, new)?;
-        let mut vmas = mm.vmas.write();
+        let mut vmas = mm.write(&self.machine, UnderMapLock::FreesEarly);
         let vma = find_source(&vmas)?;
         if vmas.overlaps(new) {
             return Err(Error::Overlap(new));
@@ -46,7 +46,9 @@ impl<M: Machine> Kernel<M> {
         let moved = unsafe { gather.move_page_tables(moving, new.start()) };
         drop(gather.flush());
         if moved.is_err() {
-            self.drop_empty_tables(mm, &vmas, new);
+            let flushed = self.drop_empty_tables(mm, &vmas, new);
+            drop(vmas);
+            drop(flushed);
             return Err(Error::NoMemory);
         }
 
@@ -56,7 +58,7 @@ impl<M: Machine> Kernel<M> {
         let inserted = vmas.insert(Vma { range: new, area });
         debug_assert!(inserted.is_ok(), "nothing was mapped at {new}");
         let bounds = vmas.bounds_around(old);
-        let vmas = vmas.downgrade();
+        let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: as in `munmap`: the areas are detached, and the map lock is held, for reading, until the flush is done.
         let flushed = unsafe { unmap_region(self, &mm.engine, &self.config.limits, going, bounds, || {}) }?;
@@ -78,7 +80,7 @@ impl<M: Machine> Kernel<M> {
         if !mm.engine.space().user_range().covers(more) {
             return Err(Error::NotUserSpace(new_end));
         }
-        let mut vmas = mm.vmas.write();
+        let mut vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
         let below = old_end.checked_sub(4096).and_then(|last| vmas.find(last).copied());
         let vma = below.filter(|vma| vma.range.end() == old_end).ok_or(Error::NoArea(old_end))?;
         if vmas.overlaps(more) {

@@ -296,7 +296,9 @@ unsafe impl Machine for BareMachine {
             | Note::Restricted { .. }
             | Note::Split { .. }
             | Note::Tlb { .. }
-            | Note::Gather(_) => {}
+            | Note::Gather(_)
+            | Note::MapLocked { .. }
+            | Note::MapUnlocked { .. } => {}
         }
     }
 }

@@ -294,6 +294,9 @@ const fn rule(kind: ViolationKind) -> &'static str {
         ViolationKind::FreedUnderTableLock | ViolationKind::WaitedUnderTableLock => {
             "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty and moved pages."
         }
+        ViolationKind::FreedUnderMapLock | ViolationKind::WaitedUnderMapLock => {
+            "The kernel's own rule: what a call says it does after it drops the map lock, it does after it drops the map lock."
+        }
         ViolationKind::NoPreemptionPoint => {
             "Rule G7: the work between two preemption points is bounded, whatever the range."
         }

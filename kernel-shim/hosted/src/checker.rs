@@ -69,6 +69,10 @@ pub enum ViolationKind {
     FreedUnderTableLock,
     /// A CPU that held the lock of a page table waited for others to flush, and not for the sake of dirty pages.
     WaitedUnderTableLock,
+    /// A frame was freed by a CPU that held a map lock, in a call that is to free after it has dropped the lock.
+    FreedUnderMapLock,
+    /// A CPU that held a map lock waited for others to flush, in a call that is to wait after it has dropped the lock.
+    WaitedUnderMapLock,
     /// A CPU did more between two preemption points than it may, whatever the range.
     NoPreemptionPoint,
     /// A CPU has cached what its page tables no longer say, and its slot claims that it has not.
@@ -108,6 +112,12 @@ impl fmt::Display for ViolationKind {
             }
             Self::FreedUnderTableLock => "a frame was freed under the lock of a page table",
             Self::WaitedUnderTableLock => "a CPU waited for others under the lock of a page table",
+            Self::FreedUnderMapLock => {
+                "a frame was freed under the map lock by a call that is to free after it"
+            }
+            Self::WaitedUnderMapLock => {
+                "a CPU waited for others under the map lock in a call that is to wait after it"
+            }
             Self::NoPreemptionPoint => "a CPU did too much between two preemption points",
             Self::SlotIsOlder => {
                 "a CPU has cached what page tables no longer say, though its slot is at the newest generation"

@@ -8,6 +8,7 @@
 //!  device      one that walks the page tables of programs, too, and hears of nothing but the hook for secondary TLBs
 //!  oversight   at every seam other CPUs run and speculate; at every free the checker looks who may still reach the frame
 //!  returns     what a call has promised   table_locks, work     rules G3, G7      mappings    tables against frames
+//!  map_locks   what a call may do under the map lock
 //!  checker     frames, who holds them, violations        story      the last events, to tell one
 //! ```
 //!
@@ -27,6 +28,7 @@ mod generate;
 pub mod invalidate;
 mod judge;
 mod machine;
+mod map_locks;
 mod mappings;
 mod memory;
 pub mod mmu;

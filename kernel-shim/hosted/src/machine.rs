@@ -20,6 +20,7 @@ use crate::boundary::{Boundary, PcidOwners, Reached};
 use crate::checker::{Checker, CpuWatch, Found, Violation, ViolationKind};
 use crate::device::SharedSpaces;
 use crate::invalidate::Cr3Load;
+use crate::map_locks::MapLocks;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
 use crate::options::{Checking, MachineFault, Options, Telling};
@@ -85,6 +86,7 @@ pub(crate) struct VirtualCpu {
     waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
     pub(crate) table_locks: TableLocks,
+    pub(crate) map_locks: MapLocks,
     pub(crate) work: Work,
     /// At which seam from here it stays away for long; 0 for none.
     pub(crate) seams_to_preemption: AtomicU32,
@@ -167,6 +169,7 @@ impl HostedMachine {
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
                 table_locks: TableLocks::default(),
+                map_locks: MapLocks::default(),
                 work: Work::default(),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
@@ -395,6 +398,7 @@ unsafe impl Machine for HostedMachine {
     fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
         if let Some(checked) = &self.checked {
             self.check_wait_outside_locks(checked);
+            self.check_wait_outside_map_locks(checked);
         }
         let request = Request { work, unanswered: AtomicU32::new(targets.len()) };
         for target in targets.iter() {

@@ -186,6 +186,9 @@ impl HostedMachine {
     }
 
     pub(crate) fn check_note(&self, checked: &Checked, note: Note) {
+        if matches!(note, Note::Unmapped { .. } | Note::Discarded { .. } | Note::Protected { .. }) {
+            self.note_last_flush();
+        }
         match note {
             Note::Allocated(frame, role) => {
                 self.tell(What::Allocated(frame, role));
@@ -193,9 +196,13 @@ impl HostedMachine {
                     self.reached.note(Boundary::ReusedWhileCached);
                 }
                 checked.checker.allocated(frame, role);
+                if role == FrameRole::Table {
+                    self.note_own_table(frame);
+                }
             }
             Note::Freed(frame, role) => {
                 self.check_free_outside_locks(checked, frame);
+                self.check_free_outside_map_locks(checked, frame);
                 self.count_freed(checked, frame);
                 if role == FrameRole::Table {
                     self.check_freed_table(checked, frame);
@@ -234,8 +241,11 @@ impl HostedMachine {
                 if event == GatherEvent::DirtyFlush {
                     self.announce_dirty_flush();
                 }
+                self.note_early_free(event);
                 self.detail(Detail::Gather(event));
             }
+            Note::MapLocked { root, most } => self.map_locked(root, most),
+            Note::MapUnlocked { root } => self.map_unlocked(root),
         }
     }
 
