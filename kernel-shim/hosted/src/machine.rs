@@ -3,32 +3,32 @@
 
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use mmu_gather::pagetable::TableLock;
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
 };
 use mmu_kernel_shim::{Machine, Moment, Note, Seam};
-use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
-use crate::arch::LinearAddress;
 use crate::boundary::{Boundary, PcidOwners, Reached};
-use crate::checker::{Checker, CpuWatch, Found, Violation, ViolationKind};
+use crate::checker::checked::{Caches, Checked};
+use crate::checker::events::{Detail, Event, Kept, Story, What};
+use crate::checker::ledger::Checker;
+use crate::checker::per_cpu::{MapLocks, TableLocks, Work};
+use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
-use crate::invalidate::Cr3Load;
-use crate::map_locks::MapLocks;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
+use crate::mmu::arch::LinearAddress;
+use crate::mmu::invalidate::Cr3Load;
+use crate::mutex::lock;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
-use crate::schedule::{self, Schedule};
-use crate::story::{Detail, Event, Kept, Story, What};
-use crate::table_locks::TableLocks;
-use crate::work::Work;
+use crate::schedule::{self, GiveWay, Schedule};
 
 /// A machine of up to 64 CPUs.
 pub struct HostedMachine {
@@ -53,25 +53,6 @@ pub struct HostedMachine {
     pub(crate) calm: u64,
 }
 
-/// What only a checked machine has.
-#[derive(Debug)]
-pub(crate) struct Checked {
-    pub(crate) checker: Checker,
-    pub(crate) story: Story,
-}
-
-impl Checked {
-    /// Notes a violation.
-    pub(crate) fn report(&self, kind: ViolationKind, tell: impl FnOnce() -> Violation) {
-        self.checker.report(kind, || {
-            let violation = tell();
-            let Violation { cpu, address, frame, .. } = violation;
-            self.story.detail(cpu, Detail::Violated(kind, address, frame));
-            violation
-        });
-    }
-}
-
 /// One CPU.
 #[derive(Debug)]
 pub(crate) struct VirtualCpu {
@@ -94,13 +75,6 @@ pub(crate) struct VirtualCpu {
     pub(crate) has_turns: AtomicBool,
 }
 
-/// A software MMU and the watch over what it holds.
-#[derive(Debug)]
-pub(crate) struct Caches {
-    pub(crate) mmu: Mmu,
-    pub(crate) watch: CpuWatch,
-}
-
 /// A request in flight, on the stack of the CPU that waits for it.
 struct Request<'a> {
     work: &'a dyn Fn(CpuId),
@@ -116,21 +90,6 @@ struct Mail {
 
 // SAFETY: the request is read-only but for its atomic counter; the sender keeps it alive until the counter is zero.
 unsafe impl Send for Mail {}
-
-/// How a CPU of this machine waits for a lock: it lets the others run.
-#[derive(Debug)]
-pub struct GiveWay;
-
-impl RelaxStrategy for GiveWay {
-    fn relax() {
-        // Requests are answered when this CPU is chosen again: see `HostedMachine::run`.
-        if schedule::is_scheduled() {
-            schedule::wait();
-        } else {
-            std::thread::yield_now();
-        }
-    }
-}
 
 impl HostedMachine {
     /// A machine whose CPUs have just been switched on.
@@ -514,10 +473,6 @@ unsafe impl Machine for HostedMachine {
     fn moment(&self) -> Moment {
         self.checked.as_ref().map_or(Moment::START, |checked| checked.checker.moment())
     }
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl fmt::Debug for HostedMachine {

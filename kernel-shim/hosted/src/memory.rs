@@ -7,7 +7,7 @@ use memmap2::{MmapMut, MmapOptions};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
-use crate::physical::PhysicalMemory;
+use crate::mmu::physical::PhysicalMemory;
 
 /// `nr_frames` frames of 4096 zero bytes. Only page tables and batch pages are ever touched: programs' pages have metadata
 /// but no content, so a machine of many gigabytes needs few megabytes.

@@ -3,8 +3,7 @@
 use mmu_gather::Limits;
 use mmu_gather::tlb::PcidSupport;
 
-use crate::features::{Capacity, Features};
-use crate::work::MostWork;
+use crate::mmu::features::{Capacity, Features};
 
 /// Everything that decides what a machine does, but for what runs on it.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +77,29 @@ pub enum Telling {
     Last,
     /// Everything from power-on, every entry changed and every cache filled too: for a timeline.
     All,
+}
+
+/// The most that a CPU may do between two preemption points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MostWork {
+    /// Leaves cleared, or restricted: all of one table.
+    pub leaves: u32,
+    /// Large leaves split: those that two ends of a range cut, on two levels.
+    pub splits: u32,
+    /// Frames given back to the allocator.
+    pub freed: u32,
+}
+
+impl MostWork {
+    /// What gathers with these limits promise.
+    ///
+    /// A chunk of pages, the tables of a batch and one that found none, the batch pages themselves; then the next chunk.
+    #[must_use]
+    pub const fn of(limits: &Limits) -> Self {
+        let chunk = limits.free_chunk as u32 + 1;
+        let tables = limits.table_slots as u32 + 1;
+        Self { leaves: 512, splits: 4, freed: 2 * chunk + tables + limits.batch_pages as u32 + 2 }
+    }
 }
 
 impl Options {

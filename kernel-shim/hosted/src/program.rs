@@ -12,6 +12,9 @@ use crate::mmu::Fault;
 /// The machine is behind an `Arc` so that CPUs can run it while the kernel owns it.
 pub type HostedKernel = Kernel<Arc<HostedMachine>>;
 
+/// An address space of it.
+pub(crate) type HostedMm = Mm<Arc<HostedMachine>>;
+
 /// What a touch came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Touched {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use mmu_gather::tlb::CpuId;
+use spin::RelaxStrategy;
 
 use crate::random::Choices;
 
@@ -83,6 +84,21 @@ pub fn give_way() {
         // and clears it before it returns.
         let on_return = unsafe { &*on_return };
         on_return();
+    }
+}
+
+/// How a CPU of this machine waits for a lock: it lets the others run.
+#[derive(Debug)]
+pub struct GiveWay;
+
+impl RelaxStrategy for GiveWay {
+    fn relax() {
+        // Requests are answered when this CPU is chosen again: see `HostedMachine::run`.
+        if is_scheduled() {
+            wait();
+        } else {
+            std::thread::yield_now();
+        }
     }
 }
 

@@ -1,0 +1,103 @@
+//! Accesses of programs, and walks on the way to them: neither may reach what is free.
+
+use core::cell::Cell;
+
+use mmu_gather::tlb::CpuId;
+use mmu_kernel_shim::UserAccess;
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::checker::checked::{Caches, Checked};
+use crate::checker::events::{Detail, Fill, What};
+use crate::checker::kind::ViolationKind;
+use crate::checker::ledger::Checker;
+use crate::machine::HostedMachine;
+use crate::memory::Memory;
+use crate::mmu::arch::LinearAddress;
+use crate::mmu::physical::PhysicalMemory;
+use crate::mmu::watch::Held;
+use crate::mmu::{AccessKind, AccessMode, Fault};
+use crate::mutex::lock;
+
+/// Memory as a walk reads it, with an eye on walks through tables that are free.
+pub(crate) struct WatchedMemory<'a> {
+    pub(crate) memory: &'a Memory,
+    pub(crate) checker: &'a Checker,
+    pub(crate) freed_table: Cell<Option<PhysFrame>>,
+}
+
+impl PhysicalMemory for WatchedMemory<'_> {
+    fn read(&self, address: PhysAddr) -> u64 {
+        let frame = PhysFrame::containing_address(address);
+        if self.checker.when_freed(frame).is_some() {
+            self.freed_table.set(Some(frame));
+        }
+        self.memory.read(address)
+    }
+
+    fn fetch_or(&self, address: PhysAddr, bits: u64, expected: u64) -> Result<(), u64> {
+        self.memory.fetch_or(address, bits, expected)
+    }
+}
+
+impl HostedMachine {
+    /// The program on this CPU uses an address. The frame it reaches, or the fault it takes.
+    ///
+    /// # Errors
+    /// The fault; nothing was reached.
+    pub fn user_access(&self, address: u64, access: UserAccess) -> Result<Option<PhysFrame>, Fault> {
+        self.point_at(address);
+        let Some(checked) = &self.checked else { return Ok(None) };
+        let memory =
+            WatchedMemory { memory: &self.memory, checker: &checked.checker, freed_table: Cell::new(None) };
+        let kind = match access {
+            UserAccess::Read => AccessKind::Read,
+            UserAccess::Write => AccessKind::Write,
+        };
+        let result = match &mut *lock(&self.cpu().caches) {
+            Some(Caches { mmu, watch }) => {
+                let result = mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch);
+                tell_fills(checked, self.current(), address, watch.take_fills(), Fill::Access);
+                result
+            }
+            None => return Ok(None),
+        };
+        let here = self.current();
+        if let Some(frame) = memory.freed_table.get() {
+            self.report_walk(checked, here, address, frame);
+        }
+        self.check_sizes(checked, here.index());
+        let reached = result?;
+        let frame = PhysFrame::containing_address(reached.address);
+        self.tell(What::Accessed(address, frame));
+        if access == UserAccess::Write {
+            checked.checker.note_written(frame);
+        }
+        if checked.checker.when_freed(frame).is_some() {
+            let kind = if reached.source.was_cached() {
+                ViolationKind::PageReachableAfterFree
+            } else {
+                ViolationKind::FreePageMapped
+            };
+            self.report(checked, kind, here, address, frame, None);
+        }
+        Ok(Some(frame))
+    }
+
+    pub(crate) fn report_walk(&self, checked: &Checked, cpu: CpuId, address: u64, frame: PhysFrame) {
+        self.report(checked, ViolationKind::TableReachableAfterFree, cpu, address, frame, None);
+    }
+}
+
+/// Tells what entered the caches of a CPU on its way to `address`.
+pub(crate) fn tell_fills(
+    checked: &Checked,
+    cpu: CpuId,
+    address: u64,
+    fills: Vec<(PhysFrame, Held)>,
+    fill: Fill,
+) {
+    for (frame, held) in fills {
+        checked.story.detail(cpu, Detail::Filled(address, frame, held, fill));
+    }
+}

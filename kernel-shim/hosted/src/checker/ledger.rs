@@ -1,0 +1,331 @@
+//! Holds what CPUs may still reach against what is free.
+//!
+//! A frame is *stale on a CPU* when it was freed while the CPU's caches named it. That is a violation at once if the CPU can
+//! use the entry without running any more software: a page, while it runs a program; a table, always (speculation walks on
+//! lazy CPUs too). Otherwise it becomes one when the CPU enters user mode, or loads the PCID, with the entry still there.
+
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mmu_gather::tlb::CpuId;
+use mmu_kernel_shim::{FrameRole, Moment};
+use rustc_hash::FxHashMap;
+use x86_64::PhysAddr;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::checker::kind::ViolationKind;
+use crate::checker::violation::{Found, Violation};
+use crate::memory::index;
+use crate::mmu::arch::PageSize;
+use crate::mmu::watch::{CachedEntry, FrameWatch, Held, Use};
+
+/// How many violations of one kind are told in full; the others are counted.
+const TOLD: usize = 2;
+
+/// The truth about frames, and the violations found.
+#[derive(Debug)]
+pub(crate) struct Checker {
+    /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed, plus one, and in the low 8
+    /// bits by which CPU.
+    freed_at: Box<[AtomicU64]>,
+    holders: Arc<Holders>,
+    /// By frame: whether a program wrote to it since it was given out.
+    written: Box<[AtomicBool]>,
+    found: Mutex<Found>,
+}
+
+/// How many cached things name each frame, over all CPUs.
+#[derive(Debug)]
+pub(crate) struct Holders {
+    pages: Box<[AtomicU32]>,
+    blocks: Box<[AtomicU32]>,
+    gigabytes: AtomicU32,
+    /// Moves on whenever somebody wants to tell before from after.
+    clock: AtomicU64,
+}
+
+impl Holders {
+    fn new(nr_frames: u64) -> Self {
+        let zeroes = |count: u64| (0..count).map(|_| AtomicU32::new(0)).collect();
+        Self {
+            pages: zeroes(nr_frames),
+            blocks: zeroes((nr_frames >> 9) + 1),
+            gigabytes: AtomicU32::new(0),
+            clock: AtomicU64::new(0),
+        }
+    }
+
+    fn counter(&self, first: PhysFrame, held: Held) -> Option<&AtomicU32> {
+        let number = number(first);
+        match held.as_a {
+            Use::Page(PageSize::Size2MiB) => self.blocks.get(number >> 9),
+            Use::Page(PageSize::Size1GiB) => Some(&self.gigabytes),
+            Use::Page(PageSize::Size4KiB) | Use::Table(_) | Use::Root => self.pages.get(number),
+        }
+    }
+
+    /// Whether anything cached anywhere may name one of `count` frames from `first` on.
+    fn any(&self, first: PhysFrame, count: usize) -> bool {
+        let number = number(first);
+        let used = |counter: &AtomicU32| counter.load(Ordering::Relaxed) != 0;
+        used(&self.gigabytes)
+            || self.blocks.get(number >> 9).is_some_and(used)
+            || self.pages.iter().skip(number).take(count).any(used)
+    }
+}
+
+impl Checker {
+    /// A checker for a machine of `nr_frames`.
+    #[must_use]
+    pub(crate) fn new(nr_frames: u64) -> Self {
+        Self {
+            freed_at: (0..nr_frames).map(|_| AtomicU64::new(0)).collect(),
+            holders: Arc::new(Holders::new(nr_frames)),
+            written: (0..nr_frames).map(|_| AtomicBool::new(false)).collect(),
+            found: Mutex::new(Found::default()),
+        }
+    }
+
+    /// The watch of one CPU's caches.
+    #[must_use]
+    pub(crate) fn watch(&self) -> CpuWatch {
+        CpuWatch { holders: Arc::clone(&self.holders), stale: FxHashMap::default(), fills: None }
+    }
+
+    /// Whether anything cached anywhere may name the frame.
+    pub(crate) fn is_cached(&self, frame: PhysFrame, role: FrameRole) -> bool {
+        self.holders.any(frame, frames_of(frame, role).len())
+    }
+
+    /// The frame is in use from now on.
+    pub(crate) fn allocated(&self, frame: PhysFrame, role: FrameRole) {
+        for number in frames_of(frame, role) {
+            if let Some(freed) = self.freed_at.get(number) {
+                freed.store(0, Ordering::Relaxed);
+            }
+            if let Some(written) = self.written.get(number) {
+                written.store(false, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The frame is free from now on, since `step`. Whether any cache may still name it.
+    #[must_use]
+    pub(crate) fn freed(&self, frame: PhysFrame, role: FrameRole, step: u64, by: CpuId) -> bool {
+        let mark = (step + 1) << 8 | u64::from(by.number() & 0xff);
+        for number in frames_of(frame, role) {
+            if let Some(freed) = self.freed_at.get(number) {
+                freed.store(mark, Ordering::Relaxed);
+            }
+        }
+        self.holders.any(frame, frames_of(frame, role).len())
+    }
+
+    /// A moment that is later than everything so far.
+    pub(crate) fn moment(&self) -> Moment {
+        Moment(self.holders.clock.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// A program wrote to the frame.
+    pub(crate) fn note_written(&self, frame: PhysFrame) {
+        if let Some(written) = self.written.get(number(frame)) {
+            written.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a program wrote to the frame since it was given out.
+    pub(crate) fn was_written(&self, frame: PhysFrame) -> bool {
+        self.written.get(number(frame)).is_some_and(|written| written.load(Ordering::Relaxed))
+    }
+
+    /// If the frame is free: the step at which that happened, and the CPU.
+    #[must_use]
+    pub(crate) fn when_freed(&self, frame: PhysFrame) -> Option<(u64, CpuId)> {
+        let mark = self.freed_at.get(number(frame))?.load(Ordering::Relaxed);
+        let cpu = CpuId::new((mark & 0xff) as u32);
+        (mark != 0).then(|| ((mark >> 8) - 1, cpu))
+    }
+
+    /// Notes a violation.
+    pub(crate) fn report(&self, kind: ViolationKind, tell: impl FnOnce() -> Violation) {
+        let mut found = self.lock();
+        found.count += 1;
+        if found.told.iter().filter(|told| told.kind == kind).count() < TOLD {
+            found.told.push(tell());
+        }
+    }
+
+    /// What was found so far, the worst kind first.
+    #[must_use]
+    pub(crate) fn found(&self) -> Found {
+        let mut found = self.lock().clone();
+        found.told.sort_by_key(|violation| violation.kind);
+        found
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Found> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Watches the caches of one CPU: counts what they name, and remembers what is stale there.
+#[derive(Debug)]
+pub(crate) struct CpuWatch {
+    holders: Arc<Holders>,
+    /// What named a frame when it was freed: first frame named, how, and how many such entries there are still.
+    stale: FxHashMap<(PhysFrame, Held), u32>,
+    /// What entered the caches since somebody asked, if anybody does.
+    fills: Option<Vec<(PhysFrame, Held)>>,
+}
+
+impl CpuWatch {
+    /// These entries, which are all that name a frame just freed, are stale from now on.
+    ///
+    /// Some may be already: the frame was freed before and given out in between, or another part of a large page was freed.
+    /// Each still goes only once, so they are counted anew.
+    pub(crate) fn mark_stale(&mut self, entries: impl IntoIterator<Item = CachedEntry>) {
+        let mut counts = FxHashMap::default();
+        for entry in entries {
+            *counts.entry((entry.frame, entry.held)).or_insert(0) += 1;
+        }
+        self.stale.extend(counts);
+    }
+
+    /// Remembers what enters the caches from now on, for [`take_fills`](Self::take_fills).
+    pub(crate) fn remember_fills(&mut self) {
+        self.fills = Some(Vec::new());
+    }
+
+    /// What entered the caches since the last call.
+    pub(crate) fn take_fills(&mut self) -> Vec<(PhysFrame, Held)> {
+        self.fills.as_mut().map(core::mem::take).unwrap_or_default()
+    }
+
+    /// Frames that may be stale here, with how they are named.
+    pub(crate) fn stale(&self) -> impl Iterator<Item = (PhysFrame, Held)> + '_ {
+        self.stale.keys().copied()
+    }
+
+    /// Whether nothing is stale here.
+    #[must_use]
+    #[inline]
+    pub(crate) fn is_clean(&self) -> bool {
+        self.stale.is_empty()
+    }
+
+    /// Forgets what was stale: it has been reported.
+    pub(crate) fn forget_stale(&mut self) {
+        self.stale.clear();
+    }
+}
+
+impl FrameWatch for CpuWatch {
+    #[inline]
+    fn hold(&mut self, first: PhysFrame, held: Held) {
+        if let Some(fills) = &mut self.fills {
+            fills.push((first, held));
+        }
+        if let Some(counter) = self.holders.counter(first, held) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[inline]
+    fn release(&mut self, first: PhysFrame, held: Held) {
+        if let Some(counter) = self.holders.counter(first, held) {
+            counter.fetch_sub(1, Ordering::Relaxed);
+        }
+        if !self.stale.is_empty()
+            && let Some(left) = self.stale.get_mut(&(first, held))
+        {
+            *left -= 1;
+            if *left == 0 {
+                self.stale.remove(&(first, held));
+            }
+        }
+    }
+
+    #[inline]
+    fn now(&self) -> Moment {
+        Moment(self.holders.clock.load(Ordering::Relaxed))
+    }
+}
+
+fn number(frame: PhysFrame) -> usize {
+    index(frame.start_address().as_u64() >> 12)
+}
+
+/// The numbers of the frames that go with `frame` in this role.
+pub(crate) fn frames_of(frame: PhysFrame, role: FrameRole) -> core::ops::Range<usize> {
+    let count = match role {
+        FrameRole::Page | FrameRole::Table => 1,
+        FrameRole::Block => 512,
+    };
+    number(frame)..number(frame) + count
+}
+
+/// The frame with this number.
+pub(crate) fn frame_numbered(number: usize) -> PhysFrame {
+    PhysFrame::containing_address(PhysAddr::new_truncate((number as u64) << 12))
+}
+
+/// Whether an entry names one of these frames.
+pub(crate) fn overlaps(entry: &CachedEntry, frames: &core::ops::Range<usize>) -> bool {
+    let first = frames_of(entry.frame, FrameRole::Page).start;
+    let count = match entry.held.as_a {
+        Use::Page(PageSize::Size2MiB) => 512,
+        Use::Page(PageSize::Size1GiB) => 512 * 512,
+        Use::Page(PageSize::Size4KiB) | Use::Table(_) | Use::Root => 1,
+    };
+    first < frames.end && frames.start < first + count
+}
+
+#[cfg(test)]
+mod tests {
+    use x86_64::instructions::tlb::Pcid;
+
+    use super::*;
+    use crate::mmu::arch::{LinearAddress, Rights};
+    use crate::mmu::watch::Tag;
+
+    fn entry(first: usize, size: PageSize) -> CachedEntry {
+        let tag = Tag::Pcid(Pcid::new(2).expect("below 4096"));
+        CachedEntry {
+            held: Held { as_a: Use::Page(size), tag },
+            address: LinearAddress::new(0x7000_0000_0000),
+            span_shift: size.shift(),
+            frame: frame_numbered(first),
+            rights: Rights::ALL,
+            dirty: false,
+            at: Moment::START,
+        }
+    }
+
+    #[test]
+    fn an_entry_whose_frame_was_freed_twice_is_stale_until_it_is_gone_once() {
+        let mut watch = Checker::new(16).watch();
+        let cached = entry(5, PageSize::Size4KiB);
+        watch.hold(cached.frame, cached.held);
+        // Freed, given out to another address space, freed there too: the entry of an address space that ended waits for its PCID.
+        watch.mark_stale([cached]);
+        watch.mark_stale([cached]);
+        assert!(!watch.is_clean());
+        watch.release(cached.frame, cached.held);
+        assert!(watch.is_clean(), "the next entry for this frame would be taken for the old one");
+    }
+
+    #[test]
+    fn a_large_entry_whose_parts_are_freed_one_by_one_is_stale_until_it_is_gone_once() {
+        let mut watch = Checker::new(1024).watch();
+        let (large, small) = (entry(512, PageSize::Size2MiB), entry(512, PageSize::Size4KiB));
+        for cached in [large, small] {
+            watch.hold(cached.frame, cached.held);
+        }
+        watch.mark_stale([large, small]);
+        watch.mark_stale([large]);
+        watch.release(large.frame, large.held);
+        assert!(!watch.is_clean(), "the small one is still there");
+        watch.release(small.frame, small.held);
+        assert!(watch.is_clean());
+    }
+}

@@ -1,0 +1,35 @@
+//! The checker: what must never happen, looked for wherever it could.
+//!
+//! ```text
+//!  in    what the kernel says as it goes (`Note`)                        notes
+//!        what the MMUs say of frames they cache and forget              ledger
+//!        the way into user mode, and each access of a program           access
+//!
+//!  looks at every free      who may still reach the frame                notes, device
+//!                           which locks are held                         table_locks, map_locks
+//!                           how much was done since a preemption point   preemption
+//!        at every return    what the call has promised                   promises
+//!        at sync points     caches against page tables                   caches_against_tables
+//!                           page tables against frames                   tables_against_frames
+//!
+//!  out   violations, each with the last events that explain it           violation, events
+//! ```
+//!
+//! `ledger` has the truth about frames, `per_cpu` what is remembered of each CPU, `checked` all of that of one machine. The
+//! other files are methods of the machine, which calls them; `sequence` calls those for sync points, when nothing else runs.
+
+pub(crate) mod access;
+pub(crate) mod caches_against_tables;
+pub(crate) mod checked;
+mod device;
+pub(crate) mod events;
+pub(crate) mod kind;
+pub(crate) mod ledger;
+mod map_locks;
+mod notes;
+pub(crate) mod per_cpu;
+mod preemption;
+mod promises;
+mod table_locks;
+pub(crate) mod tables_against_frames;
+pub(crate) mod violation;

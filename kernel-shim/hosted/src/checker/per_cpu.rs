@@ -1,0 +1,57 @@
+//! What is remembered of each CPU, for the rules about locks and preemption points.
+#![expect(unsafe_code, reason = "looks at locks by pointer")]
+
+use core::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::Mutex;
+
+use mmu_gather::pagetable::TableLock;
+use mmu_kernel_shim::UnderMapLock;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::schedule::GiveWay;
+
+/// The table locks that one CPU has asked for.
+#[derive(Debug, Default)]
+pub(crate) struct TableLocks {
+    pub(crate) asked: Mutex<Vec<Asked>>,
+    /// A flush of dirty pages was announced, the stated exception of rule G3. Until no lock is held any more.
+    pub(crate) flushes_dirty_pages: AtomicBool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    pub(crate) table: PhysFrame,
+    pub(crate) lock: *const TableLock<GiveWay>,
+    pub(crate) is_held: bool,
+}
+
+// SAFETY: the pointer is to a lock, which is `Sync`.
+unsafe impl Send for Asked {}
+
+impl Asked {
+    pub(crate) fn is_locked(&self) -> bool {
+        // SAFETY: the kernel's metadata has a lock for every frame of the machine, and outlives the calls that use them; it is
+        // looked at from within such calls and right after one gave way.
+        unsafe { &*self.lock }.is_locked()
+    }
+}
+
+/// The map locks that one CPU holds.
+#[derive(Debug, Default)]
+pub(crate) struct MapLocks {
+    /// The root of each address space whose lock it is, and the most that may be done under it.
+    pub(crate) held: Mutex<Vec<(PhysFrame, UnderMapLock)>>,
+    /// Tables taken since the CPU last held no map lock. One that another CPU was faster to link is given back at once: nobody
+    /// has seen it.
+    pub(crate) own_tables: Mutex<Vec<PhysFrame>>,
+    /// A gather frees what it has, to go on.
+    pub(crate) frees_early: AtomicBool,
+}
+
+/// What one CPU did since its last preemption point.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    pub(crate) leaves: AtomicU32,
+    pub(crate) splits: AtomicU32,
+    pub(crate) freed: AtomicU32,
+}

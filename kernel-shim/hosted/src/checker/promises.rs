@@ -1,0 +1,99 @@
+//! What no CPU may still be able to do when a call returns.
+//!
+//! Looked at are the CPUs that run programs of the address space, and the caller if it does. Lazy CPUs and those elsewhere may
+//! keep what they have: they compare generations before they use it (rule T5, and the switch protocol).
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_gather::tlb::Laziness;
+use mmu_kernel_shim::{Moment, Protection};
+use x86_64::structures::paging::PhysFrame;
+
+use crate::checker::checked::{Caches, Checked};
+use crate::checker::kind::ViolationKind;
+use crate::machine::HostedMachine;
+use crate::mmu::arch::LinearAddress;
+use crate::mmu::watch::{CachedEntry, Use};
+use crate::mutex::lock;
+
+/// What a call that is about to return has promised.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Promise {
+    /// The root table of the address space.
+    pub(crate) root: PhysFrame,
+    /// The addresses.
+    pub(crate) range: VirtRange,
+    /// Whether the CPU that made the call runs programs.
+    pub(crate) caller: Laziness,
+    /// What.
+    pub(crate) what: Promised,
+}
+
+/// What a call has promised of its addresses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Promised {
+    /// No program can use them.
+    Gone,
+    /// No program can use what was cached of them before this moment.
+    ///
+    /// Rule G6 and the deferred flushes of reclaim: also where the call found nothing, because another that has not flushed yet
+    /// was faster.
+    Discarded(Moment),
+    /// No program can do more than this there.
+    AtMost(Protection),
+}
+
+impl Promise {
+    const fn kind(&self) -> ViolationKind {
+        match self.what {
+            Promised::Gone => ViolationKind::AddressUsableAfterUnmap,
+            Promised::Discarded(_) => ViolationKind::PageUsableAfterDiscard,
+            Promised::AtMost(_) => ViolationKind::RightsUsableAfterProtect,
+        }
+    }
+
+    fn is_broken_by(&self, entry: &CachedEntry) -> bool {
+        let start = entry.address.as_u64();
+        let is_inside = matches!(entry.held.as_a, Use::Page(_))
+            && start < self.range.end()
+            && start + (1 << entry.span_shift) > self.range.start();
+        is_inside
+            && match self.what {
+                Promised::Gone => true,
+                Promised::AtMost(Protection::Nothing) => entry.rights.user(),
+                Promised::Discarded(since) => entry.at < since,
+                Promised::AtMost(Protection::Read) => entry.rights.user() && entry.rights.writable(),
+                Promised::AtMost(Protection::Write) => false,
+            }
+    }
+}
+
+impl HostedMachine {
+    /// A call is about to return: looks for a CPU on which a program can still do what it must not.
+    pub(crate) fn check_promise(&self, checked: &Checked, promise: Promise) {
+        for cpu in &self.cpus {
+            let id = cpu.id;
+            let is_caller = id == self.current() && promise.caller == Laziness::Active;
+            if !self.is_in_user_mode(id) && !is_caller {
+                continue;
+            }
+            let caches = lock(&cpu.caches);
+            let Some(Caches { mmu, .. }) = &*caches else { continue };
+            if mmu.cr3().0 != promise.root {
+                continue;
+            }
+            let range = promise.range;
+            // A few look-ups, or a scan.
+            let is_empty = range.nr_pages() <= 16
+                && (range.start()..range.end())
+                    .step_by(4096)
+                    .all(|address| mmu.lookup(LinearAddress::new(address)).is_none());
+            let found =
+                if is_empty { None } else { mmu.usable_entries().find(|entry| promise.is_broken_by(entry)) };
+            drop(caches);
+            if let Some(entry) = found {
+                let address = entry.address.as_u64().max(range.start());
+                self.report(checked, promise.kind(), id, address, entry.frame, Some(entry));
+            }
+        }
+    }
+}

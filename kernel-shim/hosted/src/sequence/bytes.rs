@@ -1,0 +1,250 @@
+//! Sequences as bytes: any bytes are a sequence, and one that differs in few bytes differs in few steps.
+//!
+//! That is what a fuzzer which mutates bytes wants. Ten bytes of header, then sixteen a step, whatever is left over being
+//! ignored:
+//!
+//! | byte | header | step |
+//! |---|---|---|
+//! | 0 | CPUs | CPU |
+//! | 1 | what the MMUs are like | operation, by its number |
+//! | 2 | seed, 8 bytes | address space, and another in the high half |
+//! | 3 | | backing, rights, access, install or remove; or how scarce |
+//! | 4 | | first page, 5 bytes |
+//! | 9 | | pages, 2 bytes |
+//! | 11 | | where to, 5 bytes; or a small number |
+//!
+//! Most values of a page lead to one of a few places where tables begin and end, for steps must meet to matter; the others are
+//! the page itself, so that addresses of real programs can be said.
+//!
+//! A byte that is no number of an operation means the one it meant when there were 17, and so with backings, of
+//! which there were 6: saved bytes keep their meaning.
+
+use mmu_gather::pagetable::{Level, VirtRange};
+use mmu_gather::tlb::PcidSupport;
+use mmu_kernel_shim::{Supply, UserAccess};
+
+use crate::mmu::features::{InvlpgUppers, SettingDirty};
+use crate::options::{Adversary, Device};
+use crate::sequence::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
+use crate::sequence::places::{MOST_TOUCHED, PLACES};
+use crate::sequence::text::Sequence;
+
+/// Bytes of the header.
+const HEADER: usize = 10;
+/// Bytes of a step.
+const STEP: usize = 16;
+/// Steps after these are ignored: an input must not run for long.
+const MOST_STEPS: usize = 256;
+/// CPUs of a machine.
+const MOST_CPUS: u32 = 8;
+/// Pages of one range.
+const MOST_PAGES: u64 = 2048;
+/// Pages of user space.
+const USER_PAGES: u64 = (1 << 47) >> 12;
+/// Bits of a page number; the five above them are 0 if it is meant as it stands.
+const PAGE_BITS: u32 = 35;
+const SEAMS: u64 = 1 << 12;
+/// Operations there were at first.
+const FIRST_OPS: usize = 17;
+
+impl Sequence {
+    /// The sequence that these bytes are. Any are.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let (header, steps) = bytes.split_at(bytes.len().min(HEADER));
+        let byte = |at: usize| header.get(at).copied().unwrap_or(0);
+        let seed = core::array::from_fn(|at| byte(2 + at));
+        let flags = byte(1);
+        Self {
+            nr_cpus: 1 + u32::from(byte(0)) % MOST_CPUS,
+            seed: u64::from_le_bytes(seed),
+            pcid: if flags & 1 == 0 { PcidSupport::On } else { PcidSupport::Off },
+            uppers: if flags & 2 == 0 { InvlpgUppers::All } else { InvlpgUppers::LeadingToAddress },
+            adversary: if flags & 4 == 0 { Adversary::Keeper } else { Adversary::Forgetter },
+            dirty: if flags & 8 == 0 { SettingDirty::Checked } else { SettingDirty::Unchecked },
+            device: if flags & 16 == 0 { Device::Absent } else { Device::Present },
+            steps: steps.as_chunks().0.iter().take(MOST_STEPS).map(step).collect(),
+        }
+    }
+
+    /// Bytes that are this sequence. What they cannot say is cut: CPUs beyond 8, steps beyond 256, pages beyond 2048 and touches
+    /// beyond 64.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut flags = 0;
+        flags |= u8::from(self.pcid == PcidSupport::Off);
+        flags |= u8::from(self.uppers == InvlpgUppers::LeadingToAddress) << 1;
+        flags |= u8::from(self.adversary == Adversary::Forgetter) << 2;
+        flags |= u8::from(self.dirty == SettingDirty::Unchecked) << 3;
+        flags |= u8::from(self.device == Device::Present) << 4;
+        let mut bytes = vec![low(u64::from(self.nr_cpus.clamp(1, MOST_CPUS) - 1)), flags];
+        bytes.extend(self.seed.to_le_bytes());
+        for step in self.steps.iter().take(MOST_STEPS) {
+            bytes.extend(bytes_of(*step));
+        }
+        bytes
+    }
+}
+
+#[cfg(feature = "arbitrary")]
+impl<'a> arbitrary::Arbitrary<'a> for Sequence {
+    /// All bytes that are left, by [`Sequence::from_bytes`].
+    fn arbitrary(bytes: &mut arbitrary::Unstructured<'a>) -> arbitrary::Result<Self> {
+        let left = bytes.len();
+        Ok(Self::from_bytes(bytes.bytes(left)?))
+    }
+}
+
+fn step(bytes: &[u8; STEP]) -> Step {
+    let [cpu, op, mms, what, p0, p1, p2, p3, p4, count_low, count_high, to @ ..] = *bytes;
+    let page = [p0, p1, p2, p3, p4];
+    let mm = MmId((mms & 0xf) % NR_MMS);
+    let other = MmId((mms >> 4) % NR_MMS);
+    let count = u64::from(u16::from_le_bytes([count_low, count_high]));
+    let range = range(page_of(page), pages(count));
+    let small = number(to);
+    let number =
+        if usize::from(op) < Op::WORDS.len() { usize::from(op) } else { usize::from(op) % FIRST_OPS };
+    let op = match number {
+        0 => Op::Map(mm, range, backing(what), rights(what)),
+        1 => Op::Unmap(mm, range),
+        2 => Op::Discard(mm, range),
+        3 => Op::Protect(mm, range, rights(what)),
+        4 => Op::Remap(mm, range, page_of(to).min(USER_PAGES - 1) << 12),
+        5 => Op::MoveStack(mm, range, 1 + small % MOST_PAGES),
+        6 => Op::Fork(mm, other),
+        7 => Op::Exit(mm),
+        8 => Op::Reclaim(mm, other, range),
+        9 => {
+            let access = if what & 1 == 0 { UserAccess::Write } else { UserAccess::Read };
+            Op::Touch(self::range(page_of(page), pages(count).min(MOST_TOUCHED)), access)
+        }
+        10 => Op::Switch(mm),
+        11 => Op::Lazy,
+        12 => Op::Wake,
+        13 => Op::Batches(supply(what)),
+        14 => Op::Tables(supply(what)),
+        15 => Op::Sync,
+        17 => Op::Guard(mm, range, if what & 1 == 0 { Guarding::Install } else { Guarding::Remove }),
+        // Seams are counted in thousands at the most.
+        _ => Op::Preempt(u32::try_from(small % SEAMS).unwrap_or(0)),
+    };
+    Step { cpu, op }
+}
+
+fn bytes_of(Step { cpu, op }: Step) -> [u8; STEP] {
+    let mut bytes = [0; STEP];
+    bytes[0] = cpu;
+    bytes[1] = low(op.number() as u64);
+    let mut mms = (0, 0);
+    let mut what = 0;
+    let mut place = None;
+    let mut to = 0;
+    match op {
+        Op::Map(mm, range, backing, rights) => {
+            (mms.0, place) = (mm.0, Some(range));
+            what = backing_bits(backing) | rights_bits(rights);
+        }
+        Op::Unmap(mm, range) | Op::Discard(mm, range) => (mms.0, place) = (mm.0, Some(range)),
+        Op::Protect(mm, range, rights) => {
+            (mms.0, place, what) = (mm.0, Some(range), rights_bits(rights));
+        }
+        Op::Remap(mm, range, target) => (mms.0, place, to) = (mm.0, Some(range), target >> 12),
+        Op::MoveStack(mm, range, pages) => (mms.0, place, to) = (mm.0, Some(range), pages.saturating_sub(1)),
+        Op::Fork(mm, other) => mms = (mm.0, other.0),
+        Op::Exit(mm) | Op::Switch(mm) => mms.0 = mm.0,
+        Op::Reclaim(mm, other, range) => (mms, place) = ((mm.0, other.0), Some(range)),
+        Op::Touch(range, access) => (place, what) = (Some(range), u8::from(access == UserAccess::Read)),
+        Op::Batches(supply) | Op::Tables(supply) => what = supply_bits(supply),
+        Op::Preempt(seams) => to = u64::from(seams),
+        Op::Guard(mm, range, guarding) => {
+            (mms.0, place, what) = (mm.0, Some(range), u8::from(guarding == Guarding::Remove));
+        }
+        Op::Lazy | Op::Wake | Op::Sync => {}
+    }
+    bytes[2] = mms.0 | mms.1 << 4;
+    bytes[3] = what;
+    if let Some(range) = place {
+        bytes[4..9].copy_from_slice(&(range.start() >> 12).to_le_bytes()[..5]);
+        bytes[9..11].copy_from_slice(&(range.nr_pages().min(MOST_PAGES) - 1).to_le_bytes()[..2]);
+    }
+    bytes[11..].copy_from_slice(&to.to_le_bytes()[..5]);
+    bytes
+}
+
+fn number(bytes: [u8; 5]) -> u64 {
+    let [a, b, c, d, e] = bytes;
+    u64::from_le_bytes([a, b, c, d, e, 0, 0, 0])
+}
+
+/// The page that five bytes name: itself, or one of the first 64 of a place.
+fn page_of(bytes: [u8; 5]) -> u64 {
+    let number = number(bytes);
+    if number >> PAGE_BITS == 0 {
+        return number;
+    }
+    let place = PLACES[usize::from(bytes[1]) % PLACES.len()];
+    (place >> 12) + u64::from(bytes[0] % 64)
+}
+
+/// The number of pages that two bytes name: few, mostly.
+const fn pages(count: u64) -> u64 {
+    1 + if count < 2 * MOST_PAGES { count % MOST_PAGES } else { count % 16 }
+}
+
+fn range(first: u64, pages: u64) -> VirtRange {
+    let first = first.min(USER_PAGES - 1);
+    let end = (first + pages).min(USER_PAGES);
+    VirtRange::new(first << 12, end << 12).unwrap_or_else(|_| VirtRange::of_entry(Level::Pte, first << 12))
+}
+
+const BACKINGS: [Backing; 7] = [
+    Backing::Anon,
+    Backing::Huge,
+    Backing::Private,
+    Backing::Shared,
+    Backing::Pfn,
+    Backing::Stack,
+    Backing::Clean,
+];
+/// Backings there were at first: other numbers keep the meaning that they had then.
+const FIRST_BACKINGS: usize = 6;
+const RIGHTS: [Rights; 3] = [Rights::Write, Rights::Read, Rights::Nothing];
+
+fn backing(what: u8) -> Backing {
+    let number = usize::from(what & 0xf);
+    BACKINGS.get(number).copied().unwrap_or(BACKINGS[number % FIRST_BACKINGS])
+}
+
+fn backing_bits(backing: Backing) -> u8 {
+    low(BACKINGS.iter().position(|other| *other == backing).unwrap_or(0) as u64)
+}
+
+fn rights(what: u8) -> Rights {
+    RIGHTS[usize::from(what >> 4) % RIGHTS.len()]
+}
+
+fn rights_bits(rights: Rights) -> u8 {
+    low(RIGHTS.iter().position(|other| *other == rights).unwrap_or(0) as u64) << 4
+}
+
+fn supply(what: u8) -> Supply {
+    match what {
+        0 => Supply::Always,
+        1 => Supply::Never,
+        every => Supply::ExceptEvery(u32::from(every)),
+    }
+}
+
+fn supply_bits(supply: Supply) -> u8 {
+    match supply {
+        Supply::Always => 0,
+        Supply::Never => 1,
+        Supply::ExceptEvery(every) => low(u64::from(every.clamp(2, 255))),
+    }
+}
+
+/// The lowest byte.
+const fn low(number: u64) -> u8 {
+    number.to_le_bytes()[0]
+}

@@ -1,0 +1,52 @@
+//! The shortest form of a sequence that fails.
+
+use std::io;
+
+use crate::sequence::text::Sequence;
+use crate::sequence::verdict::{Verdict, judge_in};
+use crate::sequence::world::Trial;
+
+/// How many other seeds a shorter sequence is tried with: leaving a step out changes every choice after it.
+const SEEDS_TRIED: u64 = 6;
+
+/// Leaves steps out while the same sort of failure stays: halves first, single ones at the end.
+///
+/// # Errors
+/// If the host refuses memory for the machine.
+pub fn shrink(sequence: &Sequence, trial: Trial, verdict: Verdict) -> io::Result<(Sequence, Verdict)> {
+    let sort = verdict.sort();
+    let mut best = (sequence.clone(), verdict);
+    let mut chunk = best.0.steps.len().div_ceil(2);
+    loop {
+        let mut shorter = false;
+        let mut at = 0;
+        while at < best.0.steps.len() {
+            let mut candidate = best.0.clone();
+            candidate.steps.drain(at..(at + chunk).min(best.0.steps.len()));
+            match fails_like(&candidate, trial, &sort)? {
+                Some(found) => {
+                    best = found;
+                    shorter = true;
+                }
+                None => at += chunk,
+            }
+        }
+        if chunk <= 1 && !shorter {
+            return Ok(best);
+        }
+        if !shorter || chunk > 1 {
+            chunk = chunk.div_ceil(2);
+        }
+    }
+}
+
+fn fails_like(candidate: &Sequence, trial: Trial, sort: &str) -> io::Result<Option<(Sequence, Verdict)>> {
+    for other in 0..SEEDS_TRIED {
+        let seeded = Sequence { seed: candidate.seed.wrapping_add(other), ..candidate.clone() };
+        let verdict = judge_in(&seeded, trial)?.verdict;
+        if verdict.sort() == sort {
+            return Ok(Some((seeded, verdict)));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,163 @@
+//! A sequence: steps, and everything else that decides what they do.
+
+use core::fmt;
+
+use mmu_gather::tlb::PcidSupport;
+
+use crate::mmu::features::{Features, InvlpgUppers, SettingDirty};
+use crate::options::{Adversary, Device, Options};
+use crate::sequence::op::{Step, parse_step};
+
+/// Steps for a machine of so many CPUs, and the seed that decides how they interleave.
+///
+/// The text form is one step a line after five lines of header, and ends with `end`; the same text does the same every time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    /// CPUs, 1 to 64.
+    pub nr_cpus: u32,
+    /// Decides the schedule and the speculation.
+    pub seed: u64,
+    /// Whether PCIDs are on.
+    pub pcid: PcidSupport,
+    /// What INVLPG does to structure caches: blunt as Intel's, or precise as AMD's.
+    pub uppers: InvlpgUppers,
+    /// Whether MMUs forget.
+    pub adversary: Adversary,
+    /// What CPUs look at before they set a dirty flag.
+    pub dirty: SettingDirty,
+    /// Whether a device shares address spaces.
+    pub device: Device,
+    /// The steps.
+    pub steps: Vec<Step>,
+}
+
+/// Frames of the machine a sequence runs on: few, so that they are used again soon.
+const NR_FRAMES: u64 = 24 << 10;
+
+const HEADER: &str = "mmu-gather sequence 1";
+
+/// What is wrong with a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SequenceError {
+    /// Line, counted from 1.
+    pub line: usize,
+    /// What should stand there.
+    pub expected: &'static str,
+}
+
+impl fmt::Display for SequenceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: expected {}", self.line, self.expected)
+    }
+}
+
+impl core::error::Error for SequenceError {}
+
+impl Sequence {
+    /// The machine it runs on.
+    #[must_use]
+    pub fn options(&self) -> Options {
+        let base = Options::new(self.nr_cpus, NR_FRAMES, self.seed);
+        Options {
+            pcid: self.pcid,
+            features: Features { invlpg_uppers: self.uppers, dirty: self.dirty, ..base.features },
+            device: self.device,
+            adversary: self.adversary,
+            ..base
+        }
+    }
+
+    /// Reads the text form.
+    ///
+    /// # Errors
+    /// The first line that is wrong, and what was expected there.
+    pub fn parse(text: &str) -> Result<Self, SequenceError> {
+        let mut lines = text.lines().zip(1..).filter(|(line, _)| !line.trim_start().starts_with('#'));
+        let after_all = text.lines().count() + 1;
+        let mut next = |expected| {
+            let (line, number) = lines.next().ok_or(SequenceError { line: after_all, expected })?;
+            Ok((line.trim(), number))
+        };
+        let (first, line) = next(HEADER)?;
+        if first != HEADER {
+            return Err(SequenceError { line, expected: HEADER });
+        }
+        let expected = "cpus and a number from 1 to 64";
+        let cpus = next(expected)?;
+        let mut sequence = Self {
+            nr_cpus: number(cpus, "cpus", expected)?,
+            seed: number(next("seed N")?, "seed", "seed and a number")?,
+            pcid: PcidSupport::On,
+            uppers: InvlpgUppers::All,
+            adversary: Adversary::Keeper,
+            dirty: SettingDirty::Checked,
+            device: Device::Absent,
+            steps: Vec::new(),
+        };
+        if !(1..=64).contains(&sequence.nr_cpus) {
+            return Err(SequenceError { line: cpus.1, expected });
+        }
+        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then late-dirty, device, or nothing";
+        let (mmu, line) = next(expected)?;
+        let words: Vec<&str> = mmu.split_ascii_whitespace().collect();
+        let ["mmu", pcid, uppers, adversary, ref others @ ..] = words[..] else {
+            return Err(SequenceError { line, expected });
+        };
+        sequence.pcid =
+            choose(pcid, [("pcid", PcidSupport::On), ("nopcid", PcidSupport::Off)], line, expected)?;
+        let makers = [("intel", InvlpgUppers::All), ("amd", InvlpgUppers::LeadingToAddress)];
+        sequence.uppers = choose(uppers, makers, line, expected)?;
+        let adversaries = [("keeper", Adversary::Keeper), ("forgetter", Adversary::Forgetter)];
+        sequence.adversary = choose(adversary, adversaries, line, expected)?;
+        for word in others {
+            match *word {
+                "late-dirty" => sequence.dirty = SettingDirty::Unchecked,
+                "device" => sequence.device = Device::Present,
+                _ => return Err(SequenceError { line, expected }),
+            }
+        }
+        loop {
+            let (line, number) = next("a step, or `end`")?;
+            if line == "end" {
+                return Ok(sequence);
+            }
+            let step = parse_step(line).map_err(|expected| SequenceError { line: number, expected })?;
+            sequence.steps.push(step);
+        }
+    }
+}
+
+fn number<T: core::str::FromStr>(
+    (line, at): (&str, usize),
+    word: &str,
+    expected: &'static str,
+) -> Result<T, SequenceError> {
+    let rest = line.strip_prefix(word).map(str::trim);
+    rest.and_then(|number| number.parse().ok()).ok_or(SequenceError { line: at, expected })
+}
+
+fn choose<T: Copy>(
+    word: &str,
+    choices: [(&str, T); 2],
+    line: usize,
+    expected: &'static str,
+) -> Result<T, SequenceError> {
+    let chosen = choices.iter().find(|(name, _)| *name == word);
+    chosen.map(|(_, choice)| *choice).ok_or(SequenceError { line, expected })
+}
+
+impl fmt::Display for Sequence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{HEADER}\ncpus {}\nseed {}", self.nr_cpus, self.seed)?;
+        let pcid = if self.pcid == PcidSupport::On { "pcid" } else { "nopcid" };
+        let uppers = if self.uppers == InvlpgUppers::All { "intel" } else { "amd" };
+        let adversary = if self.adversary == Adversary::Keeper { "keeper" } else { "forgetter" };
+        let dirty = if self.dirty == SettingDirty::Unchecked { " late-dirty" } else { "" };
+        let device = if self.device == Device::Present { " device" } else { "" };
+        writeln!(f, "mmu {pcid} {uppers} {adversary}{dirty}{device}")?;
+        for step in &self.steps {
+            writeln!(f, "{step}")?;
+        }
+        writeln!(f, "end")
+    }
+}

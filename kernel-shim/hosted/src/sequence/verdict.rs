@@ -1,0 +1,89 @@
+//! Runs a sequence and says what came of it, whatever that was.
+
+use core::panic::AssertUnwindSafe;
+use std::io;
+use std::panic::catch_unwind;
+
+use crate::boundary::Boundaries;
+use crate::checker::events::Event;
+use crate::options::Telling;
+use crate::sequence::text::Sequence;
+use crate::sequence::world::{Outcome, Trial, World};
+
+/// What running a sequence came to.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    /// It ended, well or not.
+    Ended(Outcome),
+    /// The engine, the kernel or the machine gave up; with its words.
+    Panicked(String),
+}
+
+/// One run, with what is remembered of it.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// What it came to.
+    pub verdict: Verdict,
+    /// The corners it has been to.
+    pub reached: Boundaries,
+    /// How often what was wrong on purpose has happened.
+    pub faults: u64,
+    /// All that happened, oldest first; empty unless the trial was to remember all.
+    pub events: Vec<Event>,
+}
+
+impl Verdict {
+    /// Whether nothing was wrong.
+    #[must_use]
+    pub const fn is_clean(&self) -> bool {
+        match self {
+            Self::Ended(outcome) => outcome.is_clean(),
+            Self::Panicked(_) => false,
+        }
+    }
+
+    /// One word for the sort of failure, so that shrinking does not wander to another.
+    #[must_use]
+    pub fn sort(&self) -> String {
+        match self {
+            Self::Panicked(_) => "panic".to_owned(),
+            Self::Ended(outcome) => match outcome.found.told.first() {
+                Some(violation) => format!("{:?}", violation.kind),
+                None if outcome.double_frees > 0 => "double free".to_owned(),
+                None if outcome.leaked_frames > 0 => "leaked frame".to_owned(),
+                None if outcome.leaked_tables > 0 => "leaked table".to_owned(),
+                None => "clean".to_owned(),
+            },
+        }
+    }
+}
+
+/// Runs a sequence and catches whatever it does.
+///
+/// # Errors
+/// If the host refuses memory for the machine.
+pub fn judge(sequence: &Sequence) -> io::Result<Run> {
+    judge_in(sequence, Trial::default())
+}
+
+/// As [`judge`], with something wrong on purpose, or with all that happens remembered.
+///
+/// # Errors
+/// If the host refuses memory for the machine.
+pub fn judge_in(sequence: &Sequence, trial: Trial) -> io::Result<Run> {
+    let world = World::new(sequence, trial)?;
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        world.run();
+        world.end()
+    }));
+    let verdict = match ended {
+        Ok(outcome) => Verdict::Ended(outcome),
+        Err(panic) => {
+            let words = panic.downcast_ref::<String>().map(String::as_str);
+            let words = words.or_else(|| panic.downcast_ref::<&str>().copied());
+            Verdict::Panicked(words.unwrap_or("no words").to_owned())
+        }
+    };
+    let events = if trial.telling == Telling::All { world.events() } else { Vec::new() };
+    Ok(Run { verdict, reached: world.reached(), faults: world.faults(), events })
+}
