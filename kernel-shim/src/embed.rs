@@ -1,26 +1,54 @@
 //! The engine's three traits, implemented for this kernel: the part to copy from.
 //!
-//! Twenty-six methods, most of them a line or two; nine pass a question on to the machine. Nothing else in this crate is known
-//! to the engine.
+//! Most methods are a line or two, and nine pass a question on to the machine. What the checker of this project wants to hear
+//! is not here: `observed.rs` wraps around it, and nothing in this file knows that.
 #![expect(unsafe_code, reason = "the engine believes the implementor about memory and CPUs")]
 
+use alloc::boxed::Box;
+use core::fmt;
 use core::ptr::NonNull;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicI64, Ordering};
 
+use crossbeam_utils::CachePadded;
 use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus, PageSpan,
-    PcidSupport, TlbEvent, flush_tlb_func,
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, FlushRequest, OnlineCpus, PageSpan, PcidSupport,
+    flush_tlb_func,
 };
-use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, GatherEvent, Pages, UnmappedLeaf, Vma, VmaKind};
+use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, Pages, UnmappedLeaf, Vma, VmaKind};
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
-use crate::frame::{FrameKind, Last};
-use crate::kernel::{Kernel, Misbehaviour};
-use crate::machine::{FrameRole, Machine, Note, Seam};
+use crate::counters::Counters;
+use crate::frame::{FrameKind, Frames};
+use crate::machine::Machine;
 use crate::vma::{self, Area, AreaKind};
+
+/// What this kernel keeps that the engine asks for.
+///
+/// What every flush reads shares no cache line with what calls write.
+pub struct Embedder<M: Machine> {
+    pub(crate) machine: M,
+    pub(crate) frames: Frames<M::Relax>,
+    /// The engine's state of each CPU.
+    pub(crate) cpus: Box<[CpuTlb<M::Bits>]>,
+    /// The root of the kernel's own address space.
+    pub(crate) init_root: PhysFrame,
+    /// More pages than this are not invalidated one by one.
+    pub(crate) flush_ceiling: u64,
+    pub(crate) counters: Counters,
+    /// Places in swap that entries name.
+    pub(crate) swap_slots: CachePadded<AtomicI64>,
+    /// Entries that are guards.
+    pub(crate) guards: CachePadded<AtomicI64>,
+}
+
+impl<M: Machine> fmt::Debug for Embedder<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Embedder").field("cpus", &self.cpus).finish_non_exhaustive()
+    }
+}
 
 /// What the engine hands back with every page: the area, and why it is being unmapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +57,13 @@ pub struct EngineArea {
     pub area: Area,
     /// What becomes of markers: an unmapped area loses them, a discarded one keeps them (Linux: ZAP_FLAG_DROP_MARKER).
     pub markers: Fate,
+}
+
+impl EngineArea {
+    /// Whether the kernel counts the frames that are mapped there.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.area.kind != AreaKind::Pfn
+    }
 }
 
 impl vma::Vma {
@@ -52,7 +87,7 @@ impl vma::Vma {
 }
 
 // SAFETY: the machine's contract: the pointer is to the frame's bytes, valid as long as the machine.
-unsafe impl<M: Machine> PageTableFrameMapping for Kernel<M> {
+unsafe impl<M: Machine> PageTableFrameMapping for Embedder<M> {
     #[inline]
     fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
         self.machine.frame_to_pointer(frame)
@@ -61,14 +96,12 @@ unsafe impl<M: Machine> PageTableFrameMapping for Kernel<M> {
 
 // SAFETY: a frame allocated as `Table` is in nobody else's hands and zeroed here; every frame has a lock of its own, in its
 // metadata, so locks on one path are distinct.
-unsafe impl<M: Machine> TableMemory for Kernel<M> {
+unsafe impl<M: Machine> TableMemory for Embedder<M> {
     type Relax = M::Relax;
 
     #[inline]
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {
-        let lock = self.frames.meta(frame).table_lock();
-        self.machine.about_to_lock(frame, lock);
-        lock
+        self.frames.meta(frame).table_lock()
     }
 
     #[inline]
@@ -77,34 +110,20 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {
-        if !self.table_supply.grants() {
-            self.count().table_refused();
-            return None;
-        }
-        let frame = self.frames.allocate(FrameKind::Table)?;
-        let pointer = self.machine.frame_to_pointer(frame);
-        self.machine.note(Note::Allocated(frame, FrameRole::Table));
+        let frame = self.take_frame(FrameKind::Table)?;
         // SAFETY: the machine's contract makes the 4096 bytes writable, and the frame is ours alone until we return it.
-        unsafe { pointer.write_bytes(0, 1) };
-        self.machine.seam(Seam::Allocate);
+        unsafe { self.machine.frame_to_pointer(frame).write_bytes(0, 1) };
         Some(frame)
     }
 
     unsafe fn free_tables(&self, tables: &[PhysFrame]) {
-        self.machine.seam(Seam::Free);
-        for table in tables {
-            if self.frames.meta(*table).kind() != FrameKind::Table {
-                self.count().double_free();
-            }
-            self.machine.note(Note::Freed(*table, FrameRole::Table));
-        }
-        self.frames.free(tables.iter().copied());
+        self.give_back_tables(tables);
     }
 }
 
 // SAFETY: every CPU has a state of its own; pinning, interrupts, invalidation and `run_on` are the machine's, whose contract
 // says what this one does; `run_on` runs `flush_tlb_func` on every target before it returns.
-unsafe impl<M: Machine> Cpus for Kernel<M> {
+unsafe impl<M: Machine> Cpus for Embedder<M> {
     type Bits = M::Bits;
 
     fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
@@ -113,7 +132,7 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
 
     #[inline]
     fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<M::Bits> {
-        &self.cpus[cpu.index()].tlb
+        &self.cpus[cpu.index()]
     }
 
     fn init_root(&self) -> PhysFrame {
@@ -144,7 +163,7 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
     }
 
     fn single_page_flush_ceiling(&self) -> u64 {
-        self.config.flush_ceiling
+        self.flush_ceiling
     }
 
     fn invlpg(&self, address: u64) {
@@ -156,32 +175,17 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
         unsafe { self.machine.load_cr3(root, pcid, cached) };
     }
 
-    fn answered_early(&self, early: &EarlyAnswer) {
-        self.machine.answered_early(early);
-    }
-
     fn invalidate_secondary(&self, ctx_id: CtxId, span: Option<PageSpan>) {
         self.machine.invalidate_secondary(ctx_id, span);
     }
-
-    fn observe(&self, event: TlbEvent) {
-        let slot = self.machine.pinned(|cpu| {
-            self.counters.of(cpu).tlb(event, self.config.flush_ceiling);
-            let tlb = &self.cpus[cpu.index()].tlb;
-            tlb.slot(tlb.loaded_asid())
-        });
-        self.machine.note(Note::Tlb { event, slot });
-    }
 }
 
-impl<M: Machine> Pages for Kernel<M> {
+impl<M: Machine> Pages for Embedder<M> {
     type Area = EngineArea;
 
     #[inline]
     fn unmap_page(&self, area: EngineArea, leaf: &UnmappedLeaf) -> Disposition {
-        self.machine.note(Note::Cleared { address: leaf.address, level: leaf.level, frame: leaf.frame });
-        self.machine.seam(Seam::Cleared);
-        if area.area.kind == AreaKind::Pfn {
+        if !area.is_counted() {
             return Disposition::Keep;
         }
         let meta = self.frames.meta(leaf.frame);
@@ -190,51 +194,34 @@ impl<M: Machine> Pages for Kernel<M> {
             // The zero page.
             _ => return Disposition::Keep,
         }
-        if self.config.misbehaviour == Misbehaviour::FreeBeforeFlush {
-            self.unmap_counted(leaf.frame);
-            self.drop_reference(leaf.frame);
-            return Disposition::Keep;
-        }
         if leaf.value.is_dirty() && meta.owner() != 0 {
             meta.mark_dirty();
             if matches!(area.area.kind, AreaKind::FileShared(_)) {
                 return Disposition::FreeAfterRmap;
             }
         }
-        self.unmap_counted(leaf.frame);
+        self.remove_mapping(leaf.frame);
         Disposition::Free
     }
 
     fn free_pages(&self, pages: FreedPages<'_>) {
-        self.machine.seam(Seam::Free);
-        // Single pages go back as one list: the allocator's lock is taken once a chunk.
-        let last_references = pages.iter().filter_map(|run| self.release_page(run.frame));
-        self.frames.free(last_references);
+        self.drop_references(pages.iter().map(|run| run.frame));
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        if !self.batch_supply.grants() {
-            return None;
-        }
-        let frame = self.frames.allocate(FrameKind::Batch)?;
-        self.machine.note(Note::Allocated(frame, FrameRole::Page));
+        let frame = self.take_frame(FrameKind::Batch)?;
         let page = NonNull::new(self.machine.frame_to_pointer(frame).cast::<[u8; 4096]>())?;
         // SAFETY: the frame's 4096 bytes are page-aligned and ours alone until `free_batch`.
         Some(unsafe { BatchPage::new(page) })
     }
 
     fn free_batch(&self, page: BatchPage) {
-        let frame = self.machine.pointer_to_frame(page.into_inner().as_ptr().cast());
-        self.machine.note(Note::Freed(frame, FrameRole::Page));
-        self.frames.free([frame]);
+        self.give_back(self.machine.pointer_to_frame(page.into_inner().as_ptr().cast()));
     }
 
     fn remove_rmaps(&self, pages: FreedPages<'_>) {
         for run in pages.iter() {
-            self.unmap_counted(run.frame);
-            if self.frames.meta(run.frame).maps() == 0 {
-                self.machine.note(Note::MappedByNobody(run.frame));
-            }
+            self.remove_mapping(run.frame);
         }
     }
 
@@ -246,9 +233,8 @@ impl<M: Machine> Pages for Kernel<M> {
             }
             NonPresent::Marker(Marker::Poison) => area.markers,
             NonPresent::Marker(Marker::Guard) => {
-                match area.markers {
-                    Fate::Clear => drop(self.guards.fetch_sub(1, Ordering::Relaxed)),
-                    Fate::Keep => self.count().guard_kept(),
+                if area.markers == Fate::Clear {
+                    self.guards.fetch_sub(1, Ordering::Relaxed);
                 }
                 area.markers
             }
@@ -258,8 +244,6 @@ impl<M: Machine> Pages for Kernel<M> {
     }
 
     fn leaf_was_split(&self, _area: EngineArea, leaf: &UnmappedLeaf) {
-        self.count().split();
-        self.machine.note(Note::Split { address: leaf.address, level: leaf.level, frame: leaf.frame });
         if leaf.level == Level::Pmd && self.frames.meta(leaf.frame).kind() == FrameKind::Block {
             self.frames.split_block(leaf.frame);
         }
@@ -267,59 +251,5 @@ impl<M: Machine> Pages for Kernel<M> {
 
     fn cond_resched(&self) {
         self.machine.cond_resched();
-    }
-
-    fn observe_gather(&self, event: GatherEvent) {
-        self.count().gather(event);
-        self.machine.note(Note::Gather(event));
-    }
-}
-
-impl<M: Machine> Kernel<M> {
-    pub(crate) fn unmap_counted(&self, frame: PhysFrame) {
-        if self.frames.meta(frame).remove_mapping().is_err() {
-            self.count().double_free();
-        }
-    }
-
-    /// Drops one reference; a single page whose last one it was is handed back for the free list.
-    #[inline]
-    fn release_page(&self, frame: PhysFrame) -> Option<PhysFrame> {
-        let meta = self.frames.meta(frame);
-        match meta.drop_ref() {
-            Ok(Last::No) => None,
-            Ok(Last::Yes) if meta.kind() == FrameKind::Block => {
-                self.machine.note(Note::Freed(frame, FrameRole::Block));
-                self.frames.free_block(frame);
-                None
-            }
-            Ok(Last::Yes) => {
-                if meta.maps() != 0 {
-                    self.count().double_free();
-                }
-                self.machine.note(Note::Freed(frame, FrameRole::Page));
-                Some(frame)
-            }
-            Err(_) => {
-                self.count().double_free();
-                None
-            }
-        }
-    }
-
-    /// Drops one reference on each page, a chunk at a time.
-    pub(crate) fn drop_references(&self, frames: impl IntoIterator<Item = PhysFrame>) {
-        let chunk = usize::from(self.config.limits.free_chunk.max(1));
-        for (number, frame) in (1..).zip(frames) {
-            self.drop_reference(frame);
-            if usize::is_multiple_of(number, chunk) {
-                self.machine.cond_resched();
-            }
-        }
-    }
-
-    /// Drops one reference on a page, freeing it if that was the last.
-    pub(crate) fn drop_reference(&self, frame: PhysFrame) {
-        self.frames.free(self.release_page(frame));
     }
 }

@@ -3,14 +3,13 @@
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use crossbeam_utils::CachePadded;
 use mmu_gather::pagetable::{TableLock, UsedLines};
 use spin::RelaxStrategy;
 use spin::mutex::SpinMutex;
 use static_assertions::const_assert_eq;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
-
-use crate::own_lines::OwnLines;
 
 /// Frames in a block of 2 MiB.
 pub(crate) const BLOCK: u32 = 512;
@@ -198,7 +197,7 @@ const NO_FRAME: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct Frames<R> {
     metas: Box<[FrameMeta<R>]>,
-    free: OwnLines<SpinMutex<FreeLists, R>>,
+    free: CachePadded<SpinMutex<FreeLists, R>>,
 }
 
 #[derive(Debug)]
@@ -223,7 +222,7 @@ impl<R: RelaxStrategy> Frames<R> {
         let kind = |number| if number < reserved { FrameKind::Reserved } else { FrameKind::Free };
         Self {
             metas: (0..nr_frames).map(|number| FrameMeta::new(kind(number))).collect(),
-            free: OwnLines::new(SpinMutex::new(FreeLists {
+            free: CachePadded::new(SpinMutex::new(FreeLists {
                 frames: NO_FRAME,
                 blocks: NO_FRAME,
                 nr_free: u64::from(nr_frames - reserved),

@@ -8,6 +8,7 @@ use core::fmt;
 use core::pin::Pin;
 use core::sync::atomic::{AtomicI64, Ordering};
 
+use crossbeam_utils::CachePadded;
 use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
 use mmu_gather::tlb::{CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, init_cpu, switch_mm};
 use mmu_gather::{
@@ -17,36 +18,29 @@ use mmu_gather::{
 use spin::mutex::SpinMutex;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::counters::{Counters, CpuCounters};
+use crate::counters::Counters;
+use crate::embed::Embedder;
 use crate::frame::{FrameKind, Frames};
 use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
 use crate::map_lock::MapRead;
 use crate::mm::Mm;
-use crate::own_lines::OwnLines;
-use crate::reclaim::{Pressure, Supply};
+use crate::supply::{Pressure, Supply};
 use crate::vma::{Area, AreaKind, Protection, Vma, VmaTree};
 
 /// The kernel.
 ///
 /// What every flush reads (the configuration, the CPUs) shares no cache line with what calls write.
 pub struct Kernel<M: Machine> {
-    pub(crate) machine: M,
-    pub(crate) frames: Frames<M::Relax>,
-    pub(crate) cpus: Box<[Cpu<M>]>,
-    pub(crate) init_root: PhysFrame,
+    pub(crate) embedder: Embedder<M>,
+    active: Box<[Active<M>]>,
     pub(crate) config: Config,
-    pub(crate) counters: Counters,
     /// Pages of files: the cache holds one reference on each.
-    pub(crate) page_cache: OwnLines<SpinMutex<PageCache, M::Relax>>,
+    pub(crate) page_cache: CachePadded<SpinMutex<PageCache, M::Relax>>,
     /// The 2 MiB page of zeroes, once it was needed.
-    pub(crate) zero_block: OwnLines<SpinMutex<Option<PhysFrame>, M::Relax>>,
+    pub(crate) zero_block: CachePadded<SpinMutex<Option<PhysFrame>, M::Relax>>,
     /// What areas of device frames map, once one was needed.
-    pub(crate) device_frame: OwnLines<SpinMutex<Option<PhysFrame>, M::Relax>>,
-    /// Places in swap that entries name.
-    pub(crate) swap_slots: OwnLines<AtomicI64>,
-    /// Entries that are guards.
-    pub(crate) guards: OwnLines<AtomicI64>,
-    ids: OwnLines<CtxIds>,
+    pub(crate) device_frame: CachePadded<SpinMutex<Option<PhysFrame>, M::Relax>>,
+    ids: CachePadded<CtxIds>,
     pub(crate) batch_supply: Pressure,
     pub(crate) table_supply: Pressure,
 }
@@ -54,12 +48,8 @@ pub struct Kernel<M: Machine> {
 /// Frames by file and page.
 type PageCache = BTreeMap<(u32, u64), PhysFrame>;
 
-/// What the kernel keeps of one CPU.
-pub(crate) struct Cpu<M: Machine> {
-    pub(crate) tlb: CpuTlb<M::Bits>,
-    /// Keeps the address space alive that the CPU may have loaded, lazily perhaps. Linux: active_mm, mm_count.
-    active: SpinMutex<Option<Arc<Mm<M>>>, M::Relax>,
-}
+/// Keeps the address space alive that a CPU may have loaded, lazily perhaps. Linux: active_mm, mm_count.
+type Active<M> = CachePadded<SpinMutex<Option<Arc<Mm<M>>>, <M as Machine>::Relax>>;
 
 /// How this kernel is to behave.
 #[derive(Clone, Copy, Debug)]
@@ -144,26 +134,29 @@ impl<M: Machine> Kernel<M> {
     ///
     /// [`start_cpu`](Self::start_cpu) is then called on each CPU, before it does anything else.
     pub fn boot(machine: M, config: Config) -> Result<Self, Error> {
-        let frames = Frames::new(machine.nr_frames(), machine.nr_reserved_frames());
-        let cpus = (0..machine.nr_cpus()).map(|_| Cpu { tlb: CpuTlb::new(), active: SpinMutex::new(None) });
-        let counters = Counters::new(machine.nr_cpus());
-        let mut kernel = Self {
-            cpus: cpus.collect(),
-            frames,
+        let nr_cpus = machine.nr_cpus();
+        let embedder = Embedder {
+            frames: Frames::new(machine.nr_frames(), machine.nr_reserved_frames()),
+            cpus: (0..nr_cpus).map(|_| CpuTlb::new()).collect(),
             machine,
             init_root: PhysFrame::containing_address(x86_64::PhysAddr::zero()),
+            flush_ceiling: config.flush_ceiling,
+            counters: Counters::new(nr_cpus),
+            swap_slots: CachePadded::new(AtomicI64::new(0)),
+            guards: CachePadded::new(AtomicI64::new(0)),
+        };
+        let mut kernel = Self {
+            embedder,
+            active: (0..nr_cpus).map(|_| CachePadded::new(SpinMutex::new(None))).collect(),
             config,
-            counters,
-            page_cache: OwnLines::new(SpinMutex::new(BTreeMap::new())),
-            zero_block: OwnLines::new(SpinMutex::new(None)),
-            device_frame: OwnLines::new(SpinMutex::new(None)),
-            swap_slots: OwnLines::new(AtomicI64::new(0)),
-            guards: OwnLines::new(AtomicI64::new(0)),
-            ids: OwnLines::new(CtxIds::new()),
+            page_cache: CachePadded::new(SpinMutex::new(BTreeMap::new())),
+            zero_block: CachePadded::new(SpinMutex::new(None)),
+            device_frame: CachePadded::new(SpinMutex::new(None)),
+            ids: CachePadded::new(CtxIds::new()),
             batch_supply: Pressure::new(config.batches),
             table_supply: Pressure::new(Supply::Always),
         };
-        kernel.init_root = kernel.allocate_table().ok_or(Error::NoMemory)?;
+        kernel.embedder.init_root = kernel.allocate_table().ok_or(Error::NoMemory)?;
         kernel.machine.prepare_root(kernel.init_root);
         Ok(kernel)
     }
@@ -178,23 +171,17 @@ impl<M: Machine> Kernel<M> {
 
     /// The machine.
     pub const fn machine(&self) -> &M {
-        &self.machine
+        &self.embedder.machine
     }
 
     /// The frames.
     pub const fn frames(&self) -> &Frames<M::Relax> {
-        &self.frames
+        &self.embedder.frames
     }
 
     /// What happened so far.
     pub const fn counters(&self) -> &Counters {
-        &self.counters
-    }
-
-    /// Where this CPU counts.
-    #[inline]
-    pub(crate) fn count(&self) -> &CpuCounters {
-        self.machine.pinned(|cpu| self.counters.of(cpu))
+        &self.embedder.counters
     }
 
     /// How it was told to behave.
@@ -287,8 +274,8 @@ impl<M: Machine> Kernel<M> {
     /// [`Error::Busy`] if a CPU still has it loaded and is not lazy.
     pub fn exit(&self, mm: &Mm<M>) -> Result<(), Error> {
         let context = mm.engine.context();
-        for (number, cpu) in (0u32..).zip(&self.cpus) {
-            if cpu.tlb.has_loaded(context) && cpu.tlb.laziness() == Laziness::Active {
+        for (number, cpu) in (0u32..).zip(&*self.cpus) {
+            if cpu.has_loaded(context) && cpu.laziness() == Laziness::Active {
                 return Err(Error::Busy(CpuId::new(number)));
             }
         }
@@ -366,7 +353,7 @@ impl<M: Machine> Kernel<M> {
     /// Runs programs of `mm` (`None`: the kernel's own address space) on this CPU from now on.
     pub fn switch_to(&self, mm: Option<&Arc<Mm<M>>>) {
         let left = self.machine.pinned(|cpu| {
-            let active = &self.cpus[cpu.index()].active;
+            let active = &self.active[cpu.index()];
             self.machine.without_interrupts(|| {
                 // SAFETY: an `Mm` is made in its `Arc` and never moved out: a CPU that has it loaded keeps a clone.
                 let next = mm.map(|mm| unsafe { Pin::new_unchecked(&mm.engine) }.pinned_context());
@@ -396,14 +383,24 @@ impl<M: Machine> Kernel<M> {
     /// Gives up the page cache, the large page of zeroes and the frame of the device: what is left afterwards was lost.
     pub fn drop_caches(&self) {
         let cached = core::mem::take(&mut *self.page_cache.lock());
-        self.drop_references(cached.into_values());
+        self.drop_references_in_chunks(cached.into_values());
         if let Some(block) = self.zero_block.lock().take() {
             self.machine.note(Note::Freed(block, FrameRole::Block));
             self.frames.free_block(block);
         }
         if let Some(frame) = self.device_frame.lock().take() {
-            self.machine.note(Note::Freed(frame, FrameRole::Page));
-            self.frames.free([frame]);
+            self.give_back(frame);
+        }
+    }
+
+    /// Drops one reference on each page, a chunk at a time.
+    pub(crate) fn drop_references_in_chunks(&self, frames: impl IntoIterator<Item = PhysFrame>) {
+        let chunk = usize::from(self.config.limits.free_chunk.max(1));
+        for (number, frame) in (1..).zip(frames) {
+            self.drop_references([frame]);
+            if usize::is_multiple_of(number, chunk) {
+                self.machine.cond_resched();
+            }
         }
     }
 
@@ -513,7 +510,7 @@ impl<M: Machine> Kernel<M> {
     }
 
     pub(crate) fn laziness_here(&self) -> Laziness {
-        self.machine.pinned(|cpu| self.cpus[cpu.index()].tlb.laziness())
+        self.machine.pinned(|cpu| self.cpus[cpu.index()].laziness())
     }
 
     /// This kernel is all that the engine asks for.
@@ -527,7 +524,7 @@ impl<M: Machine> fmt::Debug for Kernel<M> {
         f.debug_struct("Kernel")
             .field("config", &self.config)
             .field("nr_free", &self.frames.nr_free())
-            .field("cpus", &self.cpus.iter().map(|cpu| &cpu.tlb).collect::<alloc::vec::Vec<_>>())
+            .field("cpus", &self.cpus)
             .finish_non_exhaustive()
     }
 }

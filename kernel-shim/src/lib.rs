@@ -5,18 +5,19 @@
 //! | file | what a kernel has to have |
 //! |---|---|
 //! | machine | CPUs, interrupts, physical memory: supplied by the machine |
-//! | frame | 32 bytes of metadata a frame: references, mappings, the table lock |
+//! | frame, frame_use | 32 bytes of metadata a frame: references, mappings, the table lock; and who changes them |
 //! | vma, mm | areas, address spaces |
 //! | map_lock | the map lock, and what each call may do under it |
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
+//! | observed | what this project adds around them: a checker that hears, other CPUs that run, a planted bug |
 //! | fault | demand faults |
 //! | fork | copies of address spaces, pages shared until written |
 //! | guard | guard pages: entries that are kept when pages are dropped |
 //! | kernel | munmap, madvise, exit, the stack move of exec, context switch, lazy CPUs |
 //! | protect, remap | mprotect; mremap and brk |
-//! | reclaim, populate | pages taken by swap, and memory pressure; areas filled without faults |
+//! | reclaim, populate | pages taken by swap; areas filled without faults |
+//! | supply | memory pressure |
 //! | counters | what happened, each CPU for itself, for the report |
-//! | own_lines | what CPUs write, kept off the lines of what they read |
 //! | stage, drill, plan | the same work on any machine, so that what it counts can be compared |
 //!
 //! It allocates areas from the heap (`alloc`); the engine below it allocates nothing.
@@ -31,29 +32,31 @@ mod embed;
 mod fault;
 mod fork;
 mod frame;
+mod frame_use;
 mod guard;
 mod kernel;
 mod machine;
 mod map_lock;
 mod mm;
-mod own_lines;
+mod observed;
 pub mod plan;
 mod populate;
 mod protect;
 mod reclaim;
 mod remap;
 mod stage;
+mod supply;
 mod vma;
 
 pub use counters::{Counters, CpuCounters, Snapshot};
 pub use drill::{Failure, drill};
-pub use embed::EngineArea;
+pub use embed::{Embedder, EngineArea};
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
 pub use kernel::{Config, Error, Kernel, Misbehaviour};
 pub use machine::{FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
-pub use reclaim::Supply;
 pub use stage::{PROGRAM_FILE, PROGRAM_START, Stage, program_area};
+pub use supply::Supply;
 pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};

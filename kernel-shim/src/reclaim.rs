@@ -1,8 +1,8 @@
-//! Taking pages away from programs that do not expect it: reclaim, and memory pressure.
+//! Taking pages away from programs that do not expect it: reclaim.
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 
 use mmu_gather::pagetable::{Decoded, EntryValue, Level, NonPresent, VirtRange};
 use mmu_gather::tlb::{Cpus, PageSpan, TlbEvent, UnmapBatch};
@@ -12,50 +12,8 @@ use crate::frame::FrameKind;
 use crate::kernel::Kernel;
 use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
+use crate::supply::Supply;
 use crate::vma::Vma;
-
-/// When something that is asked for is refused, although there is memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Supply {
-    /// Never.
-    #[default]
-    Always,
-    /// Every time.
-    Never,
-    /// Each time the number of requests so far is a multiple of this; 1 is every time.
-    ExceptEvery(u32),
-}
-
-/// A [`Supply`] that can be changed while CPUs ask.
-#[derive(Debug)]
-pub(crate) struct Pressure {
-    /// 0: always; n: not each n-th request.
-    every: AtomicU64,
-    requests: AtomicU64,
-}
-
-impl Pressure {
-    pub(crate) fn new(supply: Supply) -> Self {
-        let pressure = Self { every: AtomicU64::new(0), requests: AtomicU64::new(0) };
-        pressure.set(supply);
-        pressure
-    }
-
-    pub(crate) fn set(&self, supply: Supply) {
-        let every = match supply {
-            Supply::Always => 0,
-            Supply::Never => 1,
-            Supply::ExceptEvery(every) => u64::from(every.max(1)),
-        };
-        self.every.store(every, Ordering::Relaxed);
-    }
-
-    /// Whether this request is granted.
-    pub(crate) fn grants(&self) -> bool {
-        let every = self.every.load(Ordering::Relaxed);
-        every == 0 || !(self.requests.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(every)
-    }
-}
 
 impl<M: Machine> Kernel<M> {
     /// Changes whether gathers get batch pages.
@@ -97,7 +55,7 @@ impl<M: Machine> Kernel<M> {
             _ => 1,
         };
         let count = frames.iter().map(nr_pages).sum();
-        self.drop_references(frames);
+        self.drop_references_in_chunks(frames);
         count
     }
 
@@ -140,7 +98,7 @@ impl<M: Machine> Kernel<M> {
             // SAFETY: the batch is told before the lock drops, and the page is freed after its flush.
             let _old = unsafe { entry.exchange(NonPresent::Swap { device: 0, slot }.encode()) };
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
-            self.unmap_counted(frame);
+            self.remove_mapping(frame);
             self.note_pending(mm, batch, VirtRange::of_entry(Level::Pte, address), Level::Pte);
             frames.push(frame);
         }
@@ -184,7 +142,7 @@ impl<M: Machine> Kernel<M> {
             return None;
         }
         self.machine.note(Note::Cleared { address: block.start(), level: LEVEL, frame });
-        self.unmap_counted(frame);
+        self.remove_mapping(frame);
         self.note_pending(mm, batch, block, LEVEL);
         Some(frame)
     }

@@ -1,0 +1,221 @@
+//! The kernel as the engine meets it: what is in `embed.rs`, with all that this project adds around it.
+//!
+//! A checker hears of what happens, other CPUs get their turn at seams, events are counted, memory is short when a test wants it
+//! to be, and a bug can be planted. A kernel that copies `embed.rs` needs none of this.
+#![expect(unsafe_code, reason = "passes on what the engine believes the implementor about")]
+
+use core::ops::Deref;
+
+use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
+use mmu_gather::tlb::{
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus, PageSpan,
+    PcidSupport, TlbEvent, flush_tlb_func,
+};
+use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, GatherEvent, Pages, UnmappedLeaf};
+use x86_64::instructions::tlb::Pcid;
+use x86_64::structures::paging::mapper::PageTableFrameMapping;
+use x86_64::structures::paging::{PageTable, PhysFrame};
+
+use crate::embed::{Embedder, EngineArea};
+use crate::frame::FrameKind;
+use crate::kernel::{Kernel, Misbehaviour};
+use crate::machine::{Machine, Note, Seam};
+
+/// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as they are.
+impl<M: Machine> Deref for Kernel<M> {
+    type Target = Embedder<M>;
+
+    #[inline]
+    fn deref(&self) -> &Embedder<M> {
+        &self.embedder
+    }
+}
+
+// SAFETY: passed on.
+unsafe impl<M: Machine> PageTableFrameMapping for Kernel<M> {
+    #[inline]
+    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
+        self.embedder.frame_to_pointer(frame)
+    }
+}
+
+// SAFETY: passed on.
+unsafe impl<M: Machine> TableMemory for Kernel<M> {
+    type Relax = M::Relax;
+
+    #[inline]
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {
+        // SAFETY: passed on to our caller.
+        let lock = unsafe { self.embedder.table_lock(frame) };
+        self.machine.about_to_lock(frame, lock);
+        lock
+    }
+
+    #[inline]
+    unsafe fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        // SAFETY: passed on to our caller.
+        unsafe { self.embedder.used_lines(frame) }
+    }
+
+    fn allocate_table(&self) -> Option<PhysFrame> {
+        if !self.table_supply.grants() {
+            self.count().table_refused();
+            return None;
+        }
+        let frame = self.embedder.allocate_table()?;
+        self.machine.seam(Seam::Allocate);
+        Some(frame)
+    }
+
+    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
+        self.machine.seam(Seam::Free);
+        // SAFETY: passed on to our caller.
+        unsafe { self.embedder.free_tables(tables) };
+    }
+}
+
+// SAFETY: passed on; `flush_others` is that of `embed.rs` word for word.
+unsafe impl<M: Machine> Cpus for Kernel<M> {
+    type Bits = M::Bits;
+
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        self.embedder.pinned(f)
+    }
+
+    #[inline]
+    fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<M::Bits> {
+        self.embedder.cpu_state(cpu)
+    }
+
+    fn init_root(&self) -> PhysFrame {
+        self.embedder.init_root()
+    }
+
+    fn flush_others(
+        &self,
+        targets: &CpuSet<M::Bits>,
+        request: &FlushRequest<'_, M::Bits>,
+        meanwhile: impl FnOnce(),
+    ) {
+        // Not passed on: what the targets do is observed, too.
+        // SAFETY: the machine calls this on each target, with interrupts off.
+        let work = |cpu: CpuId| unsafe { flush_tlb_func(self, cpu, request) };
+        self.machine.run_on(targets, &work, meanwhile);
+    }
+
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.embedder.without_interrupts(f)
+    }
+
+    fn online_cpus(&self) -> OnlineCpus {
+        self.embedder.online_cpus()
+    }
+
+    fn pcid_support(&self) -> PcidSupport {
+        self.embedder.pcid_support()
+    }
+
+    fn single_page_flush_ceiling(&self) -> u64 {
+        self.embedder.single_page_flush_ceiling()
+    }
+
+    fn invlpg(&self, address: u64) {
+        self.embedder.invlpg(address);
+    }
+
+    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
+        // SAFETY: passed on to our caller.
+        unsafe { self.embedder.load_cr3(root, pcid, cached) };
+    }
+
+    fn answered_early(&self, early: &EarlyAnswer) {
+        self.machine.answered_early(early);
+    }
+
+    fn invalidate_secondary(&self, ctx_id: CtxId, span: Option<PageSpan>) {
+        self.embedder.invalidate_secondary(ctx_id, span);
+    }
+
+    fn observe(&self, event: TlbEvent) {
+        let slot = self.machine.pinned(|cpu| {
+            self.counters.of(cpu).tlb(event, self.flush_ceiling);
+            let tlb = self.embedder.cpu_state(cpu);
+            tlb.slot(tlb.loaded_asid())
+        });
+        self.machine.note(Note::Tlb { event, slot });
+    }
+}
+
+impl<M: Machine> Pages for Kernel<M> {
+    type Area = EngineArea;
+
+    #[inline]
+    fn unmap_page(&self, area: EngineArea, leaf: &UnmappedLeaf) -> Disposition {
+        self.machine.note(Note::Cleared { address: leaf.address, level: leaf.level, frame: leaf.frame });
+        self.machine.seam(Seam::Cleared);
+        if self.config.misbehaviour == Misbehaviour::FreeBeforeFlush {
+            return self.free_before_flush(area, leaf);
+        }
+        self.embedder.unmap_page(area, leaf)
+    }
+
+    fn free_pages(&self, pages: FreedPages<'_>) {
+        self.machine.seam(Seam::Free);
+        self.embedder.free_pages(pages);
+    }
+
+    fn allocate_batch(&self) -> Option<BatchPage> {
+        if self.batch_supply.grants() { self.embedder.allocate_batch() } else { None }
+    }
+
+    fn free_batch(&self, page: BatchPage) {
+        self.embedder.free_batch(page);
+    }
+
+    fn remove_rmaps(&self, pages: FreedPages<'_>) {
+        self.embedder.remove_rmaps(pages);
+        for run in pages.iter() {
+            if self.frames.meta(run.frame).maps() == 0 {
+                self.machine.note(Note::MappedByNobody(run.frame));
+            }
+        }
+    }
+
+    fn unmap_non_present(&self, area: EngineArea, address: u64, level: Level, entry: NonPresent) -> Fate {
+        let fate = self.embedder.unmap_non_present(area, address, level, entry);
+        if fate == Fate::Keep && entry == NonPresent::Marker(Marker::Guard) {
+            self.count().guard_kept();
+        }
+        fate
+    }
+
+    fn leaf_was_split(&self, area: EngineArea, leaf: &UnmappedLeaf) {
+        self.count().split();
+        self.machine.note(Note::Split { address: leaf.address, level: leaf.level, frame: leaf.frame });
+        self.embedder.leaf_was_split(area, leaf);
+    }
+
+    fn cond_resched(&self) {
+        self.embedder.cond_resched();
+    }
+
+    fn observe_gather(&self, event: GatherEvent) {
+        self.count().gather(event);
+        self.machine.note(Note::Gather(event));
+    }
+}
+
+impl<M: Machine> Kernel<M> {
+    /// The planted bug: a page is freed when its entry is cleared.
+    #[cold]
+    fn free_before_flush(&self, area: EngineArea, leaf: &UnmappedLeaf) -> Disposition {
+        match self.frames.meta(leaf.frame).kind() {
+            FrameKind::Page | FrameKind::Block if area.is_counted() => {
+                self.remove_mapping(leaf.frame);
+                self.drop_references([leaf.frame]);
+            }
+            _ => {}
+        }
+        Disposition::Keep
+    }
+}
