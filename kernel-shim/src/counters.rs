@@ -170,7 +170,7 @@ impl Counters {
     /// If there is no such CPU.
     #[must_use]
     #[inline]
-    pub fn of(&self, cpu: CpuId) -> &CpuCounters {
+    pub fn of_cpu(&self, cpu: CpuId) -> &CpuCounters {
         &self.cpus[cpu.index()]
     }
 

@@ -65,7 +65,7 @@ impl core::error::Error for Failure {}
 /// [`Failure`]; there was too little memory, most likely. It needs about 3000 frames.
 pub fn drill<S: Stage>(stage: &S) -> Result<Snapshot, Failure> {
     let before = stage.kernel().counters().snapshot();
-    let process = Process::new(stage)?;
+    let process = DrillProcess::new(stage)?;
     process.pages_go_while_all_run()?;
     process.rights_and_places_change()?;
     process.lazy_cpus_are_passed_by()?;
@@ -91,13 +91,13 @@ pub(crate) fn on_each<S: Stage>(
 }
 
 /// The process that is worked on.
-struct Process<'a, S: Stage> {
+struct DrillProcess<'a, S: Stage> {
     stage: &'a S,
     mm: Arc<Mm<S::Machine>>,
     nr_cpus: u32,
 }
 
-impl<'a, S: Stage> Process<'a, S> {
+impl<'a, S: Stage> DrillProcess<'a, S> {
     /// A process that every CPU runs and has used.
     fn new(stage: &'a S) -> Result<Self, Failure> {
         let kernel = stage.kernel();

@@ -74,6 +74,6 @@ impl<M: Machine> Embedder<M> {
     /// Where this CPU counts.
     #[inline]
     pub(crate) fn count(&self) -> &CpuCounters {
-        self.machine.pinned(|cpu| self.counters.of(cpu))
+        self.machine.pinned(|cpu| self.counters.of_cpu(cpu))
     }
 }

@@ -138,7 +138,7 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
 
     fn observe(&self, event: TlbEvent) {
         let slot = self.machine.pinned(|cpu| {
-            self.counters.of(cpu).tlb(event, self.flush_ceiling);
+            self.counters.of_cpu(cpu).tlb(event, self.flush_ceiling);
             let tlb = self.embedder.cpu_state(cpu);
             tlb.slot(tlb.loaded_asid())
         });

@@ -67,7 +67,7 @@ pub struct Planned<M: Machine> {
 pub fn build<M: Machine>(kernel: &Kernel<M>, text: &str) -> Result<Planned<M>, PlanError> {
     let mm = kernel.new_mm().map_err(|error| PlanError::Kernel(0, error))?;
     let mut planned = Planned { mm, areas: Vec::new(), readable: Vec::new(), nr_pages: 0 };
-    let result = planned.fill(kernel, text);
+    let result = planned.carry_out(kernel, text);
     if let Err(error) = result {
         // It was never loaded, so no CPU is in the way.
         let _gone = kernel.exit(&planned.mm);
@@ -113,7 +113,7 @@ pub fn take_down<S: Stage>(stage: &S, planned: &Planned<S::Machine>) -> Result<S
 }
 
 impl<M: Machine> Planned<M> {
-    fn fill(&mut self, kernel: &Kernel<M>, text: &str) -> Result<(), PlanError> {
+    fn carry_out(&mut self, kernel: &Kernel<M>, text: &str) -> Result<(), PlanError> {
         let program = program_area();
         let refused = |error| PlanError::Kernel(0, error);
         kernel.mmap(&self.mm, program).map_err(refused)?;

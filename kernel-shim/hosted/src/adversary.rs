@@ -5,11 +5,11 @@ use core::sync::atomic::Ordering;
 
 use mmu_kernel_shim::Seam;
 
-use crate::checker::access::{WatchedMemory, tell_fills};
+use crate::checker::access::{WatchedMemory, log_fills};
 use crate::checker::checked::Caches;
 use crate::checker::events::Fill;
 use crate::machine::HostedMachine;
-use crate::mmu::arch::{Level, LinearAddress};
+use crate::mmu::arch::{LinearAddress, TableLevel};
 use crate::mmu::walk::Depth;
 use crate::mutex::lock;
 use crate::options::Adversary;
@@ -66,18 +66,18 @@ impl HostedMachine {
     fn speculate_on(&self, index: usize) {
         let Some(checked) = &self.checked else { return };
         let memory =
-            WatchedMemory { memory: &self.memory, checker: &checked.checker, freed_table: Cell::new(None) };
+            WatchedMemory { memory: &self.memory, ledger: &checked.ledger, freed_table: Cell::new(None) };
         let near = self.choices.below(8) << 12;
         let address = LinearAddress::new(self.hot_address().wrapping_add(near));
         let depth = match self.choices.below(4) {
-            0 => Depth::Structure(Level::Pdpt),
-            1 => Depth::Structure(Level::Pd),
+            0 => Depth::Structure(TableLevel::Pdpt),
+            1 => Depth::Structure(TableLevel::Pd),
             _ => Depth::Page,
         };
         let Some(cpu) = self.cpus.get(index) else { return };
         if let Some(Caches { mmu, watch }) = &mut *lock(&cpu.caches) {
             mmu.speculate(address, depth, &memory, watch);
-            tell_fills(checked, cpu.id, address.as_u64(), watch.take_fills(), Fill::Speculation);
+            log_fills(checked, cpu.id, address.as_u64(), watch.take_fills(), Fill::Speculation);
             if self.options.adversary == Adversary::Forgetter && self.choices.one_in(8) {
                 // Which one goes matters little; a capacity bound displaces the same way.
                 mmu.forget_everything(watch);

@@ -16,9 +16,9 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::boundary::{Boundary, PcidOwners, Reached};
 use crate::checker::checked::{Caches, Checked};
-use crate::checker::events::{Detail, Event, Kept, Story, What};
-use crate::checker::ledger::Checker;
-use crate::checker::per_cpu::{MapLocks, TableLocks, Work};
+use crate::checker::events::{Detail, Event, EventLog, Kept, What};
+use crate::checker::ledger::Ledger;
+use crate::checker::per_cpu::{MapLocks, TableLocks, WorkDone};
 use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
 use crate::memory::Memory;
@@ -68,7 +68,7 @@ pub(crate) struct VirtualCpu {
     pub(crate) pcid_owners: PcidOwners,
     pub(crate) table_locks: TableLocks,
     pub(crate) map_locks: MapLocks,
-    pub(crate) work: Work,
+    pub(crate) work: WorkDone,
     /// At which seam from here it stays away for long; 0 for none.
     pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
@@ -100,8 +100,8 @@ impl HostedMachine {
         let memory = Memory::reserve(options.nr_frames)?;
         let checked = match options.checking {
             Checking::On => {
-                let story = Story::new(options.telling);
-                Some(Checked { checker: Checker::new(options.nr_frames), story })
+                let log = EventLog::new(options.telling);
+                Some(Checked { ledger: Ledger::new(options.nr_frames), log })
             }
             Checking::Off => None,
         };
@@ -112,7 +112,7 @@ impl HostedMachine {
         let nothing = PhysFrame::containing_address(x86_64::PhysAddr::zero());
         let cpus = (0..options.nr_cpus.clamp(1, 64)).map(|number| {
             let caches = checked.as_ref().map(|checked| {
-                let mut watch = checked.checker.watch();
+                let mut watch = checked.ledger.watch();
                 if options.telling == Telling::All {
                     watch.remember_fills();
                 }
@@ -129,7 +129,7 @@ impl HostedMachine {
                 pcid_owners: PcidOwners::default(),
                 table_locks: TableLocks::default(),
                 map_locks: MapLocks::default(),
-                work: Work::default(),
+                work: WorkDone::default(),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
             }
@@ -174,7 +174,7 @@ impl HostedMachine {
     /// The violations found so far; none if nothing is checked.
     #[must_use]
     pub fn violations(&self) -> Found {
-        self.checked.as_ref().map(|checked| checked.checker.found()).unwrap_or_default()
+        self.checked.as_ref().map(|checked| checked.ledger.found()).unwrap_or_default()
     }
 
     /// How often the fault of its options has happened so far: requests lost, or invalidations left out.
@@ -196,21 +196,22 @@ impl HostedMachine {
         self.current.swap(cpu.number(), Ordering::Relaxed)
     }
 
-    pub(crate) fn tell(&self, what: What) -> u64 {
-        self.checked.as_ref().map_or(0, |checked| checked.story.add(self.current(), what))
+    /// Logs what happened on this CPU; its step.
+    pub(crate) fn log(&self, what: What) -> u64 {
+        self.checked.as_ref().map_or(0, |checked| checked.log.add(self.current(), what))
     }
 
-    /// As [`tell`](Self::tell), for what only a timeline wants.
-    pub(crate) fn detail(&self, detail: Detail) {
+    /// As [`log`](Self::log), for what only a timeline wants.
+    pub(crate) fn log_detail(&self, detail: Detail) {
         if let Some(checked) = &self.checked {
-            checked.story.detail(self.current(), detail);
+            checked.log.detail(self.current(), detail);
         }
     }
 
     /// What is remembered of what happened, oldest first; nothing if nothing is checked.
     #[must_use]
     pub fn events(&self) -> Vec<Event> {
-        self.checked.as_ref().map(|checked| checked.story.events()).unwrap_or_default()
+        self.checked.as_ref().map(|checked| checked.log.events()).unwrap_or_default()
     }
 
     pub(crate) fn cpu(&self) -> &VirtualCpu {
@@ -263,7 +264,7 @@ impl HostedMachine {
             // SAFETY: the sender waits, and keeps the request, until `unanswered` is zero; this answer is not given yet.
             let request = unsafe { &*request };
             (request.work)(here);
-            self.tell(What::Answered(from));
+            self.log(What::Answered(from));
             request.unanswered.fetch_sub(1, Ordering::Release);
         }
         cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
@@ -297,11 +298,11 @@ impl HostedMachine {
         let here = self.current();
         if self.options.fault == MachineFault::DropIpi && self.choices.one_in(4) {
             self.faults.fetch_add(1, Ordering::Relaxed);
-            self.on_cpu(to, || self.tell(What::Lost(here)));
+            self.on_cpu(to, || self.log(What::Lost(here)));
             request.unanswered.fetch_sub(1, Ordering::Release);
             return;
         }
-        self.tell(What::Sent(to));
+        self.log(What::Sent(to));
         // SAFETY: only the lifetime changes; `run_on` does not return before every answer was given.
         let request = unsafe { core::mem::transmute::<*const Request<'_>, *const Request<'static>>(request) };
         let cpu = &self.cpus[to.index()];
@@ -394,7 +395,7 @@ unsafe impl Machine for HostedMachine {
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             mmu.invlpg(LinearAddress::new(address), watch);
         }
-        self.tell(What::Invlpg(address));
+        self.log(What::Invlpg(address));
     }
 
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
@@ -418,7 +419,7 @@ unsafe impl Machine for HostedMachine {
         {
             self.reached.note(boundary);
         }
-        self.tell(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
+        self.log(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
         self.check_stale();
         // Between the load and its announcement.
         self.cross_between_steps();
@@ -471,7 +472,7 @@ unsafe impl Machine for HostedMachine {
     }
 
     fn moment(&self) -> Moment {
-        self.checked.as_ref().map_or(Moment::START, |checked| checked.checker.moment())
+        self.checked.as_ref().map_or(Moment::START, |checked| checked.ledger.moment())
     }
 }
 

@@ -95,7 +95,7 @@ impl MostWork {
     ///
     /// A chunk of pages, the tables of a batch and one that found none, the batch pages themselves; then the next chunk.
     #[must_use]
-    pub const fn of(limits: &Limits) -> Self {
+    pub const fn promised_by(limits: &Limits) -> Self {
         let chunk = limits.free_chunk as u32 + 1;
         let tables = limits.table_slots as u32 + 1;
         Self { leaves: 512, splits: 4, freed: 2 * chunk + tables + limits.batch_pages as u32 + 2 }
@@ -124,7 +124,7 @@ impl Options {
             device: Device::Absent,
             adversary: Adversary::Keeper,
             telling: Telling::Last,
-            most_work: MostWork::of(&Limits::DEFAULT),
+            most_work: MostWork::promised_by(&Limits::DEFAULT),
         }
     }
 }

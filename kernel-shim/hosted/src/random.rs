@@ -6,8 +6,8 @@ use crate::memory::index;
 
 /// A source of choices that CPUs share. Order of use decides, so it is only as deterministic as the schedule.
 ///
-/// SplitMix64 (Steele, Lea, Flood 2014): one addition and a mix, no lock, which a choice at every seam crossing needs;
-/// `rand` generators would want `&mut`.
+/// SplitMix64 (Steele, Lea, Flood 2014): one addition and a mix, on an atomic. CPUs share it without a lock at every seam, so
+/// it is not one of `rand`, whose generators want `&mut`. Nothing else in this crate is random.
 #[derive(Debug)]
 pub struct Choices(AtomicU64);
 

@@ -35,7 +35,7 @@ fn three_processes() -> (HostedStage, Vec<Arc<Mm<Arc<HostedMachine>>>>) {
 }
 
 fn counted(stage: &HostedStage) -> [Snapshot; 3] {
-    CPU.map(|cpu| stage.kernel().counters().of(cpu).snapshot())
+    CPU.map(|cpu| stage.kernel().counters().of_cpu(cpu).snapshot())
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn a_cpu_counts_on_lines_that_no_other_cpu_writes() {
         let first = core::ptr::from_ref(counters).addr();
         first / 64..=(first + size_of::<CpuCounters>() - 1) / 64
     };
-    let [one, other, last] = CPU.map(|cpu| lines(stage.kernel().counters().of(cpu)));
+    let [one, other, last] = CPU.map(|cpu| lines(stage.kernel().counters().of_cpu(cpu)));
     assert!(one.end() < other.start() && other.end() < last.start());
 }
 
@@ -90,7 +90,7 @@ fn a_cpu_with_nothing_to_do_counts_that_for_itself() {
     for cpu in &CPU[..2] {
         stage.on_cpu(*cpu, &|| kernel.switch_to(Some(&mm)));
     }
-    let before = kernel.counters().of(CPU[0]).snapshot();
+    let before = kernel.counters().of_cpu(CPU[0]).snapshot();
     stage.on_cpu(CPU[1], &|| {
         let kind = FlushKind::Mm { mm: mm.engine().context(), tlb_gen: TlbGen::START };
         // SAFETY: the address space has reached the generation, and nothing changed before.
@@ -98,6 +98,6 @@ fn a_cpu_with_nothing_to_do_counts_that_for_itself() {
         // SAFETY: on that CPU, and nothing interrupts it.
         unsafe { flush_tlb_func(kernel, CPU[1], &request) };
     });
-    assert_eq!(kernel.counters().of(CPU[1]).snapshot().flushes_skipped, 1);
-    assert_eq!(kernel.counters().of(CPU[0]).snapshot(), before);
+    assert_eq!(kernel.counters().of_cpu(CPU[1]).snapshot().flushes_skipped, 1);
+    assert_eq!(kernel.counters().of_cpu(CPU[0]).snapshot(), before);
 }

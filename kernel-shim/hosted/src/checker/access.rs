@@ -10,7 +10,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::checker::checked::{Caches, Checked};
 use crate::checker::events::{Detail, Fill, What};
 use crate::checker::kind::ViolationKind;
-use crate::checker::ledger::Checker;
+use crate::checker::ledger::Ledger;
 use crate::machine::HostedMachine;
 use crate::memory::Memory;
 use crate::mmu::arch::LinearAddress;
@@ -22,14 +22,14 @@ use crate::mutex::lock;
 /// Memory as a walk reads it, with an eye on walks through tables that are free.
 pub(crate) struct WatchedMemory<'a> {
     pub(crate) memory: &'a Memory,
-    pub(crate) checker: &'a Checker,
+    pub(crate) ledger: &'a Ledger,
     pub(crate) freed_table: Cell<Option<PhysFrame>>,
 }
 
 impl PhysicalMemory for WatchedMemory<'_> {
     fn read(&self, address: PhysAddr) -> u64 {
         let frame = PhysFrame::containing_address(address);
-        if self.checker.when_freed(frame).is_some() {
+        if self.ledger.when_freed(frame).is_some() {
             self.freed_table.set(Some(frame));
         }
         self.memory.read(address)
@@ -49,7 +49,7 @@ impl HostedMachine {
         self.point_at(address);
         let Some(checked) = &self.checked else { return Ok(None) };
         let memory =
-            WatchedMemory { memory: &self.memory, checker: &checked.checker, freed_table: Cell::new(None) };
+            WatchedMemory { memory: &self.memory, ledger: &checked.ledger, freed_table: Cell::new(None) };
         let kind = match access {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
@@ -57,7 +57,7 @@ impl HostedMachine {
         let result = match &mut *lock(&self.cpu().caches) {
             Some(Caches { mmu, watch }) => {
                 let result = mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch);
-                tell_fills(checked, self.current(), address, watch.take_fills(), Fill::Access);
+                log_fills(checked, self.current(), address, watch.take_fills(), Fill::Access);
                 result
             }
             None => return Ok(None),
@@ -69,11 +69,11 @@ impl HostedMachine {
         self.check_sizes(checked, here.index());
         let reached = result?;
         let frame = PhysFrame::containing_address(reached.address);
-        self.tell(What::Accessed(address, frame));
+        self.log(What::Accessed(address, frame));
         if access == UserAccess::Write {
-            checked.checker.note_written(frame);
+            checked.ledger.note_written(frame);
         }
-        if checked.checker.when_freed(frame).is_some() {
+        if checked.ledger.when_freed(frame).is_some() {
             let kind = if reached.source.was_cached() {
                 ViolationKind::PageReachableAfterFree
             } else {
@@ -90,7 +90,7 @@ impl HostedMachine {
 }
 
 /// Tells what entered the caches of a CPU on its way to `address`.
-pub(crate) fn tell_fills(
+pub(crate) fn log_fills(
     checked: &Checked,
     cpu: CpuId,
     address: u64,
@@ -98,6 +98,6 @@ pub(crate) fn tell_fills(
     fill: Fill,
 ) {
     for (frame, held) in fills {
-        checked.story.detail(cpu, Detail::Filled(address, frame, held, fill));
+        checked.log.detail(cpu, Detail::Filled(address, frame, held, fill));
     }
 }

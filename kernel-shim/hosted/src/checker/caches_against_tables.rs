@@ -13,7 +13,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::checker::checked::Caches;
 use crate::checker::kind::ViolationKind;
 use crate::checker::violation::Violation;
-use crate::mmu::arch;
+use crate::mmu::arch::TableLevel;
 use crate::mmu::watch::{CachedEntry, Tag, Use};
 use crate::mutex::lock;
 use crate::program::{HostedKernel, HostedMm};
@@ -61,9 +61,9 @@ impl AtRest<'_> {
                     cpu,
                     address,
                     frame: entry.frame,
-                    freed: checked.checker.when_freed(entry.frame),
+                    freed: checked.ledger.when_freed(entry.frame),
                     entry: Some(entry),
-                    story: checked.story.about(cpu, entry.frame, address),
+                    story: checked.log.explaining(cpu, entry.frame, address),
                 });
             }
         }
@@ -114,12 +114,12 @@ impl AtRest<'_> {
             && (!entry.dirty || found.value.is_dirty())
     }
 
-    fn table_agrees(&self, mm: &HostedMm, entry: &CachedEntry, level: arch::Level) -> bool {
+    fn table_agrees(&self, mm: &HostedMm, entry: &CachedEntry, level: TableLevel) -> bool {
         let level = match level {
-            arch::Level::Pt => Level::Pte,
-            arch::Level::Pd => Level::Pmd,
-            arch::Level::Pdpt => Level::Pud,
-            arch::Level::Pml4 | arch::Level::Pml5 => Level::P4d,
+            TableLevel::Pt => Level::Pte,
+            TableLevel::Pd => Level::Pmd,
+            TableLevel::Pdpt => Level::Pud,
+            TableLevel::Pml4 | TableLevel::Pml5 => Level::P4d,
         };
         // SAFETY: nothing else runs, so no table is freed meanwhile.
         let table = unsafe { mm.engine().space().find_table(self.kernel, entry.address.as_u64(), level) };

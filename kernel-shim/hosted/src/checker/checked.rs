@@ -1,25 +1,25 @@
 //! All that the checker keeps of one machine.
 
-use crate::checker::events::{Detail, Story};
+use crate::checker::events::{Detail, EventLog};
 use crate::checker::kind::ViolationKind;
-use crate::checker::ledger::{Checker, CpuWatch};
+use crate::checker::ledger::{CpuWatch, Ledger};
 use crate::checker::violation::Violation;
 use crate::mmu::Mmu;
 
 /// What only a checked machine has.
 #[derive(Debug)]
 pub(crate) struct Checked {
-    pub(crate) checker: Checker,
-    pub(crate) story: Story,
+    pub(crate) ledger: Ledger,
+    pub(crate) log: EventLog,
 }
 
 impl Checked {
     /// Notes a violation.
-    pub(crate) fn report(&self, kind: ViolationKind, tell: impl FnOnce() -> Violation) {
-        self.checker.report(kind, || {
-            let violation = tell();
+    pub(crate) fn report(&self, kind: ViolationKind, violation: impl FnOnce() -> Violation) {
+        self.ledger.report(kind, || {
+            let violation = violation();
             let Violation { cpu, address, frame, .. } = violation;
-            self.story.detail(cpu, Detail::Violated(kind, address, frame));
+            self.log.detail(cpu, Detail::Violated(kind, address, frame));
             violation
         });
     }

@@ -26,7 +26,7 @@ impl HostedMachine {
     /// Does nothing on a machine that is not checked.
     pub fn attach_device(&self, ctx_id: CtxId, root: PhysFrame) {
         let Some(checked) = &self.checked else { return };
-        let mut watch = checked.checker.watch();
+        let mut watch = checked.ledger.watch();
         // What INVLPG does to paths is the least that it may do: an invalidation of a span drops what leads there.
         let features = Features { invlpg_uppers: InvlpgUppers::LeadingToAddress, ..self.options.features };
         let mmu = Mmu::new(features, Cr4Flags::empty(), root, &mut watch);
@@ -39,7 +39,7 @@ impl HostedMachine {
     pub fn device_access(&self, ctx_id: CtxId, address: u64, access: UserAccess) -> Option<PhysFrame> {
         let checked = self.checked.as_ref()?;
         let memory =
-            WatchedMemory { memory: &self.memory, checker: &checked.checker, freed_table: Cell::new(None) };
+            WatchedMemory { memory: &self.memory, ledger: &checked.ledger, freed_table: Cell::new(None) };
         let kind = match access {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
@@ -53,9 +53,9 @@ impl HostedMachine {
         if access == UserAccess::Write
             && let Some(frame) = reached
         {
-            checked.checker.note_written(frame);
+            checked.ledger.note_written(frame);
         }
-        let page = reached.filter(|frame| checked.checker.when_freed(*frame).is_some());
+        let page = reached.filter(|frame| checked.ledger.when_freed(*frame).is_some());
         if let Some(frame) = memory.freed_table.get().or(page) {
             self.report(checked, ViolationKind::DeviceReachesAfterFree, self.current(), address, frame, None);
         }

@@ -98,7 +98,7 @@ pub enum Kept {
 
 /// The last events, or all.
 #[derive(Debug)]
-pub(crate) struct Story {
+pub(crate) struct EventLog {
     telling: Telling,
     events: Mutex<Events>,
 }
@@ -109,7 +109,7 @@ struct Events {
     kept: VecDeque<Event>,
 }
 
-impl Story {
+impl EventLog {
     pub(crate) fn new(telling: Telling) -> Self {
         Self { telling, events: Mutex::default() }
     }
@@ -150,7 +150,7 @@ impl Story {
     ///
     /// All that happened to the frame and to the address; of what the CPU itself did, the last few of each sort.
     #[must_use]
-    pub(crate) fn about(&self, cpu: CpuId, frame: PhysFrame, address: u64) -> Vec<Event> {
+    pub(crate) fn explaining(&self, cpu: CpuId, frame: PhysFrame, address: u64) -> Vec<Event> {
         let events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut left = [MOST_OF_A_SORT; 4];
         let mut chosen = Vec::new();

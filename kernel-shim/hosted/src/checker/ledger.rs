@@ -24,7 +24,7 @@ const TOLD: usize = 2;
 
 /// The truth about frames, and the violations found.
 #[derive(Debug)]
-pub(crate) struct Checker {
+pub(crate) struct Ledger {
     /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed, plus one, and in the low 8
     /// bits by which CPU.
     freed_at: Box<[AtomicU64]>,
@@ -74,7 +74,7 @@ impl Holders {
     }
 }
 
-impl Checker {
+impl Ledger {
     /// A checker for a machine of `nr_frames`.
     #[must_use]
     pub(crate) fn new(nr_frames: u64) -> Self {
@@ -147,11 +147,11 @@ impl Checker {
     }
 
     /// Notes a violation.
-    pub(crate) fn report(&self, kind: ViolationKind, tell: impl FnOnce() -> Violation) {
+    pub(crate) fn report(&self, kind: ViolationKind, violation: impl FnOnce() -> Violation) {
         let mut found = self.lock();
         found.count += 1;
         if found.told.iter().filter(|told| told.kind == kind).count() < TOLD {
-            found.told.push(tell());
+            found.told.push(violation());
         }
     }
 
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn an_entry_whose_frame_was_freed_twice_is_stale_until_it_is_gone_once() {
-        let mut watch = Checker::new(16).watch();
+        let mut watch = Ledger::new(16).watch();
         let cached = entry(5, PageSize::Size4KiB);
         watch.hold(cached.frame, cached.held);
         // Freed, given out to another address space, freed there too: the entry of an address space that ended waits for its PCID.
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_large_entry_whose_parts_are_freed_one_by_one_is_stale_until_it_is_gone_once() {
-        let mut watch = Checker::new(1024).watch();
+        let mut watch = Ledger::new(1024).watch();
         let (large, small) = (entry(512, PageSize::Size2MiB), entry(512, PageSize::Size4KiB));
         for cached in [large, small] {
             watch.hold(cached.frame, cached.held);

@@ -31,9 +31,9 @@ impl HostedMachine {
             cpu,
             address,
             frame,
-            freed: checked.checker.when_freed(frame),
+            freed: checked.ledger.when_freed(frame),
             entry,
-            story: checked.story.about(cpu, frame, address),
+            story: checked.log.explaining(cpu, frame, address),
         });
     }
 
@@ -43,11 +43,11 @@ impl HostedMachine {
         }
         match note {
             Note::Allocated(frame, role) => {
-                self.tell(What::Allocated(frame, role));
-                if checked.checker.is_cached(frame, role) {
+                self.log(What::Allocated(frame, role));
+                if checked.ledger.is_cached(frame, role) {
                     self.reached.note(Boundary::ReusedWhileCached);
                 }
-                checked.checker.allocated(frame, role);
+                checked.ledger.allocated(frame, role);
                 if role == FrameRole::Table {
                     self.note_own_table(frame);
                 }
@@ -63,7 +63,7 @@ impl HostedMachine {
             }
             Note::MappedByNobody(frame) => self.check_unwritable(checked, frame),
             Note::Unmapped { root, range, caller } => {
-                self.tell(What::Unmapped(range.start(), range.end()));
+                self.log(What::Unmapped(range.start(), range.end()));
                 self.check_promise(checked, Promise { root, range, caller, what: Promised::Gone });
             }
             Note::Discarded { root, range, since, caller } => {
@@ -75,26 +75,26 @@ impl HostedMachine {
             Note::Protected { root, range, most, caller } => {
                 self.check_promise(checked, Promise { root, range, caller, what: Promised::AtMost(most) });
             }
-            Note::Mapped { root, address, frame } => self.detail(Detail::Mapped(root, address, frame)),
+            Note::Mapped { root, address, frame } => self.log_detail(Detail::Mapped(root, address, frame)),
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
                 if level != mmu_gather::pagetable::Level::Pte {
                     self.reached.note(Boundary::LargeCleared);
                 }
-                self.detail(Detail::Cleared(address, level, frame));
+                self.log_detail(Detail::Cleared(address, level, frame));
             }
             Note::Restricted { address, level, frame } => {
                 self.count_leaf(checked, frame);
-                self.detail(Detail::Restricted(address, level));
+                self.log_detail(Detail::Restricted(address, level));
             }
             Note::Split { frame, .. } => self.count_split(checked, frame),
-            Note::Tlb { event, slot } => self.detail(Detail::Tlb(event, slot)),
+            Note::Tlb { event, slot } => self.log_detail(Detail::Tlb(event, slot)),
             Note::Gather(event) => {
                 if event == GatherEvent::DirtyFlush {
                     self.announce_dirty_flush();
                 }
                 self.note_early_free(event);
-                self.detail(Detail::Gather(event));
+                self.log_detail(Detail::Gather(event));
             }
             Note::MapLocked { root, most } => self.map_locked(root, most),
             Note::MapUnlocked { root } => self.map_unlocked(root),
@@ -103,14 +103,14 @@ impl HostedMachine {
 
     /// A frame is free from now on: looks for CPUs that may still reach it.
     fn check_freed(&self, checked: &Checked, frame: PhysFrame, role: FrameRole) {
-        let step = self.tell(What::Freed(frame, role));
+        let step = self.log(What::Freed(frame, role));
         if role == FrameRole::Table {
             self.detach_device(frame);
             for cpu in &self.cpus {
                 cpu.pcid_owners.forget(frame.start_address().as_u64());
             }
         }
-        if !checked.checker.freed(frame, role, step, self.current()) {
+        if !checked.ledger.freed(frame, role, step, self.current()) {
             return;
         }
         let freed = frames_of(frame, role);

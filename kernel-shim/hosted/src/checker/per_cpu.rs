@@ -50,7 +50,7 @@ pub(crate) struct MapLocks {
 
 /// What one CPU did since its last preemption point.
 #[derive(Debug, Default)]
-pub(crate) struct Work {
+pub(crate) struct WorkDone {
     pub(crate) leaves: AtomicU32,
     pub(crate) splits: AtomicU32,
     pub(crate) freed: AtomicU32,

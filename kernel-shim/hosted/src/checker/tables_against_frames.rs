@@ -16,7 +16,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::checker::checked::Checked;
 use crate::checker::kind::ViolationKind;
 use crate::machine::HostedMachine;
-use crate::mmu::arch::{Level, Meaning, decode};
+use crate::mmu::arch::{Meaning, TableLevel, decode};
 use crate::mmu::physical::PhysicalMemory;
 use crate::program::{HostedKernel, HostedMm};
 
@@ -38,7 +38,7 @@ pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<Hoste
     let Some(checked) = &machine.checked else { return };
     let mut mapped = Mapped::default();
     for mm in mms {
-        look_through(kernel, checked, mm.root(), Level::Pml4, 0, &mut mapped);
+        look_through(kernel, checked, mm.root(), TableLevel::Pml4, 0, &mut mapped);
     }
     if mapped.wrong.is_none() {
         let frames = kernel.frames();
@@ -62,12 +62,12 @@ fn look_through(
     kernel: &HostedKernel,
     checked: &Checked,
     table: PhysFrame,
-    level: Level,
+    level: TableLevel,
     start: u64,
     mapped: &mut Mapped,
 ) {
     let is_table = kernel.frames().get(table).is_some_and(|meta| meta.kind() == FrameKind::Table);
-    if !is_table || checked.checker.when_freed(table).is_some() || !mapped.tables.insert(table) {
+    if !is_table || checked.ledger.when_freed(table).is_some() || !mapped.tables.insert(table) {
         mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, table, start));
         return;
     }
@@ -105,7 +105,7 @@ fn look_through(
             }
             Meaning::Page(_, page) => {
                 let frame = PhysFrame::containing_address(page);
-                if checked.checker.when_freed(frame).is_some() {
+                if checked.ledger.when_freed(frame).is_some() {
                     mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, frame, address));
                 }
                 mapped.pages.entry(frame).or_insert((0, address)).0 += 1;

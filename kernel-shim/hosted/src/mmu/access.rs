@@ -3,7 +3,7 @@
 use x86_64::PhysAddr;
 use x86_64::structures::idt::PageFaultErrorCode;
 
-use crate::mmu::arch::{Level, LinearAddress};
+use crate::mmu::arch::{LinearAddress, TableLevel};
 use crate::mmu::tlb_cache::TlbEntry;
 use crate::mmu::watch::Tag;
 
@@ -48,7 +48,7 @@ pub enum Source {
         /// Where the walk began.
         start: Start,
         /// Level of the table with the last entry read.
-        level: Level,
+        level: TableLevel,
         /// Address of the last entry read.
         entry: PhysAddr,
     },
@@ -68,7 +68,7 @@ pub enum Start {
     /// At the root.
     Cr3,
     /// Below a cached entry of this level.
-    Structure(Level),
+    Structure(TableLevel),
 }
 
 /// An access that did not go through.

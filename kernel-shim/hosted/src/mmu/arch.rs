@@ -101,10 +101,10 @@ pub enum PagingMode {
 impl PagingMode {
     /// Level of the table that CR3 points to.
     #[must_use]
-    pub const fn root(self) -> Level {
+    pub const fn root(self) -> TableLevel {
         match self {
-            Self::FourLevel => Level::Pml4,
-            Self::FiveLevel => Level::Pml5,
+            Self::FourLevel => TableLevel::Pml4,
+            Self::FiveLevel => TableLevel::Pml5,
         }
     }
 
@@ -121,7 +121,7 @@ impl PagingMode {
 /// Intel SDM vol. 3A 4.5, tables 4-14 to 4-20.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
-pub enum Level {
+pub enum TableLevel {
     /// Page table: a PTE maps 4 KiB.
     Pt = 1,
     /// Page directory: a PDE maps 2 MiB or references a page table.
@@ -134,7 +134,7 @@ pub enum Level {
     Pml5 = 5,
 }
 
-impl Level {
+impl TableLevel {
     /// Power of two of the bytes one entry of a table at this level covers: 12, 21, 30, 39 or 48.
     #[must_use]
     #[inline]
@@ -163,7 +163,7 @@ impl Level {
     }
 }
 
-impl fmt::Display for Level {
+impl fmt::Display for TableLevel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Pt => "page table",
@@ -293,7 +293,7 @@ pub enum Meaning {
 /// Intel SDM vol. 3A tables 4-15 to 4-20; AMD64 APM vol. 2 5.3.
 #[must_use]
 #[inline]
-pub fn decode(entry: u64, level: Level, physical_bits: u32) -> Meaning {
+pub fn decode(entry: u64, level: TableLevel, physical_bits: u32) -> Meaning {
     if entry & PRESENT == 0 {
         return Meaning::NotPresent;
     }
@@ -301,13 +301,13 @@ pub fn decode(entry: u64, level: Level, physical_bits: u32) -> Meaning {
         return Meaning::Reserved;
     }
     let size = match level {
-        Level::Pt => PageSize::Size4KiB,
+        TableLevel::Pt => PageSize::Size4KiB,
         _ if entry & PAGE_SIZE_BIT == 0 => {
             return Meaning::Table(PhysAddr::new_truncate(entry & ADDRESS_MASK));
         }
-        Level::Pd => PageSize::Size2MiB,
-        Level::Pdpt => PageSize::Size1GiB,
-        Level::Pml4 | Level::Pml5 => return Meaning::Reserved,
+        TableLevel::Pd => PageSize::Size2MiB,
+        TableLevel::Pdpt => PageSize::Size1GiB,
+        TableLevel::Pml4 | TableLevel::Pml5 => return Meaning::Reserved,
     };
     // Bit 12 of a large page is the PAT bit; those between it and the page size are reserved.
     let below_page = ADDRESS_MASK & (size.bytes() - 1) & !(1 << 12);

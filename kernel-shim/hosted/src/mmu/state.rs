@@ -1,7 +1,6 @@
 //! The MMU of one virtual CPU: its control registers, and what it can still reach.
 
 use mmu_kernel_shim::Moment;
-use rand::Rng;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
@@ -158,13 +157,13 @@ impl Mmu {
         }
     }
 
-    /// Lets one cached entry vanish, any one with the same chance; none if there is none.
-    pub fn forget_random<R: Rng + ?Sized, W: FrameWatch>(&mut self, rng: &mut R, watch: &mut W) {
+    /// Lets one cached entry vanish: `pick` says which, of so many; none if there is none.
+    pub fn forget_one<W: FrameWatch>(&mut self, pick: impl FnOnce(usize) -> usize, watch: &mut W) {
         let (pages, tables) = (self.tlb_len(), self.structures_len());
         if pages + tables == 0 {
             return;
         }
-        let place = rng.random_range(0..pages + tables);
+        let place = pick(pages + tables);
         if place < pages {
             self.spaces.drop_nth_page(place, watch);
         } else {

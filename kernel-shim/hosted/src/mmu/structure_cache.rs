@@ -2,7 +2,7 @@
 
 use x86_64::PhysAddr;
 
-use crate::mmu::arch::{ADDRESS_MASK, Level, LinearAddress, Rights};
+use crate::mmu::arch::{ADDRESS_MASK, LinearAddress, Rights, TableLevel};
 use crate::mmu::tlb_cache::{EntryMap, drain};
 
 /// One cached PML5E, PML4E, PDPTE or PDE that references a table, in the form of a paging entry: 64 bits.
@@ -22,31 +22,31 @@ impl StructureEntry {
     /// An entry of a table at `level` which references `next`.
     #[must_use]
     #[inline]
-    pub const fn new(level: Level, next: PhysAddr, rights: Rights) -> Self {
+    pub const fn new(level: TableLevel, next: PhysAddr, rights: Rights) -> Self {
         Self(next.as_u64() | rights.bits() | ((level as u64) << LEVEL_SHIFT))
     }
 
-    /// Level of the entry: [`Level::Pd`] for a PDE, up to [`Level::Pml5`].
+    /// TableLevel of the entry: [`TableLevel::Pd`] for a PDE, up to [`TableLevel::Pml5`].
     #[must_use]
     #[inline]
-    pub const fn level(self) -> Level {
+    pub const fn level(self) -> TableLevel {
         match (self.0 >> LEVEL_SHIFT) & 7 {
-            5 => Level::Pml5,
-            4 => Level::Pml4,
-            3 => Level::Pdpt,
-            _ => Level::Pd,
+            5 => TableLevel::Pml5,
+            4 => TableLevel::Pml4,
+            3 => TableLevel::Pdpt,
+            _ => TableLevel::Pd,
         }
     }
 
     /// Level of the table it references.
     #[must_use]
     #[inline]
-    pub const fn table_level(self) -> Level {
+    pub const fn table_level(self) -> TableLevel {
         match self.level() {
-            Level::Pml5 => Level::Pml4,
-            Level::Pml4 => Level::Pdpt,
-            Level::Pdpt => Level::Pd,
-            Level::Pd | Level::Pt => Level::Pt,
+            TableLevel::Pml5 => TableLevel::Pml4,
+            TableLevel::Pml4 => TableLevel::Pdpt,
+            TableLevel::Pdpt => TableLevel::Pd,
+            TableLevel::Pd | TableLevel::Pt => TableLevel::Pt,
         }
     }
 
@@ -66,7 +66,7 @@ impl StructureEntry {
 }
 
 /// Levels whose entries are cached, deepest first.
-const CACHED: [Level; 4] = [Level::Pd, Level::Pdpt, Level::Pml4, Level::Pml5];
+const CACHED: [TableLevel; 4] = [TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4, TableLevel::Pml5];
 
 /// Paging-structure-cache entries of one PCID.
 #[derive(Debug, Default)]
@@ -90,8 +90,8 @@ impl StructureCache {
 
     /// The entry of `level` on the path to `address`.
     #[must_use]
-    pub fn get(&self, address: LinearAddress, level: Level) -> Option<StructureEntry> {
-        if level == Level::Pt { None } else { self.at(level).get(&key(address, level)).copied() }
+    pub fn get(&self, address: LinearAddress, level: TableLevel) -> Option<StructureEntry> {
+        if level == TableLevel::Pt { None } else { self.at(level).get(&key(address, level)).copied() }
     }
 
     /// Caches `entry` on the path to `address`, unless one is there; says whether it did.
@@ -160,17 +160,17 @@ impl StructureCache {
     }
 
     #[inline]
-    fn at(&self, level: Level) -> &EntryMap<StructureEntry> {
-        &self.by_level[level as usize - Level::Pd as usize]
+    fn at(&self, level: TableLevel) -> &EntryMap<StructureEntry> {
+        &self.by_level[level as usize - TableLevel::Pd as usize]
     }
 
     #[inline]
-    fn at_mut(&mut self, level: Level) -> &mut EntryMap<StructureEntry> {
-        &mut self.by_level[level as usize - Level::Pd as usize]
+    fn at_mut(&mut self, level: TableLevel) -> &mut EntryMap<StructureEntry> {
+        &mut self.by_level[level as usize - TableLevel::Pd as usize]
     }
 }
 
 /// The address bits that select the entry and everything above it: 47:21 for a PDE (56:21 with LA57), and so on.
-const fn key(address: LinearAddress, level: Level) -> u64 {
+const fn key(address: LinearAddress, level: TableLevel) -> u64 {
     address.as_u64() >> level.entry_shift()
 }

@@ -9,7 +9,7 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::mmu::access::{Access, AccessKind, AccessMode, PageFault, Source, Start, access_code};
-use crate::mmu::arch::{ACCESSED, DIRTY, Level, LinearAddress, Meaning, PageSize, Rights, decode};
+use crate::mmu::arch::{ACCESSED, DIRTY, LinearAddress, Meaning, PageSize, Rights, TableLevel, decode};
 use crate::mmu::features::{Faults, LargePages, SettingDirty};
 use crate::mmu::physical::PhysicalMemory;
 use crate::mmu::spaces::SpaceIndex;
@@ -24,7 +24,7 @@ pub struct Walk {
     address: LinearAddress,
     purpose: Purpose,
     start: Start,
-    level: Level,
+    level: TableLevel,
     table: PhysAddr,
     rights: Rights,
     epoch: u64,
@@ -39,7 +39,7 @@ impl Walk {
 
     /// Level of the table the next step reads.
     #[must_use]
-    pub fn level(&self) -> Level {
+    pub fn level(&self) -> TableLevel {
         self.level
     }
 
@@ -75,8 +75,8 @@ enum Purpose {
 pub enum Depth {
     /// To the page: fills the TLB, and the structure caches on the way.
     Page,
-    /// Until an entry of a table at this level is in the structure caches ([`Level::Pd`]: a PDE), or a page is met.
-    Structure(Level),
+    /// Until an entry of a table at this level is in the structure caches ([`TableLevel::Pd`]: a PDE), or a page is met.
+    Structure(TableLevel),
 }
 
 /// What one step of a walk came to.

@@ -6,7 +6,7 @@ use mmu_kernel_shim::Moment;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::mmu::arch::{Level, LinearAddress, PageSize, Rights};
+use crate::mmu::arch::{LinearAddress, PageSize, Rights, TableLevel};
 
 /// Told of each thing that names a frame when it enters or leaves the caches of a CPU.
 ///
@@ -58,7 +58,7 @@ pub enum Use {
     /// A TLB entry translates to the frame, and to the rest of a page of this size.
     Page(PageSize),
     /// A paging-structure-cache entry leads walks to the frame, as a table of this level.
-    Table(Level),
+    Table(TableLevel),
     /// CR3 points to the frame.
     Root,
 }

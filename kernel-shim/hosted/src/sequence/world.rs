@@ -102,7 +102,7 @@ pub fn execute_with(sequence: &Sequence, fault: MachineFault) -> std::io::Result
 
 /// An address space of the sequence, until it exits.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(crate) struct LiveMm {
     pub(crate) mm: Arc<HostedMm>,
     /// Calls that work on it now.
     users: AtomicU32,
@@ -110,17 +110,17 @@ pub(crate) struct Process {
     is_dying: AtomicBool,
 }
 
-/// What a CPU has been told to run.
+/// What runs on a CPU, by the steps it took.
 #[derive(Debug, Default)]
-struct Program {
-    process: Option<Arc<Process>>,
+struct Running {
+    process: Option<Arc<LiveMm>>,
     is_lazy: bool,
 }
 
 pub(crate) struct World {
     pub(crate) kernel: Arc<HostedKernel>,
-    pub(crate) processes: [Mutex<Arc<Process>>; NR_MMS as usize],
-    programs: Box<[Mutex<Program>]>,
+    pub(crate) processes: [Mutex<Arc<LiveMm>>; NR_MMS as usize],
+    programs: Box<[Mutex<Running>]>,
     steps: Vec<Step>,
     is_done: Box<[AtomicBool]>,
     /// Number of the first step that is not done.
@@ -135,7 +135,7 @@ impl World {
 
     pub(crate) fn with_pace(sequence: &Sequence, trial: Trial, pace: Pace) -> std::io::Result<Arc<Self>> {
         let Trial { fault, misbehaviour, telling } = trial;
-        let most_work = MostWork::of(&LIMITS);
+        let most_work = MostWork::promised_by(&LIMITS);
         let mut options = Options { fault, telling, most_work, ..sequence.options() };
         if matches!(pace, Pace::Serial(..)) {
             // It writes when it likes: see `run_program`.
@@ -151,7 +151,7 @@ impl World {
         let process = || -> std::io::Result<_> {
             let mm = kernel.new_mm().map_err(short)?;
             share_with_device(&machine, &mm);
-            Ok(Mutex::new(Process::new(mm)))
+            Ok(Mutex::new(LiveMm::new(mm)))
         };
         let processes = [process()?, process()?, process()?];
         let steps = sequence.steps.clone();
@@ -223,9 +223,9 @@ impl World {
             }
             schedule::step_done();
             self.leave_the_dying(cpu);
-            self.machine().detail(Detail::Began(index, self.names(step.op)));
+            self.machine().log_detail(Detail::Began(index, self.names(step.op)));
             self.take(cpu, step.op);
-            self.machine().detail(Detail::Ended(index));
+            self.machine().log_detail(Detail::Ended(index));
             // The way back from a system call is a preemption point.
             self.machine().begin_work_anew();
             self.note_done(index);
@@ -393,13 +393,13 @@ impl World {
         }
     }
 
-    fn switch(&self, cpu: CpuId, process: Arc<Process>) {
+    fn switch(&self, cpu: CpuId, process: Arc<LiveMm>) {
         if process.is_dying.load(Ordering::Relaxed) {
-            self.leave(cpu);
+            self.switch_away(cpu);
             return;
         }
         // Said before it is done: whoever waits for the last program to leave counts this one.
-        *lock(&self.programs[cpu.index()]) = Program { process: Some(Arc::clone(&process)), is_lazy: false };
+        *lock(&self.programs[cpu.index()]) = Running { process: Some(Arc::clone(&process)), is_lazy: false };
         self.kernel.switch_to(Some(&process.mm));
     }
 
@@ -408,9 +408,9 @@ impl World {
         lock(&self.programs[cpu.index()]).is_lazy = true;
     }
 
-    fn leave(&self, cpu: CpuId) {
+    fn switch_away(&self, cpu: CpuId) {
         self.kernel.switch_to(None);
-        *lock(&self.programs[cpu.index()]) = Program::default();
+        *lock(&self.programs[cpu.index()]) = Running::default();
     }
 
     /// A program whose process is dying leaves the CPU: to another address space, or lazily.
@@ -422,7 +422,7 @@ impl World {
         };
         if leaves {
             if self.machine().choices().one_in(2) {
-                self.leave(cpu);
+                self.switch_away(cpu);
             } else {
                 self.go_lazy(cpu);
             }
@@ -443,11 +443,11 @@ impl World {
     /// The process leaves, and another takes its place.
     fn replace(&self, cpu: CpuId, mm: MmId, new: Arc<HostedMm>) {
         share_with_device(self.machine(), &new);
-        let old = core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), Process::new(new));
+        let old = core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), LiveMm::new(new));
         old.is_dying.store(true, Ordering::Relaxed);
         loop {
             self.leave_the_dying(cpu);
-            let runs = |program: &Mutex<Program>| {
+            let runs = |program: &Mutex<Running>| {
                 let program = lock(program);
                 !program.is_lazy && program.process.as_ref().is_some_and(|process| Arc::ptr_eq(process, &old))
             };
@@ -494,7 +494,7 @@ impl World {
     fn look_for_lost_writes(&self) {
         let Some(checked) = &self.machine().checked else { return };
         for frame in self.kernel.cached_pages() {
-            if checked.checker.was_written(frame) && !self.kernel.frames().meta(frame).is_dirty() {
+            if checked.ledger.was_written(frame) && !self.kernel.frames().meta(frame).is_dirty() {
                 let kind = ViolationKind::WriteLost;
                 checked.report(kind, || Violation {
                     kind,
@@ -503,14 +503,14 @@ impl World {
                     frame,
                     freed: None,
                     entry: None,
-                    story: checked.story.about(CpuId::new(0), frame, 0),
+                    story: checked.log.explaining(CpuId::new(0), frame, 0),
                 });
             }
         }
     }
 }
 
-impl Process {
+impl LiveMm {
     fn new(mm: Arc<HostedMm>) -> Arc<Self> {
         Arc::new(Self { mm, users: AtomicU32::new(0), is_dying: AtomicBool::new(false) })
     }

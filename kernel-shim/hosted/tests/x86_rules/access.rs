@@ -1,6 +1,6 @@
 //! Rights, the dirty flag and page faults. 4.6, 4.7, 4.8, 4.10.4.1, 4.10.4.3.
 
-use mmu_hosted::arch::{Level, LinearAddress};
+use mmu_hosted::arch::{LinearAddress, TableLevel};
 use mmu_hosted::features::{Features, SettingDirty};
 use mmu_hosted::mmu::{AccessKind, AccessMode, Fault, Source, Start};
 use mmu_hosted::walk::Depth;
@@ -11,7 +11,7 @@ use crate::rig::{A, D, G, P, PCID_ON, PWU, Rig, U, VA, W, XD, after, pcid};
 
 /// Whether an access to a page with `flags` goes through, first by a walk and then by the TLB.
 fn allowed(cr4: Cr4Flags, flags: u64, kind: AccessKind, mode: AccessMode) -> bool {
-    let outcomes = [Depth::Structure(Level::Pd), Depth::Page].map(|depth| {
+    let outcomes = [Depth::Structure(TableLevel::Pd), Depth::Page].map(|depth| {
         let mut rig = Rig::new(Features::INTEL, cr4);
         rig.map_page(VA, 7, flags | A | D);
         rig.speculate(VA, depth);
@@ -103,7 +103,7 @@ fn the_dirty_flag_may_be_set_below_a_stale_structure_entry() {
     let mut rig = Rig::intel();
     let leaf = rig.map_page(VA, 7, PWU);
     rig.read(VA);
-    rig.ram.poke(rig.slot(Level::Pml4, VA), 0);
+    rig.ram.poke(rig.slot(TableLevel::Pml4, VA), 0);
     assert_eq!(rig.write(VA), 7);
     assert_eq!(rig.ram.peek(leaf) & D, D);
 }
@@ -156,7 +156,7 @@ fn a_page_fault_drops_what_was_cached_for_its_address() {
     assert!(!rig.in_tlb(VA));
     assert_eq!(rig.deepest(VA), None, "its path too");
     assert!(rig.in_tlb(next), "another page stays");
-    assert_eq!(rig.deepest(far), Some(Level::Pd), "another path stays");
+    assert_eq!(rig.deepest(far), Some(TableLevel::Pd), "another path stays");
     rig.ram.poke(leaf, 0);
     rig.fault(VA, AccessKind::Read);
 }
@@ -183,12 +183,12 @@ fn more_rights_without_a_flush_cost_at_most_one_spurious_fault() {
     // The same for a right that was missing in a structure entry.
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
-    let pde = rig.slot(Level::Pd, VA);
+    let pde = rig.slot(TableLevel::Pd, VA);
     rig.ram.poke(pde, rig.ram.peek(pde) & !U);
-    rig.speculate(VA, Depth::Structure(Level::Pd));
+    rig.speculate(VA, Depth::Structure(TableLevel::Pd));
     rig.ram.poke(pde, rig.ram.peek(pde) | U);
     let fault = rig.fault(VA, AccessKind::Read);
-    assert!(matches!(fault.source, Source::Walk { start: Start::Structure(Level::Pd), .. }));
+    assert!(matches!(fault.source, Source::Walk { start: Start::Structure(TableLevel::Pd), .. }));
     assert_eq!(rig.read(VA), 7);
 }
 
@@ -199,10 +199,10 @@ fn an_amd_fault_is_confirmed_by_a_walk_from_cr3() {
     rig.read(VA);
     rig.ram.poke(leaf, (7 << 12) | PWU);
     assert_eq!(rig.write(VA), 7, "no spurious fault from the TLB");
-    let pde = rig.slot(Level::Pd, VA);
+    let pde = rig.slot(TableLevel::Pd, VA);
     let old_table = rig.ram.peek(pde);
     rig.invlpg(VA);
-    rig.speculate(VA, Depth::Structure(Level::Pd));
+    rig.speculate(VA, Depth::Structure(TableLevel::Pd));
     rig.ram.poke(leaf, 0);
     rig.ram.poke(pde, 0);
     rig.map_page(VA, 8, PWU);

@@ -1,6 +1,6 @@
 //! INVLPGB and TLBSYNC. AMD64 APM vol. 3.
 
-use mmu_hosted::arch::{Level, LinearAddress, PageSize};
+use mmu_hosted::arch::{LinearAddress, PageSize, TableLevel};
 use mmu_hosted::broadcast::{Broadcast, Globals, Issuer, Pages, Stride, Uppers};
 use mmu_hosted::invalidate::Cr3Load;
 use mmu_hosted::mmu::{AccessKind, GeneralProtection};
@@ -46,7 +46,7 @@ fn cached(rig: &Rig) -> Vec<u64> {
 #[test]
 fn a_broadcast_is_complete_only_after_tlbsync_of_its_issuer() {
     let mut rig = ten();
-    let leaf = rig.slot(Level::Pt, VA);
+    let leaf = rig.slot(TableLevel::Pt, VA);
     rig.ram.poke(leaf, 0);
     rig.mmu.post_broadcast(ME, EVERYTHING);
     assert_eq!(rig.read(VA), 0x10, "it may still be used");
@@ -114,7 +114,7 @@ fn a_broadcast_drops_only_the_structure_entries_that_lead_to_its_pages() {
     let mut rig = ten();
     broadcast(&mut rig, pages(VA, 0, Stride::Small));
     assert_eq!(rig.deepest(VA), None);
-    assert_eq!(rig.deepest(after(VA, 1 << 21)), Some(Level::Pd));
+    assert_eq!(rig.deepest(after(VA, 1 << 21)), Some(TableLevel::Pd));
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn a_final_only_broadcast_leaves_the_structure_caches() {
         let mut rig = ten();
         broadcast(&mut rig, Broadcast { uppers: Uppers::Kept, ..request });
         assert!(!rig.in_tlb(VA));
-        assert_eq!(rig.deepest(VA), Some(Level::Pd), "a freed page table would still be walked");
+        assert_eq!(rig.deepest(VA), Some(TableLevel::Pd), "a freed page table would still be walked");
         assert_eq!(rig.mmu.structures_len(), 4);
     }
 }

@@ -1,13 +1,12 @@
 //! What may be cached, when, and what an entry holds: 4.10.2, 4.10.3.
 
-use mmu_hosted::arch::{Level, LinearAddress, PageSize};
+use mmu_hosted::Choices;
+use mmu_hosted::arch::{LinearAddress, PageSize, TableLevel};
 use mmu_hosted::features::{Capacity, Coexisting, Features, LargePages};
 use mmu_hosted::invalidate::Cr3Load;
 use mmu_hosted::mmu::{AccessKind, AccessMode, Source, Start};
 use mmu_hosted::walk::{Depth, Speculation};
 use mmu_hosted::watch::{Tag, Use};
-use rand::SeedableRng;
-use rand::rngs::SmallRng;
 
 use crate::rig::{A, D, G, P, PCID_OFF, PCID_ON, PS, PWU, Rig, U, VA, W, XD, after, la57, pcid};
 
@@ -28,14 +27,14 @@ fn a_speculative_fill_sets_accessed_and_never_dirty() {
     let leaf = rig.map_page(VA, 7, PWU);
     rig.speculate(VA, Depth::Page);
     assert_eq!(rig.ram.peek(leaf) & (A | D), A);
-    for level in [Level::Pd, Level::Pdpt, Level::Pml4] {
+    for level in [TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4] {
         assert_eq!(rig.ram.peek(rig.slot(level, VA)) & A, A, "{level}");
     }
 }
 
 #[test]
 fn a_speculative_fill_may_stop_at_any_structure_level() {
-    for level in [Level::Pml4, Level::Pdpt, Level::Pd] {
+    for level in [TableLevel::Pml4, TableLevel::Pdpt, TableLevel::Pd] {
         let mut rig = Rig::intel();
         let leaf = rig.map_page(VA, 7, PWU);
         assert_eq!(rig.speculate(VA, Depth::Structure(level)), Speculation::Structure);
@@ -51,11 +50,13 @@ fn a_speculative_fill_may_stop_at_any_structure_level() {
 
 #[test]
 fn accessed_is_set_before_anything_is_cached() {
-    for level in [Level::Pt, Level::Pd, Level::Pdpt, Level::Pml4] {
+    for level in [TableLevel::Pt, TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4] {
         let mut rig = Rig::intel();
         rig.map_page(VA, 7, PWU);
         let slot = rig.slot(level, VA);
-        for above in [Level::Pd, Level::Pdpt, Level::Pml4].into_iter().filter(|above| *above > level) {
+        for above in
+            [TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4].into_iter().filter(|above| *above > level)
+        {
             let above = rig.slot(above, VA);
             rig.ram.poke(above, rig.ram.peek(above) | A);
         }
@@ -70,7 +71,7 @@ fn accessed_is_set_before_anything_is_cached() {
 
 #[test]
 fn nothing_is_cached_from_a_non_present_entry() {
-    for level in [Level::Pt, Level::Pd, Level::Pdpt, Level::Pml4] {
+    for level in [TableLevel::Pt, TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4] {
         let mut rig = Rig::intel();
         rig.map_page(VA, 7, PWU);
         let slot = rig.slot(level, VA);
@@ -86,13 +87,13 @@ fn nothing_is_cached_from_a_non_present_entry() {
 fn nothing_is_cached_from_an_entry_with_a_reserved_bit() {
     const ABOVE_MAXPHYADDR: u64 = 1 << 50;
     for (level, reserved) in [
-        (Level::Pt, ABOVE_MAXPHYADDR),
-        (Level::Pd, ABOVE_MAXPHYADDR),
-        (Level::Pdpt, ABOVE_MAXPHYADDR),
-        (Level::Pml4, ABOVE_MAXPHYADDR),
-        (Level::Pml4, PS),
-        (Level::Pd, PS | (1 << 13)),
-        (Level::Pdpt, PS | (1 << 29)),
+        (TableLevel::Pt, ABOVE_MAXPHYADDR),
+        (TableLevel::Pd, ABOVE_MAXPHYADDR),
+        (TableLevel::Pdpt, ABOVE_MAXPHYADDR),
+        (TableLevel::Pml4, ABOVE_MAXPHYADDR),
+        (TableLevel::Pml4, PS),
+        (TableLevel::Pd, PS | (1 << 13)),
+        (TableLevel::Pdpt, PS | (1 << 29)),
     ] {
         let mut rig = Rig::intel();
         rig.map_page(VA, 7, PWU);
@@ -109,7 +110,7 @@ fn nothing_is_cached_from_an_entry_with_a_reserved_bit() {
 #[test]
 fn a_pml4e_never_maps_a_page_and_bit_12_of_a_large_page_is_no_address() {
     let mut rig = Rig::intel();
-    rig.ram.poke(rig.slot(Level::Pml4, VA), PWU | PS);
+    rig.ram.poke(rig.slot(TableLevel::Pml4, VA), PWU | PS);
     assert_eq!(rig.fault(VA, AccessKind::Read).code.bits(), 0b1101, "P, U/S and RSVD");
     const PAT: u64 = 1 << 12;
     for size in [PageSize::Size2MiB, PageSize::Size1GiB] {
@@ -122,7 +123,7 @@ fn a_pml4e_never_maps_a_page_and_bit_12_of_a_large_page_is_no_address() {
 #[test]
 fn entries_may_vanish_at_any_time() {
     let mut rig = Rig::intel();
-    let mut rng = SmallRng::seed_from_u64(1);
+    let choices = Choices::new(1);
     let large = after(VA, 1 << 30);
     let roots = [rig.ram.table(), rig.ram.table()];
     for (number, root) in (1..).zip(roots) {
@@ -139,10 +140,10 @@ fn entries_may_vanish_at_any_time() {
     let held = rig.mmu.tlb_len() + rig.mmu.structures_len();
     assert_eq!(held, 1 + 2 * (51 + 4));
     for left in (0..held).rev() {
-        rig.mmu.forget_random(&mut rng, &mut rig.counts);
+        rig.mmu.forget_one(|len| choices.pick(len), &mut rig.counts);
         assert_eq!(rig.mmu.tlb_len() + rig.mmu.structures_len(), left);
     }
-    rig.mmu.forget_random(&mut rng, &mut rig.counts);
+    rig.mmu.forget_one(|len| choices.pick(len), &mut rig.counts);
     assert_eq!(rig.read(VA), 7);
     rig.mmu.forget_everything(&mut rig.counts);
     assert_eq!((rig.mmu.tlb_len(), rig.mmu.structures_len()), (0, 0));
@@ -172,7 +173,7 @@ fn a_full_cache_makes_room_or_holds_nothing() {
 #[test]
 fn a_tlb_entry_holds_the_rights_of_the_whole_path() {
     // Each bit is taken away at one level only: R/W and U/S are ANDed, XD is ORed. 4.10.2.2.
-    for level in [Level::Pt, Level::Pd, Level::Pdpt, Level::Pml4] {
+    for level in [TableLevel::Pt, TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4] {
         for (clear, set) in [(W, 0), (U, 0), (0, XD)] {
             let mut rig = Rig::intel();
             rig.map_page(VA, 7, PWU);
@@ -189,9 +190,9 @@ fn a_tlb_entry_holds_the_rights_of_the_whole_path() {
 fn a_structure_entry_keeps_the_rights_above_it() {
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
-    let pml4e = rig.slot(Level::Pml4, VA);
+    let pml4e = rig.slot(TableLevel::Pml4, VA);
     rig.ram.poke(pml4e, rig.ram.peek(pml4e) & !W);
-    rig.speculate(VA, Depth::Structure(Level::Pd));
+    rig.speculate(VA, Depth::Structure(TableLevel::Pd));
     rig.ram.poke(pml4e, rig.ram.peek(pml4e) | W);
     rig.speculate(VA, Depth::Page);
     assert!(!rig.mmu.lookup(VA).expect("cached").1.rights().writable(), "the stale PML4E took part");
@@ -234,7 +235,7 @@ fn with_la57_a_pml5e_is_cached_and_addresses_have_57_bits() {
     assert_eq!(rig.ram.take_reads(), 5, "another PML5E");
     let near = LinearAddress::new(0x00ab_0034_5678_9000);
     rig.map_page(near, 9, PWU);
-    assert_eq!(rig.deepest(near), Some(Level::Pml5));
+    assert_eq!(rig.deepest(near), Some(TableLevel::Pml5));
     assert_eq!(rig.read(near), 9);
     assert_eq!(rig.ram.take_reads(), 4, "the PML5E is cached");
     let upper = LinearAddress::new(0xff00_0000_0000_0000);
@@ -247,7 +248,7 @@ fn with_la57_a_pml5e_is_cached_and_addresses_have_57_bits() {
 fn structure_caches_ignore_the_global_flag() {
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU | G);
-    let pde = rig.slot(Level::Pd, VA);
+    let pde = rig.slot(TableLevel::Pd, VA);
     rig.ram.poke(pde, rig.ram.peek(pde) | G);
     rig.read(VA);
     let tables = rig.mmu.entries().filter(|entry| matches!(entry.held.as_a, Use::Table(_)));
@@ -260,9 +261,9 @@ fn a_pde_may_be_cached_though_every_entry_of_its_table_is_absent() {
     let leaf = rig.map_page(VA, 7, PWU);
     rig.ram.poke(leaf, 0);
     assert_eq!(rig.speculate(VA, Depth::Page), Speculation::Nothing);
-    assert_eq!(rig.deepest(VA), Some(Level::Pd));
+    assert_eq!(rig.deepest(VA), Some(TableLevel::Pd));
     // The table is unhooked and its frame becomes a page full of what looks like entries: the walk takes them for such.
-    rig.ram.poke(rig.slot(Level::Pd, VA), 0);
+    rig.ram.poke(rig.slot(TableLevel::Pd, VA), 0);
     rig.ram.poke(leaf, (0x66 << 12) | PWU);
     assert_eq!(rig.read(VA), 0x66);
 }
@@ -311,7 +312,7 @@ fn a_global_entry_serves_every_pcid() {
 fn only_the_global_flag_of_the_leaf_counts() {
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
-    for level in [Level::Pd, Level::Pdpt, Level::Pml4] {
+    for level in [TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4] {
         let slot = rig.slot(level, VA);
         rig.ram.poke(slot, rig.ram.peek(slot) | G);
     }
@@ -408,7 +409,7 @@ fn a_mapping_may_be_added_without_a_flush() {
     let mut rig = Rig::intel();
     let leaf = rig.map_page(VA, 7, 0);
     let fault = rig.fault(VA, AccessKind::Read);
-    assert!(matches!(fault.source, Source::Walk { start: Start::Cr3, level: Level::Pt, .. }));
+    assert!(matches!(fault.source, Source::Walk { start: Start::Cr3, level: TableLevel::Pt, .. }));
     rig.speculate(VA, Depth::Page);
     rig.ram.poke(leaf, (7 << 12) | PWU);
     assert_eq!(rig.read(VA), 7);

@@ -1,6 +1,6 @@
 //! Each invalidating instruction drops what is promised and, here, nothing more. 4.10.4.1, 4.10.4.2.
 
-use mmu_hosted::arch::{Level, LinearAddress, PageSize};
+use mmu_hosted::arch::{LinearAddress, PageSize, TableLevel};
 use mmu_hosted::features::{Features, InvlpgGlobals, InvlpgUppers, LargePages};
 use mmu_hosted::invalidate::{Cr3Load, Invpcid};
 use mmu_hosted::mmu::{AccessKind, GeneralProtection};
@@ -80,7 +80,7 @@ fn with_tce_invlpg_drops_only_the_structure_entries_that_lead_to_its_address() {
     let mut rig = two_spaces(Features { invlpg_uppers: InvlpgUppers::LeadingToAddress, ..Features::INTEL });
     rig.invlpg(VA);
     assert_eq!(left(&rig), (vec![0x12, 0x13, 0x21, 0x22, 0x23, 0x30], 3, 6));
-    assert_eq!((rig.deepest(VA), rig.deepest(FAR)), (None, Some(Level::Pd)));
+    assert_eq!((rig.deepest(VA), rig.deepest(FAR)), (None, Some(TableLevel::Pd)));
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn one_invalidation_drops_every_piece_of_a_large_page() {
         assert_eq!(rig.mmu.tlb_len(), 1, "INVPCID, {size}");
 
         let mut rig = pieces(size);
-        let level = if size == PageSize::Size2MiB { Level::Pd } else { Level::Pdpt };
+        let level = if size == PageSize::Size2MiB { TableLevel::Pd } else { TableLevel::Pdpt };
         let slot = rig.slot(level, VA);
         rig.ram.poke(slot, 0);
         rig.fault(after(VA, 0x5000), AccessKind::Read);
@@ -163,7 +163,7 @@ fn one_invalidation_drops_every_piece_of_a_large_page() {
 #[test]
 fn pieces_are_dropped_though_the_large_page_is_already_gone_from_memory() {
     let mut rig = pieces(PageSize::Size2MiB);
-    let slot = rig.slot(Level::Pd, VA);
+    let slot = rig.slot(TableLevel::Pd, VA);
     rig.ram.poke(slot, 0);
     rig.invlpg(VA);
     assert_eq!(rig.mmu.tlb_len(), 1);
@@ -172,7 +172,7 @@ fn pieces_are_dropped_though_the_large_page_is_already_gone_from_memory() {
 #[test]
 fn a_small_page_among_the_pieces_of_a_large_one_is_no_piece() {
     let mut rig = pieces(PageSize::Size2MiB);
-    let slot = rig.slot(Level::Pd, VA);
+    let slot = rig.slot(TableLevel::Pd, VA);
     let small = after(VA, 0x3000);
     rig.ram.poke(slot, 0);
     rig.map_page(small, 7, PWU);
@@ -325,7 +325,7 @@ fn an_unhooked_table_stays_in_use_until_an_invalidation_though_it_was_empty() {
     let leaf = rig.map_page(VA, 7, 0);
     rig.speculate(VA, Depth::Page);
     let table = PhysFrame::containing_address(leaf);
-    rig.ram.poke(rig.slot(Level::Pd, VA), 0);
+    rig.ram.poke(rig.slot(TableLevel::Pd, VA), 0);
     assert!(rig.mmu.usable_now(table));
     rig.invlpg(VA);
     assert!(!rig.mmu.usable_now(table));
@@ -340,9 +340,9 @@ fn a_table_freed_beside_the_flushed_address_stays_reachable_with_tce() {
         rig.map_page(VA, 7, P);
         let leaf = rig.map_page(other, 8, P);
         rig.speculate(VA, Depth::Page);
-        rig.speculate(other, Depth::Structure(Level::Pd));
+        rig.speculate(other, Depth::Structure(TableLevel::Pd));
         for address in [VA, other] {
-            rig.ram.poke(rig.slot(Level::Pd, address), 0);
+            rig.ram.poke(rig.slot(TableLevel::Pd, address), 0);
         }
         rig.invlpg(VA);
         assert_eq!(rig.mmu.usable_now(PhysFrame::containing_address(leaf)), reachable);

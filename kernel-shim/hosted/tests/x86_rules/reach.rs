@@ -1,14 +1,13 @@
 //! What a checker asks: can this CPU still come to a frame, and through what.
 
-use mmu_hosted::arch::{Level, LinearAddress, PageSize};
+use mmu_hosted::Choices;
+use mmu_hosted::arch::{LinearAddress, PageSize, TableLevel};
 use mmu_hosted::broadcast::{Broadcast, Globals, Issuer, Pages, Stride, Uppers};
 use mmu_hosted::features::{Capacity, Features, LargePages};
 use mmu_hosted::invalidate::{Cr3Load, Invpcid};
 use mmu_hosted::mmu::{AccessKind, AccessMode, Mmu};
 use mmu_hosted::walk::Depth;
 use mmu_hosted::watch::{Reach, Tag, Use};
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::rig::{G, P, PCID_ON, PWU, Rig, U, VA, after, frame, pcid};
@@ -44,13 +43,13 @@ fn a_structure_entry_reaches_its_table() {
     let mut rig = Rig::intel();
     let leaf = rig.map_page(VA, 7, PWU);
     let table = PhysFrame::containing_address(leaf);
-    rig.speculate(VA, Depth::Structure(Level::Pdpt));
+    rig.speculate(VA, Depth::Structure(TableLevel::Pdpt));
     assert_eq!(rig.mmu.reach(table), Reach::Nowhere);
-    rig.speculate(VA, Depth::Structure(Level::Pd));
+    rig.speculate(VA, Depth::Structure(TableLevel::Pd));
     assert_eq!(rig.mmu.reach(table), Reach::Now);
     let entries: Vec<_> = rig.mmu.entries_reaching(table).collect();
     assert_eq!(entries.len(), 1);
-    assert_eq!(entries[0].held.as_a, Use::Table(Level::Pt));
+    assert_eq!(entries[0].held.as_a, Use::Table(TableLevel::Pt));
     assert_eq!(entries[0].held.tag, Tag::Pcid(pcid(0)));
     assert_eq!((entries[0].address.as_u64(), entries[0].span_shift), (VA.as_u64() & !0x1f_ffff, 21));
 }
@@ -125,7 +124,7 @@ fn entries_in_use_now_leave_out_other_pcids() {
 #[test]
 fn whatever_happens_the_watcher_knows_what_is_held() {
     for seed in 0..64 {
-        let mut rng = SmallRng::seed_from_u64(seed);
+        let choices = Choices::new(seed);
         let mut features = if seed % 2 == 0 { Features::INTEL } else { Features::AMD };
         if seed % 3 == 0 {
             features.large_pages = LargePages::InPieces;
@@ -137,7 +136,7 @@ fn whatever_happens_the_watcher_knows_what_is_held() {
         let mut rig = Rig::new(features, PCID_ON);
         let roots = [rig.mmu.cr3().0, rig.ram.table(), rig.ram.table()];
         for _ in 0..400 {
-            any_operation(&mut rig, &mut rng, &roots);
+            any_operation(&mut rig, &choices, &roots);
         }
         rig.check();
         // With nothing cached the MMU agrees with one that never caches.
@@ -166,35 +165,34 @@ fn somewhere(place: u64) -> LinearAddress {
     )
 }
 
-fn any_operation(rig: &mut Rig, rng: &mut SmallRng, roots: &[PhysFrame]) {
-    let address = somewhere(rng.random_range(0..32));
-    let pcid_number = rng.random_range(0..3u16);
-    let root = roots[usize::from(pcid_number)];
-    match rng.random_range(0..14) {
+fn any_operation(rig: &mut Rig, choices: &Choices, roots: &[PhysFrame]) {
+    let address = somewhere(choices.below(32));
+    let (pcid_number, root) = [0, 1, 2].map(|number| (number, roots[usize::from(number)]))[choices.pick(3)];
+    match choices.below(14) {
         0..3 => {
-            let flags = [0, P, PWU, PWU | G, P | U][rng.random_range(0..5)];
-            rig.map_page(address, rng.random_range(1..20), flags);
+            let flags = [0, P, PWU, PWU | G, P | U][choices.pick(5)];
+            rig.map_page(address, 1 + choices.below(19), flags);
         }
         3 => {
-            rig.map(PageSize::Size2MiB, address, rng.random_range(1..8) << 9, PWU);
+            rig.map(PageSize::Size2MiB, address, (1 + choices.below(7)) << 9, PWU);
         }
         4 => {
-            let slot = rig.slot(Level::Pdpt, address);
+            let slot = rig.slot(TableLevel::Pdpt, address);
             rig.ram.poke(slot, 0);
         }
         5..8 => {
-            let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Execute][rng.random_range(0..3)];
+            let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Execute][choices.pick(3)];
             let _ = rig.user(address, kind);
         }
         8 => {
-            rig.speculate(address, [Depth::Page, Depth::Structure(Level::Pd)][rng.random_range(0..2)]);
+            rig.speculate(address, [Depth::Page, Depth::Structure(TableLevel::Pd)][choices.pick(2)]);
         }
         9 => rig.invlpg(address),
-        10 => rig.load(root, pcid_number, [Cr3Load::Keep, Cr3Load::Flush][rng.random_range(0..2)]),
-        11 => rig.mmu.forget_random(rng, &mut rig.counts),
+        10 => rig.load(root, pcid_number, [Cr3Load::Keep, Cr3Load::Flush][choices.pick(2)]),
+        11 => rig.mmu.forget_one(|len| choices.pick(len), &mut rig.counts),
         12 => {
             let what = [Invpcid::Context(pcid(pcid_number)), Invpcid::Address(pcid(pcid_number), address)];
-            rig.mmu.invpcid(what[rng.random_range(0..2)], &mut rig.counts).expect("PCIDs are on");
+            rig.mmu.invpcid(what[choices.pick(2)], &mut rig.counts).expect("PCIDs are on");
         }
         _ => {
             let pages = Some(Pages { first: address, more: 3, stride: Stride::Small });

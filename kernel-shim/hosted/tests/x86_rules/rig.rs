@@ -3,7 +3,7 @@
 use core::cell::{Cell, RefCell};
 use std::collections::HashMap;
 
-use mmu_hosted::arch::{Level, LinearAddress, PageSize, PagingMode};
+use mmu_hosted::arch::{LinearAddress, PageSize, PagingMode, TableLevel};
 use mmu_hosted::features::Features;
 use mmu_hosted::mmu::{Access, AccessKind, AccessMode, Fault, Mmu, PageFault};
 use mmu_hosted::physical::PhysicalMemory;
@@ -142,7 +142,7 @@ impl Rig {
     }
 
     /// Address of the entry that translates `address` at `level`, under the loaded root; makes the tables above it.
-    pub(crate) fn slot(&self, level: Level, address: LinearAddress) -> PhysAddr {
+    pub(crate) fn slot(&self, level: TableLevel, address: LinearAddress) -> PhysAddr {
         let mut at = self.mmu.paging_mode().root();
         let mut table = self.mmu.cr3().0.start_address();
         loop {
@@ -161,9 +161,9 @@ impl Rig {
     /// Maps the page of `size` at `address` to frame number `number`; returns where the entry is.
     pub(crate) fn map(&self, size: PageSize, address: LinearAddress, number: u64, flags: u64) -> PhysAddr {
         let (level, ps) = match size {
-            PageSize::Size4KiB => (Level::Pt, 0),
-            PageSize::Size2MiB => (Level::Pd, PS),
-            PageSize::Size1GiB => (Level::Pdpt, PS),
+            PageSize::Size4KiB => (TableLevel::Pt, 0),
+            PageSize::Size2MiB => (TableLevel::Pd, PS),
+            PageSize::Size1GiB => (TableLevel::Pdpt, PS),
         };
         let slot = self.slot(level, address);
         self.ram.poke(slot, (number << 12) | flags | ps);
@@ -218,7 +218,7 @@ impl Rig {
     }
 
     /// Level of the deepest structure entry a walk for `address` would start from.
-    pub(crate) fn deepest(&self, address: LinearAddress) -> Option<Level> {
+    pub(crate) fn deepest(&self, address: LinearAddress) -> Option<TableLevel> {
         match self.mmu.begin_speculation(address, Depth::Page).expect("canonical").start() {
             mmu_hosted::mmu::Start::Cr3 => None,
             mmu_hosted::mmu::Start::Structure(level) => Some(level),

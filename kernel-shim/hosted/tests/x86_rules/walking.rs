@@ -1,6 +1,6 @@
 //! Walks: where they start, what may happen between their reads, and what ends them. 4.10.3.2, 4.10.4.3.
 
-use mmu_hosted::arch::Level;
+use mmu_hosted::arch::TableLevel;
 use mmu_hosted::features::Features;
 use mmu_hosted::invalidate::Cr3Load;
 use mmu_hosted::mmu::{AccessKind, AccessMode, Begun, Mmu, Source, Start};
@@ -23,12 +23,12 @@ impl Rig {
 
 #[test]
 fn a_walk_may_start_from_the_deepest_cached_level() {
-    for (level, reads) in [(Level::Pml4, 3), (Level::Pdpt, 2), (Level::Pd, 1)] {
+    for (level, reads) in [(TableLevel::Pml4, 3), (TableLevel::Pdpt, 2), (TableLevel::Pd, 1)] {
         let mut rig = Rig::intel();
         rig.map_page(VA, 7, PWU);
         rig.speculate(VA, Depth::Structure(level));
         // Clearing the PML4E alone stops nothing.
-        rig.ram.poke(rig.slot(Level::Pml4, VA), 0);
+        rig.ram.poke(rig.slot(TableLevel::Pml4, VA), 0);
         rig.ram.take_reads();
         let access = rig.user(VA, AccessKind::Read).expect("the cached levels lead there");
         assert_eq!(rig.ram.take_reads(), reads);
@@ -42,12 +42,12 @@ fn a_walk_reads_one_entry_at_a_time_top_down() {
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
     let mut walk = rig.begin(AccessKind::Read);
-    for level in [Level::Pml4, Level::Pdpt, Level::Pd] {
+    for level in [TableLevel::Pml4, TableLevel::Pdpt, TableLevel::Pd] {
         assert_eq!(walk.level(), level);
         assert_eq!(rig.step(&mut walk), Step::Continue);
         assert_eq!(rig.ram.take_reads(), 1);
     }
-    assert_eq!(walk.level(), Level::Pt);
+    assert_eq!(walk.level(), TableLevel::Pt);
     assert!(matches!(rig.step(&mut walk), Step::Translated(_)));
 }
 
@@ -56,12 +56,12 @@ fn stores_may_come_between_the_reads_of_a_walk() {
     // The PML4E is read, then the whole path is replaced: the walk ends in a mix of both that never existed at once.
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
-    let old_pdpte = rig.slot(Level::Pdpt, VA);
+    let old_pdpte = rig.slot(TableLevel::Pdpt, VA);
     let mut walk = rig.begin(AccessKind::Read);
     assert_eq!(rig.step(&mut walk), Step::Continue);
-    rig.ram.poke(rig.slot(Level::Pml4, VA), 0);
+    rig.ram.poke(rig.slot(TableLevel::Pml4, VA), 0);
     rig.map_page(VA, 8, PWU);
-    assert_ne!(rig.slot(Level::Pdpt, VA), old_pdpte);
+    assert_ne!(rig.slot(TableLevel::Pdpt, VA), old_pdpte);
     let end = loop {
         match rig.step(&mut walk) {
             Step::Continue => {}
@@ -73,7 +73,7 @@ fn stores_may_come_between_the_reads_of_a_walk() {
 
 #[test]
 fn an_entry_cleared_during_the_walk_is_seen_or_not_but_never_written() {
-    for level in [Level::Pt, Level::Pd, Level::Pdpt, Level::Pml4] {
+    for level in [TableLevel::Pt, TableLevel::Pd, TableLevel::Pdpt, TableLevel::Pml4] {
         let mut rig = Rig::intel();
         rig.map_page(VA, 7, PWU);
         let slot = rig.slot(level, VA);
@@ -93,7 +93,7 @@ fn an_entry_cleared_during_the_walk_is_seen_or_not_but_never_written() {
 fn an_entry_replaced_during_the_walk_is_read_again() {
     let mut rig = Rig::intel();
     let leaf = rig.map_page(VA, 7, PWU);
-    rig.speculate(VA, Depth::Structure(Level::Pd));
+    rig.speculate(VA, Depth::Structure(TableLevel::Pd));
     rig.ram.store_before_update.set(Some((leaf, (8 << 12) | PWU)));
     assert_eq!(rig.write(VA), 8);
     assert_eq!(rig.ram.peek(leaf), (8 << 12) | PWU | A | D);
@@ -104,7 +104,7 @@ fn an_older_structure_entry_is_not_displaced_by_a_walk_from_above() {
     // Two walks begin at CR3. The first caches the PDE, which then changes; the second reads the new one and goes on with it.
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
-    let pde = rig.slot(Level::Pd, VA);
+    let pde = rig.slot(TableLevel::Pd, VA);
     let mut walks = [rig.begin(AccessKind::Read), rig.begin(AccessKind::Read)];
     for _ in 0..3 {
         assert_eq!(rig.step(&mut walks[0]), Step::Continue);
@@ -129,7 +129,7 @@ fn an_invalidation_ends_the_walks_before_it() {
     let mut walk = rig.begin(AccessKind::Read);
     assert_eq!(rig.step(&mut walk), Step::Continue);
     assert_eq!(rig.step(&mut walk), Step::Continue);
-    rig.ram.poke(rig.slot(Level::Pml4, VA), 0);
+    rig.ram.poke(rig.slot(TableLevel::Pml4, VA), 0);
     rig.map_page(VA, 8, PWU);
     rig.invlpg(VA);
     let end = loop {
@@ -150,7 +150,7 @@ fn a_walk_goes_on_from_what_a_lesser_invalidation_left() {
     for _ in 0..3 {
         assert_eq!(rig.step(&mut walk), Step::Continue);
     }
-    rig.ram.poke(rig.slot(Level::Pml4, VA), 0);
+    rig.ram.poke(rig.slot(TableLevel::Pml4, VA), 0);
     rig.invlpg(after(VA, 1 << 40));
     let Step::Translated(access) = rig.step(&mut walk) else { panic!("one read is left") };
     assert_eq!(access.address.as_u64() >> 12, 7);
@@ -175,7 +175,7 @@ fn a_speculative_walk_does_not_fault() {
     rig.read(VA);
     let next = after(VA, 0x1000);
     assert_eq!(rig.speculate(next, Depth::Page), Speculation::Nothing);
-    assert_eq!(rig.deepest(next), Some(Level::Pd), "nothing was dropped for it");
+    assert_eq!(rig.deepest(next), Some(TableLevel::Pd), "nothing was dropped for it");
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn a_walk_in_progress_reads_on_in_an_unhooked_table() {
         assert_eq!(rig.step(&mut walk), Step::Continue);
     }
     let table = walk.table();
-    rig.ram.poke(rig.slot(Level::Pd, VA), 0);
+    rig.ram.poke(rig.slot(TableLevel::Pd, VA), 0);
     assert!(rig.mmu.usable_now(table));
     rig.ram.poke(leaf, (0x66 << 12) | PWU | P);
     let Step::Translated(access) = rig.step(&mut walk) else { panic!("one read is left") };
