@@ -16,6 +16,12 @@ use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{AreaKind, Protection, Vma};
 
+/// An area on its way to a child.
+struct CopiedArea<'a, M: Machine> {
+    child: &'a Mm<M>,
+    vma: &'a Vma,
+}
+
 impl<M: Machine> Kernel<M> {
     /// A new address space with the areas of `parent`, but for what lies in `left_out` (madvise(MADV_DONTFORK)); fork(2).
     ///
@@ -79,26 +85,25 @@ impl<M: Machine> Kernel<M> {
         self.split_all(gather, vma, vma.range)?;
         // SAFETY: the parent's map lock is held for writing.
         let root = unsafe { parent.engine.space().root_table(self) };
-        self.copy_tables(gather, child, vma, root, vma.range)
+        self.copy_tables(gather, &CopiedArea { child, vma }, root, vma.range)
     }
 
     /// Copies what lies below `view` in `range`.
     fn copy_tables(
         &self,
         gather: &mut MmuGather<'_, Self>,
-        child: &Mm<M>,
-        vma: &Vma,
+        copied: &CopiedArea<'_, M>,
         view: TableView<'_>,
         range: VirtRange,
     ) -> Result<(), Error> {
         let level = view.level();
         if level == Level::Pte {
-            return self.copy_table(gather, child, vma, view, range);
+            return self.copy_table(gather, copied, view, range);
         }
         for address in view.used_parts(self, range).addresses() {
             // SAFETY: the parent's map lock is held for writing.
             if let Some(below) = unsafe { view.child(self, address) } {
-                self.copy_tables(gather, child, vma, below, range.within_entry(level, address))?;
+                self.copy_tables(gather, copied, below, range.within_entry(level, address))?;
             }
         }
         // What was passed over may be empty because reclaim is still to flush it.
@@ -111,11 +116,11 @@ impl<M: Machine> Kernel<M> {
     fn copy_table(
         &self,
         gather: &mut MmuGather<'_, Self>,
-        child: &Mm<M>,
-        vma: &Vma,
+        copied: &CopiedArea<'_, M>,
         view: TableView<'_>,
         range: VirtRange,
     ) -> Result<(), Error> {
+        let CopiedArea { child, vma } = *copied;
         let addresses = || view.used_parts(self, range).addresses();
         if addresses().all(|address| view.load(address).is_empty()) {
             gather.note_deferred_flushes_of(view);

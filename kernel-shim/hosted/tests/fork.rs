@@ -1,5 +1,7 @@
 //! What the small kernel's fork promises, on CPUs that keep every translation they may keep.
 
+mod account;
+
 use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,6 +11,8 @@ use mmu_gather::tlb::CpuId;
 use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, give_way, touch};
 use mmu_kernel_shim::{Area, Config, Kernel, Mm, PageContent, UserAccess, Vma};
 use x86_64::structures::paging::PhysFrame;
+
+use account::end;
 
 const START: u64 = 0x7000_0000_0000;
 const PAGES: u64 = 8;
@@ -47,21 +51,6 @@ fn frame_at(kernel: &HostedKernel, mm: &HostedMm, page: u64) -> PhysFrame {
     assert_eq!(touch(kernel, mm, address, UserAccess::Read), Touched::Reached);
     let reached = kernel.machine().user_access(address, UserAccess::Read).expect("it was there just now");
     reached.expect("the machine is checked")
-}
-
-/// Takes both down and holds the kernel to its account.
-fn end(kernel: &HostedKernel, mms: &[&HostedMm]) {
-    for number in 0..2 {
-        kernel.machine().on_cpu(CpuId::new(number), || kernel.switch_to(None));
-    }
-    for mm in mms {
-        kernel.exit(mm).expect("nobody runs it");
-    }
-    kernel.drop_caches();
-    assert_eq!(kernel.lost(), (0, 0));
-    assert_eq!(kernel.counters().snapshot().double_frees, 0);
-    assert_eq!(kernel.swap_slots(), 0);
-    assert_eq!(kernel.machine().violations().count, 0);
 }
 
 #[test]

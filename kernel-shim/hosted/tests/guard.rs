@@ -1,5 +1,7 @@
 //! What the small kernel's guard pages promise, on CPUs that keep every translation they may keep.
 
+mod account;
+
 use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,6 +12,8 @@ use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, give_w
 use mmu_kernel_shim::{
     Area, AreaKind, Config, Error, FaultError, Kernel, Mm, PageContent, Supply, UserAccess, Vma,
 };
+
+use account::end;
 
 /// The first page of a table.
 const START: u64 = 0x7000_0000_0000;
@@ -68,22 +72,6 @@ fn used_lines(kernel: &HostedKernel, mm: &HostedMm) -> Vec<usize> {
     let table = unsafe { mm.engine().space().find_table(kernel, START, Level::Pte) }.expect("linked");
     let lines = table.used_lines(kernel);
     lines.into_iter().map(Line::first_entry).collect()
-}
-
-/// Takes all down and holds the kernel to its account.
-fn end(kernel: &HostedKernel, mms: &[&HostedMm]) {
-    for number in 0..CPUS {
-        kernel.machine().on_cpu(CpuId::new(number), || kernel.switch_to(None));
-    }
-    for mm in mms {
-        kernel.exit(mm).expect("nobody runs it");
-    }
-    kernel.drop_caches();
-    assert_eq!(kernel.lost(), (0, 0));
-    assert_eq!(kernel.counters().snapshot().double_frees, 0);
-    assert_eq!((kernel.swap_slots(), kernel.guards()), (0, 0));
-    let found = kernel.machine().violations();
-    assert_eq!(found.count, 0, "{:?}", found.told);
 }
 
 #[test]

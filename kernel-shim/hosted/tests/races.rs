@@ -37,6 +37,20 @@ impl Rig {
         });
     }
 
+    /// Maps a large page and a neighbour, and lets a program on CPU 1 read it.
+    fn use_large_page(&self) {
+        let kernel = self.stage.kernel();
+        let neighbour = VirtRange::new(PAGE + (8 << 20), PAGE + (9 << 20)).expect("a good range");
+        for range in [block(), neighbour] {
+            kernel.mmap(&self.mm, Vma { range, area: Area::anon() }).expect("nothing is there");
+        }
+        kernel.populate(&self.mm, block(), PageContent::CleanBlock).expect("frames");
+        self.stage.on_cpu(CpuId::new(1), &|| {
+            kernel.switch_to(Some(&self.mm));
+            touch(kernel, &self.mm, PAGE, UserAccess::Read);
+        });
+    }
+
     fn add(&self, schedule: &mut Schedule, cpu: u32, work: impl Fn(&HostedKernel, &Space, &Space) + 'static) {
         let (stage, mm, other) = (Arc::clone(&self.stage), Arc::clone(&self.mm), Arc::clone(&self.other));
         schedule.spawn(CpuId::new(cpu), move || work(stage.kernel(), &mm, &other));
@@ -58,39 +72,18 @@ fn block() -> VirtRange {
 
 /// Reclaim takes the page while `call` works on it, and the program on CPU 1 goes on.
 fn beside_reclaim(call: fn(&HostedKernel, &Space)) {
-    for seed in 0..SEEDS {
-        let rig = Rig::new(seed);
-        rig.use_page();
-        let mut schedule = Schedule::new();
-        rig.add(&mut schedule, 0, |kernel, mm, _| {
-            kernel.reclaim([(&**mm, page())]);
-        });
-        rig.add(&mut schedule, 1, |kernel, _, _| {
-            kernel.machine().enter_user_mode();
-            for _ in 0..100 {
-                give_way();
-            }
-            kernel.machine().leave_user_mode();
-        });
-        rig.add(&mut schedule, 2, move |kernel, mm, _| call(kernel, mm));
-        let found = rig.run(schedule);
-        assert_eq!(found.count, 0, "seed {seed}: {}", found.told[0]);
-    }
+    reclaim_beside(Rig::use_page, call);
 }
 
 /// As [`beside_reclaim`], of a large page that was only read: its entry is empty at once. A neighbour keeps all tables.
 fn beside_reclaim_of_a_large_page(call: fn(&HostedKernel, &Space)) {
+    reclaim_beside(Rig::use_large_page, call);
+}
+
+fn reclaim_beside(begin: fn(&Rig), call: fn(&HostedKernel, &Space)) {
     for seed in 0..SEEDS {
         let rig = Rig::new(seed);
-        let kernel = rig.stage.kernel();
-        kernel.mmap(&rig.mm, Vma { range: block(), area: Area::anon() }).expect("nothing is there");
-        let neighbour = VirtRange::new(PAGE + (8 << 20), PAGE + (9 << 20)).expect("a good range");
-        kernel.mmap(&rig.mm, Vma { range: neighbour, area: Area::anon() }).expect("nothing is there");
-        kernel.populate(&rig.mm, block(), PageContent::CleanBlock).expect("frames");
-        rig.stage.on_cpu(CpuId::new(1), &|| {
-            kernel.switch_to(Some(&rig.mm));
-            touch(kernel, &rig.mm, PAGE, UserAccess::Read);
-        });
+        begin(&rig);
         let mut schedule = Schedule::new();
         rig.add(&mut schedule, 0, |kernel, mm, _| {
             kernel.reclaim([(&**mm, page())]);
