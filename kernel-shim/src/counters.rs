@@ -1,4 +1,5 @@
-//! What happened: counted where it happens, on lines of the CPU's own, and added up when it is read for the report.
+//! What happened: counted where it happens, on lines of the CPU's own, and added up when it is read
+//! for the report.
 
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -39,7 +40,8 @@ macro_rules! counters {
                 }
             }
 
-            /// What two CPUs have counted together: the sums, and the higher of the high-water marks (`max_...`).
+            /// What two CPUs have counted together: the sums, and the higher of the high-water
+            /// marks (`max_...`).
             #[must_use]
             pub fn and(&self, other: &Self) -> Self {
                 let both = |name: &str, one: u64, other: u64| {
@@ -126,7 +128,8 @@ counters! {
     splits,
     /// Flushes of named pages that became full ones: more pages than the ceiling.
     ceilings_passed,
-    /// Times a CPU that was asked to flush pages dropped the whole context: a generation was missed or another had followed.
+    /// Times a CPU that was asked to flush pages dropped the whole context: a generation was missed
+    /// or another had followed.
     gap_flushes,
     /// Times a lazy CPU came back, had missed a flush, and dropped the whole context.
     caught_up,

@@ -1,7 +1,8 @@
 //! A fixed piece of work that any machine can do: what it counts must not depend on the machine.
 //!
-//! One CPU unmaps while the others have the address space loaded, are lazy, or run something else, each in turn and nothing at
-//! the same time. So the numbers of interrupts, flushes and freed tables follow from the number of CPUs alone.
+//! One CPU unmaps while the others have the address space loaded, are lazy, or run something else,
+//! each in turn and nothing at the same time. So the numbers of interrupts, flushes and freed
+//! tables follow from the number of CPUs alone.
 
 use alloc::sync::Arc;
 use core::fmt;
@@ -59,7 +60,8 @@ impl fmt::Display for Failure {
 
 impl core::error::Error for Failure {}
 
-/// Does the work and returns what was counted meanwhile; the high-water marks are those of the kernel's whole life.
+/// Does the work and returns what was counted meanwhile; the high-water marks are those of the
+/// kernel's whole life.
 ///
 /// # Errors
 /// [`Failure`]; there was too little memory, most likely. It needs about 3000 frames.
@@ -164,7 +166,8 @@ impl<'a, S: Stage> DrillProcess<'a, S> {
         kernel.madvise_dontneed(&self.mm, range(FEW))?;
         self.write_here(FEW)?;
         kernel.madvise_dontneed(&self.mm, range(FEW))?;
-        // Nothing was ever mapped in the other one, so its exit has nothing to flush, and still they must leave it.
+        // Nothing was ever mapped in the other one, so its exit has nothing to flush, and still
+        // they must leave it.
         self.others(&|number| {
             if number % 2 == 1 {
                 kernel.go_lazy();

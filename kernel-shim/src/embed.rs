@@ -1,7 +1,8 @@
 //! The engine's three traits, implemented for this kernel: the part to copy from.
 //!
-//! Most methods are a line or two, and nine pass a question on to the machine. What the checker of this project wants to hear
-//! is not here: `observed.rs` wraps around it, and nothing in this file knows that.
+//! Most methods are a line or two, and nine pass a question on to the machine. What the checker of
+//! this project wants to hear is not here: `observed.rs` wraps around it, and nothing in this file
+//! knows that.
 #![expect(unsafe_code, reason = "the engine believes the implementor about memory and CPUs")]
 
 use alloc::boxed::Box;
@@ -55,7 +56,8 @@ impl<M: Machine> fmt::Debug for Embedder<M> {
 pub struct EngineArea {
     /// The area.
     pub area: Area,
-    /// What becomes of markers: an unmapped area loses them, a discarded one keeps them (Linux: ZAP_FLAG_DROP_MARKER).
+    /// What becomes of markers: an unmapped area loses them, a discarded one keeps them (Linux:
+    /// ZAP_FLAG_DROP_MARKER).
     pub markers: Fate,
 }
 
@@ -86,7 +88,8 @@ impl vma::Vma {
     }
 }
 
-// SAFETY: the machine's contract: the pointer is to the frame's bytes, valid as long as the machine.
+// SAFETY: the machine's contract: the pointer is to the frame's bytes, valid as long as the
+// machine.
 unsafe impl<M: Machine> PageTableFrameMapping for Embedder<M> {
     #[inline]
     fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
@@ -94,8 +97,8 @@ unsafe impl<M: Machine> PageTableFrameMapping for Embedder<M> {
     }
 }
 
-// SAFETY: a frame allocated as `Table` is in nobody else's hands and zeroed here; every frame has a lock of its own, in its
-// metadata, so locks on one path are distinct.
+// SAFETY: a frame allocated as `Table` is in nobody else's hands and zeroed here; every frame has a
+// lock of its own, in its metadata, so locks on one path are distinct.
 unsafe impl<M: Machine> TableMemory for Embedder<M> {
     type Relax = M::Relax;
 
@@ -111,7 +114,8 @@ unsafe impl<M: Machine> TableMemory for Embedder<M> {
 
     fn allocate_table(&self) -> Option<PhysFrame> {
         let frame = self.take_frame(FrameKind::Table)?;
-        // SAFETY: the machine's contract makes the 4096 bytes writable, and the frame is ours alone until we return it.
+        // SAFETY: the machine's contract makes the 4096 bytes writable, and the frame is ours alone
+        // until we return it.
         unsafe { self.machine.frame_to_pointer(frame).write_bytes(0, 1) };
         Some(frame)
     }
@@ -121,8 +125,9 @@ unsafe impl<M: Machine> TableMemory for Embedder<M> {
     }
 }
 
-// SAFETY: every CPU has a state of its own; pinning, interrupts, invalidation and `run_on` are the machine's, whose contract
-// says what this one does; `run_on` runs `flush_tlb_func` on every target before it returns.
+// SAFETY: every CPU has a state of its own; pinning, interrupts, invalidation and `run_on` are the
+// machine's, whose contract says what this one does; `run_on` runs `flush_tlb_func` on every target
+// before it returns.
 unsafe impl<M: Machine> Cpus for Embedder<M> {
     type Bits = M::Bits;
 

@@ -35,12 +35,14 @@ pub enum FaultError {
     NoMemory,
 }
 
-/// How far below a stack a fault still makes it grow: the limit of one jump, not a gap. Linux had one until 5.0, of 64 KiB below
-/// the stack pointer; since then only RLIMIT_STACK ends a stack, 8 MiB by default, which this kernel does not keep.
+/// How far below a stack a fault still makes it grow: the limit of one jump, not a gap. Linux had
+/// one until 5.0, of 64 KiB below the stack pointer; since then only RLIMIT_STACK ends a stack, 8
+/// MiB by default, which this kernel does not keep.
 const STACK_JUMP_LIMIT: u64 = 1 << 20;
 
-/// What stays free between a stack that grows and the area below it, so that a program that overruns its stack faults instead of
-/// writing there. Linux: stack_guard_gap, 256 pages, mm/mmap.c.
+/// What stays free between a stack that grows and the area below it, so that a program that
+/// overruns its stack faults instead of writing there. Linux: stack_guard_gap, 256 pages,
+/// mm/mmap.c.
 const STACK_GUARD_GAP: u64 = 256 << 12;
 
 /// What one try came to.
@@ -105,16 +107,19 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
-    /// Splits the large page at `page`, whose entry does not allow to write: the fault that comes again finds a small one.
+    /// Splits the large page at `page`, whose entry does not allow to write: the fault that comes
+    /// again finds a small one.
     ///
-    /// Linux makes a page that is nobody else's writable as a whole first; here large pages that are shared are split when they are
-    /// shared, so only pages of a file or of zeroes come here, which must be replaced, and are so one small page at a time.
+    /// Linux makes a page that is nobody else's writable as a whole first; here large pages that
+    /// are shared are split when they are shared, so only pages of a file or of zeroes come here,
+    /// which must be replaced, and are so one small page at a time.
     ///
     /// Linux: the fallback of do_huge_pmd_wp_page, mm/huge_memory.c.
     #[doc(alias = "do_huge_pmd_wp_page")]
     fn split_for_writing(&self, mm: &Mm<M>, page: u64) -> Result<(), FaultError> {
-        // For writing: large pages come and go under it only. What is there may have changed since the fault looked; a large page
-        // that may be written by now is split for nothing, and no harm is done.
+        // For writing: large pages come and go under it only. What is there may have changed since
+        // the fault looked; a large page that may be written by now is split for nothing, and no
+        // harm is done.
         let vmas = mm.write(&self.machine, UnderMapLock::Flushes);
         let Some(vma) = vmas.find(page) else { return Ok(()) };
         // SAFETY: the map lock is held for writing until the gather is finished.
@@ -124,8 +129,8 @@ impl<M: Machine> Kernel<M> {
         unsafe { gather.split_leaf(vma.going_away().area, page | 4096) }.map_err(|_| FaultError::NoMemory)
     }
 
-    /// Removes the page at `page` if the entry still maps what was seen there: another thread may have replaced it meanwhile, and
-    /// what it has written since must not be lost.
+    /// Removes the page at `page` if the entry still maps what was seen there: another thread may
+    /// have replaced it meanwhile, and what it has written since must not be lost.
     fn remove_seen<'a>(
         &'a self,
         mm: &'a Mm<M>,
@@ -187,8 +192,9 @@ impl<M: Machine> Kernel<M> {
                     return Ok(Try::Replace(value));
                 }
                 let flags = PageTableFlags::WRITABLE.bits();
-                // More rights need no flush (SDM 4.10.4.3); hardware may set A meanwhile, then the fault comes again.
-                // SAFETY: the page is this program's alone, or the area's programs may write to it.
+                // More rights need no flush (SDM 4.10.4.3); hardware may set A meanwhile, then the
+                // fault comes again. SAFETY: the page is this program's alone, or the area's
+                // programs may write to it.
                 let _ = unsafe { entry.compare_exchange(value, EntryValue::from_bits(value.bits() | flags)) };
                 Ok(Try::Done)
             }
@@ -210,7 +216,8 @@ impl<M: Machine> Kernel<M> {
             }
             Decoded::Empty => {
                 let value = self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?;
-                // SAFETY: the entry is empty; `page_for` took a reference for it on a page that the area may map so.
+                // SAFETY: the entry is empty; `page_for` took a reference for it on a page that the
+                // area may map so.
                 unsafe { entry.store(value) };
                 self.note_mapped(mm, page, PhysFrame::containing_address(value.leaf_address(Level::Pte)));
                 Ok(Try::Done)
@@ -241,9 +248,10 @@ impl<M: Machine> Kernel<M> {
 
     /// A page of a program, mapped once.
     ///
-    /// Not zeroed, and no write to a shared page copies what was in it: programs of the hosted machine have no bytes, and those of
-    /// the booted one write a stamp before they read. A kernel with real programs zeroes the page here, and copies in
-    /// [`handle_fault`](Self::handle_fault) before the new page is mapped; otherwise it shows one program the memory of another.
+    /// Not zeroed, and no write to a shared page copies what was in it: programs of the hosted
+    /// machine have no bytes, and those of the booted one write a stamp before they read. A kernel
+    /// with real programs zeroes the page here, and copies in [`handle_fault`](Self::handle_fault)
+    /// before the new page is mapped; otherwise it shows one program the memory of another.
     pub(crate) fn new_page(&self) -> Option<PhysFrame> {
         let frame = self.frames.allocate(FrameKind::Page)?;
         self.frames.meta(frame).add_mapping();
@@ -278,7 +286,8 @@ impl<M: Machine> Kernel<M> {
         ))
     }
 
-    /// A frame that is not memory to this kernel, as of a device: mapped by areas of device frames, never counted. One is enough.
+    /// A frame that is not memory to this kernel, as of a device: mapped by areas of device frames,
+    /// never counted. One is enough.
     pub(crate) fn device_frame(&self) -> Option<PhysFrame> {
         let mut device = self.device_frame.lock();
         if device.is_none() {
@@ -291,8 +300,9 @@ impl<M: Machine> Kernel<M> {
 
     /// Whether a private page may simply be made writable: it is nobody else's.
     ///
-    /// One mapping is not enough. Another address space may have unmapped the page just now, and its gather holds a reference
-    /// until every CPU has flushed: until then programs there can still read what would be written here.
+    /// One mapping is not enough. Another address space may have unmapped the page just now, and
+    /// its gather holds a reference until every CPU has flushed: until then programs there can
+    /// still read what would be written here.
     pub(crate) fn may_write_in_place(&self, area: Area, frame: PhysFrame) -> bool {
         let meta = self.frames.meta(frame);
         let is_page = matches!(meta.kind(), FrameKind::Page | FrameKind::Block);
@@ -313,7 +323,8 @@ impl<M: Machine> Kernel<M> {
         if next.area.growth != Growth::Down || next.range.start() - page > STACK_JUMP_LIMIT {
             return Err(FaultError::NoArea);
         }
-        // What nobody can use is a gap by itself, and of two stacks the lower one has its own. Linux: expand_downwards.
+        // What nobody can use is a gap by itself, and of two stacks the lower one has its own.
+        // Linux: expand_downwards.
         let is_in_the_way =
             |below: &Vma| below.area.growth != Growth::Down && below.area.protection != Protection::Nothing;
         if vmas

@@ -23,14 +23,16 @@ struct CopiedArea<'a, M: Machine> {
 }
 
 impl<M: Machine> Kernel<M> {
-    /// A new address space with the areas of `parent`, but for what lies in `left_out` (madvise(MADV_DONTFORK)); fork(2).
+    /// A new address space with the areas of `parent`, but for what lies in `left_out`
+    /// (madvise(MADV_DONTFORK)); fork(2).
     ///
-    /// Private pages are shared until one side writes: both sides lose the right to, and every CPU has forgotten that the
-    /// parent had it when this returns. Pages of shared files are left to faults. Large pages of private areas are split
-    /// first.
+    /// Private pages are shared until one side writes: both sides lose the right to, and every CPU
+    /// has forgotten that the parent had it when this returns. Pages of shared files are left to
+    /// faults. Large pages of private areas are split first.
     ///
     /// # Errors
-    /// [`Error::NoMemory`]; the parent may have lost rights to pages, which its next writes get back.
+    /// [`Error::NoMemory`]; the parent may have lost rights to pages, which its next writes get
+    /// back.
     ///
     /// # Source
     /// Linux: dup_mmap, kernel/fork.c, and copy_page_range, mm/memory.c.
@@ -51,7 +53,8 @@ impl<M: Machine> Kernel<M> {
         // SAFETY: the parent's map lock is held for writing until the gather has flushed.
         let mut gather = unsafe { MmuGather::new(self, &parent.engine) }.with_limits(&self.config.limits);
         let result = copied.iter().try_for_each(|vma| self.copy_area(&mut gather, parent, &child, vma));
-        // The child does not run yet: no page that both have is written to before every CPU has flushed.
+        // The child does not run yet: no page that both have is written to before every CPU has
+        // flushed.
         let flushed = gather.flush();
         if result.is_ok() {
             let is_shared_out =
@@ -142,7 +145,8 @@ impl<M: Machine> Kernel<M> {
                     if vma.area.kind != AreaKind::Pfn && self.frames.meta(frame).kind() == FrameKind::Page {
                         self.frames.meta(frame).add_mapping();
                     }
-                    // SAFETY: the child's entry is empty, and the page was counted once more for it.
+                    // SAFETY: the child's entry is empty, and the page was counted once more for
+                    // it.
                     unsafe { target.entry(address).store(value) };
                 }
                 Decoded::NonPresent(meaning @ NonPresent::Swap { .. }) => {
@@ -165,7 +169,8 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Takes the right to write from the parent's `entry`, which maps `frame`. What the child's is to be.
+    /// Takes the right to write from the parent's `entry`, which maps `frame`. What the child's is
+    /// to be.
     fn share(
         &self,
         gather: &mut MmuGather<'_, Self>,

@@ -52,8 +52,8 @@ impl FrameKind {
 #[derive(Debug)]
 #[repr(C, align(32))]
 pub struct FrameMeta<R> {
-    /// Users (mappings, the page cache) in the low half, entries that map it in the high half: one locked instruction changes
-    /// both, and one load finds both as they were at one moment.
+    /// Users (mappings, the page cache) in the low half, entries that map it in the high half: one
+    /// locked instruction changes both, and one load finds both as they were at one moment.
     counts: AtomicU64,
     /// The next free frame, if this one is free.
     next: AtomicU32,
@@ -193,7 +193,8 @@ pub(crate) enum Last {
 /// Ends the free lists; no machine has this frame.
 const NO_FRAME: u32 = u32::MAX;
 
-/// All frames, and the free ones last in, first out: a frame freed too early is in other hands at once.
+/// All frames, and the free ones last in, first out: a frame freed too early is in other hands at
+/// once.
 #[derive(Debug)]
 pub struct Frames<R> {
     metas: Box<[FrameMeta<R>]>,
@@ -205,7 +206,8 @@ struct FreeLists {
     frames: u32,
     blocks: u32,
     nr_free: u64,
-    /// Frames from here to `fresh_end` were never used: single ones are taken from below, blocks from above.
+    /// Frames from here to `fresh_end` were never used: single ones are taken from below, blocks
+    /// from above.
     fresh: u32,
     fresh_end: u32,
 }

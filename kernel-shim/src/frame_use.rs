@@ -40,7 +40,8 @@ impl<M: Machine> Embedder<M> {
         }
     }
 
-    /// Drops one reference on each page. Single pages go back as one list: the allocator's lock is taken once.
+    /// Drops one reference on each page. Single pages go back as one list: the allocator's lock is
+    /// taken once.
     pub(crate) fn drop_references(&self, frames: impl IntoIterator<Item = PhysFrame>) {
         let last_references = frames.into_iter().filter_map(|frame| self.release_page(frame));
         self.frames.free(last_references);

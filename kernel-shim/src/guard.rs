@@ -1,4 +1,5 @@
-//! Guard pages: addresses of an area that nobody may use; madvise(MADV_GUARD_INSTALL, MADV_GUARD_REMOVE).
+//! Guard pages: addresses of an area that nobody may use; madvise(MADV_GUARD_INSTALL,
+//! MADV_GUARD_REMOVE).
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use core::sync::atomic::Ordering;
@@ -15,7 +16,8 @@ const GUARD: NonPresent = NonPresent::Marker(Marker::Guard);
 
 /// So often guards are put in while faults may come in between; then faults are kept out.
 ///
-/// Linux: MAX_MADVISE_GUARD_RETRIES, after which the call is begun anew, without an end if faults are that fast.
+/// Linux: MAX_MADVISE_GUARD_RETRIES, after which the call is begun anew, without an end if faults
+/// are that fast.
 const TRIES: u32 = 3;
 
 /// What became of the guards of a call.
@@ -28,24 +30,28 @@ enum Installed {
 
 /// How one try to fill a range with guards ended.
 enum Filled {
-    /// Every entry is one. What CPUs had cached of the range by this moment, somebody had cleared before.
+    /// Every entry is one. What CPUs had cached of the range by this moment, somebody had cleared
+    /// before.
     Wholly(Moment),
     /// Something else was met: a fault was faster.
     Partly,
 }
 
 impl<M: Machine> Kernel<M> {
-    /// Drops the pages in `range` and puts guards in their place: faults are refused there, whatever the area allows;
-    /// madvise(MADV_GUARD_INSTALL). Several of these, and of other calls like it, may run at once.
+    /// Drops the pages in `range` and puts guards in their place: faults are refused there,
+    /// whatever the area allows; madvise(MADV_GUARD_INSTALL). Several of these, and of other calls
+    /// like it, may run at once.
     ///
-    /// When this returns no program can use what a CPU had cached of the range. Guards outlive MADV_DONTNEED, are copied by
-    /// fork and moved by mremap; they go with their area, or by [`guard_remove`](Self::guard_remove). Where no area is,
-    /// nothing happens. Where a fault puts a page in before the guard comes, all is tried again; the fourth time with the map lock
-    /// held for writing, so that no fault is answered.
+    /// When this returns no program can use what a CPU had cached of the range. Guards outlive
+    /// MADV_DONTNEED, are copied by fork and moved by mremap; they go with their area, or by
+    /// [`guard_remove`](Self::guard_remove). Where no area is, nothing happens. Where a fault puts
+    /// a page in before the guard comes, all is tried again; the fourth time with the map lock held
+    /// for writing, so that no fault is answered.
     ///
     /// # Errors
-    /// [`Error::NotPrivate`] if an area in the range is not the program's own; nothing was changed. [`Error::NoMemory`] if a
-    /// large page at one end cannot be split, or for want of a page table; pages may be gone and some guards be in place then.
+    /// [`Error::NotPrivate`] if an area in the range is not the program's own; nothing was changed.
+    /// [`Error::NoMemory`] if a large page at one end cannot be split, or for want of a page table;
+    /// pages may be gone and some guards be in place then.
     ///
     /// # Source
     /// Linux: madvise_guard_install, mm/madvise.c.
@@ -67,7 +73,8 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Takes the guards in `range` out: the next fault there is answered again; madvise(MADV_GUARD_REMOVE).
+    /// Takes the guards in `range` out: the next fault there is answered again;
+    /// madvise(MADV_GUARD_REMOVE).
     ///
     /// # Errors
     /// [`Error::NotPrivate`], as for [`guard_install`](Self::guard_install).
@@ -82,7 +89,8 @@ impl<M: Machine> Kernel<M> {
             let Some(mut rest) = vma.range.intersect(range) else { continue };
             loop {
                 let part = rest.within_entry(Level::Pmd, rest.start());
-                // SAFETY: the map lock is held for reading, and no area in the range is detached: its tables stay.
+                // SAFETY: the map lock is held for reading, and no area in the range is detached:
+                // its tables stay.
                 if let Some(view) = unsafe { mm.engine.space().find_table(self, part.start(), Level::Pte) } {
                     self.take_guards(view, part);
                 }
@@ -99,7 +107,8 @@ impl<M: Machine> Kernel<M> {
         self.guards.load(Ordering::Relaxed)
     }
 
-    /// Puts guards into the parts of `range` that areas have, in so many tries each. The map lock is held, for reading at least.
+    /// Puts guards into the parts of `range` that areas have, in so many tries each. The map lock
+    /// is held, for reading at least.
     fn install(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange, tries: u32) -> Result<Installed, Error> {
         all_private(vmas, range)?;
         for vma in vmas.iter() {
@@ -120,7 +129,8 @@ impl<M: Machine> Kernel<M> {
         tries: u32,
     ) -> Result<Installed, Error> {
         let mut since = self.machine.moment();
-        // SAFETY: the map lock is held until the flush is done; if for reading, other calls like this one may run too.
+        // SAFETY: the map lock is held until the flush is done; if for reading, other calls like
+        // this one may run too.
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
         let mut result = Ok(Installed::Outrun);
         for _ in 0..tries {
@@ -141,8 +151,9 @@ impl<M: Machine> Kernel<M> {
                 }
             }
         }
-        // One gather, and its flush after the last guard: whoever cleared an entry that was found none meanwhile has flushed, or
-        // is open still and makes this flush whole (rule G6).
+        // One gather, which flushes after the last guard. An entry that was found empty may have been
+        // cleared by another gather: that one has flushed, or it is still open and makes this flush
+        // a whole one (rule G6).
         let flushed = gather.flush();
         let caller = self.laziness_here();
         self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
@@ -150,8 +161,8 @@ impl<M: Machine> Kernel<M> {
         result
     }
 
-    /// Makes every entry of `range` a guard that is none, until one is something else. Another marker is as good: it refuses every
-    /// fault, too, and stays when pages are dropped.
+    /// Puts a guard into every empty entry of `range`, until an entry is found that maps something.
+    /// An entry that is another marker stays: it refuses every fault, too, and outlives a discard.
     fn fill_with_guards(&self, mm: &Mm<M>, range: VirtRange) -> Result<Filled, Error> {
         let mut since = None;
         let mut rest = range;

@@ -48,7 +48,8 @@ pub struct Kernel<M: Machine> {
 /// Frames by file and page.
 type PageCache = BTreeMap<(u32, u64), PhysFrame>;
 
-/// Keeps the address space alive that a CPU may have loaded, lazily perhaps. Linux: active_mm, mm_count.
+/// Keeps the address space alive that a CPU may have loaded, lazily perhaps. Linux: active_mm,
+/// mm_count.
 type Active<M> = CachePadded<SpinMutex<Option<Arc<Mm<M>>>, <M as Machine>::Relax>>;
 
 /// How this kernel is to behave.
@@ -161,7 +162,8 @@ impl<M: Machine> Kernel<M> {
         Ok(kernel)
     }
 
-    /// Starts the CPU it runs on: drops all it may have cached and loads the kernel's own address space.
+    /// Starts the CPU it runs on: drops all it may have cached and loads the kernel's own address
+    /// space.
     pub fn start_cpu(&self) {
         self.machine.pinned(|cpu| {
             // SAFETY: pinned, interrupts off, and the CPU has loaded nothing yet.
@@ -201,7 +203,8 @@ impl<M: Machine> Kernel<M> {
     pub fn new_mm(&self) -> Result<Arc<Mm<M>>, Error> {
         let root = self.allocate_table().ok_or(Error::NoMemory)?;
         self.machine.prepare_root(root);
-        // SAFETY: a fresh table whose lower half is zero; it is freed in `exit` only, when every CPU has left it.
+        // SAFETY: a fresh table whose lower half is zero; it is freed in `exit` only, when every
+        // CPU has left it.
         let engine = unsafe { mmu_gather::Mm::new(&self.ids, root, PagingMode::FourLevel) };
         Ok(Arc::new(Mm::new(engine)))
     }
@@ -220,8 +223,8 @@ impl<M: Machine> Kernel<M> {
 
     /// Takes down whatever lies in `range`. Nothing mapped there is no error.
     ///
-    /// The areas are detached under the map lock held for writing; the long part runs with it held for reading, and the pages
-    /// are freed with no lock at all.
+    /// The areas are detached under the map lock held for writing; the long part runs with it held
+    /// for reading, and the pages are freed with no lock at all.
     ///
     /// # Errors
     /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was unmapped then.
@@ -236,8 +239,8 @@ impl<M: Machine> Kernel<M> {
         let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let limits = &self.config.limits;
         let going = detached.iter().map(Vma::going_away);
-        // SAFETY: the map lock is held, for reading, until the flush is done. The areas are detached: no fault finds them, and
-        // neighbours grow only under the lock held for writing.
+        // SAFETY: the map lock is held, for reading, until the flush is done. The areas are
+        // detached: no fault finds them, and neighbours grow only under the lock held for writing.
         let flushed = unsafe {
             unmap_region(self, &mm.engine, limits, going, bounds, || self.note_unlinked(mm, &detached))
         }?;
@@ -247,7 +250,8 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Drops the pages in `range` and keeps the areas: madvise(MADV_DONTNEED). Several of these may run at once.
+    /// Drops the pages in `range` and keeps the areas: madvise(MADV_DONTNEED). Several of these may
+    /// run at once.
     ///
     /// # Errors
     /// [`Error::NoMemory`] if a large page at one end cannot be split; nothing was dropped then.
@@ -256,7 +260,8 @@ impl<M: Machine> Kernel<M> {
         for vma in vmas.iter() {
             let Some(part) = vma.range.intersect(range) else { continue };
             let since = self.machine.moment();
-            // SAFETY: the map lock is held for reading until the flush is done; other calls like this one may run too.
+            // SAFETY: the map lock is held for reading until the flush is done; other calls like
+            // this one may run too.
             let flushed =
                 unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) }?;
             let caller = self.laziness_here();
@@ -288,16 +293,18 @@ impl<M: Machine> Kernel<M> {
         self.note_unmapped(mm, all);
         drop(vmas);
         flushed.free();
-        // SAFETY: every CPU has left the address space, `exit_mmap` says so, and nobody else frees its root.
+        // SAFETY: every CPU has left the address space, `exit_mmap` says so, and nobody else frees
+        // its root.
         unsafe { self.free_tables(&[mm.root()]) };
         Ok(())
     }
 
-    /// Moves the stack of a new program down by `shift` bytes; exec does. Linux moves nothing but stacks; here any area will do, and
-    /// shows the same part of its file afterwards.
+    /// Moves the stack of a new program down by `shift` bytes; exec does. Linux moves nothing but
+    /// stacks; here any area will do, and shows the same part of its file afterwards.
     ///
     /// # Errors
-    /// [`Error::NoArea`] if no area starts at `stack`; [`Error::NoMemory`], [`Error::Overlap`] otherwise.
+    /// [`Error::NoArea`] if no area starts at `stack`; [`Error::NoMemory`], [`Error::Overlap`]
+    /// otherwise.
     pub fn move_stack(&self, mm: &Mm<M>, stack: VirtRange, shift: u64) -> Result<(), Error> {
         let Some(new) = stack
             .start()
@@ -313,7 +320,8 @@ impl<M: Machine> Kernel<M> {
         // SAFETY: the map lock is held for writing; the gather is finished at once.
         self.split_all(&mut unsafe { MmuGather::new(self, &mm.engine) }, &vma, stack)?;
         vmas.detach(stack);
-        // The stack slides through everything between the two places: nothing else may be there (in exec nothing is).
+        // The stack slides through everything between the two places: nothing else may be there (in
+        // exec nothing is).
         let path = VirtRange::new(new.start(), stack.end()).unwrap_or(new);
         if vmas.overlaps(path) {
             let _ = vmas.insert(vma);
@@ -355,10 +363,12 @@ impl<M: Machine> Kernel<M> {
         let left = self.machine.pinned(|cpu| {
             let active = &self.active[cpu.index()];
             self.machine.without_interrupts(|| {
-                // SAFETY: an `Mm` is made in its `Arc` and never moved out: a CPU that has it loaded keeps a clone.
+                // SAFETY: an `Mm` is made in its `Arc` and never moved out: a CPU that has it
+                // loaded keeps a clone.
                 let next = mm.map(|mm| unsafe { Pin::new_unchecked(&mm.engine) }.pinned_context());
-                // SAFETY: pinned, interrupts off; `active` keeps the address space until this CPU has switched away, and its
-                // root is freed by `exit` only, which makes every CPU leave first. This kernel has one source of names.
+                // SAFETY: pinned, interrupts off; `active` keeps the address space until this CPU
+                // has switched away, and its root is freed by `exit` only, which makes every CPU
+                // leave first. This kernel has one source of names.
                 unsafe { switch_mm(self, cpu, next) };
                 core::mem::replace(&mut *active.lock(), mm.cloned())
             })
@@ -380,7 +390,8 @@ impl<M: Machine> Kernel<M> {
         self.page_cache.lock().values().copied().collect()
     }
 
-    /// Gives up the page cache, the large page of zeroes and the frame of the device: what is left afterwards was lost.
+    /// Gives up the page cache, the large page of zeroes and the frame of the device: what is left
+    /// afterwards was lost.
     pub fn drop_caches(&self) {
         let cached = core::mem::take(&mut *self.page_cache.lock());
         self.drop_references_in_chunks(cached.into_values());
@@ -404,22 +415,24 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
-    /// Frames that are not free although nothing is mapped any more, and tables among them. The kernel's root is neither.
+    /// Frames that are not free although nothing is mapped any more, and tables among them. The
+    /// kernel's root is neither.
     pub fn lost(&self) -> (u64, u64) {
         let tables = self.frames.count(FrameKind::Table).saturating_sub(1);
         let pages = [FrameKind::Page, FrameKind::Block, FrameKind::Tail, FrameKind::Batch];
         (pages.into_iter().map(|kind| self.frames.count(kind)).sum(), tables)
     }
 
-    /// The areas can no longer be found: whoever owns the device frames they mapped does not wait for us any more.
+    /// The areas can no longer be found: whoever owns the device frames they mapped does not wait
+    /// for us any more.
     fn note_unlinked(&self, mm: &Mm<M>, areas: &[Vma]) {
         for vma in areas.iter().filter(|vma| vma.area.kind == AreaKind::Pfn) {
             self.note_unmapped(mm, vma.range);
         }
     }
 
-    /// Takes the map lock for reading, and sees to it that no end of `range` lies inside a large page. The call then does no more
-    /// than `most`.
+    /// Takes the map lock for reading, and sees to it that no end of `range` lies inside a large
+    /// page. The call then does no more than `most`.
     pub(crate) fn lock_with_whole_ends<'m>(
         &'m self,
         mm: &'m Mm<M>,
@@ -437,7 +450,8 @@ impl<M: Machine> Kernel<M> {
         Ok(vmas.downgrade(most))
     }
 
-    /// Whether an end of `range` lies inside a large page. The map lock is held, for reading at least.
+    /// Whether an end of `range` lies inside a large page. The map lock is held, for reading at
+    /// least.
     fn ends_cut_a_large_page(&self, mm: &Mm<M>, vmas: &VmaTree, range: VirtRange) -> bool {
         let ends = [range.start(), range.end()].into_iter().filter(|end| vmas.find(*end).is_some());
         ends.into_iter().any(|end| {
@@ -459,7 +473,8 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Splits every large page in `range`, which lies in one area: single pages can be moved. The map lock is held for writing.
+    /// Splits every large page in `range`, which lies in one area: single pages can be moved. The
+    /// map lock is held for writing.
     pub(crate) fn split_all(
         &self,
         gather: &mut MmuGather<'_, Self>,
@@ -479,8 +494,8 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Unhooks tables that were linked in `range`, where no area is, for something that then could not be done. The map lock is
-    /// held for writing; what comes back is dropped after it.
+    /// Unhooks tables that were linked in `range`, where no area is, for something that then could
+    /// not be done. The map lock is held for writing; what comes back is dropped after it.
     pub(crate) fn drop_empty_tables<'a>(
         &'a self,
         mm: &'a Mm<M>,
@@ -489,7 +504,8 @@ impl<M: Machine> Kernel<M> {
     ) -> Option<FlushedGather<'a, Self>> {
         let nothing = Vma { range, area: Area::anon() };
         let bounds = vmas.bounds_around(range);
-        // SAFETY: the map lock is held for writing, and no area is in the range: nobody faults there.
+        // SAFETY: the map lock is held for writing, and no area is in the range: nobody faults
+        // there.
         let flushed = unsafe {
             unmap_region(self, &mm.engine, &self.config.limits, [nothing.going_away()], bounds, || {})
         };
@@ -503,7 +519,8 @@ impl<M: Machine> Kernel<M> {
         self.machine.note(Note::Unmapped { root: mm.root(), range, caller });
     }
 
-    /// Says that programs may do no more than `most` in `range` any longer. The map lock is held for writing.
+    /// Says that programs may do no more than `most` in `range` any longer. The map lock is held
+    /// for writing.
     pub(crate) fn note_protected(&self, mm: &Mm<M>, range: VirtRange, most: Protection) {
         let caller = self.laziness_here();
         self.machine.note(Note::Protected { root: mm.root(), range, most, caller });

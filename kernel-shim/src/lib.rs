@@ -1,15 +1,16 @@
 //! A small kernel that embeds the engine: what `asm/` and `mm_struct` are to Linux's mm/.
 //!
-//! Written once, generic over its [`Machine`]: the hosted one, which is a model, and the bare one, which is not.
+//! Written once, generic over its [`Machine`]: the hosted one, which is a model, and the bare one,
+//! which is not.
 //!
 //! | file | what a kernel has to have |
 //! |---|---|
 //! | machine | CPUs, interrupts, physical memory: supplied by the machine |
-//! | frame, frame_use | 32 bytes of metadata a frame: references, mappings, the table lock; and who changes them |
+//! | frame, frame_use | 32 bytes of metadata a frame: references, mappings, the table lock |
 //! | vma, mm | areas, address spaces |
 //! | map_lock | the map lock, and what each call may do under it |
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
-//! | observed | what this project adds around them: a checker that hears, other CPUs that run, a planted bug |
+//! | observed | what this project wraps around them: checker, seams, a planted bug |
 //! | fault | demand faults |
 //! | fork | copies of address spaces, pages shared until written |
 //! | guard | guard pages: entries that are kept when pages are dropped |

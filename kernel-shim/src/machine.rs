@@ -16,7 +16,8 @@ use crate::vma::Protection;
 /// CPUs, interrupts and physical memory.
 ///
 /// # Safety
-/// - `frame_to_pointer` of any frame below `nr_frames` points to its 4096 bytes, valid as long as the machine;
+/// - `frame_to_pointer` of any frame below `nr_frames` points to its 4096 bytes, valid as long as
+///   the machine;
 /// - `pinned` names the CPU it runs on and does not move; `without_interrupts` does what it says;
 /// - `run_on` returns only after `work` has run on every target, with interrupts off there;
 /// - `invlpg` and `load_cr3` do what the instructions do.
@@ -38,7 +39,8 @@ pub unsafe trait Machine: Sync {
     /// The bytes of a frame.
     fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable;
 
-    /// The frame whose bytes start at `pointer`, which [`frame_to_pointer`](Self::frame_to_pointer) returned.
+    /// The frame whose bytes start at `pointer`, which [`frame_to_pointer`](Self::frame_to_pointer)
+    /// returned.
     fn pointer_to_frame(&self, pointer: *const PageTable) -> PhysFrame;
 
     /// Runs `f` on one CPU without being moved.
@@ -47,10 +49,12 @@ pub unsafe trait Machine: Sync {
     /// Runs `f` with interrupts off on this CPU.
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R;
 
-    /// Interrupts every CPU in `targets` to run `work`, calls `meanwhile` here, and waits for all of them. Interrupts are on.
+    /// Interrupts every CPU in `targets` to run `work`, calls `meanwhile` here, and waits for all
+    /// of them. Interrupts are on.
     fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce());
 
-    /// As [`Cpus::answered_early`](mmu_gather::tlb::Cpus::answered_early): a machine that loses requests on purpose overrides it.
+    /// As [`Cpus::answered_early`](mmu_gather::tlb::Cpus::answered_early): a machine that loses
+    /// requests on purpose overrides it.
     ///
     /// # Panics
     /// Unless overridden.
@@ -69,7 +73,8 @@ pub unsafe trait Machine: Sync {
 
     /// Secondary TLBs forget `span` of the context, or all of it, before this returns.
     ///
-    /// May be called under a table lock: see [`Cpus::invalidate_secondary`](mmu_gather::tlb::Cpus::invalidate_secondary).
+    /// May be called under a table lock: see
+    /// [`Cpus::invalidate_secondary`](mmu_gather::tlb::Cpus::invalidate_secondary).
     fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}
 
     /// Fills a new root table's upper half, so that the kernel stays mapped in it.
@@ -130,15 +135,16 @@ pub enum Seam {
     Allocate,
 }
 
-/// The most that a call does while it holds the map lock of an address space, the least first. Each does what those before it do.
+/// The most that a call does while it holds the map lock of an address space, the least first. Each
+/// does what those before it do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum UnderMapLock {
     /// It waits for no other CPU, and frees nothing.
     WaitsForNobody,
     /// It waits for other CPUs to flush.
     Flushes,
-    /// It frees early, when a gather has no room for more or holds dirty pages of a file; what the gather clears last is freed
-    /// after the lock was dropped.
+    /// It frees early, when a gather has no room for more or holds dirty pages of a file; what the
+    /// gather clears last is freed after the lock was dropped.
     FreesEarly,
     /// It frees.
     Frees,
@@ -162,19 +168,22 @@ pub enum Note {
     Allocated(PhysFrame, FrameRole),
     /// The frame is free from now on; another use may follow at once.
     Freed(PhysFrame, FrameRole),
-    /// Nothing maps this page of a file any more: from now on it may be written back and called clean.
+    /// Nothing maps this page of a file any more: from now on it may be written back and called
+    /// clean.
     MappedByNobody(PhysFrame),
-    /// An unmapping is about to return: no program may use these addresses of the address space any more.
+    /// An unmapping is about to return: no program may use these addresses of the address space any
+    /// more.
     Unmapped {
         /// The root table.
         root: PhysFrame,
         /// The addresses.
         range: VirtRange,
-        /// Whether the CPU that unmaps runs programs, or merely borrows an address space: a lazy one may keep old
-        /// translations until it wakes (rule T5).
+        /// Whether the CPU that unmaps runs programs, or merely borrows an address space: a lazy
+        /// one may keep old translations until it wakes (rule T5).
         caller: Laziness,
     },
-    /// Pages were discarded while their areas stay: no program may use what a CPU cached of these addresses before `since`.
+    /// Pages were discarded while their areas stay: no program may use what a CPU cached of these
+    /// addresses before `since`.
     ///
     /// What was cached later may be of a page that a fault has just put there.
     Discarded {
@@ -187,8 +196,8 @@ pub enum Note {
         /// As for `Unmapped`.
         caller: Laziness,
     },
-    /// Programs lost rights, and the map lock is still held for writing: nothing cached of these addresses may allow more than
-    /// this.
+    /// Programs lost rights, and the map lock is still held for writing: nothing cached of these
+    /// addresses may allow more than this.
     Protected {
         /// The root table.
         root: PhysFrame,
@@ -226,7 +235,8 @@ pub enum Note {
         /// The (first) frame it maps.
         frame: PhysFrame,
     },
-    /// A large leaf makes way for a table of smaller ones; its table is locked, or the map lock is held for writing.
+    /// A large leaf makes way for a table of smaller ones; its table is locked, or the map lock is
+    /// held for writing.
     Split {
         /// The first address it maps.
         address: u64,
@@ -244,11 +254,13 @@ pub enum Note {
     },
     /// A gather did something on this CPU.
     Gather(GatherEvent),
-    /// This CPU holds the map lock of an address space from now on, for reading or for writing, or has downgraded it.
+    /// This CPU holds the map lock of an address space from now on, for reading or for writing, or
+    /// has downgraded it.
     MapLocked {
         /// The root table.
         root: PhysFrame,
-        /// The most that is done on this CPU until the lock is dropped, or until this is said again.
+        /// The most that is done on this CPU until the lock is dropped, or until this is said
+        /// again.
         most: UnderMapLock,
     },
     /// This CPU is about to drop the map lock.

@@ -1,20 +1,21 @@
 //! The map lock of an address space, and what each call may do while it holds it. Linux: mmap_lock.
 //!
-//! A flush must be over before the map lock is dropped: until then another call may put something else at the
-//! same addresses. A free need not, and keeps everybody out who waits for the lock; so this kernel frees
-//! after it has dropped the lock. There are two exceptions, and a checker holds every call to its row:
+//! A flush must be over before the map lock is dropped: until then another call may put something
+//! else at the same addresses. A free need not, and keeps everybody out who waits for the lock; so
+//! this kernel frees after it has dropped the lock. There are two exceptions, and a checker holds
+//! every call to its row:
 //!
 //! | call | map lock held for | waits for flushes under it | frees pages and tables under it |
 //! |---|---|---|---|
 //! | mmap, populate | writing | no | no |
 //! | munmap | writing, while areas are detached | of a large page that an end cuts | no |
 //! | | then reading | of all that it cleared | only early |
-//! | mmap with MAP_FIXED over something | as munmap, then, taken again, as mmap | as munmap | as munmap |
+//! | mmap, MAP_FIXED | as munmap; dropped; as mmap | as munmap | as munmap |
 //! | MADV_DONTNEED | writing, if an end cuts a large page | of that page | no |
 //! | | then reading | of all that it cleared, area by area | yes, area by area |
-//! | MADV_GUARD_INSTALL | reading; writing, if faults were faster three times | of all that it cleared | yes |
+//! | MADV_GUARD_INSTALL | reading; after three tries, writing | of all that it cleared | yes |
 //! | MADV_GUARD_REMOVE | reading | no | no |
-//! | mremap | writing, while pages are moved | of all that it moved | no; early, if the move fails |
+//! | mremap | writing, while it moves | of all that it moved | no; if that fails, early |
 //! | | then reading | of what was left at the old place | only early |
 //! | mprotect | writing | of all that lost rights | no |
 //! | fork | writing, the parent's | of all that lost rights | no |
@@ -25,17 +26,19 @@
 //! | | writing, to split a large page | of that page | no |
 //! | | writing, to grow a stack | no | no |
 //!
-//! - *Early*: before the call is done, because its gather has no room for more, or no page to queue a table
-//!   in, or has cleared dirty pages of a file, which it flushes for before it drops the lock of their table.
-//!   The gather frees what it has and goes on (rule G4). What it clears last is freed after the map lock.
-//! - A table that a call takes and need not link after all, because another CPU was faster, it gives back at
-//!   once: nobody has seen it.
-//! - MADV_DONTNEED and MADV_GUARD_INSTALL go from area to area under one lock, so they free under it; it is
-//!   held for reading nearly always, and keeps no fault out.
+//! - *Early*: before the call is done, because its gather has no room for more, or no page to queue
+//!   a table in, or has cleared dirty pages of a file, which it flushes for before it drops the
+//!   lock of their table. The gather frees what it has and goes on (rule G4). What it clears last
+//!   is freed after the map lock.
+//! - A table that a call takes and need not link after all, because another CPU was faster, it
+//!   gives back at once: nobody has seen it.
+//! - MADV_DONTNEED and MADV_GUARD_INSTALL go from area to area under one lock, so they free under
+//!   it; it is held for reading nearly always, and keeps no fault out.
 //!
-//! Linux: munmap frees what it cleared last in tlb_finish_mmu too, but while it still holds the lock for
-//! reading; exit_mmap clears pages with the lock held for reading and frees tables with it held for writing;
-//! and mmap with MAP_FIXED replaces what was there without dropping the lock in between.
+//! Linux: munmap frees what it cleared last in tlb_finish_mmu too, but while it still holds the
+//! lock for reading; exit_mmap clears pages with the lock held for reading and frees tables with it
+//! held for writing; and mmap with MAP_FIXED replaces what was there without dropping the lock in
+//! between.
 
 use core::ops::{Deref, DerefMut};
 
@@ -95,7 +98,8 @@ impl<R: spin::RelaxStrategy> MapLock<R> {
 }
 
 impl<'m, M: Machine> MapWrite<'m, M> {
-    /// Goes on with the lock held for reading: no area changes in between. From here the call does no more than `most`.
+    /// Goes on with the lock held for reading: no area changes in between. From here the call does
+    /// no more than `most`.
     pub(crate) fn downgrade(self, most: UnderMapLock) -> MapRead<'m, M> {
         let Self { held, vmas } = self;
         let vmas = vmas.downgrade();

@@ -11,7 +11,8 @@ use crate::vma::VmaTree;
 
 /// An address space. Linux: mm_struct.
 ///
-/// CPUs that have it loaded keep it alive (by `Arc`); its tables go when [`Kernel::exit`](crate::Kernel::exit) is called.
+/// CPUs that have it loaded keep it alive (by `Arc`); its tables go when
+/// [`Kernel::exit`](crate::Kernel::exit) is called.
 pub struct Mm<M: Machine> {
     pub(crate) engine: mmu_gather::Mm<M::Bits>,
     vmas: MapLock<M::Relax>,

@@ -1,7 +1,9 @@
-//! The kernel as the engine meets it: what is in `embed.rs`, with all that this project adds around it.
+//! The kernel as the engine meets it: what is in `embed.rs`, with all that this project adds around
+//! it.
 //!
-//! A checker hears of what happens, other CPUs get their turn at seams, events are counted, memory is short when a test wants it
-//! to be, and a bug can be planted. A kernel that copies `embed.rs` needs none of this.
+//! A checker hears of what happens, other CPUs get their turn at seams, events are counted, memory
+//! is short when a test wants it to be, and a bug can be planted. A kernel that copies `embed.rs`
+//! needs none of this.
 #![expect(unsafe_code, reason = "passes on what the engine believes the implementor about")]
 
 use core::ops::Deref;
@@ -21,7 +23,8 @@ use crate::frame::FrameKind;
 use crate::kernel::{Kernel, Misbehaviour};
 use crate::machine::{Machine, Note, Seam};
 
-/// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as they are.
+/// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as
+/// they are.
 impl<M: Machine> Deref for Kernel<M> {
     type Target = Embedder<M>;
 

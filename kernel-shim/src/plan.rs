@@ -7,8 +7,9 @@
 //! fill 7f2f5aa76000-7f2f5aa86000 file
 //! ```
 //!
-//! `area` has what programs may do (`w` write, `r` read, `-` nothing) and what backs it (`anon`, `pfn`, `private:FILE`,
-//! `shared:FILE`); a `fill` lies in the area before it and says what is there, in the words of [`PageContent::word`].
+//! `area` has what programs may do (`w` write, `r` read, `-` nothing) and what backs it (`anon`,
+//! `pfn`, `private:FILE`, `shared:FILE`); a `fill` lies in the area before it and says what is
+//! there, in the words of [`PageContent::word`].
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -76,8 +77,8 @@ pub fn build<M: Machine>(kernel: &Kernel<M>, text: &str) -> Result<Planned<M>, P
     Ok(planned)
 }
 
-/// Lets every CPU use the address space, takes every second area down by munmap while all run it, and the rest by exit while all
-/// are lazy. Returns what was counted meanwhile.
+/// Lets every CPU use the address space, takes every second area down by munmap while all run it,
+/// and the rest by exit while all are lazy. Returns what was counted meanwhile.
 ///
 /// # Errors
 /// [`Failure`].

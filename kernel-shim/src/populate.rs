@@ -87,7 +87,8 @@ impl<M: Machine> Kernel<M> {
     /// Fills `range`, which lies in one area and holds nothing yet, as if it had been used.
     ///
     /// # Errors
-    /// [`Error::NoArea`] if the range is not inside one area; [`Error::NoMemory`]; what was filled so far stays.
+    /// [`Error::NoArea`] if the range is not inside one area; [`Error::NoMemory`]; what was filled
+    /// so far stays.
     pub fn populate(&self, mm: &Mm<M>, range: VirtRange, content: PageContent) -> Result<(), Error> {
         // For writing: who holds it for reading relies on large pages not to appear.
         let vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
@@ -125,7 +126,8 @@ impl<M: Machine> Kernel<M> {
             let entry = locked.entry(address);
             if entry.load().is_empty() {
                 let value = self.entry_for(vma.area, address, content).ok_or(Error::NoMemory)?;
-                // SAFETY: the entry is empty; `entry_for` took a reference for it on a page that the area may map so.
+                // SAFETY: the entry is empty; `entry_for` took a reference for it on a page that
+                // the area may map so.
                 unsafe { entry.store(value) };
             }
             address += level.entry_span();

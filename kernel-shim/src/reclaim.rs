@@ -26,14 +26,16 @@ impl<M: Machine> Kernel<M> {
         self.table_supply.set(supply);
     }
 
-    /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many pages of 4 KiB.
+    /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many
+    /// pages of 4 KiB.
     ///
-    /// A 2 MiB page that nobody has written to goes whole, and leaves no place in swap: what it holds is there again at the next
-    /// fault. One that was written to stays.
+    /// A 2 MiB page that nobody has written to goes whole, and leaves no place in swap: what it
+    /// holds is there again at the next fault. One that was written to stays.
     ///
-    /// The map locks are dropped before the flush, so other calls may come in between: they find entries cleared and not yet
-    /// flushed, which is what [`has_deferred_flushes`](mmu_gather::tlb::MmContext::has_deferred_flushes) is for. The pages are freed
-    /// after it.
+    /// The map locks are dropped before the flush, so other calls may come in between: they find
+    /// entries cleared and not yet flushed, which is what
+    /// [`has_deferred_flushes`](mmu_gather::tlb::MmContext::has_deferred_flushes) is for. The pages
+    /// are freed after it.
     ///
     /// # Source
     /// Linux: try_to_unmap_one with TTU_BATCH_FLUSH, try_to_unmap_flush, mm/rmap.c.
@@ -77,7 +79,8 @@ impl<M: Machine> Kernel<M> {
             }
             // Detached areas are being unmapped by somebody: not ours to look into.
             let Some(vma) = vmas.find(address) else { continue };
-            // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
+            // SAFETY: the map lock is held for reading, and the area is not detached: its tables
+            // stay.
             let Some(view) = (unsafe { mm.engine.space().find_table(self, address, Level::Pte) }) else {
                 let block = VirtRange::of_entry(Level::Pmd, address);
                 frames.extend(self.discard_block(mm, vma, block, batch));
@@ -94,8 +97,8 @@ impl<M: Machine> Kernel<M> {
                 continue;
             }
             let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
-            // In one step, so that a write in between is not lost.
-            // SAFETY: the batch is told before the lock drops, and the page is freed after its flush.
+            // In one step, so that a write in between is not lost. SAFETY: the batch is told before
+            // the lock drops, and the page is freed after its flush.
             let _old = unsafe { entry.exchange(NonPresent::Swap { device: 0, slot }.encode()) };
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.remove_mapping(frame);
@@ -104,10 +107,12 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
-    /// Drops the 2 MiB page that `block` is, if it is one that nobody has written to: its first frame, to be freed after the flush.
+    /// Drops the 2 MiB page that `block` is, if it is one that nobody has written to: its first
+    /// frame, to be freed after the flush.
     ///
     /// # Source
-    /// Linux: unmap_huge_pmd_locked, `__discard_anon_folio_pmd_locked`, mm/huge_memory.c; there each flushes at once.
+    /// Linux: unmap_huge_pmd_locked, `__discard_anon_folio_pmd_locked`, mm/huge_memory.c; there
+    /// each flushes at once.
     fn discard_block(
         &self,
         mm: &Mm<M>,
@@ -133,11 +138,13 @@ impl<M: Machine> Kernel<M> {
         if seen.is_dirty() || meta.kind() != FrameKind::Block || meta.owner() != 0 || !meta.is_exclusive() {
             return None;
         }
-        // SAFETY: the batch is told before the lock drops, and the page is freed after its flush; or it is put back below.
+        // SAFETY: the batch is told before the lock drops, and the page is freed after its flush;
+        // or it is put back below.
         let old = unsafe { entry.exchange(EntryValue::EMPTY) };
         if old.is_dirty() {
-            // Written to since it was looked at. Who has met the empty entry meanwhile has passed it by, as if before the write.
-            // SAFETY: what was there a moment ago, and nobody has been told that it is gone.
+            // Written to since it was looked at. Who has met the empty entry meanwhile has passed
+            // it by, as if before the write. SAFETY: what was there a moment ago, and nobody has
+            // been told that it is gone.
             unsafe { entry.store(old) };
             return None;
         }
@@ -147,7 +154,8 @@ impl<M: Machine> Kernel<M> {
         Some(frame)
     }
 
-    /// An entry of a table at `level`, which is locked, was cleared, and will be flushed with the batch.
+    /// An entry of a table at `level`, which is locked, was cleared, and will be flushed with the
+    /// batch.
     fn note_pending(&self, mm: &Mm<M>, batch: &mut UnmapBatch<Self>, cleared: VirtRange, level: Level) {
         let context = mm.engine.context();
         batch.add_mm(self, context);

@@ -10,12 +10,14 @@ use crate::mm::Mm;
 use crate::vma::{Area, Vma, VmaTree};
 
 impl<M: Machine> Kernel<M> {
-    /// Moves what is mapped in `old`, which lies in one area, to `new`, unmapping what was there; mremap(2) with
-    /// MREMAP_FIXED. A shorter `new` drops the rest, a longer one adds an empty tail.
+    /// Moves what is mapped in `old`, which lies in one area, to `new`, unmapping what was there;
+    /// mremap(2) with MREMAP_FIXED. A shorter `new` drops the rest, a longer one adds an empty
+    /// tail.
     ///
     /// # Errors
-    /// [`Error::NoArea`] if `old` is not inside one area; [`Error::Overlap`] if the two overlap; [`Error::NoMemory`]. The
-    /// target may be unmapped already in the last case, and if another call has changed the areas meanwhile.
+    /// [`Error::NoArea`] if `old` is not inside one area; [`Error::Overlap`] if the two overlap;
+    /// [`Error::NoMemory`]. The target may be unmapped already in the last case, and if another
+    /// call has changed the areas meanwhile.
     pub fn mremap(&self, mm: &Mm<M>, old: VirtRange, new: VirtRange) -> Result<(), Error> {
         if old.intersect(new).is_some() {
             return Err(Error::Overlap(new));
@@ -60,7 +62,8 @@ impl<M: Machine> Kernel<M> {
         let bounds = vmas.bounds_around(old);
         let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let going = detached.iter().map(Vma::going_away);
-        // SAFETY: as in `munmap`: the areas are detached, and the map lock is held, for reading, until the flush is done.
+        // SAFETY: as in `munmap`: the areas are detached, and the map lock is held, for reading,
+        // until the flush is done.
         let flushed = unsafe { unmap_region(self, &mm.engine, &self.config.limits, going, bounds, || {}) }?;
         self.note_unmapped(mm, old);
         drop(vmas);
@@ -68,10 +71,12 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    /// Lets an area that ends at `old_end` end at `new_end` instead, if nothing is in the way; brk(2), mremap(2) in place.
+    /// Lets an area that ends at `old_end` end at `new_end` instead, if nothing is in the way;
+    /// brk(2), mremap(2) in place.
     ///
     /// # Errors
-    /// [`Error::NoArea`], [`Error::Overlap`]; [`Error::NoMemory`] if a large page at the new end cannot be split.
+    /// [`Error::NoArea`], [`Error::Overlap`]; [`Error::NoMemory`] if a large page at the new end
+    /// cannot be split.
     pub fn resize(&self, mm: &Mm<M>, old_end: u64, new_end: u64) -> Result<(), Error> {
         if let Ok(tail) = VirtRange::new(new_end, old_end) {
             return self.munmap(mm, tail);

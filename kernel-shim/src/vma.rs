@@ -47,7 +47,8 @@ pub struct Area {
     pub protection: Protection,
     /// Whether it grows.
     pub growth: Growth,
-    /// Page of the file at the start of address space; page of an address is this plus the address in pages.
+    /// Page of the file at the start of address space; page of an address is this plus the address
+    /// in pages.
     pub file_base: u64,
 }
 

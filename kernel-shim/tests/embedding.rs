@@ -15,7 +15,8 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The lines of `text` that count: not blank, not a comment, not of a test. A module of tests ends its file.
+/// The lines of `text` that count: not blank, not a comment, not of a test. A module of tests ends
+/// its file.
 fn code_lines(text: &str) -> impl Iterator<Item = &str> {
     let lines = text.lines().take_while(|line| *line != "#[cfg(test)]");
     lines.filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with("//"))

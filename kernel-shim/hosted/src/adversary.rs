@@ -21,7 +21,8 @@ impl HostedMachine {
         schedule::progress();
         let choice = self.choices.bits();
         let here = self.cpu();
-        // A CPU without turns of its own answers requests on another's: it would come back as that one.
+        // A CPU without turns of its own answers requests on another's: it would come back as that
+        // one.
         let has_turns = here.has_turns.load(Ordering::Relaxed);
         let left = here.seams_to_preemption.load(Ordering::Relaxed);
         if left > 0 && has_turns {
@@ -45,12 +46,14 @@ impl HostedMachine {
             self.device_turn(choice >> 34);
         }
         if choice >> 16 & self.calm == 0 && has_turns {
-            // Now and then this CPU is away for long: others get whole operations done inside what looks like a moment.
+            // Now and then this CPU is away for long: others get whole operations done inside what
+            // looks like a moment.
             stay_away(if choice >> 24 & 0b11_1111 == 0 { 1 + self.choices.below(64) } else { 1 });
         }
     }
 
-    /// Code crosses a seam that protocols are made of: between two of their steps, each of which others may look at.
+    /// Code crosses a seam that protocols are made of: between two of their steps, each of which
+    /// others may look at.
     pub(crate) fn cross_between_steps(&self) {
         if self.checked.is_none() {
             return;

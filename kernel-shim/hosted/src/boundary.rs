@@ -1,7 +1,8 @@
-//! Corners that a run has been to: full batches, forced flushes, missed generations, slots used again.
+//! Corners that a run has been to: full batches, forced flushes, missed generations, slots used
+//! again.
 //!
-//! A fuzzer that was clean proves little if it never came to the places where such engines break. Most corners are read off the
-//! kernel's counters; the others are noted by the machine as it goes.
+//! A fuzzer that was clean proves little if it never came to the places where such engines break.
+//! Most corners are read off the kernel's counters; the others are noted by the machine as it goes.
 
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -165,7 +166,8 @@ impl Reached {
     }
 }
 
-/// The address space that each PCID of a CPU was last given to, by root table; PCID 0 is the kernel's own.
+/// The address space that each PCID of a CPU was last given to, by root table; PCID 0 is the
+/// kernel's own.
 #[derive(Debug, Default)]
 pub(crate) struct PcidOwners([AtomicU64; 8]);
 

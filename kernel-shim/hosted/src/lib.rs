@@ -1,8 +1,9 @@
-//! The hosted machine: N virtual CPUs in an ordinary process, each with an MMU that keeps every stale translation the
-//! architecture allows, and a checker that holds the engine against it.
+//! The hosted machine: N virtual CPUs in an ordinary process, each with an MMU that keeps every
+//! stale translation the architecture allows, and a checker that holds the engine against it.
 //!
 //! ```text
-//!  sequence/    steps for every CPU: made up, written down, run, made short       program, stage: programs, and fixed work
+//!  sequence/    steps for every CPU: made up, written down, run, made short
+//!      │        program, stage: programs, and fixed work
 //!      │
 //!      v
 //!  adversary    at every seam other CPUs run, and any CPU speculates
@@ -17,8 +18,8 @@
 //!  mmu/         the software MMU of one CPU
 //! ```
 //!
-//! A file uses what is below it. The checker and the adversary are methods of the machine, which calls them; what they keep lies
-//! below the machine (`checker/checked`, `checker/per_cpu`).
+//! A file uses what is below it. The checker and the adversary are methods of the machine, which
+//! calls them; what they keep lies below the machine (`checker/checked`, `checker/per_cpu`).
 //!
 //! Everything is determined by the [`Options`] and the work: the same seed does the same.
 #![deny(unsafe_code)]

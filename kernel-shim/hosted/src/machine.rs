@@ -88,7 +88,8 @@ struct Mail {
     from: CpuId,
 }
 
-// SAFETY: the request is read-only but for its atomic counter; the sender keeps it alive until the counter is zero.
+// SAFETY: the request is read-only but for its atomic counter; the sender keeps it alive until the
+// counter is zero.
 unsafe impl Send for Mail {}
 
 impl HostedMachine {
@@ -147,7 +148,8 @@ impl HostedMachine {
             reached: Reached::default(),
             turns: AtomicU64::new(0),
             faults: AtomicU64::new(0),
-            // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long ones.
+            // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long
+            // ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
         })
     }
@@ -177,7 +179,8 @@ impl HostedMachine {
         self.checked.as_ref().map(|checked| checked.ledger.found()).unwrap_or_default()
     }
 
-    /// How often the fault of its options has happened so far: requests lost, or invalidations left out.
+    /// How often the fault of its options has happened so far: requests lost, or invalidations left
+    /// out.
     #[must_use]
     pub fn nr_faults(&self) -> u64 {
         self.faults.load(Ordering::Relaxed)
@@ -261,7 +264,8 @@ impl HostedMachine {
         }
         let here = self.current();
         for Mail { request, from } in mail {
-            // SAFETY: the sender waits, and keeps the request, until `unanswered` is zero; this answer is not given yet.
+            // SAFETY: the sender waits, and keeps the request, until `unanswered` is zero; this
+            // answer is not given yet.
             let request = unsafe { &*request };
             (request.work)(here);
             self.log(What::Answered(from));
@@ -273,12 +277,14 @@ impl HostedMachine {
         }
     }
 
-    /// At the `seams`th seam from now this CPU stays away for long: others get whole operations done.
+    /// At the `seams`th seam from now this CPU stays away for long: others get whole operations
+    /// done.
     pub(crate) fn preempt_after(&self, seams: u32) {
         self.cpu().seams_to_preemption.store(seams, Ordering::Relaxed);
     }
 
-    /// This CPU runs a program from now on. The checker looks whether it could reach anything it must not.
+    /// This CPU runs a program from now on. The checker looks whether it could reach anything it
+    /// must not.
     pub fn enter_user_mode(&self) {
         self.begin_work_anew();
         self.cpu().in_user_mode.store(true, Ordering::Relaxed);
@@ -303,7 +309,8 @@ impl HostedMachine {
             return;
         }
         self.log(What::Sent(to));
-        // SAFETY: only the lifetime changes; `run_on` does not return before every answer was given.
+        // SAFETY: only the lifetime changes; `run_on` does not return before every answer was
+        // given.
         let request = unsafe { core::mem::transmute::<*const Request<'_>, *const Request<'static>>(request) };
         let cpu = &self.cpus[to.index()];
         if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
@@ -314,9 +321,10 @@ impl HostedMachine {
     }
 }
 
-// SAFETY: frames are parts of one reservation that lives as long as the machine. Code runs as one CPU until it gives way, and
-// comes back as the same one. A request leaves `run_on` only when every target has run it, with its interrupts off. INVLPG and
-// CR3 loads do to the software MMU what the SDM says, unless a fault was planted.
+// SAFETY: frames are parts of one reservation that lives as long as the machine. Code runs as one
+// CPU until it gives way, and comes back as the same one. A request leaves `run_on` only when every
+// target has run it, with its interrupts off. INVLPG and CR3 loads do to the software MMU what the
+// SDM says, unless a fault was planted.
 unsafe impl Machine for HostedMachine {
     type Relax = GiveWay;
     type Bits = [AtomicU64; 1];
@@ -381,7 +389,8 @@ unsafe impl Machine for HostedMachine {
         waits.store(false, Ordering::Relaxed);
     }
 
-    /// With a fault planted the checker is to notice what comes of it, not the engine what the machine does.
+    /// With a fault planted the checker is to notice what comes of it, not the engine what the
+    /// machine does.
     fn answered_early(&self, early: &EarlyAnswer) {
         assert!(self.options.fault != MachineFault::Absent, "{early}");
     }

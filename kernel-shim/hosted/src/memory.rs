@@ -1,4 +1,5 @@
-//! Physical memory: a reservation of address space that the host backs page by page as it is touched.
+//! Physical memory: a reservation of address space that the host backs page by page as it is
+//! touched.
 #![expect(unsafe_code, reason = "hands out pointers into the reservation")]
 
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -9,8 +10,9 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::mmu::physical::PhysicalMemory;
 
-/// `nr_frames` frames of 4096 zero bytes. Only page tables and batch pages are ever touched: programs' pages have metadata
-/// but no content, so a machine of many gigabytes needs few megabytes.
+/// `nr_frames` frames of 4096 zero bytes. Only page tables and batch pages are ever touched:
+/// programs' pages have metadata but no content, so a machine of many gigabytes needs few
+/// megabytes.
 #[derive(Debug)]
 pub struct Memory {
     _reservation: MmapMut,
@@ -18,7 +20,8 @@ pub struct Memory {
     nr_frames: u64,
 }
 
-// SAFETY: the reservation is used through raw pointers, by code that synchronises itself (table locks, atomics).
+// SAFETY: the reservation is used through raw pointers, by code that synchronises itself (table
+// locks, atomics).
 unsafe impl Send for Memory {}
 // SAFETY: as above; `Memory` itself changes nothing after it was made.
 unsafe impl Sync for Memory {}
@@ -66,8 +69,8 @@ impl Memory {
             return None;
         }
         let pointer = self.base.wrapping_add(index(address)).cast::<u64>();
-        // SAFETY: inside the reservation, which lives as long as `self`, and 8-byte aligned (entries are); all access to
-        // tables goes through atomics.
+        // SAFETY: inside the reservation, which lives as long as `self`, and 8-byte aligned
+        // (entries are); all access to tables goes through atomics.
         Some(unsafe { AtomicU64::from_ptr(pointer) })
     }
 }

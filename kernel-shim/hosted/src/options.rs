@@ -12,7 +12,8 @@ pub struct Options {
     pub nr_cpus: u32,
     /// How many frames of 4 KiB.
     pub nr_frames: u64,
-    /// Decides every choice the machine makes: two machines with the same options and the same work do the same.
+    /// Decides every choice the machine makes: two machines with the same options and the same work
+    /// do the same.
     pub seed: u64,
     /// Whether CR4.PCIDE is set.
     pub pcid: PcidSupport,
@@ -35,9 +36,11 @@ pub struct Options {
 /// Whether the machine models translation caches and watches over them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checking {
-    /// Every CPU has a software MMU, CPUs interleave at every seam, and the checker holds all of it against the truth.
+    /// Every CPU has a software MMU, CPUs interleave at every seam, and the checker holds all of it
+    /// against the truth.
     On,
-    /// Flushes are counted and requests delivered at once; nothing is cached. For timing and for large layouts.
+    /// Flushes are counted and requests delivered at once; nothing is cached. For timing and for
+    /// large layouts.
     Off,
 }
 
@@ -61,7 +64,8 @@ pub enum Adversary {
     Forgetter,
 }
 
-/// Whether there is a device that walks the page tables of programs by itself, and caches what it finds: an IOMMU.
+/// Whether there is a device that walks the page tables of programs by itself, and caches what it
+/// finds: an IOMMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
     /// There is none.
@@ -93,7 +97,8 @@ pub struct MostWork {
 impl MostWork {
     /// What gathers with these limits promise.
     ///
-    /// A chunk of pages, the tables of a batch and one that found none, the batch pages themselves; then the next chunk.
+    /// Between two preemption points a gather frees at most a chunk of pages, the tables of a batch,
+    /// one table that found no batch, the batch pages themselves, and the next chunk.
     #[must_use]
     pub const fn promised_by(limits: &Limits) -> Self {
         let chunk = limits.free_chunk as u32 + 1;

@@ -24,7 +24,8 @@ pub enum Touched {
     Signal(FaultError),
 }
 
-/// The program on this CPU, which runs in `mm`, reads or writes at `address`; faults are taken and answered as they come.
+/// The program on this CPU, which runs in `mm`, reads or writes at `address`; faults are taken and
+/// answered as they come.
 pub fn touch(
     kernel: &HostedKernel,
     mm: &Mm<Arc<HostedMachine>>,

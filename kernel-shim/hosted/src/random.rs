@@ -4,10 +4,12 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::index;
 
-/// A source of choices that CPUs share. Order of use decides, so it is only as deterministic as the schedule.
+/// A source of choices that CPUs share. Order of use decides, so it is only as deterministic as the
+/// schedule.
 ///
-/// SplitMix64 (Steele, Lea, Flood 2014): one addition and a mix, on an atomic. CPUs share it without a lock at every seam, so
-/// it is not one of `rand`, whose generators want `&mut`. Nothing else in this crate is random.
+/// SplitMix64 (Steele, Lea, Flood 2014): one addition and a mix, on an atomic. CPUs share it
+/// without a lock at every seam, so it is not one of `rand`, whose generators want `&mut`. Nothing
+/// else in this crate is random.
 #[derive(Debug)]
 pub struct Choices(AtomicU64);
 

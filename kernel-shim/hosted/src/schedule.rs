@@ -26,7 +26,8 @@ thread_local! {
     static WAITS: Cell<u64> = const { Cell::new(0) };
     /// Times that a CPU gave way, for whatever reason, since a step was done.
     static TURNS: Cell<u64> = const { Cell::new(0) };
-    /// How many of those the size of a step can explain. Set while a schedule runs that says when steps are done.
+    /// How many of those the size of a step can explain. Set while a schedule runs that says when
+    /// steps are done.
     static MOST_TURNS: Cell<u64> = const { Cell::new(u64::MAX) };
 }
 
@@ -60,7 +61,8 @@ pub(crate) fn expect_steps_within(turns: u64) {
     MOST_TURNS.set(turns);
 }
 
-/// Gives the other CPUs a chance, if this code runs in a schedule. Returns when this CPU is chosen again.
+/// Gives the other CPUs a chance, if this code runs in a schedule. Returns when this CPU is chosen
+/// again.
 ///
 /// # Panics
 /// If no step was done for more turns than `expect_steps_within` allows.
@@ -76,12 +78,13 @@ pub fn give_way() {
         turns <= MOST_TURNS.get(),
         "a call does not end: no step has begun or ended for {turns} turns, which its size does not explain"
     );
-    // SAFETY: `run` sets the pointer before it resumes a coroutine, to the yielder that coroutine was given and that lives
-    // on its stack until it returns; and clears it when the coroutine is suspended or done.
+    // SAFETY: `run` sets the pointer before it resumes a coroutine, to the yielder that coroutine
+    // was given and that lives on its stack until it returns; and clears it when the coroutine is
+    // suspended or done.
     unsafe { &*way }.suspend(());
     if let Some(on_return) = ON_RETURN.get() {
-        // SAFETY: `run`, which is further up on this thread, set the pointer to a closure of its caller's that outlives it,
-        // and clears it before it returns.
+        // SAFETY: `run`, which is further up on this thread, set the pointer to a closure of its
+        // caller's that outlives it, and clears it before it returns.
         let on_return = unsafe { &*on_return };
         on_return();
     }
@@ -139,7 +142,8 @@ impl Schedule {
         self.tasks.push(Task { cpu, coroutine, way_out: ptr::null(), kept: None });
     }
 
-    /// As [`spawn`](Self::spawn), with something to work on that is given back even if the coroutine never ends.
+    /// As [`spawn`](Self::spawn), with something to work on that is given back even if the
+    /// coroutine never ends.
     pub(crate) fn spawn_on<T: 'static>(
         &mut self,
         cpu: CpuId,
@@ -163,8 +167,9 @@ impl Schedule {
 
     /// Runs until all are done.
     ///
-    /// `becomes` is told which CPU runs from now on, `leaves` which ran until now; `is_done` which has nothing left to do; `on_return` runs on a CPU whenever
-    /// it is chosen again, and does not give way.
+    /// `becomes` is told which CPU runs from now on, `leaves` which ran until now; `is_done` which
+    /// has nothing left to do; `on_return` runs on a CPU whenever it is chosen again, and does not
+    /// give way.
     pub(crate) fn run(
         mut self,
         choices: &Choices,
@@ -186,8 +191,8 @@ impl Schedule {
             let result = result.unwrap_or_else(|panic| {
                 ON_RETURN.set(None);
                 MOST_TURNS.set(u64::MAX);
-                // Unwinding the others would run what they still have to do, with nobody to wait for: leave them, and their
-                // stacks, to which mail may point. They never run again.
+                // Unwinding the others would run what they still have to do, with nobody to wait
+                // for: leave them, and their stacks, to which mail may point. They never run again.
                 for task in self.tasks.drain(..) {
                     core::mem::forget(task.coroutine);
                 }

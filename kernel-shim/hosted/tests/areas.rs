@@ -51,7 +51,8 @@ impl Small {
     }
 }
 
-/// Once, the area kept the offset that it had at its old place, and showed another page of the file when the page was gone.
+/// Once, the area kept the offset that it had at its old place, and showed another page of the file
+/// when the page was gone.
 #[test]
 fn an_area_that_exec_moves_shows_the_same_part_of_its_file() {
     let shared = Area { kind: AreaKind::FileShared(2), ..Area::anon() };

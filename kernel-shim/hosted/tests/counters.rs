@@ -14,7 +14,8 @@ fn range(pages: u64) -> VirtRange {
     VirtRange::new(START, START + pages * 4096).expect("a good range")
 }
 
-/// Three CPUs; each runs a process of its own, which has written to as many pages as its number, and one more.
+/// Three CPUs; each runs a process of its own, which has written to as many pages as its number,
+/// and one more.
 fn three_processes() -> (HostedStage, Vec<Arc<Mm<Arc<HostedMachine>>>>) {
     let machine = HostedMachine::new(Options::new(3, 4096, 1)).expect("a small machine");
     let stage = HostedStage::boot(machine, Config::default()).expect("it has frames");

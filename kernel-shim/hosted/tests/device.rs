@@ -1,4 +1,5 @@
-//! A device that walks page tables by itself hears of every flush, by the hook for secondary TLBs, before a frame is freed.
+//! A device that walks page tables by itself hears of every flush, by the hook for secondary TLBs,
+//! before a frame is freed.
 
 use std::sync::Arc;
 
@@ -16,7 +17,8 @@ struct Rig {
 }
 
 impl Rig {
-    /// As many address spaces as asked for, four pages each. Programs have written to all of them, and the device has used them.
+    /// As many address spaces as asked for, four pages each. Programs have written to all of them,
+    /// and the device has used them.
     fn new(nr_spaces: usize) -> Self {
         let machine = HostedMachine::new(Options::new(2, 4096, 1)).expect("a small machine");
         let stage = HostedStage::boot(machine, Config::default()).expect("it has frames");
@@ -66,7 +68,8 @@ fn reclaim_frees_no_page_that_a_device_has_cached() {
     rig.check();
 }
 
-/// A batch keeps notes of eight; of the others the device hears while entries are still being cleared.
+/// A batch keeps notes of eight; of the others the device hears while entries are still being
+/// cleared.
 #[test]
 fn a_device_hears_of_every_address_space_in_a_batch_of_many() {
     for nr_spaces in [7, 8, 9, 10, 20] {
@@ -101,7 +104,8 @@ fn a_gather_frees_no_page_and_no_table_that_a_device_has_cached() {
     rig.check();
 }
 
-/// Pages that leave by a call the device is not told of are seen: the hook is what keeps this machine quiet.
+/// Pages that leave by a call the device is not told of are seen: the hook is what keeps this
+/// machine quiet.
 #[test]
 fn a_frame_freed_without_a_word_to_the_device_is_a_violation() {
     let rig = Rig::new(1);

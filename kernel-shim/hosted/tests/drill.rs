@@ -1,4 +1,5 @@
-//! The fixed piece of work: clean under the checker, and the same numbers whatever the machine chooses.
+//! The fixed piece of work: clean under the checker, and the same numbers whatever the machine
+//! chooses.
 
 use mmu_gather::tlb::PcidSupport;
 use mmu_hosted::{HostedMachine, HostedStage, Options};

@@ -47,8 +47,8 @@ fn frames_written(seed: u64) -> (Vec<PhysFrame>, PhysFrame) {
     (written, last.expect("the machine is checked"))
 }
 
-/// Once, a thread that had seen the page of zeroes removed whatever was there by the time it got to it: the new page of a faster
-/// thread, with what that one had written.
+/// Once, a thread that had seen the page of zeroes removed whatever was there by the time it got to
+/// it: the new page of a faster thread, with what that one had written.
 #[test]
 fn a_fault_never_removes_what_another_thread_has_written() {
     for seed in 0..300 {

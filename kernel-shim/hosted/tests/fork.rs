@@ -111,7 +111,8 @@ fn a_child_gets_neither_what_is_left_out_nor_a_second_mapping_of_large_pages() {
 #[test]
 fn a_large_page_is_split_wherever_what_is_left_out_cuts_it() {
     let large = VirtRange::new(START + (2 << 20), START + (8 << 20)).expect("a good range");
-    // The child gets the first page of one, the last, one in the middle of one, and a part that reaches across three.
+    // The child gets the first page of one, the last, one in the middle of one, and a part that
+    // reaches across three.
     for (first, last) in [(0, 1), (511, 512), (1024 + 7, 1024 + 8), (500, 1030)] {
         let (kernel, mm) = parent(first);
         kernel.mmap(&mm, Vma { range: large, area: Area::anon() }).expect("nothing is there");
@@ -157,7 +158,8 @@ fn a_page_is_not_written_in_place_while_another_address_space_waits_for_its_flus
                         kernel.handle_fault(&mm, START, UserAccess::Write).expect("the area allows it");
                         let now = kernel.machine().user_access(START, UserAccess::Read);
                         let in_place = now.is_ok_and(|frame| frame == Some(shared));
-                        // Two users now means two when the fault decided: the child's gather still holds it.
+                        // Two users now means two when the fault decided: the child's gather still
+                        // holds it.
                         met.set(Some(in_place && meta.refs() == 2));
                         break;
                     }

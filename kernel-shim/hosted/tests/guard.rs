@@ -189,8 +189,9 @@ fn guards_are_refused_in_shared_areas_and_for_want_of_tables() {
     end(&kernel, &[&mm]);
 }
 
-/// Between the zap and the guards a fault may put a page in again, and another call may clear that page without having flushed:
-/// then an entry that is none is found, and a CPU can still use what it was.
+/// Between the zap and the guards a fault may put a page in again, and another call may clear that
+/// page without having flushed: then an entry that is none is found, and a CPU can still use what
+/// it was.
 #[test]
 fn guards_are_in_place_and_their_pages_gone_whatever_runs_beside() {
     for seed in 0..200 {
@@ -231,7 +232,8 @@ fn guards_are_in_place_and_their_pages_gone_whatever_runs_beside() {
     }
 }
 
-/// A fault at the end of a long range nearly always comes before the guard: after a few tries faults are kept out.
+/// A fault at the end of a long range nearly always comes before the guard: after a few tries
+/// faults are kept out.
 #[test]
 fn guards_get_in_however_fast_faults_are() {
     let last = PAGES + 8 * 512 - 1;
@@ -246,7 +248,8 @@ fn guards_get_in_however_fast_faults_are() {
         for cpu in 1..CPUS {
             let (kernel, mm, done) = (Arc::clone(&kernel), Arc::clone(&mm), Rc::clone(&done));
             schedule.spawn(CpuId::new(cpu), move || {
-                // Upwards, as the guards come: each time a page that is none yet, and that no CPU has cached until the flush.
+                // Upwards, as the guards come: each time a page that is none yet, and that no CPU
+                // has cached until the flush.
                 for page in (last - 500..=last).cycle().take_while(|_| !done.get()) {
                     write(&kernel, &mm, page);
                     give_way();

@@ -1,9 +1,11 @@
-//! A CPU sets D between any two instructions of a call: between the load of an entry and the store that clears it, too.
+//! A CPU sets D between any two instructions of a call: between the load of an entry and the store
+//! that clears it, too.
 //!
-//! Virtual CPUs change over at seams, and an engine that reads an entry and stores to it has none between the two. So here the host's
-//! CPU takes the call one instruction at a time, by its trap flag, and at one of them another virtual CPU writes to the page. The
-//! call is run once for each instruction from its first look at the locked table until the entry is gone: all interleavings with
-//! one write.
+//! Virtual CPUs change over at seams, and an engine that reads an entry and stores to it has none
+//! between the two. So here the host's CPU takes the call one instruction at a time, by its trap
+//! flag, and at one of them another virtual CPU writes to the page. The call is run once for each
+//! instruction from its first look at the locked table until the entry is gone: all interleavings
+//! with one write.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![expect(unsafe_code, reason = "takes signals; takes rights away under the table lock; opens gathers")]
 
@@ -28,7 +30,8 @@ use x86_64::structures::paging::PageTableFlags;
 
 const PAGE: u64 = 0x7000_0000_0000;
 const PROGRAM: CpuId = CpuId::new(1);
-/// More instructions than there are between the first look at a table and the clearing of its first entry: a few dozen.
+/// More instructions than there are between the first look at a table and the clearing of its first
+/// entry: a few dozen.
 const MOST_STEPS: u32 = 2000;
 
 type Space = Mm<Arc<HostedMachine>>;
@@ -40,7 +43,8 @@ struct Probe {
     /// The lock of the table, and the page's entry in it.
     lock: *const TableLock<GiveWay>,
     entry: *const AtomicU64,
-    /// The program writes before this instruction, counted from the first one that finds the table locked and the entry there.
+    /// The program writes before this instruction, counted from the first one that finds the table
+    /// locked and the entry there.
     write_at: u32,
     steps: Cell<u32>,
     wrote: Cell<bool>,
@@ -86,8 +90,9 @@ extern "C" fn on_trap(_: i32, _: *mut libc::siginfo_t, context: *mut c_void) {
         let step = probe.steps.get();
         probe.steps.set(step + 1);
         if step == probe.write_at {
-            // SAFETY: as above. What is interrupted here is the engine between its lock of the table and the clearing of the first
-            // entry, which calls nobody: nothing that this needs is held.
+            // SAFETY: as above. What is interrupted here is the engine between its lock of the
+            // table and the clearing of the first entry, which calls nobody: nothing that this
+            // needs is held.
             let machine = unsafe { &*probe.machine };
             let written = machine.on_cpu(PROGRAM, || machine.user_access(PAGE, UserAccess::Write));
             probe.wrote.set(written.is_ok());
@@ -107,7 +112,8 @@ fn set_trap_flag(context: *mut c_void, on: bool) {
 
 fn set_protection(entry: *const AtomicU64, protection: i32) {
     let table = entry.map_addr(|address| address & !0xfff).cast_mut().cast::<c_void>();
-    // SAFETY: a frame of the machine's memory is a page of the host's, which this thread alone uses.
+    // SAFETY: a frame of the machine's memory is a page of the host's, which this thread alone
+    // uses.
     let failed = unsafe { libc::mprotect(table, 4096, protection) };
     assert_eq!(failed, 0, "the host refuses to protect a page");
 }
@@ -136,13 +142,15 @@ fn take_signals() {
 struct Run {
     /// Whether there were so many instructions.
     was_reached: bool,
-    /// Whether the program wrote, and whether the page of the file is known to be dirty after the call.
+    /// Whether the program wrote, and whether the page of the file is known to be dirty after the
+    /// call.
     wrote: bool,
     is_dirty: bool,
 }
 
-/// CPU 1 has two pages of a file cached, writable and clean. On CPU 0 a gather takes W away and is not flushed yet; the program
-/// writes to the first page before instruction `write_at` of `call`, which clears it.
+/// CPU 1 has two pages of a file cached, writable and clean. On CPU 0 a gather takes W away and is
+/// not flushed yet; the program writes to the first page before instruction `write_at` of `call`,
+/// which clears it.
 fn call_with_write_at(
     write_at: u32,
     dirty: SettingDirty,
@@ -186,8 +194,8 @@ fn call_with_write_at(
     Run { was_reached, wrote, is_dirty: kernel.frames().meta(frame).is_dirty() }
 }
 
-/// Runs `call`; before its instruction `write_at` under the lock of `view` the program writes to [`PAGE`], whose entry is in that
-/// table. Whether there were so many, and whether it wrote.
+/// Runs `call`; before its instruction `write_at` under the lock of `view` the program writes to
+/// [`PAGE`], whose entry is in that table. Whether there were so many, and whether it wrote.
 fn step_through(
     kernel: &HostedKernel,
     view: &TableView<'_>,
@@ -293,8 +301,8 @@ fn a_cpu_with_shadow_stacks_does_not_write_to_a_page_that_has_lost_its_rights() 
     }
 }
 
-/// Whether there were so many instructions; whether the program wrote to a large page before `write_at` of reclaim, which found it
-/// clean; and whether the page is still there.
+/// Whether there were so many instructions; whether the program wrote to a large page before
+/// `write_at` of reclaim, which found it clean; and whether the page is still there.
 fn reclaim_with_write_at(write_at: u32) -> (bool, bool, bool) {
     let machine = HostedMachine::new(Options::new(2, 4096, 1)).expect("memory");
     let stage = HostedStage::boot(machine, Config::default()).expect("frames");

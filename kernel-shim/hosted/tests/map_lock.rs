@@ -1,4 +1,5 @@
-//! What a call may do under the map lock: the checker holds it to what it says when it takes the lock.
+//! What a call may do under the map lock: the checker holds it to what it says when it takes the
+//! lock.
 
 use std::sync::Arc;
 

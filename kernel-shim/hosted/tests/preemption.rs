@@ -1,4 +1,5 @@
-//! Rule G7 in a whole kernel: between two preemption points a call changes the leaves of one table at most.
+//! Rule G7 in a whole kernel: between two preemption points a call changes the leaves of one table
+//! at most.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! Two calls at once on one address space, a program on a third CPU, and what the checker says: regressions by name.
+//! Two calls at once on one address space, a program on a third CPU, and what the checker says:
+//! regressions by name.
 
 use std::sync::Arc;
 
@@ -75,7 +76,8 @@ fn beside_reclaim(call: fn(&HostedKernel, &Space)) {
     reclaim_beside(Rig::use_page, call);
 }
 
-/// As [`beside_reclaim`], of a large page that was only read: its entry is empty at once. A neighbour keeps all tables.
+/// As [`beside_reclaim`], of a large page that was only read: its entry is empty at once. A
+/// neighbour keeps all tables.
 fn beside_reclaim_of_a_large_page(call: fn(&HostedKernel, &Space)) {
     reclaim_beside(Rig::use_large_page, call);
 }
@@ -134,8 +136,9 @@ fn mremap_makes_up_for_a_large_page_that_reclaim_has_not_flushed_yet() {
     });
 }
 
-/// mprotect found a place in swap, changed nothing, flushed nothing, and returned before reclaim had flushed: a program could go
-/// on writing to what it must only read. Linux: flush_tlb_batched_pending in change_pte_range.
+/// mprotect found a place in swap, changed nothing, flushed nothing, and returned before reclaim
+/// had flushed: a program could go on writing to what it must only read. Linux:
+/// flush_tlb_batched_pending in change_pte_range.
 #[test]
 fn mprotect_makes_up_for_what_reclaim_has_not_flushed_yet() {
     beside_reclaim(|kernel, mm| kernel.mprotect(mm, page(), Protection::Read).expect("no split"));
@@ -146,7 +149,8 @@ fn madvise_makes_up_for_what_reclaim_has_not_flushed_yet() {
     beside_reclaim(|kernel, mm| kernel.madvise_dontneed(mm, page()).expect("no split"));
 }
 
-/// As mprotect: the parent could go on writing to what the child takes for its own. Linux: dup_mmap flushes the parent whole.
+/// As mprotect: the parent could go on writing to what the child takes for its own. Linux: dup_mmap
+/// flushes the parent whole.
 #[test]
 fn fork_makes_up_for_what_reclaim_has_not_flushed_yet() {
     beside_reclaim(|kernel, mm| {
@@ -155,8 +159,8 @@ fn fork_makes_up_for_what_reclaim_has_not_flushed_yet() {
     });
 }
 
-/// Nothing was mapped, so nothing was flushed; a CPU on its way from here to elsewhere said SWITCHING, counted as neither here
-/// nor lazy, and still had the root in CR3 when it was freed.
+/// Nothing was mapped, so nothing was flushed; a CPU on its way from here to elsewhere said
+/// SWITCHING, counted as neither here nor lazy, and still had the root in CR3 when it was freed.
 #[test]
 fn exit_makes_a_cpu_that_is_switching_leave_too() {
     for seed in 0..SEEDS {
@@ -173,8 +177,9 @@ fn exit_makes_a_cpu_that_is_switching_leave_too() {
     }
 }
 
-/// Another thread may fault a small page in where a large one is being discarded. A third then has both sizes cached until it is
-/// told, with different memory behind them: neither outlives the call, and that is all a discard promises.
+/// Another thread may fault a small page in where a large one is being discarded. A third then has
+/// both sizes cached until it is told, with different memory behind them: neither outlives the
+/// call, and that is all a discard promises.
 #[test]
 fn a_fault_beside_the_discard_of_a_large_page_is_no_violation() {
     let block = VirtRange::new(PAGE, PAGE + (2 << 20)).expect("a good range");

@@ -1,4 +1,5 @@
-//! Reclaim of large pages: one that nobody has written to goes whole, with one flush; any other stays.
+//! Reclaim of large pages: one that nobody has written to goes whole, with one flush; any other
+//! stays.
 
 use std::sync::Arc;
 

@@ -75,7 +75,8 @@ fn random_sequences_are_clean() {
     }
 }
 
-/// Whether a call is preempted in time (rule G7) can only be told where one changes more than one table has.
+/// Whether a call is preempted in time (rule G7) can only be told where one changes more than one
+/// table has.
 #[test]
 fn every_call_that_changes_small_pages_is_made_up_with_more_of_them_than_a_table_has() {
     let calls = ["unmap", "discard", "protect", "fork", "reclaim"];
@@ -115,7 +116,8 @@ fn small_pages_changed(events: &[Event], number: usize) -> usize {
     begun.take_while(|event| !done(event)).filter(|event| event.cpu == cpu && changed(event)).count()
 }
 
-/// Reclaim once took a thousand pages and more without a preemption point, when huge ones had been split (rule G7).
+/// Reclaim once took a thousand pages and more without a preemption point, when huge ones had been
+/// split (rule G7).
 #[test]
 fn reclaim_of_a_large_range_can_be_preempted() {
     let text = "mmu-gather sequence 1\ncpus 4\nseed 15541764258020549807\nmmu pcid intel keeper\n\
@@ -155,7 +157,8 @@ fn the_same_sequence_tells_the_same_story_every_time() {
     assert_eq!(first, story());
 }
 
-/// Rule G4: what is refused to a gather changes when it flushes, and nothing that a program can see.
+/// Rule G4: what is refused to a gather changes when it flushes, and nothing that a program can
+/// see.
 #[test]
 fn refused_batch_pages_are_invisible_in_the_result() {
     for seed in 0..60 {

@@ -1,5 +1,6 @@
-//! What is noted of the lines of tables is no more than it must be, or walks of sparse memory would look at lines for nothing.
-//! (That it is no less is rule P4, which the checker holds every run to.)
+//! What is noted of the lines of tables is no more than it must be, or walks of sparse memory would
+//! look at lines for nothing. (That it is no less is rule P4, which the checker holds every run
+//! to.)
 
 use std::sync::Arc;
 

@@ -1,7 +1,9 @@
-//! When nothing is going on, what a CPU has cached must agree with memory, as far as its slots say it does.
+//! When nothing is going on, what a CPU has cached must agree with memory, as far as its slots say
+//! it does.
 //!
-//! This is rule T2 taken at its word: a slot at the generation of its address space promises that everything cached under its
-//! PCID is as new as the page tables, whether or not the CPU will look at the generation before it uses it.
+//! This is rule T2 taken at its word: a slot at the generation of its address space promises that
+//! everything cached under its PCID is as new as the page tables, whether or not the CPU will look
+//! at the generation before it uses it.
 #![expect(unsafe_code, reason = "reads page tables while nothing changes them")]
 
 use std::sync::Arc;
@@ -25,7 +27,8 @@ struct AtRest<'a> {
     mms: &'a [Arc<HostedMm>],
 }
 
-/// Compares, while nothing else runs and no gather is open. `mms` are all address spaces that have not exited.
+/// Compares, while nothing else runs and no gather is open. `mms` are all address spaces that have
+/// not exited.
 pub(crate) fn compare_caches_with_tables(kernel: &HostedKernel, mms: &[Arc<HostedMm>]) {
     AtRest { kernel, mms }.compare();
 }
@@ -73,7 +76,8 @@ impl AtRest<'_> {
         self.kernel.machine().options().nr_cpus
     }
 
-    /// The address space whose translations an entry is among, by what the CPU's slots say; none if it has exited.
+    /// The address space whose translations an entry is among, by what the CPU's slots say; none if
+    /// it has exited.
     fn mm_of(&self, cpu: CpuId, entry: &CachedEntry, loaded_root: PhysFrame) -> Option<&HostedMm> {
         let mut mms = self.mms.iter().map(|mm| &**mm);
         if entry.held.as_a == Use::Root {

@@ -27,13 +27,15 @@ impl HostedMachine {
     pub fn attach_device(&self, ctx_id: CtxId, root: PhysFrame) {
         let Some(checked) = &self.checked else { return };
         let mut watch = checked.ledger.watch();
-        // What INVLPG does to paths is the least that it may do: an invalidation of a span drops what leads there.
+        // What INVLPG does to paths is the least that it may do: an invalidation of a span drops
+        // what leads there.
         let features = Features { invlpg_uppers: InvlpgUppers::LeadingToAddress, ..self.options.features };
         let mmu = Mmu::new(features, Cr4Flags::empty(), root, &mut watch);
         lock(&self.shared.0).push(Shared { ctx_id, root, caches: Caches { mmu, watch } });
     }
 
-    /// The device reads or writes at an address of this context. The frame it reaches; none if the page tables do not let it.
+    /// The device reads or writes at an address of this context. The frame it reaches; none if the
+    /// page tables do not let it.
     ///
     /// What it cannot reach it asks nobody for.
     pub fn device_access(&self, ctx_id: CtxId, address: u64, access: UserAccess) -> Option<PhysFrame> {
@@ -62,7 +64,8 @@ impl HostedMachine {
         reached
     }
 
-    /// The device uses an address near those at which something happens, in one of its address spaces, if it has any.
+    /// The device uses an address near those at which something happens, in one of its address
+    /// spaces, if it has any.
     pub(crate) fn device_turn(&self, choice: u64) {
         let ctx_id = {
             let spaces = lock(&self.shared.0);

@@ -22,7 +22,8 @@ const MOST_OF_A_SORT: usize = 5;
 /// One thing that happened, in the order of steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
-    /// Number of the event; "when" in every report. A detail has the number of the event that follows it.
+    /// Number of the event; "when" in every report. A detail has the number of the event that
+    /// follows it.
     pub step: u64,
     /// The CPU it happened on.
     pub cpu: CpuId,
@@ -58,7 +59,8 @@ pub enum What {
 /// What only a timeline wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detail {
-    /// A step of the sequence began, by its index; the address space it works on or switches to, if it names one.
+    /// A step of the sequence began, by its index; the address space it works on or switches to, if
+    /// it names one.
     Began(usize, Option<(PhysFrame, CtxId)>),
     /// A step of the sequence is done.
     Ended(usize),
@@ -83,7 +85,7 @@ pub enum Detail {
 pub enum Fill {
     /// A program wanted to use the address.
     Access,
-    /// It felt like it.
+    /// It speculated.
     Speculation,
 }
 
@@ -119,7 +121,8 @@ impl EventLog {
         self.telling == Telling::All
     }
 
-    /// Notes a detail, if anybody wants it. It takes no step of its own, so that steps are the same with details and without.
+    /// Notes a detail, if anybody wants it. It takes no step of its own, so that steps are the same
+    /// with details and without.
     pub(crate) fn detail(&self, cpu: CpuId, detail: Detail) {
         if self.keeps_all() {
             let mut events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -148,7 +151,8 @@ impl EventLog {
 
     /// The last events that explain how `cpu` came to reach `frame` at `address`, oldest first.
     ///
-    /// All that happened to the frame and to the address; of what the CPU itself did, the last few of each sort.
+    /// All that happened to the frame and to the address; of what the CPU itself did, the last few
+    /// of each sort.
     #[must_use]
     pub(crate) fn explaining(&self, cpu: CpuId, frame: PhysFrame, address: u64) -> Vec<Event> {
         let events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -21,21 +21,26 @@ pub enum ViolationKind {
     TwoPageSizes,
     /// A page that is free is mapped.
     FreePageMapped,
-    /// A table was freed although not all of its entries are none.
+    /// A table was freed although not all of its entries are empty.
     TableFreedInUse,
-    /// A table does not note that it uses a line in which an entry is something: nobody would find that.
+    /// A table does not note that it uses a line in which an entry is something: nobody would find
+    /// that.
     EntryNotNoted,
     /// A page is mapped by more or by fewer entries than its count says.
     CountsDisagree,
-    /// There are more or fewer places in swap, or guards, in page tables than the kernel was told of.
+    /// There are more or fewer places in swap, or guards, in page tables than the kernel was told
+    /// of.
     MeaningsDisagree,
     /// A frame was freed by a CPU that held the lock of a page table.
     FreedUnderTableLock,
-    /// A CPU that held the lock of a page table waited for others to flush, and not for the sake of dirty pages.
+    /// A CPU that held the lock of a page table waited for others to flush, and not for the sake of
+    /// dirty pages.
     WaitedUnderTableLock,
-    /// A frame was freed by a CPU that held a map lock, in a call that is to free after it has dropped the lock.
+    /// A frame was freed by a CPU that held a map lock, in a call that is to free after it has
+    /// dropped the lock.
     FreedUnderMapLock,
-    /// A CPU that held a map lock waited for others to flush, in a call that is to wait after it has dropped the lock.
+    /// A CPU that held a map lock waited for others to flush, in a call that is to wait after it
+    /// has dropped the lock.
     WaitedUnderMapLock,
     /// A CPU did more between two preemption points than it may, whatever the range.
     NoPreemptionPoint,

@@ -1,8 +1,9 @@
 //! Holds what CPUs may still reach against what is free.
 //!
-//! A frame is *stale on a CPU* when it was freed while the CPU's caches named it. That is a violation at once if the CPU can
-//! use the entry without running any more software: a page, while it runs a program; a table, always (speculation walks on
-//! lazy CPUs too). Otherwise it becomes one when the CPU enters user mode, or loads the PCID, with the entry still there.
+//! A frame is *stale on a CPU* when it was freed while the CPU's caches named it. That is a
+//! violation at once if the CPU can use the entry without running any more software: a page, while
+//! it runs a program; a table, always (speculation walks on lazy CPUs too). Otherwise it becomes
+//! one when the CPU enters user mode, or loads the PCID, with the entry still there.
 
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,8 +26,8 @@ const TOLD: usize = 2;
 /// The truth about frames, and the violations found.
 #[derive(Debug)]
 pub(crate) struct Ledger {
-    /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed, plus one, and in the low 8
-    /// bits by which CPU.
+    /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed,
+    /// plus one, and in the low 8 bits by which CPU.
     freed_at: Box<[AtomicU64]>,
     holders: Arc<Holders>,
     /// By frame: whether a program wrote to it since it was given out.
@@ -172,7 +173,8 @@ impl Ledger {
 #[derive(Debug)]
 pub(crate) struct CpuWatch {
     holders: Arc<Holders>,
-    /// What named a frame when it was freed: first frame named, how, and how many such entries there are still.
+    /// What named a frame when it was freed: first frame named, how, and how many such entries
+    /// there are still.
     stale: FxHashMap<(PhysFrame, Held), u32>,
     /// What entered the caches since somebody asked, if anybody does.
     fills: Option<Vec<(PhysFrame, Held)>>,
@@ -181,8 +183,8 @@ pub(crate) struct CpuWatch {
 impl CpuWatch {
     /// These entries, which are all that name a frame just freed, are stale from now on.
     ///
-    /// Some may be already: the frame was freed before and given out in between, or another part of a large page was freed.
-    /// Each still goes only once, so they are counted anew.
+    /// Some may be already: the frame was freed before and given out in between, or another part of
+    /// a large page was freed. Each still goes only once, so they are counted anew.
     pub(crate) fn mark_stale(&mut self, entries: impl IntoIterator<Item = CachedEntry>) {
         let mut counts = FxHashMap::default();
         for entry in entries {
@@ -306,7 +308,8 @@ mod tests {
         let mut watch = Ledger::new(16).watch();
         let cached = entry(5, PageSize::Size4KiB);
         watch.hold(cached.frame, cached.held);
-        // Freed, given out to another address space, freed there too: the entry of an address space that ended waits for its PCID.
+        // Freed, given out to another address space, freed there too: the entry of an address space
+        // that ended waits for its PCID.
         watch.mark_stale([cached]);
         watch.mark_stale([cached]);
         assert!(!watch.is_clean());

@@ -1,8 +1,8 @@
 //! Which map locks a CPU holds, and what the call that holds one may do meanwhile.
 //!
-//! The kernel says when it takes a map lock and when it drops it, and with it the most that the call does in between. Linux's
-//! munmap frees with the lock held for reading; a kernel that means to free after it drops the lock, as most do for what a call
-//! unmaps last, is held to that here.
+//! The kernel says when it takes a map lock and when it drops it, and with it the most that the
+//! call does in between. Linux's munmap frees with the lock held for reading; a kernel that means
+//! to free after it drops the lock, as most do for what a call unmaps last, is held to that here.
 
 use core::sync::atomic::Ordering;
 
@@ -16,7 +16,8 @@ use crate::machine::HostedMachine;
 use crate::mutex::lock;
 
 impl HostedMachine {
-    /// This CPU holds the map lock of the address space of `root`, and does no more than `most` under it.
+    /// This CPU holds the map lock of the address space of `root`, and does no more than `most`
+    /// under it.
     pub(crate) fn map_locked(&self, root: PhysFrame, most: UnderMapLock) {
         let mut held = lock(&self.cpu().map_locks.held);
         held.retain(|(other, _)| *other != root);
@@ -41,8 +42,8 @@ impl HostedMachine {
         }
     }
 
-    /// A gather on this CPU did something. One that has no room, or has flushed early for dirty pages, frees what it has before it
-    /// goes on, and says so when it is done.
+    /// A gather on this CPU did something. One that has no room, or has flushed early for dirty
+    /// pages, frees what it has before it goes on, and says so when it is done.
     pub(crate) fn note_early_free(&self, event: GatherEvent) {
         let frees_early = match event {
             GatherEvent::ForcedFlush | GatherEvent::TableFallback | GatherEvent::DirtyFlush => true,
@@ -53,7 +54,8 @@ impl HostedMachine {
         self.cpu().map_locks.frees_early.store(frees_early, Ordering::Relaxed);
     }
 
-    /// The call that this CPU makes has flushed for the last time: what it still frees is not freed early.
+    /// The call that this CPU makes has flushed for the last time: what it still frees is not freed
+    /// early.
     pub(crate) fn note_last_flush(&self) {
         self.cpu().map_locks.frees_early.store(false, Ordering::Relaxed);
     }
@@ -80,7 +82,8 @@ impl HostedMachine {
         }
     }
 
-    /// The root of an address space whose map lock this CPU holds for a call that does less than `needed`.
+    /// The root of an address space whose map lock this CPU holds for a call that does less than
+    /// `needed`.
     fn holds_map_lock_for_less(&self, needed: UnderMapLock) -> Option<PhysFrame> {
         let held = lock(&self.cpu().map_locks.held);
         held.iter().find(|(_, most)| *most < needed).map(|(root, _)| *root)

@@ -17,15 +17,16 @@
 //!
 //! | what is kept | of what |
 //! |---|---|
-//! | `ledger::Ledger` | each frame: free since when, named by how many caches, written to; and the violations found |
-//! | `ledger::CpuWatch` | one CPU's caches: what there names a frame that is free (*stale*); the MMU tells it (`FrameWatch`) |
+//! | `ledger::Ledger` | frames: free since when, in how many caches, written to; violations |
+//! | `ledger::CpuWatch` | one CPU's caches: what there names a free frame (*stale*) |
 //! | `per_cpu` | one CPU: locks it holds, work since its last preemption point |
 //! | `events::EventLog` | the machine: the last events, or all |
 //! | `checked::Checked` | one machine: its ledger and its log |
 //!
-//! To *check* is to look for one kind of violation and report it; the functions that do are methods of the machine, which calls
-//! them as it goes. To *compare* is to hold all of one thing against all of another while nothing runs; `sequence` calls those at
-//! sync points. To *judge*, in `sequence::verdict`, is to run a sequence and say what came of it.
+//! To *check* is to look for one kind of violation and report it; the functions that do are methods
+//! of the machine, which calls them as it goes. To *compare* is to hold all of one thing against
+//! all of another while nothing runs; `sequence` calls those at sync points. To *judge*, in
+//! `sequence::verdict`, is to run a sequence and say what came of it.
 
 pub(crate) mod access;
 pub(crate) mod caches_against_tables;

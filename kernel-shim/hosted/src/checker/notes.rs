@@ -142,7 +142,8 @@ impl HostedMachine {
         }
     }
 
-    /// Nothing maps this page of a file any more: a CPU that has its D bit cached would write to it without setting any.
+    /// Nothing maps this page of a file any more: a CPU that has its D bit cached would write to it
+    /// without setting any.
     fn check_unwritable(&self, checked: &Checked, frame: PhysFrame) {
         for cpu in self.cpus.iter().filter(|cpu| self.is_in_user_mode(cpu.id)) {
             let caches = lock(&cpu.caches);
@@ -160,11 +161,13 @@ impl HostedMachine {
         }
     }
 
-    /// One page must not be met through two sizes: SDM vol. 3A 4.10.2.3, 4.10.4.2. Whoever splits it flushes in between.
+    /// One page must not be met through two sizes: SDM vol. 3A 4.10.2.3, 4.10.4.2. Whoever splits
+    /// it flushes in between.
     ///
-    /// Where the sizes lead to different memory, the larger is a page that was discarded and whose flush is still to come: that
-    /// it goes before the call returns and before the page is freed is checked elsewhere. A lazy CPU, or one that has not yet
-    /// compared generations, may get there by speculation; it flushes before it runs a program.
+    /// Where the sizes lead to different memory, the larger is a page that was discarded and whose
+    /// flush is still to come: that it goes before the call returns and before the page is freed is
+    /// checked elsewhere. A lazy CPU, or one that has not yet compared generations, may get there
+    /// by speculation; it flushes before it runs a program.
     pub(crate) fn check_sizes(&self, checked: &Checked, index: usize) {
         let Some(cpu) = self.cpus.get(index).filter(|cpu| self.is_in_user_mode(cpu.id)) else { return };
         loop {
@@ -177,7 +180,8 @@ impl HostedMachine {
         }
     }
 
-    /// This CPU enters user mode, or has loaded CR3: what is stale here and now can be used is a violation.
+    /// This CPU enters user mode, or has loaded CR3: what is stale here and now can be used is a
+    /// violation.
     pub(crate) fn check_stale(&self) {
         let Some(checked) = &self.checked else { return };
         let here = self.current();

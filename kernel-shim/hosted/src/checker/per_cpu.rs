@@ -14,7 +14,8 @@ use crate::schedule::GiveWay;
 #[derive(Debug, Default)]
 pub(crate) struct TableLocks {
     pub(crate) asked: Mutex<Vec<Asked>>,
-    /// A flush of dirty pages was announced, the stated exception of rule G3. Until no lock is held any more.
+    /// A flush of dirty pages was announced, the stated exception of rule G3. Until no lock is held
+    /// any more.
     pub(crate) flushes_dirty_pages: AtomicBool,
 }
 
@@ -30,8 +31,8 @@ unsafe impl Send for Asked {}
 
 impl Asked {
     pub(crate) fn is_locked(&self) -> bool {
-        // SAFETY: the kernel's metadata has a lock for every frame of the machine, and outlives the calls that use them; it is
-        // looked at from within such calls and right after one gave way.
+        // SAFETY: the kernel's metadata has a lock for every frame of the machine, and outlives the
+        // calls that use them; it is looked at from within such calls and right after one gave way.
         unsafe { &*self.lock }.is_locked()
     }
 }
@@ -41,8 +42,8 @@ impl Asked {
 pub(crate) struct MapLocks {
     /// The root of each address space whose lock it is, and the most that may be done under it.
     pub(crate) held: Mutex<Vec<(PhysFrame, UnderMapLock)>>,
-    /// Tables taken since the CPU last held no map lock. One that another CPU was faster to link is given back at once: nobody
-    /// has seen it.
+    /// Tables taken since the CPU last held no map lock. One that another CPU was faster to link is
+    /// given back at once: nobody has seen it.
     pub(crate) own_tables: Mutex<Vec<PhysFrame>>,
     /// A gather frees what it has, to go on.
     pub(crate) frees_early: AtomicBool,

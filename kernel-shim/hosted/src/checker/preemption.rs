@@ -1,4 +1,5 @@
-//! How much a CPU does between two preemption points: rule G7, a bounded amount, whatever the range.
+//! How much a CPU does between two preemption points: rule G7, a bounded amount, whatever the
+//! range.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 

@@ -1,7 +1,8 @@
 //! What no CPU may still be able to do when a call returns.
 //!
-//! Looked at are the CPUs that run programs of the address space, and the caller if it does. Lazy CPUs and those elsewhere may
-//! keep what they have: they compare generations before they use it (rule T5, and the switch protocol).
+//! Looked at are the CPUs that run programs of the address space, and the caller if it does. Lazy
+//! CPUs and those elsewhere may keep what they have: they compare generations before they use it
+//! (rule T5, and the switch protocol).
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::Laziness;
@@ -35,8 +36,8 @@ pub(crate) enum Promised {
     Gone,
     /// No program can use what was cached of them before this moment.
     ///
-    /// Rule G6 and the deferred flushes of reclaim: also where the call found nothing, because another that has not flushed yet
-    /// was faster.
+    /// Rule G6 and the deferred flushes of reclaim: also where the call found nothing, because
+    /// another that has not flushed yet was faster.
     Discarded(Moment),
     /// No program can do more than this there.
     AtMost(Protection),

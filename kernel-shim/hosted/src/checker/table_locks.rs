@@ -1,7 +1,8 @@
 //! Which table locks a CPU holds: rule G3, nothing is freed and no answer awaited under one.
 //!
-//! A lock does not say who holds it. But it changes hands only while somebody runs: if a CPU has asked for a lock, the lock is
-//! taken, and nobody else was seen to have it when they last stopped running, then it is this CPU's.
+//! A lock does not say who holds it. But it changes hands only while somebody runs: if a CPU has
+//! asked for a lock, the lock is taken, and nobody else was seen to have it when they last stopped
+//! running, then it is this CPU's.
 
 use core::sync::atomic::Ordering;
 
@@ -27,7 +28,8 @@ impl HostedMachine {
         asked.push(Asked { table, lock: wanted, is_held: false });
     }
 
-    /// Finds out which of the locks that `cpu` asked for it has. Called before another CPU runs, and whenever it matters.
+    /// Finds out which of the locks that `cpu` asked for it has. Called before another CPU runs,
+    /// and whenever it matters.
     pub(crate) fn settle_locks(&self, cpu: CpuId) {
         let mine = &self.cpus[cpu.index()].table_locks;
         let mut asked = lock(&mine.asked);

@@ -1,5 +1,6 @@
-//! What page tables map must be there: no entry leads to a free frame, and counts are those of the entries. So are those of
-//! places in swap and of guards: an engine that drops such an entry tells the kernel, once, and drops none that it must keep.
+//! What page tables map must be there: no entry leads to a free frame, and counts are those of the
+//! entries. So are those of places in swap and of guards: an engine that drops such an entry tells
+//! the kernel, once, and drops none that it must keep.
 //!
 //! Read with the software MMU's own eyes ([`decode`]), not the engine's.
 
@@ -31,8 +32,8 @@ struct Mapped {
     wrong: Option<(ViolationKind, PhysFrame, u64)>,
 }
 
-/// Looks through all page tables, while nothing else runs and no gather is open. `mms` are all address spaces that have not
-/// exited.
+/// Looks through all page tables, while nothing else runs and no gather is open. `mms` are all
+/// address spaces that have not exited.
 pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<HostedMm>]) {
     let machine = kernel.machine();
     let Some(checked) = &machine.checked else { return };
@@ -115,7 +116,8 @@ fn look_through(
 }
 
 impl HostedMachine {
-    /// A table is being freed: whatever is still in it is lost, or mapped for ever by whoever walks it.
+    /// A table is being freed: whatever is still in it is lost, or mapped for ever by whoever walks
+    /// it.
     pub(crate) fn check_freed_table(&self, checked: &Checked, table: PhysFrame) {
         if entries(self, table).any(|entry| entry != 0) {
             let here = self.current();

@@ -80,7 +80,8 @@ pub enum Fault {
     NonCanonical(LinearAddress),
 }
 
-/// A page fault. What was cached for its address under the current PCID is gone when it is reported.
+/// A page fault. What was cached for its address under the current PCID is gone when it is
+/// reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageFault {
     /// CR2.

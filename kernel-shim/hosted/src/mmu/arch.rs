@@ -1,7 +1,8 @@
-//! The words of x86 paging: addresses, levels, page sizes, rights, and what the 64 bits of an entry say.
+//! The words of x86 paging: addresses, levels, page sizes, rights, and what the 64 bits of an entry
+//! say.
 //!
-//! The software MMU decodes entries by itself and shares no code with the engine under test: a mistake the two had in
-//! common would be invisible.
+//! The software MMU decodes entries by itself and shares no code with the engine under test: a
+//! mistake the two had in common would be invisible.
 
 use core::fmt;
 
@@ -25,7 +26,8 @@ pub const ADDRESS_MASK: u64 = 0x000f_ffff_ffff_f000;
 
 /// A linear (virtual) address as an instruction forms it: 64 bits, perhaps not canonical.
 ///
-/// [`VirtAddr`] knows 48-bit addresses only; with LA57 a CPU also forms 57-bit ones, and INVLPG accepts any.
+/// [`VirtAddr`] knows 48-bit addresses only; with LA57 a CPU also forms 57-bit ones, and INVLPG
+/// accepts any.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinearAddress(u64);
 
@@ -216,7 +218,8 @@ impl fmt::Display for PageSize {
     }
 }
 
-/// What the entries used so far on a path allow: writing and user access if all of them do, execution unless one forbids it.
+/// What the entries used so far on a path allow: writing and user access if all of them do,
+/// execution unless one forbids it.
 ///
 /// Both the TLBs and the paging-structure caches keep this combination, not the bits of one entry.
 ///
@@ -285,7 +288,8 @@ pub enum Meaning {
     Page(PageSize, PhysAddr),
 }
 
-/// Reads the 64 bits of `entry`, found in a table at `level`, as a CPU with `physical_bits` of physical address does.
+/// Reads the 64 bits of `entry`, found in a table at `level`, as a CPU with `physical_bits` of
+/// physical address does.
 ///
 /// IA32_EFER.NXE is 1 and 1-GiB pages are supported.
 ///

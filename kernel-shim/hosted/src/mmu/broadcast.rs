@@ -1,7 +1,8 @@
 //! Broadcast invalidation: INVLPGB as one CPU receives it, TLBSYNC as its end.
 //!
-//! INVLPGB only starts: a receiving CPU may act at once or late. The machine posts the request to every CPU, the issuer too,
-//! and delivers what is left when the issuer executes TLBSYNC; in between a CPU may use what it should lose.
+//! INVLPGB only starts: a receiving CPU may act at once or late. The machine posts the request to
+//! every CPU, the issuer too, and delivers what is left when the issuer executes TLBSYNC; in
+//! between a CPU may use what it should lose.
 
 use x86_64::instructions::tlb::Pcid;
 
@@ -61,7 +62,8 @@ pub enum Globals {
 pub enum Uppers {
     /// Nothing: not enough where a table was freed.
     Kept,
-    /// Drops those that lead to the addresses named. With EFER.TCE = 0 a CPU drops more; that is not counted on.
+    /// Drops those that lead to the addresses named. With EFER.TCE = 0 a CPU drops more; that is
+    /// not counted on.
     Dropped,
 }
 

@@ -1,8 +1,11 @@
-//! What differs between processors, and what one processor may choose: the switches of the software MMU.
+//! What differs between processors, and what one processor may choose: the switches of the software
+//! MMU.
 //!
-//! Each switch names the least that software is promised; a machine under test runs with several combinations.
+//! Each switch names the least that software is promised; a machine under test runs with several
+//! combinations.
 
-/// The behaviour of one virtual CPU's MMU. Every combination is one that a real processor could have.
+/// The behaviour of one virtual CPU's MMU. Every combination is one that a real processor could
+/// have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
     /// What INVLPG does to paging-structure caches.
@@ -21,7 +24,8 @@ pub struct Features {
     pub tlb_capacity: Capacity,
     /// Most paging-structure-cache entries held, over all PCIDs and levels.
     pub structure_capacity: Capacity,
-    /// Physical-address width in bits (MAXPHYADDR), 32 to 52; bits above are reserved in every entry.
+    /// Physical-address width in bits (MAXPHYADDR), 32 to 52; bits above are reserved in every
+    /// entry.
     pub physical_bits: u32,
     /// Most pages one INVLPGB may name after the first (CPUID 8000_0008h EDX, bits 15:0).
     pub invlpgb_count_max: u16,
@@ -69,21 +73,25 @@ pub enum InvlpgUppers {
 pub enum InvlpgGlobals {
     /// It does, as documented. Intel SDM vol. 3A 4.10.4.1.
     Dropped,
-    /// It may not while CR4.PCIDE = 1: the erratum of Intel's Alder Lake and Raptor Lake, outside virtual machines.
+    /// It may not while CR4.PCIDE = 1: the erratum of Intel's Alder Lake and Raptor Lake, outside
+    /// virtual machines.
     MissedWithPcid,
 }
 
-/// What a CPU looks at when a store goes through a cached translation that is writable and not dirty, before it sets D in memory.
+/// What a CPU looks at when a store goes through a cached translation that is writable and not
+/// dirty, before it sets D in memory.
 ///
 /// It always looks whether the entry is present, in the same locked operation.
 ///
 /// # Source
-/// Intel SDM vol. 3A 4.8: no D with R/W = 0 where there are shadow stacks; Linux: pte_mksaveddirty, arch/x86/include/asm/pgtable.h.
+/// Intel SDM vol. 3A 4.8: no D with R/W = 0 where there are shadow stacks; Linux: pte_mksaveddirty,
+/// arch/x86/include/asm/pgtable.h.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SettingDirty {
     /// The rights, too: a store meets what the entry allows now. Processors with shadow stacks.
     Checked,
-    /// Nothing else: an entry that has lost R/W since it was cached gets D = 1, and the store goes through.
+    /// Nothing else: an entry that has lost R/W since it was cached gets D = 1, and the store goes
+    /// through.
     Unchecked,
 }
 
@@ -110,7 +118,8 @@ pub enum LargePages {
     InPieces,
 }
 
-/// Which entry serves when several are cached for one address (page sizes mixed, or a global beside a non-global).
+/// Which entry serves when several are cached for one address (page sizes mixed, or a global beside
+/// a non-global).
 ///
 /// The architecture promises neither. Intel SDM vol. 3A 4.10.2.3, 4.10.4.2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,7 +12,8 @@
 //! | MOV CR4: SMEP 0 to 1 | all of the current PCID, not global | all of the current PCID |
 //! | #PF | the page, current PCID, and global | its path, current PCID |
 //!
-//! Intel SDM vol. 3A 4.10.4.1. INVLPGB and TLBSYNC, as a CPU receives them, are at the end; what they ask for is in `broadcast`.
+//! Intel SDM vol. 3A 4.10.4.1. INVLPGB and TLBSYNC, as a CPU receives them, are at the end; what
+//! they ask for is in `broadcast`.
 
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::Cr4Flags;
@@ -51,8 +52,8 @@ pub enum Invpcid {
 impl Mmu {
     /// INVLPG. A non-canonical operand does nothing.
     ///
-    /// Entries of other PCIDs stay; so do, with [`InvlpgUppers::LeadingToAddress`], structure entries off the path: tables that
-    /// were unhooked beside it stay reachable.
+    /// Entries of other PCIDs stay; so do, with [`InvlpgUppers::LeadingToAddress`], structure
+    /// entries off the path: tables that were unhooked beside it stay reachable.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.10.4.1, vol. 2A INVLPG; AMD64 APM vol. 2 5.5.3.
@@ -110,10 +111,12 @@ impl Mmu {
         Ok(())
     }
 
-    /// MOV to CR3. With [`Cr3Load::Keep`] entries made under another root for the same PCID come into use.
+    /// MOV to CR3. With [`Cr3Load::Keep`] entries made under another root for the same PCID come
+    /// into use.
     ///
     /// # Errors
-    /// If CR4.PCIDE is 0 and `load` is [`Cr3Load::Keep`] or `pcid` is not 0 (hardware takes those bits for something else).
+    /// If CR4.PCIDE is 0 and `load` is [`Cr3Load::Keep`] or `pcid` is not 0 (hardware takes those
+    /// bits for something else).
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.10.4.1, vol. 2B MOV to control registers.
@@ -201,10 +204,13 @@ impl Mmu {
 }
 
 impl Mmu {
-    /// Checks the operands of an INVLPGB that this CPU executes; the machine then posts it to every CPU.
+    /// Checks the operands of an INVLPGB that this CPU executes; the machine then posts it to every
+    /// CPU.
     ///
     /// # Errors
-    /// If it names more pages than [`Features::invlpgb_count_max`](crate::mmu::features::Features::invlpgb_count_max) after the first.
+    /// If it names more pages than
+    /// [`Features::invlpgb_count_max`](crate::mmu::features::Features::invlpgb_count_max) after the
+    /// first.
     pub fn invlpgb(&self, request: Broadcast) -> Result<Broadcast, GeneralProtection> {
         match request.pages {
             Some(pages) if pages.more > self.features.invlpgb_count_max => Err(GeneralProtection),
@@ -223,7 +229,8 @@ impl Mmu {
         &self.broadcasts
     }
 
-    /// Acts on the pending request at `place`, which may happen at any time before TLBSYNC, in any order.
+    /// Acts on the pending request at `place`, which may happen at any time before TLBSYNC, in any
+    /// order.
     ///
     /// # Panics
     /// If there is none at `place`.

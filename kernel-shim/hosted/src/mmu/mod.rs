@@ -13,11 +13,12 @@
 //!        what names a frame, as it comes and goes   watch
 //! ```
 //!
-//! It caches whatever the architecture lets it cache and drops only what the architecture promises to drop, so that a flush which
-//! software owes and forgets shows. `arch` has the architecture's own words: addresses, levels, rights, and what an entry means.
+//! It caches whatever the architecture lets it cache and drops only what the architecture promises
+//! to drop, so that a flush which software owes and forgets shows. `arch` has the architecture's
+//! own words: addresses, levels, rights, and what an entry means.
 //!
-//! It knows nothing of this crate outside this folder. The machine owns one a CPU, the device one an address space; the checker
-//! reads all of them.
+//! It knows nothing of this crate outside this folder. The machine owns one a CPU, the device one
+//! an address space; the checker reads all of them.
 
 mod access;
 pub mod arch;

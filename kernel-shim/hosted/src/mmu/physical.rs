@@ -4,13 +4,15 @@ use x86_64::PhysAddr;
 
 /// Physical memory that holds paging structures.
 ///
-/// Addresses come from entries that are present and have no reserved bit set, and are 8-byte aligned; a stale or wrong entry
-/// may name any address below the physical-address width. What lies outside of the machine's memory should read as 0.
+/// Addresses come from entries that are present and have no reserved bit set, and are 8-byte
+/// aligned; a stale or wrong entry may name any address below the physical-address width. What lies
+/// outside of the machine's memory should read as 0.
 pub trait PhysicalMemory {
     /// Loads one entry, atomically.
     fn read(&self, address: PhysAddr) -> u64;
 
-    /// Sets `bits` (accessed, dirty) in the entry if it still reads `expected`, in one locked operation, as a walk does.
+    /// Sets `bits` (accessed, dirty) in the entry if it still reads `expected`, in one locked
+    /// operation, as a walk does.
     ///
     /// # Errors
     /// The value found instead of `expected`; nothing was stored.

@@ -34,7 +34,8 @@ impl Space {
         }
     }
 
-    /// An address that is served by more than one page size now, if any is that was not told yet: the larger and the smaller page.
+    /// An address that is served by more than one page size now, if any is that was not told yet:
+    /// the larger and the smaller page.
     pub(crate) fn mixed(&mut self) -> Option<(LinearAddress, TlbEntry, TlbEntry)> {
         while let Some(address) = self.mixed.pop() {
             if let Some((large, small)) = self.tlb.mixed_at(address) {
@@ -221,7 +222,8 @@ pub(crate) struct Spaces {
     by_pcid: FxHashMap<u16, SpaceIndex>,
     tlb_capacity: Capacity,
     structure_capacity: Capacity,
-    /// State of the generator that picks what a full cache displaces. Fixed at the start, so runs repeat.
+    /// State of the generator that picks what a full cache displaces. Fixed at the start, so runs
+    /// repeat.
     dice: u64,
 }
 

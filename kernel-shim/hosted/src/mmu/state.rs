@@ -39,8 +39,8 @@ pub const PCID_ZERO: Pcid = match Pcid::new(0) {
 impl Mmu {
     /// A CPU with empty caches that has just loaded `root` into CR3, with PCID 0.
     ///
-    /// Of `cr4` the flags `PAGE_GLOBAL`, `PCID`, `L5_PAGING`, `SUPERVISOR_MODE_EXECUTION_PROTECTION` and
-    /// `SUPERVISOR_MODE_ACCESS_PREVENTION` count.
+    /// Of `cr4` the flags `PAGE_GLOBAL`, `PCID`, `L5_PAGING`,
+    /// `SUPERVISOR_MODE_EXECUTION_PROTECTION` and `SUPERVISOR_MODE_ACCESS_PREVENTION` count.
     pub fn new<W: FrameWatch>(features: Features, cr4: Cr4Flags, root: PhysFrame, watch: &mut W) -> Self {
         let mut spaces = Spaces::new(features.tlb_capacity, features.structure_capacity);
         let current = spaces.open(PCID_ZERO);
@@ -67,7 +67,8 @@ impl Mmu {
         }
     }
 
-    /// An address that programs of the loaded PCID could use through two page sizes at once: the larger and the smaller page.
+    /// An address that programs of the loaded PCID could use through two page sizes at once: the
+    /// larger and the smaller page.
     pub fn mixed(&mut self) -> Option<(LinearAddress, TlbEntry, TlbEntry)> {
         self.spaces.at_mut(self.current).mixed()
     }
@@ -108,9 +109,11 @@ impl Mmu {
         self.spaces.structures_len()
     }
 
-    /// How this CPU can still come to `frame` through what it has cached, or through CR3. Costs a few hash look-ups.
+    /// How this CPU can still come to `frame` through what it has cached, or through CR3. Costs a
+    /// few hash look-ups.
     ///
-    /// A frame that a present entry in memory leads to, but nothing cached names, counts as out of reach here.
+    /// A frame that a present entry in memory leads to, but nothing cached names, counts as out of
+    /// reach here.
     #[must_use]
     pub fn reach(&self, frame: PhysFrame) -> Reach {
         if self.usable_now(frame) {
@@ -142,7 +145,8 @@ impl Mmu {
         core::iter::once(self.root_entry()).chain(self.spaces.iter().flat_map(Space::entries))
     }
 
-    /// Every cached entry, under any PCID, that names `frame`. A scan: for telling a story, not for asking a question.
+    /// Every cached entry, under any PCID, that names `frame`. A scan: for telling a story, not for
+    /// asking a question.
     pub fn entries_reaching(&self, frame: PhysFrame) -> impl Iterator<Item = CachedEntry> + '_ {
         self.entries().filter(move |entry| entry.names(frame))
     }

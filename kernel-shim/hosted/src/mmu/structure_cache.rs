@@ -5,10 +5,11 @@ use x86_64::PhysAddr;
 use crate::mmu::arch::{ADDRESS_MASK, LinearAddress, Rights, TableLevel};
 use crate::mmu::tlb_cache::{EntryMap, drain};
 
-/// One cached PML5E, PML4E, PDPTE or PDE that references a table, in the form of a paging entry: 64 bits.
+/// One cached PML5E, PML4E, PDPTE or PDE that references a table, in the form of a paging entry: 64
+/// bits.
 ///
-/// Holds the address of the next table and the rights of the path down to it; it says nothing of what that table contains,
-/// which may all be non-present. The G flag does not touch it.
+/// Holds the address of the next table and the rights of the path down to it; it says nothing of
+/// what that table contains, which may all be non-present. The G flag does not touch it.
 ///
 /// # Source
 /// Intel SDM vol. 3A 4.10.3.1, 4.10.2.4.
@@ -170,7 +171,8 @@ impl StructureCache {
     }
 }
 
-/// The address bits that select the entry and everything above it: 47:21 for a PDE (56:21 with LA57), and so on.
+/// The address bits that select the entry and everything above it: 47:21 for a PDE (56:21 with
+/// LA57), and so on.
 const fn key(address: LinearAddress, level: TableLevel) -> u64 {
     address.as_u64() >> level.entry_shift()
 }

@@ -7,8 +7,8 @@ use x86_64::PhysAddr;
 
 use crate::mmu::arch::{ADDRESS_MASK, DIRTY, GLOBAL, LinearAddress, PageSize, Rights};
 
-/// Entries by page number or by the address bits a structure entry covers. Dense, so that a flush of few is cheap and any
-/// one can be picked to vanish.
+/// Entries by page number or by the address bits a structure entry covers. Dense, so that a flush
+/// of few is cheap and any one can be picked to vanish.
 pub(crate) type EntryMap<V> = IndexMap<u64, V, FxBuildHasher>;
 
 /// One cached translation, in the form of a paging entry: 64 bits.
@@ -18,12 +18,14 @@ pub(crate) type EntryMap<V> = IndexMap<u64, V, FxBuildHasher>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TlbEntry(u64);
 
-/// Bits 10:9: the page size this entry serves. Bits 53:52: the size of the page in memory that it is (a piece of).
+/// Bits 10:9: the page size this entry serves. Bits 53:52: the size of the page in memory that it
+/// is (a piece of).
 const SIZE_SHIFT: u32 = 9;
 const ORIGIN_SHIFT: u32 = 52;
 
 impl TlbEntry {
-    /// A page of `size` at `start`, with the rights of its path and the dirty and global bits of its `leaf` entry.
+    /// A page of `size` at `start`, with the rights of its path and the dirty and global bits of
+    /// its `leaf` entry.
     #[must_use]
     #[inline]
     pub const fn whole(start: PhysAddr, size: PageSize, rights: Rights, leaf: u64) -> Self {
@@ -31,7 +33,8 @@ impl TlbEntry {
         Self(start.as_u64() | rights.bits() | (leaf & (DIRTY | GLOBAL)) | sizes)
     }
 
-    /// The 4-KiB part of this translation that serves `address`; the entry itself if it is no larger.
+    /// The 4-KiB part of this translation that serves `address`; the entry itself if it is no
+    /// larger.
     #[must_use]
     #[inline]
     pub const fn piece(self, address: LinearAddress) -> Self {
@@ -168,7 +171,8 @@ impl TlbCache {
         outcome
     }
 
-    /// Drops whatever serves the page number of `address` at any size, with every other piece of the same large page.
+    /// Drops whatever serves the page number of `address` at any size, with every other piece of
+    /// the same large page.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.10.4.1 (pieces too).
@@ -232,8 +236,8 @@ impl TlbCache {
 
     /// Whether `address` is served by more than one page size: how large, and how small.
     ///
-    /// Software must not let that happen: which of the two is used, one access at a time, is the CPU's choice, and some CPUs stop
-    /// altogether.
+    /// Software must not let that happen: which of the two is used, one access at a time, is the
+    /// CPU's choice, and some CPUs stop altogether.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.10.2.3, 4.10.4.2; AMD family 10h erratum 383.
@@ -246,7 +250,8 @@ impl TlbCache {
         (small.origin() != large.origin()).then_some((large, small))
     }
 
-    /// The first address that a 2-MiB or 1-GiB entry just cached at `address` has in common with a smaller one.
+    /// The first address that a 2-MiB or 1-GiB entry just cached at `address` has in common with a
+    /// smaller one.
     #[must_use]
     pub fn mixed_in(&self, address: LinearAddress, size: PageSize) -> Option<LinearAddress> {
         let page = address.page_number(size);
@@ -291,7 +296,8 @@ impl TlbCache {
     }
 }
 
-/// Empties `entries`; gives memory back if they have become few for it, because clearing costs by capacity.
+/// Empties `entries`; gives memory back if they have become few for it, because clearing costs by
+/// capacity.
 pub(crate) fn drain<V: Copy>(entries: &mut EntryMap<V>, mut dropped: impl FnMut(V)) {
     let count = entries.len();
     if count == 0 {

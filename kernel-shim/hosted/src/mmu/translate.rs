@@ -20,15 +20,17 @@ pub enum Begun {
 }
 
 impl Mmu {
-    /// Translates one access and does to memory what hardware does: the accessed flags, and the dirty flag for a store.
+    /// Translates one access and does to memory what hardware does: the accessed flags, and the
+    /// dirty flag for a store.
     ///
-    /// A TLB entry serves without a look at memory, except a store whose entry is not dirty yet: that one walks again,
-    /// and so sees an entry that has meanwhile gone, and, as the [features](crate::mmu::features::SettingDirty) say,
-    /// one that may no longer be written. Otherwise the walk starts below the deepest cached structure entry.
+    /// A TLB entry serves without a look at memory, except a store whose entry is not dirty yet:
+    /// that one walks again, and so sees an entry that has meanwhile gone, and, as the
+    /// [features](crate::mmu::features::SettingDirty) say, one that may no longer be written.
+    /// Otherwise the walk starts below the deepest cached structure entry.
     ///
     /// # Errors
-    /// [`Fault::Page`] if the translation is missing, malformed or does not allow the access. [`Fault::NonCanonical`] before
-    /// any look at the caches.
+    /// [`Fault::Page`] if the translation is missing, malformed or does not allow the access.
+    /// [`Fault::NonCanonical`] before any look at the caches.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.6, 4.7, 4.8, 4.10.2.2, 4.10.3.2.
@@ -57,8 +59,8 @@ impl Mmu {
         }
     }
 
-    /// The first half of [`access`](Self::access): the look into the TLB. Between the steps of the walk it may return, other
-    /// CPUs may store.
+    /// The first half of [`access`](Self::access): the look into the TLB. Between the steps of the
+    /// walk it may return, other CPUs may store.
     ///
     /// # Errors
     /// As [`access`](Self::access), if the TLB or the form of the address decides.

@@ -1,7 +1,8 @@
 //! A page walk, one memory read at a time.
 //!
-//! Each step reads one entry, sets its accessed (and dirty) flag, caches what may be cached from it and descends. Between two
-//! steps other CPUs may store: the walk is not atomic, only each of its reads is.
+//! Each step reads one entry, sets its accessed (and dirty) flag, caches what may be cached from it
+//! and descends. Between two steps other CPUs may store: the walk is not atomic, only each of its
+//! reads is.
 
 use x86_64::PhysAddr;
 use x86_64::registers::control::Cr4Flags;
@@ -18,7 +19,8 @@ use crate::mmu::structure_cache::StructureEntry;
 use crate::mmu::tlb_cache::{Clash, TlbEntry};
 use crate::mmu::watch::FrameWatch;
 
-/// A walk in progress. Owned by the CPU that began it; dropping it abandons it, and what it cached stays.
+/// A walk in progress. Owned by the CPU that began it; dropping it abandons it, and what it cached
+/// stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Walk {
     address: LinearAddress,
@@ -75,7 +77,8 @@ enum Purpose {
 pub enum Depth {
     /// To the page: fills the TLB, and the structure caches on the way.
     Page,
-    /// Until an entry of a table at this level is in the structure caches ([`TableLevel::Pd`]: a PDE), or a page is met.
+    /// Until an entry of a table at this level is in the structure caches ([`TableLevel::Pd`]: a
+    /// PDE), or a page is met.
     Structure(TableLevel),
 }
 
@@ -99,15 +102,17 @@ pub enum Speculation {
     Page,
     /// At the depth asked for.
     Structure,
-    /// Before it: at an entry that is not present or malformed, at a page, or because the address is not canonical.
+    /// Before it: at an entry that is not present or malformed, at a page, or because the address
+    /// is not canonical.
     Nothing,
 }
 
 impl Mmu {
-    /// Fills the caches for `address` through the loaded CR3, as a CPU may do at any moment, in any mode, idle or not.
+    /// Fills the caches for `address` through the loaded CR3, as a CPU may do at any moment, in any
+    /// mode, idle or not.
     ///
-    /// No rights are asked and no fault comes of it. Sets accessed flags, never a dirty flag. An entry already cached for the
-    /// page number stays, stale or not.
+    /// No rights are asked and no fault comes of it. Sets accessed flags, never a dirty flag. An
+    /// entry already cached for the page number stays, stale or not.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.10.2.3, 4.10.3.1; AMD64 APM vol. 2 5.5.3.
@@ -157,8 +162,8 @@ impl Mmu {
 
     /// Reads one entry of `walk`, which must have begun on this CPU, and acts on it.
     ///
-    /// If this CPU executed an invalidating instruction or changed CR3 since the last step, the walk starts again, from what is
-    /// still cached: those instructions are serializing.
+    /// If this CPU executed an invalidating instruction or changed CR3 since the last step, the
+    /// walk starts again, from what is still cached: those instructions are serializing.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.10.2.2, 4.10.3.1, 4.10.4.3.
@@ -238,7 +243,8 @@ impl Mmu {
             Purpose::Speculation(Depth::Structure(_)) => return Step::Speculated(Speculation::Nothing),
         };
         if leaf & flags != flags && memory.fetch_or(walk.entry_address(), flags, leaf).is_err() {
-            // Somebody changed the entry since it was read: look again, it may not even be present any more.
+            // Somebody changed the entry since it was read: look again, it may not even be present
+            // any more.
             return Step::Continue;
         }
         let mut entry = TlbEntry::whole(start, size, rights, leaf | flags);
@@ -257,8 +263,8 @@ impl Mmu {
         }
     }
 
-    /// With what rights a store goes through all the same, though the entry just read no longer lets it: those of the translation
-    /// that it came with.
+    /// With what rights a store goes through all the same, though the entry just read no longer
+    /// lets it: those of the translation that it came with.
     fn rights_kept(&self, walk: &Walk, now: Rights, size: PageSize, start: PhysAddr) -> Option<Rights> {
         let Purpose::Access(AccessKind::Write, mode) = walk.purpose else { return None };
         if self.features.dirty == SettingDirty::Checked || now.writable() {

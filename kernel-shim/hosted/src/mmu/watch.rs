@@ -10,9 +10,11 @@ use crate::mmu::arch::{LinearAddress, PageSize, Rights, TableLevel};
 
 /// Told of each thing that names a frame when it enters or leaves the caches of a CPU.
 ///
-/// Called on every fill and every removal: an implementation should do no more than change a count. `()` ignores all.
+/// Called on every fill and every removal: an implementation should do no more than change a count.
+/// `()` ignores all.
 pub trait FrameWatch {
-    /// Something that names `first` entered a cache. A [`Use::Page`] of 2 MiB or 1 GiB names every frame of that page.
+    /// Something that names `first` entered a cache. A [`Use::Page`] of 2 MiB or 1 GiB names every
+    /// frame of that page.
     fn hold(&mut self, first: PhysFrame, held: Held);
 
     /// Something that [`hold`](Self::hold) was called for, with the same arguments, is gone.
@@ -91,7 +93,8 @@ pub struct CachedEntry {
     pub held: Held,
     /// First linear address it serves.
     pub address: LinearAddress,
-    /// Linear bytes it serves, as a power of two: the page, or what one entry of the structure covers.
+    /// Linear bytes it serves, as a power of two: the page, or what one entry of the structure
+    /// covers.
     pub span_shift: u32,
     /// First frame it names.
     pub frame: PhysFrame,

@@ -1,7 +1,8 @@
-//! Sequences as bytes: any bytes are a sequence, and one that differs in few bytes differs in few steps.
+//! Sequences as bytes: any bytes are a sequence, and one that differs in few bytes differs in few
+//! steps.
 //!
-//! That is what a fuzzer which mutates bytes wants. Ten bytes of header, then sixteen a step, whatever is left over being
-//! ignored:
+//! That is what a fuzzer which mutates bytes wants. Ten bytes of header, then sixteen a step,
+//! whatever is left over being ignored:
 //!
 //! | byte | header | step |
 //! |---|---|---|
@@ -13,11 +14,11 @@
 //! | 9 | | pages, 2 bytes |
 //! | 11 | | where to, 5 bytes; or a small number |
 //!
-//! Most values of a page lead to one of a few places where tables begin and end, for steps must meet to matter; the others are
-//! the page itself, so that addresses of real programs can be said.
+//! Most values of a page lead to one of a few places where tables begin and end, for steps must
+//! meet to matter; the others are the page itself, so that addresses of real programs can be said.
 //!
-//! A byte that is no number of an operation means the one it meant when there were 17, and so with backings, of
-//! which there were 6: saved bytes keep their meaning.
+//! A byte that is no number of an operation means the one it meant when there were 17, and so with
+//! backings, of which there were 6: saved bytes keep their meaning.
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
@@ -67,8 +68,8 @@ impl Sequence {
         }
     }
 
-    /// Bytes that are this sequence. What they cannot say is cut: CPUs beyond 8, steps beyond 256, pages beyond 2048 and touches
-    /// beyond 64.
+    /// Bytes that are this sequence. What they cannot say is cut: CPUs beyond 8, steps beyond 256,
+    /// pages beyond 2048 and touches beyond 64.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut flags = 0;

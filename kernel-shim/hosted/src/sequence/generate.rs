@@ -5,7 +5,7 @@
 //! | wide | every operation on every place: tables, boundaries, capacities |
 //! | dense | as wide, but it begins with a call on more pages than a table has, all of them there |
 //! | lives | address spaces come and go, more than a CPU has slots for |
-//! | focus | all CPUs work on a few pages: two calls meet on one entry, and a third CPU has it cached |
+//! | focus | all CPUs on a few pages: two calls meet on one entry that a third CPU has cached |
 
 use core::ops::Range;
 use std::collections::VecDeque;
@@ -45,7 +45,8 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
             switches: choices.below(4) * 4,
             // Where guards are, programs are refused: not everywhere.
             guards: if choices.one_in(4) { 8 } else { 0 },
-            // A lost dirty bit is seen in shared pages of a file only, and reclaim takes large pages only if they are clean.
+            // A lost dirty bit is seen in shared pages of a file only, and reclaim takes large
+            // pages only if they are clean.
             mostly: match choices.below(16) {
                 0..4 => Backing::Shared,
                 4..6 => Backing::Clean,
@@ -92,7 +93,8 @@ struct Maker<'a> {
     choices: &'a Choices,
     nr_cpus: u32,
     manner: Manner,
-    /// What comes next, whatever the manner: what a CPU does that was told to be preempted in it, or how a sequence begins.
+    /// What comes next, whatever the manner: what a CPU does that was told to be preempted in it,
+    /// or how a sequence begins.
     next: VecDeque<Step>,
     /// What was mapped so far, as far as this knows: places worth going back to.
     mapped: Vec<(MmId, VirtRange)>,
@@ -132,7 +134,8 @@ impl Maker<'_> {
         step
     }
 
-    /// A call that goes through more small pages than a table has, all of them there, and in use on several CPUs.
+    /// A call that goes through more small pages than a table has, all of them there, and in use on
+    /// several CPUs.
     fn begin_dense(&mut self) {
         let mm = self.mm();
         // Mostly large pages that are split: each page of the others costs a fault.
@@ -168,7 +171,8 @@ impl Maker<'_> {
         area
     }
 
-    /// Two large pages are split by a call on the last small pages of the one and the first of the other.
+    /// Two large pages are split by a call on the last small pages of the one and the first of the
+    /// other.
     fn fill_by_splitting(&mut self, mm: MmId) -> VirtRange {
         // In the first 2 MiB nothing large can be.
         let area = large(up_to(self.base().max(Level::Pmd.entry_span()), DENSE_PAGES));
@@ -256,7 +260,8 @@ impl Maker<'_> {
         }
     }
 
-    /// Something with the large pages around `range`, which come clean and go whole: what is done to a part splits them.
+    /// Something with the large pages around `range`, which come clean and go whole: what is done
+    /// to a part splits them.
     fn focused_on_large(&self, mm: MmId, range: VirtRange) -> Op {
         let whole = large(range);
         let range = range.intersect(whole).unwrap_or(whole);

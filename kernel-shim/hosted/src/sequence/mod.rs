@@ -11,7 +11,8 @@
 //!        how it ended, whatever it was        └─> verdict ──> shrink: a shorter one that ends alike
 //! ```
 //!
-//! The fuzzer, replay, property tests and the saved reproducers use it; the machine and the checker do not know it.
+//! The fuzzer, replay, property tests and the saved reproducers use it; the machine and the checker
+//! do not know it.
 
 mod bytes;
 mod generate;

@@ -6,8 +6,8 @@
 //! 0 unmap m1 40002000+4
 //! ```
 //!
-//! The number in front is the CPU. `mN` is one of a few address spaces; a range is a hexadecimal start and a number of pages.
-//! Fuzzing, replay and property tests all speak it.
+//! The number in front is the CPU. `mN` is one of a few address spaces; a range is a hexadecimal
+//! start and a number of pages. Fuzzing, replay and property tests all speak it.
 
 use core::fmt;
 
@@ -28,7 +28,8 @@ pub enum Backing {
     Anon,
     /// The program's own memory, in 2 MiB pages where it can be.
     Huge,
-    /// The program's own memory, in 2 MiB pages where it can be, which it has only read: reclaim drops them whole.
+    /// The program's own memory, in 2 MiB pages where it can be, which it has only read: reclaim
+    /// drops them whole.
     Clean,
     /// A private mapping of a file.
     Private,
@@ -93,9 +94,11 @@ pub enum Op {
     Batches(Supply),
     /// Page tables get scarce, or not.
     Tables(Supply),
-    /// The CPU stays away for long at this seam of what it does next: others get whole operations done meanwhile.
+    /// The CPU stays away for long at this seam of what it does next: others get whole operations
+    /// done meanwhile.
     Preempt(u32),
-    /// Everything before is done before anything after begins, and the checker compares all caches with memory.
+    /// Everything before is done before anything after begins, and the checker compares all caches
+    /// with memory.
     Sync,
     /// madvise(MADV_GUARD_INSTALL) or madvise(MADV_GUARD_REMOVE).
     Guard(MmId, VirtRange, Guarding),
@@ -160,7 +163,8 @@ impl Op {
         }
     }
 
-    /// The words of all operations. New ones come last: saved bytes name operations by their number.
+    /// The words of all operations. New ones come last: saved bytes name operations by their
+    /// number.
     pub const WORDS: [&'static str; 18] = [
         "map",
         "unmap",

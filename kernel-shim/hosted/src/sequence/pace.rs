@@ -1,4 +1,5 @@
-//! How the steps of a sequence follow one another, and what is noted where they do so one at a time.
+//! How the steps of a sequence follow one another, and what is noted where they do so one at a
+//! time.
 
 use std::sync::Mutex;
 
@@ -22,6 +23,7 @@ pub struct View {
 pub(crate) enum Pace {
     /// A few at a time.
     Overlapping,
-    /// One at a time, gathers getting batch pages as told here and not as the sequence says. Notes what can be seen.
+    /// One at a time, gathers getting batch pages as told here and not as the sequence says. Notes
+    /// what can be seen.
     Serial(Supply, Mutex<Vec<View>>),
 }

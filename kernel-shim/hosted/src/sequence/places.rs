@@ -2,7 +2,8 @@
 
 use mmu_gather::pagetable::Level;
 
-/// Places where tables of every level begin and end: bottom and top of user space, 2 MiB, 1 GiB and 512 GiB edges.
+/// Places where tables of every level begin and end: bottom and top of user space, 2 MiB, 1 GiB and
+/// 512 GiB edges.
 pub(crate) const PLACES: [u64; 7] = [
     0x1_0000,
     Level::Pmd.table_span(),

@@ -6,7 +6,8 @@ use crate::sequence::text::Sequence;
 use crate::sequence::verdict::{Verdict, judge_in};
 use crate::sequence::world::Trial;
 
-/// How many other seeds a shorter sequence is tried with: leaving a step out changes every choice after it.
+/// How many other seeds a shorter sequence is tried with: leaving a step out changes every choice
+/// after it.
 const SEEDS_TRIED: u64 = 6;
 
 /// Leaves steps out while the same sort of failure stays: halves first, single ones at the end.

@@ -10,7 +10,8 @@ use crate::sequence::op::{Step, parse_step};
 
 /// Steps for a machine of so many CPUs, and the seed that decides how they interleave.
 ///
-/// The text form is one step a line after five lines of header, and ends with `end`; the same text does the same every time.
+/// The text form is one step a line after five lines of header, and ends with `end`; the same text
+/// does the same every time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequence {
     /// CPUs, 1 to 64.

@@ -1,7 +1,8 @@
 //! What programs can see of a sequence: areas, the pages that hold what they wrote, and guards.
 //!
-//! Steps run one after the other here, so that nothing but the steps decides what is seen. Programs' pages have no content in
-//! this model; a page that a program wrote to is told from one that reads as zeroes, or as its file, by whose it is.
+//! Steps run one after the other here, so that nothing but the steps decides what is seen.
+//! Programs' pages have no content in this model; a page that a program wrote to is told from one
+//! that reads as zeroes, or as its file, by whose it is.
 
 use std::io;
 use std::sync::Mutex;
@@ -23,8 +24,8 @@ enum Seen {
     Guard,
 }
 
-/// Runs `sequence` one step at a time while gathers get batch pages as `supply` says; what could be seen at every sync, and at
-/// the end.
+/// Runs `sequence` one step at a time while gathers get batch pages as `supply` says; what could be
+/// seen at every sync, and at the end.
 ///
 /// # Errors
 /// If the host refuses memory for the machine.

@@ -1,7 +1,8 @@
-//! Runs a sequence: every CPU does its steps in order, several CPUs at once, interleaved at every seam by the seed.
+//! Runs a sequence: every CPU does its steps in order, several CPUs at once, interleaved at every
+//! seam by the seed.
 //!
-//! A step may begin when all but the last few before it are done, so neighbours in the text overlap, and what a step depends on
-//! (the area it touches, say) was made some lines earlier.
+//! A step may begin when all but the last few before it are done, so neighbours in the text
+//! overlap, and what a step depends on (the area it touches, say) was made some lines earlier.
 
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -51,7 +52,8 @@ impl Outcome {
     }
 }
 
-/// What is wrong, on purpose, with the machine and the kernel that a sequence runs on, and how much is remembered.
+/// What is wrong, on purpose, with the machine and the kernel that a sequence runs on, and how much
+/// is remembered.
 #[derive(Clone, Copy, Debug)]
 pub struct Trial {
     /// The machine.
@@ -199,9 +201,11 @@ impl World {
         self.machine().run(schedule);
     }
 
-    /// How many turns of all CPUs the steps can explain between one that begins or ends and the next.
+    /// How many turns of all CPUs the steps can explain between one that begins or ends and the
+    /// next.
     ///
-    /// In 11,000 sequences the most was a twentieth of this. What does not end takes a second or so to get here.
+    /// In 11,000 sequences the most was a twentieth of this. What does not end takes a second or so
+    /// to get here.
     fn most_turns(&self) -> u64 {
         const TURNS_OF_A_CPU: u64 = 25_000;
         const TURNS_OF_A_PAGE: u64 = 25;
@@ -244,7 +248,8 @@ impl World {
         if runs {
             machine.enter_user_mode();
             if machine.choices().one_in(8) {
-                // Where nothing but the steps may decide, none but theirs writes: what is clean decides what reclaim takes.
+                // Where nothing but the steps may decide, none but theirs writes: what is clean
+                // decides what reclaim takes.
                 let access = match self.pace {
                     Pace::Overlapping => UserAccess::Write,
                     Pace::Serial(..) => UserAccess::Read,
@@ -566,7 +571,8 @@ mod tests {
     fn a_run_that_panics_gives_its_machine_back() {
         let mut world = World::new(&generate(1, 4, 40), Trial::default()).expect("memory");
         let machine = Arc::downgrade(world.machine());
-        // There is no place to note that step 20 is done; by then other CPUs are in the middle of theirs.
+        // There is no place to note that step 20 is done; by then other CPUs are in the middle of
+        // theirs.
         Arc::get_mut(&mut world).expect("nobody else has it yet").is_done =
             (0..20).map(|_| AtomicBool::new(false)).collect();
         let ended = catch_unwind(AssertUnwindSafe(|| world.run()));

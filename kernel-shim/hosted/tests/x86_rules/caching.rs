@@ -262,7 +262,8 @@ fn a_pde_may_be_cached_though_every_entry_of_its_table_is_absent() {
     rig.ram.poke(leaf, 0);
     assert_eq!(rig.speculate(VA, Depth::Page), Speculation::Nothing);
     assert_eq!(rig.deepest(VA), Some(TableLevel::Pd));
-    // The table is unhooked and its frame becomes a page full of what looks like entries: the walk takes them for such.
+    // The table is unhooked and its frame becomes a page full of what looks like entries: the walk
+    // takes them for such.
     rig.ram.poke(rig.slot(TableLevel::Pd, VA), 0);
     rig.ram.poke(leaf, (0x66 << 12) | PWU);
     assert_eq!(rig.read(VA), 0x66);

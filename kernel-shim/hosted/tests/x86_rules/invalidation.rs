@@ -1,4 +1,5 @@
-//! Each invalidating instruction drops what is promised and, here, nothing more. 4.10.4.1, 4.10.4.2.
+//! Each invalidating instruction drops what is promised and, here, nothing more. 4.10.4.1,
+//! 4.10.4.2.
 
 use mmu_hosted::arch::{LinearAddress, PageSize, TableLevel};
 use mmu_hosted::features::{Features, InvlpgGlobals, InvlpgUppers, LargePages};
@@ -17,8 +18,9 @@ const FAR: LinearAddress = LinearAddress::new(VA.as_u64() + (1 << 40));
 /// Mapped global.
 const GLOBAL: LinearAddress = LinearAddress::new(VA.as_u64() + 0x2000);
 
-/// Two address spaces, PCID 1 (loaded) and PCID 2, both with [`VA`], [`NEXT`] and [`FAR`] cached; [`GLOBAL`] is cached once.
-/// PCID 1 maps frames 0x11, 0x12, 0x13 and PCID 2 maps 0x21, 0x22, 0x23; the global frame is 0x30.
+/// Two address spaces, PCID 1 (loaded) and PCID 2, both with [`VA`], [`NEXT`] and [`FAR`] cached;
+/// [`GLOBAL`] is cached once. PCID 1 maps frames 0x11, 0x12, 0x13 and PCID 2 maps 0x21, 0x22, 0x23;
+/// the global frame is 0x30.
 fn two_spaces(features: Features) -> Rig {
     let mut rig = Rig::new(features, PCID_ON);
     let roots = [rig.ram.table(), rig.ram.table()];
@@ -36,7 +38,8 @@ fn two_spaces(features: Features) -> Rig {
     rig
 }
 
-/// Frames of `two_spaces` that the TLB still names, with the number of structure entries left under each PCID.
+/// Frames of `two_spaces` that the TLB still names, with the number of structure entries left under
+/// each PCID.
 fn left(rig: &Rig) -> (Vec<u64>, usize, usize) {
     use mmu_hosted::watch::{Tag, Use};
     let mut pages = Vec::new();
@@ -320,7 +323,8 @@ fn cr4_la57_cannot_change_while_paging() {
 
 #[test]
 fn an_unhooked_table_stays_in_use_until_an_invalidation_though_it_was_empty() {
-    // Freeing page tables: one INVLPG in the span is what ends the use of the table, even if no page was mapped there.
+    // Freeing page tables: one INVLPG in the span is what ends the use of the table, even if no
+    // page was mapped there.
     let mut rig = Rig::intel();
     let leaf = rig.map_page(VA, 7, 0);
     rig.speculate(VA, Depth::Page);

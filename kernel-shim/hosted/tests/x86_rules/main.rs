@@ -1,4 +1,5 @@
-//! The rules of x86 translation caching, one test a sentence. Sections are those of the Intel SDM vol. 3A unless said otherwise.
+//! The rules of x86 translation caching, one test a sentence. Sections are those of the Intel SDM
+//! vol. 3A unless said otherwise.
 //!
 //! Each test ends by comparing what the watcher was told with what the caches hold.
 

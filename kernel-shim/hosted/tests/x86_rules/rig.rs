@@ -141,7 +141,8 @@ impl Rig {
         Self::new(Features::AMD, PCID_ON)
     }
 
-    /// Address of the entry that translates `address` at `level`, under the loaded root; makes the tables above it.
+    /// Address of the entry that translates `address` at `level`, under the loaded root; makes the
+    /// tables above it.
     pub(crate) fn slot(&self, level: TableLevel, address: LinearAddress) -> PhysAddr {
         let mut at = self.mmu.paging_mode().root();
         let mut table = self.mmu.cr3().0.start_address();

@@ -1,4 +1,5 @@
-//! Walks: where they start, what may happen between their reads, and what ends them. 4.10.3.2, 4.10.4.3.
+//! Walks: where they start, what may happen between their reads, and what ends them. 4.10.3.2,
+//! 4.10.4.3.
 
 use mmu_hosted::arch::TableLevel;
 use mmu_hosted::features::Features;
@@ -53,7 +54,8 @@ fn a_walk_reads_one_entry_at_a_time_top_down() {
 
 #[test]
 fn stores_may_come_between_the_reads_of_a_walk() {
-    // The PML4E is read, then the whole path is replaced: the walk ends in a mix of both that never existed at once.
+    // The PML4E is read, then the whole path is replaced: the walk ends in a mix of both that never
+    // existed at once.
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
     let old_pdpte = rig.slot(TableLevel::Pdpt, VA);
@@ -101,7 +103,8 @@ fn an_entry_replaced_during_the_walk_is_read_again() {
 
 #[test]
 fn an_older_structure_entry_is_not_displaced_by_a_walk_from_above() {
-    // Two walks begin at CR3. The first caches the PDE, which then changes; the second reads the new one and goes on with it.
+    // Two walks begin at CR3. The first caches the PDE, which then changes; the second reads the
+    // new one and goes on with it.
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
     let pde = rig.slot(TableLevel::Pd, VA);
@@ -116,14 +119,16 @@ fn an_older_structure_entry_is_not_displaced_by_a_walk_from_above() {
     }
     let Step::Translated(access) = rig.step(&mut walks[1]) else { panic!("one read is left") };
     assert_eq!(access.address.as_u64() >> 12, 8);
-    // The next page is mapped in the new page table only, and the cached PDE still leads to the old one.
+    // The next page is mapped in the new page table only, and the cached PDE still leads to the old
+    // one.
     rig.map_page(after(VA, 0x1000), 10, PWU);
     assert!(rig.fault(after(VA, 0x1000), AccessKind::Read).source.was_cached());
 }
 
 #[test]
 fn an_invalidation_ends_the_walks_before_it() {
-    // Invalidating instructions are serializing: what the walk had read of the old path is not used after one.
+    // Invalidating instructions are serializing: what the walk had read of the old path is not used
+    // after one.
     let mut rig = Rig::intel();
     rig.map_page(VA, 7, PWU);
     let mut walk = rig.begin(AccessKind::Read);
@@ -143,7 +148,8 @@ fn an_invalidation_ends_the_walks_before_it() {
 
 #[test]
 fn a_walk_goes_on_from_what_a_lesser_invalidation_left() {
-    // With EFER.TCE an INVLPG elsewhere leaves the path that this walk has already cached, stale or not.
+    // With EFER.TCE an INVLPG elsewhere leaves the path that this walk has already cached, stale or
+    // not.
     let mut rig = Rig::amd();
     rig.map_page(VA, 7, PWU);
     let mut walk = rig.begin(AccessKind::Read);
