@@ -38,64 +38,12 @@
 
 extern crate alloc;
 
-pub mod agent;
-#[expect(unsafe_code, reason = "RDTSC; ports of the interval timer")]
-pub mod clock;
-#[expect(unsafe_code, reason = "the port of the exit device")]
-pub mod exit;
-#[expect(
-    unsafe_code,
-    reason = "the free list lives in the frames; whoever frees a frame proves that it is unreachable"
-)]
-pub mod frames;
-#[expect(unsafe_code, reason = "a borrowed function is used by other CPUs while its owner waits")]
-pub mod ipi;
-#[expect(unsafe_code, reason = "CR3 and CR4")]
-pub mod mmu;
-pub mod options;
-#[expect(unsafe_code, reason = "makes the mappings on which every pointer rests")]
-pub mod paging;
-#[expect(unsafe_code, reason = "the GS base as a reference")]
-pub mod percpu;
-#[expect(unsafe_code, reason = "the boot information is found by address")]
-pub mod pvh;
-#[expect(unsafe_code, reason = "enters ring 3")]
-pub mod ring3;
-#[expect(unsafe_code, reason = "ports of the serial line")]
-pub mod serial;
-#[expect(unsafe_code, reason = "starts CPUs, and lends them a borrowed function")]
-pub mod smp;
-pub mod trap;
-#[expect(unsafe_code, reason = "ports of the interval timer and the interrupt controller")]
-pub mod watchdog;
-
-#[expect(unsafe_code, reason = "tables are found by address")]
-mod acpi;
-#[expect(unsafe_code, reason = "device registers")]
-mod apic;
-#[expect(unsafe_code, reason = "assembly")]
-mod asm;
-mod churn;
-#[expect(unsafe_code, reason = "descriptor tables, segment registers, gates")]
-mod descriptors;
-#[expect(unsafe_code, reason = "gives the heap its memory")]
-mod heap;
-mod lazy;
-#[expect(unsafe_code, reason = "the words of a frame, found by address")]
-mod ledger;
+pub mod arch;
+mod checks;
+pub mod cpu;
 #[expect(unsafe_code, reason = "answers for the machine to the kernel")]
 mod machine;
-mod measure;
-mod meeting;
-mod phases;
-mod program;
-mod self_test;
-mod stage;
-mod stamp;
+pub mod options;
 #[expect(unsafe_code, reason = "changes stacks; reads the boot information")]
 mod start;
-#[expect(unsafe_code, reason = "page tables and addresses made for the test")]
-mod test_space;
-mod threads;
-mod violation;
-mod workload;
+mod workloads;

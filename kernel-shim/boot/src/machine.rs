@@ -12,12 +12,14 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 use x86_64::{PhysAddr, VirtAddr};
 
-use crate::ipi::{self, ServeCalls};
-use crate::ledger::{Ledger, words};
-use crate::mmu::{self, Cached};
-use crate::paging::{PHYS_OFFSET, phys_to_ptr, share_kernel_half};
-use crate::percpu::{CpuIndex, CpuMask, MAX_CPUS, online, this_index};
-use crate::{clock, frames, violation, watchdog};
+use crate::arch::mmu::{self, Cached};
+use crate::arch::paging::{PHYS_OFFSET, phys_to_ptr, share_kernel_half};
+use crate::arch::{clock, frames};
+use crate::checks::ledger::{Ledger, words};
+use crate::checks::violation;
+use crate::cpu::ipi::{self, ServeCalls};
+use crate::cpu::percpu::{CpuIndex, CpuMask, MAX_CPUS, online, this_index};
+use crate::cpu::watchdog;
 
 /// Frames that the allocator below the kernel keeps.
 const KEPT_FRAMES: u64 = 64;

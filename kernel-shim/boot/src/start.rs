@@ -4,14 +4,15 @@ use spin::Once;
 use x86_64::PhysAddr;
 use x86_64::instructions::interrupts;
 
-use crate::exit::{self, Verdict};
+use crate::arch::exit::{self, Verdict};
+use crate::arch::pvh::BootInfo;
+use crate::arch::{acpi, apic, asm, clock, descriptors, frames, heap, mmu, paging, serial};
+use crate::cpu::percpu::{self, CpuIndex};
+use crate::cpu::smp::KERNEL_STACK_PAGES;
+use crate::cpu::{smp, watchdog};
 use crate::options::Options;
-use crate::percpu::{self, CpuIndex};
-use crate::pvh::BootInfo;
-use crate::smp::KERNEL_STACK_PAGES;
-use crate::{
-    acpi, apic, asm, clock, descriptors, frames, heap, mmu, paging, println, serial, smp, watchdog, workload,
-};
+use crate::println;
+use crate::workloads::select;
 
 /// What the loader said; read once, kept for the whole run.
 static BOOT_INFO: Once<BootInfo> = Once::new();
@@ -74,7 +75,7 @@ extern "C" fn main() -> ! {
             exit::exit(Verdict::Usage);
         }
     }
-    let verdict = workload::run(&options, module(info));
+    let verdict = select::run(&options, module(info));
     println!("boot: verdict {verdict:?}");
     exit::exit(verdict)
 }

@@ -1,0 +1,191 @@
+//! Calls on other CPUs: run a function there, in an interrupt, and wait until all have.
+//!
+//! Each CPU has one slot for the call it makes, and an inbox with one bit for each CPU that has a call for it:
+//!
+//! ```text
+//! caller                                  called
+//! slot.function = f; slot.waiting = set
+//! inbox[called] |= me      (Release)      bits = inbox.swap(0)         (Acquire)
+//! send the interrupt                      for each bit: run slot[bit].function
+//! until slot.waiting is empty (Acquire):  slot[bit].waiting -= called  (Release)
+//!     serve own inbox
+//! ```
+//!
+//! Because the waiting CPU serves its own inbox, two CPUs that call each other cannot block each other, even with interrupts off.
+//! With interrupts on, it spins for a while and then halts until the last of the called CPUs wakes it: an emulator has more CPUs
+//! than its host, and a CPU that spins takes the host core that the called one needs.
+
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+
+use spin::RelaxStrategy;
+use x86_64::instructions::interrupts::{self, without_interrupts};
+
+use crate::arch::apic::{self, Delivery};
+use crate::arch::clock;
+use crate::cpu::percpu::{CpuIndex, CpuMask, cpu, online, this_cpu, this_index};
+use crate::cpu::smp;
+use crate::cpu::trap::CALL_VECTOR;
+
+/// How long a caller spins before it halts, in cycles. A round trip between two CPUs that both run takes 10,000 to 20,000 emulated
+/// cycles; one that has to wait for a host core takes millions.
+const SPIN_CYCLES: u64 = 40_000;
+
+/// A function to be run on other CPUs, and who has not run it yet.
+pub(crate) struct CallSlot {
+    function: UnsafeCell<Option<&'static Function<'static>>>,
+    waiting: AtomicU64,
+    /// The caller has halted, or is about to.
+    halted: AtomicBool,
+}
+
+type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
+
+// SAFETY: the cell is written by its own CPU only, while `waiting` is empty, and read by others only while they are in
+// `waiting`; see the orderings in `call_on` and `serve`.
+unsafe impl Sync for CallSlot {}
+
+impl CallSlot {
+    pub(crate) const fn new() -> Self {
+        Self { function: UnsafeCell::new(None), waiting: AtomicU64::new(0), halted: AtomicBool::new(false) }
+    }
+
+    /// Returns who has still to run the call; to be printed.
+    pub(crate) fn waiting(&self) -> CpuMask {
+        CpuMask::from_bits(self.waiting.load(Ordering::Relaxed))
+    }
+}
+
+impl core::fmt::Debug for CallSlot {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("CallSlot").field("waiting", &self.waiting()).finish_non_exhaustive()
+    }
+}
+
+/// Runs `function` on every CPU in `targets`, the calling one too if it is a member, and returns when all have run it.
+///
+/// On another CPU it runs in an interrupt, in ring 0, with interrupts off, whatever that CPU was doing: it must not wait for
+/// anything that the interrupted code may hold, and must not make a call itself. Everything the caller wrote before is visible
+/// to it, and what it wrote is visible to the caller afterwards.
+///
+/// # Context
+///
+/// Interrupts on or off; no lock held that a `function` takes. While it waits, the CPU runs the calls of others.
+///
+/// # Panics
+///
+/// If a target is not online, or if called from a `function`.
+pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
+    call_on_meanwhile(targets, function, || ());
+}
+
+/// As [`call_on`], and does something else here between sending the interrupts and waiting: a CPU that flushes itself while the
+/// others do hides one cost behind the other.
+///
+/// # Panics
+///
+/// As [`call_on`]. `meanwhile` must not make a call.
+pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync), meanwhile: impl FnOnce()) {
+    assert!(targets.bits() & !online().bits() == 0, "a call for a CPU that is not online");
+    let me = this_cpu();
+    let others = targets.without(me.index());
+    if !others.is_empty() {
+        assert!(me.call.waiting().is_empty(), "a call made from within a call");
+        // SAFETY: only the lifetime changes. `wait` below returns after the last target has run the function, and there is no
+        // other way out of here: panics end the run. So no target uses the reference after this function has returned.
+        let function = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
+        // SAFETY: `waiting` is empty, so nobody reads the cell, and it is this CPU's own.
+        unsafe { *me.call.function.get() = Some(function) };
+        me.call.waiting.store(others.bits(), Ordering::Relaxed);
+        for target in others.iter() {
+            // ORDERING: pairs with the swap in `serve`: who takes the bit sees the slot, and all that was written before.
+            cpu(target).inbox.fetch_or(CpuMask::only(me.index()).bits(), Ordering::Release);
+            apic::send(target, Delivery::Fixed(CALL_VECTOR));
+        }
+        me.calls_sent.fetch_add(u64::from(others.count()), Ordering::Relaxed);
+    }
+    meanwhile();
+    if targets.contains(me.index()) {
+        without_interrupts(|| function(me.index()));
+    }
+    wait(&me.call);
+}
+
+/// How a CPU of this image waits for a lock: with interrupts off it runs the calls of others, or the holder, waiting for this CPU
+/// to flush, would wait for ever.
+#[derive(Debug)]
+pub struct ServeCalls;
+
+impl RelaxStrategy for ServeCalls {
+    #[inline]
+    fn relax() {
+        if !interrupts::are_enabled() {
+            serve();
+        }
+        core::hint::spin_loop();
+    }
+}
+
+/// Returns how many calls a CPU has sent to others so far: one for each target.
+#[must_use]
+pub fn calls_sent(by: CpuIndex) -> u64 {
+    cpu(by).calls_sent.load(Ordering::Relaxed)
+}
+
+/// Waits until nobody has the call still to run.
+fn wait(slot: &CallSlot) {
+    let may_halt = interrupts::are_enabled();
+    let start = clock::cycles();
+    // ORDERING: pairs with the `fetch_and` in `serve`: what the function did there is visible here.
+    while slot.waiting.load(Ordering::Acquire) != 0 {
+        if may_halt && clock::cycles().wrapping_sub(start) > SPIN_CYCLES {
+            halt_until_served(slot);
+        } else {
+            without_interrupts(serve);
+            core::hint::spin_loop();
+        }
+    }
+}
+
+/// Halts until an interrupt arrives, unless the call is over.
+fn halt_until_served(slot: &CallSlot) {
+    interrupts::disable();
+    slot.halted.store(true, Ordering::Relaxed);
+    // ORDERING: pairs with the fence in `serve`; either the last of the called CPUs sees `halted`, or this one sees that nobody
+    // is left in `waiting`.
+    fence(Ordering::SeqCst);
+    if slot.waiting.load(Ordering::Relaxed) == 0 {
+        interrupts::enable();
+    } else {
+        // Interrupts come on together with the halt: one that is sent from now on ends it.
+        interrupts::enable_and_hlt();
+    }
+    slot.halted.store(false, Ordering::Relaxed);
+}
+
+/// Runs the calls that other CPUs have for this one. Interrupts are off.
+pub(crate) fn serve() {
+    let me = this_cpu();
+    if me.inbox.load(Ordering::Relaxed) == 0 {
+        return;
+    }
+    // ORDERING: pairs with the `fetch_or` in `call_on`.
+    let callers = CpuMask::from_bits(me.inbox.swap(0, Ordering::Acquire));
+    for caller in callers.iter() {
+        let slot = &cpu(caller).call;
+        // SAFETY: the caller wrote the cell before it set the bit just taken, and writes it again only after this CPU has left
+        // `waiting`, below.
+        let function = unsafe { *slot.function.get() };
+        if let Some(function) = function {
+            function(this_index());
+        }
+        let mine = CpuMask::only(me.index()).bits();
+        // ORDERING: pairs with the load in `wait`.
+        let before = slot.waiting.fetch_and(!mine, Ordering::Release);
+        // ORDERING: pairs with the fence in `halt_until_served`.
+        fence(Ordering::SeqCst);
+        if before == mine && slot.halted.load(Ordering::Relaxed) {
+            smp::wake(caller);
+        }
+    }
+}

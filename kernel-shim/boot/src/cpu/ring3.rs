@@ -1,0 +1,124 @@
+//! Ring 3: entering it, and what brings the CPU back.
+//!
+//! [`run`] works like entering a virtual machine: it returns at the first trap that the kernel has to decide about, on the
+//! ordinary kernel stack, with interrupts on. The address space is whatever CR3 holds; `run` does not touch it.
+
+use core::fmt;
+use core::sync::atomic::Ordering;
+
+use x86_64::VirtAddr;
+use x86_64::instructions::interrupts;
+use x86_64::registers::control::Cr2;
+use x86_64::structures::idt::PageFaultErrorCode;
+
+use crate::arch::asm::enter_user;
+use crate::arch::descriptors::user_segments;
+use crate::cpu::percpu::this_cpu;
+use crate::cpu::trap::{self, NMI, PAGE_FAULT, SYSCALL_VECTOR, TrapFrame};
+use crate::cpu::watchdog;
+
+/// Flags that ring 3 may choose: the arithmetic ones, direction and single step.
+const USER_FLAGS: u64 = 0xdd5;
+/// Interrupts on, and the bit that is always set.
+const FORCED_FLAGS: u64 = 1 << 9 | 1 << 1;
+/// End of the lower half with four levels; IRETQ to a non-canonical address would fault in ring 0.
+const LOWER_HALF_END: u64 = 1 << 47;
+/// #GP, for an instruction pointer outside the lower half.
+const GENERAL_PROTECTION: u64 = 13;
+
+/// Registers of a program in ring 3. `trap.s` knows the layout.
+#[repr(C, align(16))]
+#[derive(Clone)]
+pub struct UserContext {
+    /// General registers, instruction pointer, flags.
+    pub frame: TrapFrame,
+    /// As FXSAVE64 stores them.
+    floating_point: [u8; 512],
+}
+
+impl UserContext {
+    /// Returns a program that starts at `entry` with all registers 0.
+    #[must_use]
+    pub fn new(entry: VirtAddr) -> Self {
+        let mut floating_point = [0; 512];
+        // The x87 control word and MXCSR after reset (Intel SDM vol. 1, 8.1.5 and 10.2.3): everything masked.
+        floating_point[0..2].copy_from_slice(&0x037f_u16.to_le_bytes());
+        floating_point[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
+        let frame = TrapFrame { rip: entry.as_u64(), ..TrapFrame::default() };
+        Self { frame, floating_point }
+    }
+}
+
+impl fmt::Debug for UserContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UserContext").field("frame", &self.frame).finish_non_exhaustive()
+    }
+}
+
+/// Why a program came back from ring 3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// INT 0x80; the arguments are in the registers, and the instruction pointer is behind it.
+    Syscall,
+    /// The program touched what it may not, or what is not there yet; run again to retry.
+    PageFault {
+        /// The address touched (CR2).
+        address: VirtAddr,
+        /// What was tried.
+        error: PageFaultErrorCode,
+    },
+    /// Any other exception.
+    Exception {
+        /// Its number.
+        vector: u64,
+        /// Its error code, or 0.
+        error_code: u64,
+    },
+    /// Another CPU asked for this one; see [`crate::cpu::smp::kick`].
+    Interrupted,
+}
+
+/// Runs `context` in ring 3 on this CPU, in the address space that is loaded, until the kernel is needed.
+///
+/// Interrupts from other CPUs are served meanwhile. A TLB flush that arrives while the program runs is therefore carried out
+/// before its next instruction.
+///
+/// # Context
+///
+/// No lock held; interrupts on afterwards.
+pub fn run(context: &mut UserContext) -> Exit {
+    let me = this_cpu();
+    interrupts::disable();
+    let exit = loop {
+        // ORDERING: pairs with the store in `smp::kick`.
+        if me.kicked.swap(false, Ordering::Acquire) {
+            break Exit::Interrupted;
+        }
+        if context.frame.rip >= LOWER_HALF_END {
+            break Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 };
+        }
+        let segments = user_segments();
+        context.frame.code_segment = u64::from(segments.code.0);
+        context.frame.stack_segment = u64::from(segments.data.0);
+        context.frame.rflags = context.frame.rflags & USER_FLAGS | FORCED_FLAGS;
+        // SAFETY: the context is borrowed for us alone; interrupts are off; segments and flags were just made those of ring 3,
+        // and the instruction pointer is canonical.
+        unsafe { enter_user(context) };
+        let TrapFrame { vector, error_code, .. } = context.frame;
+        if vector == u64::from(SYSCALL_VECTOR) {
+            break Exit::Syscall;
+        }
+        match vector {
+            NMI => watchdog::nmi(&context.frame),
+            PAGE_FAULT => {
+                // CR2 is read before interrupts come on, and nothing in the kernel faults in between.
+                let address = VirtAddr::new_truncate(Cr2::read_raw());
+                break Exit::PageFault { address, error: PageFaultErrorCode::from_bits_truncate(error_code) };
+            }
+            0..32 => break Exit::Exception { vector, error_code },
+            _ => trap::interrupt(vector),
+        }
+    };
+    interrupts::enable();
+    exit
+}

@@ -1,0 +1,178 @@
+//! The other CPUs: starting them, and giving all CPUs work.
+//!
+//! Start: INIT, then a start-up IPI, to one CPU at a time (Intel SDM vol. 3A, 8.4.4.1); each finds in the start block what
+//! it needs until it has a GS base.
+
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use x86_64::PhysAddr;
+use x86_64::instructions::interrupts;
+
+use crate::arch::apic::{self, Delivery};
+use crate::arch::paging::{kernel_root, new_stack, phys_to_ptr};
+use crate::arch::{asm, clock, descriptors, mmu};
+use crate::cpu::percpu::{self, Cpu, CpuIndex, CpuMask, MAX_CPUS, cpu, online, this_index};
+use crate::cpu::trap::WAKE_VECTOR;
+
+/// Physical address of the code that other CPUs start with: any page of the first megabyte that is RAM.
+pub(crate) const TRAMPOLINE: u64 = 0x8000;
+/// Pages of the stack on which a CPU runs the kernel.
+pub(crate) const KERNEL_STACK_PAGES: u64 = 32;
+/// How long a CPU may take to come up. Generous: an emulated CPU may wait for a slice of a busy host.
+const START_TIMEOUT_US: u64 = 10_000_000;
+
+/// What a starting CPU needs; read by `start.s`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct StartBlock {
+    pub(crate) root: AtomicU64,
+    pub(crate) stack_top: AtomicU64,
+    pub(crate) cpu: AtomicU64,
+}
+
+pub(crate) static START_BLOCK: StartBlock =
+    StartBlock { root: AtomicU64::new(0), stack_top: AtomicU64::new(0), cpu: AtomicU64::new(0) };
+
+/// Work for a set of CPUs.
+struct Job {
+    function: UnsafeCell<Option<&'static Function<'static>>>,
+    /// CPUs that have it still to do.
+    running: AtomicU64,
+}
+
+type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
+
+// SAFETY: the cell is written by the first CPU only, while no CPU runs a job, and read by the others only while they are
+// in `running`; see the orderings in `on_cpus` and `work`.
+unsafe impl Sync for Job {}
+
+static JOB: Job = Job { function: UnsafeCell::new(None), running: AtomicU64::new(0) };
+
+/// Starts the CPUs whose APICs are listed, except the one that runs this, and returns how many run afterwards.
+///
+/// # Panics
+///
+/// If one does not come up: it might still do so later, with the start block of another.
+pub(crate) fn start(apic_ids: &[u32]) -> u32 {
+    copy_trampoline();
+    let me = apic::id();
+    let others = apic_ids.iter().copied().filter(|id| *id != me).take(MAX_CPUS - 1);
+    // The APICs first: of 64 CPUs there is no number after the last.
+    for (apic_id, index) in others.zip((1..).map(CpuIndex::new)) {
+        start_one(index, apic_id);
+    }
+    online().count()
+}
+
+/// Runs `function` on every CPU; see [`on_cpus`].
+pub fn on_every_cpu(function: &(dyn Fn(CpuIndex) + Sync)) {
+    on_cpus(online(), function);
+}
+
+/// Runs `function` on the CPUs of `set` in ordinary context (interrupts on, own stack), and returns when all have finished.
+/// CPUs without work halt.
+///
+/// # Panics
+///
+/// If called on another CPU than the first, or from a `function`, or if a member is not online.
+pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
+    assert!(set.bits() & !online().bits() == 0, "work for a CPU that is not online");
+    assert!(this_index() == CpuIndex::FIRST, "only the first CPU gives out work");
+    assert!(JOB.running.load(Ordering::Relaxed) == 0, "work given out from within work");
+    // SAFETY: only the lifetime changes: this function returns after every CPU has finished, and panics abort.
+    let lasting = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
+    // SAFETY: no CPU runs a job, and none looks before it is in `running`.
+    unsafe { *JOB.function.get() = Some(lasting) };
+    let others = set.without(CpuIndex::FIRST);
+    // ORDERING: pairs with the load in `work`: who finds itself in the set sees the function.
+    JOB.running.store(others.bits(), Ordering::Release);
+    others.iter().for_each(wake);
+    if set.contains(CpuIndex::FIRST) {
+        function(CpuIndex::FIRST);
+    }
+    loop {
+        interrupts::disable();
+        // ORDERING: pairs with the `fetch_and` in `work`: what the others did is visible here.
+        if JOB.running.load(Ordering::Acquire) == 0 {
+            interrupts::enable();
+            return;
+        }
+        // The last to finish wakes this CPU; interrupts come on together with the halt, so that is not missed.
+        interrupts::enable_and_hlt();
+    }
+}
+
+/// Wakes a CPU that has halted until the next interrupt.
+pub fn wake(target: CpuIndex) {
+    apic::send(target, Delivery::Fixed(WAKE_VECTOR));
+}
+
+/// Makes a CPU leave ring 3: [`crate::cpu::ring3::run`] returns there, now or when it is called next.
+pub fn kick(target: CpuIndex) {
+    // ORDERING: pairs with the swap in `ring3::run`, which must see the flag if it saw the interrupt, or nothing of it.
+    cpu(target).kicked.store(true, Ordering::Release);
+    wake(target);
+}
+
+/// Where `start.s` ends on every CPU but the first.
+#[cfg_attr(not(bare), expect(dead_code, reason = "called from assembly, which only the image has"))]
+pub(crate) extern "C" fn secondary_main(me: &'static Cpu) -> ! {
+    // SAFETY: `start_one` prepared it for this CPU alone, and `start.s` has loaded GS already.
+    unsafe { percpu::install(me) };
+    mmu::enable_features();
+    descriptors::load();
+    apic::init();
+    percpu::set_online(me.index());
+    work(me)
+}
+
+/// Does job after job, and halts in between.
+fn work(me: &'static Cpu) -> ! {
+    let mine = CpuMask::only(me.index()).bits();
+    loop {
+        interrupts::disable();
+        // ORDERING: pairs with the store in `on_cpus`.
+        if JOB.running.load(Ordering::Acquire) & mine == 0 {
+            interrupts::enable_and_hlt();
+            continue;
+        }
+        interrupts::enable();
+        // SAFETY: this CPU is in `running`, so the function is there, and stays until this CPU leaves.
+        if let Some(function) = unsafe { *JOB.function.get() } {
+            function(me.index());
+        }
+        // ORDERING: pairs with the load in `on_cpus`.
+        if JOB.running.fetch_and(!mine, Ordering::AcqRel) == mine {
+            wake(CpuIndex::FIRST);
+        }
+    }
+}
+
+fn start_one(index: CpuIndex, apic_id: u32) {
+    let cpu = percpu::prepare(index, apic_id);
+    START_BLOCK.root.store(kernel_root().start_address().as_u64(), Ordering::Relaxed);
+    START_BLOCK.stack_top.store(new_stack(KERNEL_STACK_PAGES).as_u64(), Ordering::Relaxed);
+    // ORDERING: sent on by the IPI, which is not issued before earlier stores are visible (`apic::send_to_apic`).
+    START_BLOCK.cpu.store(core::ptr::from_ref(cpu).addr() as u64, Ordering::Release);
+    let is_up = || online().contains(index);
+    let page = u8::try_from(TRAMPOLINE >> 12).expect("the trampoline is in the first megabyte");
+    apic::send_to_apic(apic_id, Delivery::Init);
+    clock::wait_us(10_000);
+    apic::send_to_apic(apic_id, Delivery::StartUp(page));
+    if !clock::wait_until(200, is_up) {
+        // A CPU that has started ignores the second one.
+        apic::send_to_apic(apic_id, Delivery::StartUp(page));
+    }
+    assert!(clock::wait_until(START_TIMEOUT_US, is_up), "the CPU with APIC id {apic_id} did not start");
+}
+
+fn copy_trampoline() {
+    let code = asm::trampoline();
+    let length = usize::try_from(code.end - code.start).expect("usize has 64 bits");
+    assert!(length <= 4096, "the trampoline fits its page");
+    let from: *const u8 = phys_to_ptr(PhysAddr::new(code.start));
+    // SAFETY: the page lies in the first megabyte, which the frame allocator leaves alone; source and target are mapped (B3)
+    // and do not overlap, since the image begins at 2 MiB.
+    unsafe { phys_to_ptr::<u8>(PhysAddr::new(TRAMPOLINE)).copy_from_nonoverlapping(from, length) };
+}

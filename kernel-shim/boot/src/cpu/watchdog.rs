@@ -1,0 +1,163 @@
+//! Ends a run that hangs, and says what each CPU was doing.
+//!
+//! The legacy interval timer is routed to the first CPU as an NMI, about 18 times a second, so that a CPU that spins with
+//! interrupts off cannot hide. When the CPUs' counts of [`progress`] together have not moved for too long, every CPU gets an
+//! NMI and prints its state.
+
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+use spin::Mutex;
+use x86_64::instructions::port::Port;
+
+use crate::arch::exit::{self, Verdict};
+use crate::arch::{apic, clock, serial};
+use crate::cpu::percpu::{CpuIndex, CpuMask, cpu, online, this_cpu, this_index};
+use crate::cpu::trap::{TrapFrame, print_state};
+
+/// How long the reporting CPU waits for the others' reports.
+const REPORT_TIMEOUT_US: u64 = 5_000_000;
+
+/// Longest time without progress, in cycles; 0 while the watchdog sleeps.
+static LIMIT: AtomicU64 = AtomicU64::new(0);
+static LAST_COUNT: AtomicU64 = AtomicU64::new(0);
+static LAST_CHANGE: AtomicU64 = AtomicU64::new(0);
+static REPORTING: AtomicBool = AtomicBool::new(false);
+static NR_REPORTED: AtomicU32 = AtomicU32::new(0);
+/// One report at a time; taken in NMIs only.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// What a CPU says it is doing.
+#[derive(Debug)]
+pub(crate) struct Activity(AtomicPtr<&'static str>);
+
+impl Activity {
+    pub(crate) const fn new() -> Self {
+        Self(AtomicPtr::new(core::ptr::null_mut()))
+    }
+
+    fn get(&self) -> &'static str {
+        // SAFETY: null, or from the reference to a static in `note`.
+        unsafe { self.0.load(Ordering::Relaxed).as_ref() }.copied().unwrap_or("nothing noted")
+    }
+}
+
+/// Starts watching: the run ends when nobody has called [`progress`] for `limit_s` seconds.
+///
+/// # Panics
+///
+/// On another CPU than the first.
+pub fn start(limit_s: u64) {
+    assert!(this_index() == CpuIndex::FIRST, "the timer's line reaches the first CPU");
+    LAST_CHANGE.store(clock::cycles(), Ordering::Relaxed);
+    LIMIT.store(clock::cycles_in_us(limit_s.saturating_mul(1_000_000)).max(1), Ordering::Relaxed);
+    // Channel 0, both bytes, mode 2 (rate), count 65536 (Intel 8254 data sheet).
+    for (port, value) in [(0x43_u16, 0x34_u8), (0x40, 0), (0x40, 0)] {
+        // SAFETY: ports of the interval timer; they touch no memory.
+        unsafe { Port::new(port).write(value) };
+    }
+    apic::legacy_line_as_nmi();
+    apic::mask_legacy_controllers(1);
+}
+
+/// Says that this CPU has done a step of its work.
+#[inline]
+pub fn progress() {
+    this_cpu().progress.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Says what this CPU is doing now, for the report: `note(&"tearing down")`.
+#[inline]
+pub fn note(activity: &'static &'static str) {
+    this_cpu().activity.0.store(core::ptr::from_ref(activity).cast_mut(), Ordering::Relaxed);
+}
+
+/// Handles an NMI: a tick, a request to report, or one from outside (QEMU's monitor command `nmi`).
+///
+/// # Context
+///
+/// Anything may have been interrupted; only `TURN` is locked.
+pub(crate) fn nmi(frame: &TrapFrame) {
+    if REPORTING.load(Ordering::Relaxed) {
+        report_and_halt(frame);
+    }
+    let limit = LIMIT.load(Ordering::Relaxed);
+    if limit == 0 || this_index() != CpuIndex::FIRST {
+        report(format_args!("an NMI from outside asked for the state of all CPUs"), frame);
+    }
+    acknowledge_tick();
+    let count = online().iter().map(|index| cpu(index).progress.load(Ordering::Relaxed)).sum();
+    let now = clock::cycles();
+    if LAST_COUNT.swap(count, Ordering::Relaxed) != count {
+        LAST_CHANGE.store(now, Ordering::Relaxed);
+    } else if now.wrapping_sub(LAST_CHANGE.load(Ordering::Relaxed)) > limit {
+        let seconds = limit / clock::cycles_per_second().max(1);
+        report(format_args!("no CPU made progress for {seconds} s"), frame);
+    }
+}
+
+/// Makes every CPU print its state, and ends the run.
+fn report(why: fmt::Arguments<'_>, frame: &TrapFrame) -> ! {
+    if REPORTING.swap(true, Ordering::Relaxed) {
+        report_and_halt(frame);
+    }
+    serial::print_line_urgent(format_args!("HANG: {why}"));
+    apic::send_nmi_to_others();
+    print_one(frame);
+    let nr_others = online().without(this_index()).count();
+    if !clock::wait_until(REPORT_TIMEOUT_US, || NR_REPORTED.load(Ordering::Relaxed) == nr_others) {
+        serial::print_line_urgent(format_args!("HANG: not every CPU answered"));
+    }
+    exit::exit(Verdict::Hang)
+}
+
+fn report_and_halt(frame: &TrapFrame) -> ! {
+    print_one(frame);
+    NR_REPORTED.fetch_add(1, Ordering::Relaxed);
+    exit::halt()
+}
+
+fn print_one(frame: &TrapFrame) {
+    let _turn = TURN.lock();
+    let me = this_cpu();
+    let ring = frame.code_segment & 3;
+    print_state(
+        format_args!(
+            "in ring {ring}, {}, {} steps; waits for calls on {}; has calls from {}",
+            me.activity.get(),
+            me.progress.load(Ordering::Relaxed),
+            List(me.call.waiting()),
+            List(CpuMask::from_bits(me.inbox.load(Ordering::Relaxed))),
+        ),
+        frame,
+    );
+}
+
+/// Lets the interrupt controller raise the next tick: a poll counts as the acknowledgement that an NMI does not send.
+fn acknowledge_tick() {
+    let mut port = Port::<u8>::new(0x20);
+    // SAFETY: OCW3 with the poll bit (Intel 8259A data sheet); touches no memory.
+    unsafe { port.write(0x0c) };
+    // SAFETY: reads the poll word.
+    let _ = unsafe { port.read() };
+    // SAFETY: end of interrupt.
+    unsafe { port.write(0x20) };
+}
+
+/// CPU numbers with commas, or "none".
+struct List(CpuMask);
+
+impl fmt::Display for List {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
+        for (position, cpu) in self.0.iter().enumerate() {
+            if position > 0 {
+                f.write_str(",")?;
+            }
+            write!(f, "{cpu}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,144 @@
+//! CPUs that stay with an address space without running it, while its pages and its tables go.
+//!
+//! A lazy CPU may miss the flush of pages, if it looks before it runs a program again. It must not miss that of tables: its CR3
+//! still leads there, and each kernel address it reads may walk from there.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use mmu_kernel_shim::Error;
+
+use crate::arch::clock;
+use crate::cpu::percpu::{CpuIndex, online};
+use crate::cpu::{smp, watchdog};
+use crate::println;
+use crate::workloads::churn;
+use crate::workloads::meeting::Meeting;
+use crate::workloads::program::{BareKernel, Found, Process, pages, roam};
+
+/// What loses its pages and keeps its tables.
+const KEPT: (u64, u64) = (0x10_0000_0000, 24);
+/// What loses its tables too.
+const GONE: (u64, u64) = (0x50_0000_0000, 24);
+/// Pages that a lazy CPU reads between two looks.
+const ROAMED: u64 = 512;
+/// How long lazy CPUs go on after the address space is gone.
+const AFTERMATH_US: u64 = 200;
+/// Rounds between two lines of progress.
+const PROGRESS: u64 = 10;
+
+/// Runs `rounds` rounds, each with one process.
+///
+/// # Errors
+///
+/// Whatever the kernel refused.
+pub(crate) fn run(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
+    let mut exits = 0;
+    for round in 0..rounds {
+        if round % PROGRESS == 0 {
+            println!("progress: lazy {round} of {rounds}");
+        }
+        let process = Process::new(kernel, churn::first_number(CpuIndex::FIRST))?;
+        process.map(pages(KEPT.0, KEPT.1))?;
+        process.map(pages(GONE.0, GONE.1))?;
+        let round = Round {
+            process,
+            place: Meeting::of(u64::from(online().count())),
+            is_over: [const { AtomicBool::new(false) }; 2],
+        };
+        let result = spin::Mutex::<_>::new(Ok(()));
+        smp::on_every_cpu(&|me| {
+            if me == CpuIndex::FIRST {
+                *result.lock() = round.owner();
+            } else {
+                round.other(me);
+            }
+        });
+        result.into_inner()?;
+        exits += 1;
+    }
+    Ok(exits)
+}
+
+struct Round<'a> {
+    process: Process<'a>,
+    place: Meeting,
+    /// Whether lazy CPUs should come back, from the first stretch and from the second.
+    is_over: [AtomicBool; 2],
+}
+
+impl Round<'_> {
+    fn owner(&self) -> Result<(), Error> {
+        let (process, kernel) = (&self.process, self.process.kernel);
+        watchdog::note(&"unmapping under lazy CPUs");
+        self.begin();
+        let unmapped = self.unmap_under_lazy_cpus();
+        self.is_over[0].store(true, Ordering::Relaxed);
+        self.place.meet();
+        // The others come back, run the process, and go lazy again.
+        self.place.meet();
+        kernel.go_lazy();
+        let exited = kernel.exit(&process.mm);
+        clock::wait_us(AFTERMATH_US);
+        self.is_over[1].store(true, Ordering::Relaxed);
+        self.place.meet();
+        kernel.switch_to(None);
+        unmapped.and(exited)
+    }
+
+    fn other(&self, me: CpuIndex) {
+        let (process, kernel) = (&self.process, self.process.kernel);
+        self.begin();
+        kernel.go_lazy();
+        self.roam(me, &self.is_over[0]);
+        self.place.meet();
+        watchdog::note(&"back from a lazy stretch");
+        process.enter();
+        // All of it was dropped: a word that this thread wrote before is stale.
+        for (start, nr_pages) in [KEPT, GONE] {
+            let range = pages(start, nr_pages);
+            process.check_fresh(range).must_be(Found::AsExpected, "after a lazy stretch");
+            process.write(range).must_be(Found::AsExpected, "after a lazy stretch");
+            process.check(range).must_be(Found::AsExpected, "after a lazy stretch");
+        }
+        kernel.go_lazy();
+        self.place.meet();
+        self.roam(me, &self.is_over[1]);
+        self.place.meet();
+        kernel.switch_to(None);
+    }
+
+    /// Every CPU runs the process and stamps its memory.
+    fn begin(&self) {
+        self.process.enter();
+        for (start, nr_pages) in [KEPT, GONE] {
+            let range = pages(start, nr_pages);
+            self.process.write(range).must_be(Found::AsExpected, "at first");
+            self.process.check(range).must_be(Found::AsExpected, "at first");
+        }
+        self.place.meet();
+    }
+
+    fn unmap_under_lazy_cpus(&self) -> Result<(), Error> {
+        let (process, kernel) = (&self.process, self.process.kernel);
+        let (kept, gone) = (pages(KEPT.0, KEPT.1), pages(GONE.0, GONE.1));
+        kernel.madvise_dontneed(&process.mm, kept)?;
+        process.check_fresh(kept).must_be(Found::AsExpected, "dropped pages");
+        kernel.munmap(&process.mm, gone)?;
+        process.map(gone)?;
+        process.check_fresh(gone).must_be(Found::AsExpected, "unmapped pages");
+        for range in [kept, gone] {
+            process.write(range).must_be(Found::AsExpected, "new pages");
+        }
+        Ok(())
+    }
+
+    /// Kernel work on a lazy CPU: reads all over memory.
+    fn roam(&self, me: CpuIndex, is_over: &AtomicBool) {
+        watchdog::note(&"lazy");
+        let mut turn = me.get() as u64;
+        while !is_over.load(Ordering::Relaxed) {
+            turn = turn.wrapping_add(64);
+            roam(self.process.kernel.machine(), turn, ROAMED);
+        }
+    }
+}

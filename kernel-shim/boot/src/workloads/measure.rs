@@ -1,0 +1,123 @@
+//! What things cost, in cycles of the emulator: compare these numbers with each other, not with hardware.
+
+use alloc::vec::Vec;
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_kernel_shim::{Area, Error, PageContent, Vma};
+use x86_64::VirtAddr;
+
+use crate::arch::{clock, mmu};
+use crate::cpu::percpu::{CpuIndex, CpuMask, online};
+use crate::cpu::{ipi, smp, watchdog};
+use crate::println;
+use crate::workloads::program::{BareKernel, pages};
+
+/// How often each thing is measured.
+const TIMES: usize = 40;
+/// Pages unmapped at once.
+const BULK: u64 = 512;
+/// Where.
+const PLACE: u64 = 0x10_0000_0000;
+/// Instructions in one measurement.
+const INSTRUCTIONS: u64 = 64;
+
+/// Measures and prints; frames are neither poisoned nor looked at meanwhile.
+///
+/// # Errors
+///
+/// Whatever the kernel refused.
+pub(crate) fn run(kernel: &BareKernel) -> Result<u64, Error> {
+    watchdog::note(&"measuring");
+    kernel.machine().ledger.set_checking(false);
+    let done = all(kernel);
+    kernel.machine().ledger.set_checking(true);
+    done.map(|()| 1)
+}
+
+fn all(kernel: &BareKernel) -> Result<(), Error> {
+    let mm = kernel.new_mm()?;
+    let range = pages(PLACE, BULK);
+    kernel.mmap(&mm, Vma { range, area: Area::anon() })?;
+    kernel.switch_to(Some(&mm));
+    instructions();
+    round_trips();
+    unmap(kernel, &mm, "unmap per page, nobody else has it loaded", BULK)?;
+    unmap(kernel, &mm, "flush of one page, this CPU only", 1)?;
+    let others = online().without(CpuIndex::FIRST);
+    if !others.is_empty() {
+        smp::on_cpus(others, &|_| kernel.switch_to(Some(&mm)));
+        unmap(kernel, &mm, "flush of one page, every CPU has it loaded", 1)?;
+        unmap(kernel, &mm, "flush of 32 pages, every CPU has it loaded", 32)?;
+        unmap(kernel, &mm, "full flush and 64 pages, every CPU has it loaded", 64)?;
+        unmap(kernel, &mm, "unmap per page, every CPU has it loaded", BULK)?;
+        smp::on_cpus(others, &|_| kernel.switch_to(None));
+    }
+    kernel.switch_to(None);
+    kernel.exit(&mm)
+}
+
+/// INVLPG and CR3 loads, alone.
+fn instructions() {
+    let mut invlpg = Vec::new();
+    let mut load = Vec::new();
+    for _ in 0..TIMES {
+        invlpg.push(cycles_of(|| {
+            for page in 0..INSTRUCTIONS {
+                mmu::invalidate_page(VirtAddr::new(PLACE + page * 4096));
+            }
+        }));
+        load.push(cycles_of(|| {
+            for _ in 0..INSTRUCTIONS {
+                mmu::reload_root();
+            }
+        }));
+    }
+    print("INVLPG", invlpg, INSTRUCTIONS);
+    print("CR3 load", load, INSTRUCTIONS);
+}
+
+/// From the first CPU to each other one and back; the others have halted.
+fn round_trips() {
+    let mut all = Vec::new();
+    for to in online().without(CpuIndex::FIRST).iter() {
+        for _ in 0..TIMES {
+            all.push(cycles_of(|| ipi::call_on(CpuMask::only(to), &|_| ())));
+            watchdog::progress();
+        }
+    }
+    print("IPI round trip", all, 1);
+}
+
+/// Drops the first `nr_pages` pages of the region, again and again; one page counts as a flush, many as pages.
+fn unmap(
+    kernel: &BareKernel,
+    mm: &mmu_kernel_shim::Mm<crate::machine::BareMachine>,
+    what: &str,
+    nr_pages: u64,
+) -> Result<(), Error> {
+    let range: VirtRange = pages(PLACE, nr_pages);
+    let mut all = Vec::new();
+    for _ in 0..TIMES {
+        kernel.populate(mm, range, PageContent::Anon)?;
+        let mut result = Ok(());
+        all.push(cycles_of(|| result = kernel.madvise_dontneed(mm, range)));
+        result?;
+        watchdog::progress();
+    }
+    print(what, all, if nr_pages == BULK { BULK } else { 1 });
+    Ok(())
+}
+
+fn cycles_of(work: impl FnOnce()) -> u64 {
+    let start = clock::cycles();
+    work();
+    clock::cycles().wrapping_sub(start)
+}
+
+/// Prints the least and the median of what was measured, each divided by `parts`.
+fn print(what: &str, mut all: Vec<u64>, parts: u64) {
+    all.sort_unstable();
+    if let (Some(least), Some(median)) = (all.first(), all.get(all.len() / 2)) {
+        println!("cycles: least={} median={} times={} what={what}", least / parts, median / parts, all.len());
+    }
+}

@@ -1,0 +1,231 @@
+//! Programs in ring 3, as the workloads use them: memory of a process, the stamps on it, and what a program read instead.
+
+use alloc::sync::Arc;
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_kernel_shim::{
+    Area, Config, Error, FaultError, Kernel, Mm, PROGRAM_START, PageContent, UserAccess, Vma, program_area,
+};
+use x86_64::VirtAddr;
+use x86_64::structures::idt::PageFaultErrorCode;
+
+use crate::arch::paging::FRAME_BYTES;
+use crate::checks::ledger::words;
+use crate::checks::stamp::Stamp;
+use crate::checks::violation::{self, Misread};
+use crate::cpu::agent::{self, Outcome, Program, Stop, Task};
+use crate::cpu::percpu::{CpuIndex, this_index};
+use crate::cpu::ring3::{self, Exit};
+use crate::cpu::{smp, watchdog};
+use crate::machine::BareMachine;
+
+/// The kernel of this image.
+pub(crate) type BareKernel = Kernel<BareMachine>;
+
+/// Boots the small kernel on all CPUs.
+///
+/// # Errors
+///
+/// [`Error::NoMemory`].
+pub(crate) fn boot(machine: BareMachine, config: Config) -> Result<BareKernel, Error> {
+    let kernel = Kernel::boot(machine, config)?;
+    smp::on_every_cpu(&|_| kernel.start_cpu());
+    load_code(&kernel)?;
+    Ok(kernel)
+}
+
+/// Fills the page of the page cache that holds the code of programs; again, after the cache was dropped.
+///
+/// # Errors
+///
+/// [`Error::NoMemory`].
+pub(crate) fn load_code(kernel: &BareKernel) -> Result<(), Error> {
+    let mm = kernel.new_mm()?;
+    let area = program_area();
+    kernel.mmap(&mm, area)?;
+    kernel.populate(&mm, area.range, PageContent::File)?;
+    let frame = kernel.machine().frame_at(mm.root(), PROGRAM_START).ok_or(Error::NoArea(PROGRAM_START))?;
+    for (word, bytes) in words(frame).iter().zip(agent::text().chunks(8)) {
+        let mut whole = [0; 8];
+        whole[..bytes.len()].copy_from_slice(bytes);
+        word.store(u64::from_le_bytes(whole), core::sync::atomic::Ordering::Relaxed);
+    }
+    kernel.exit(&mm)
+}
+
+/// What became of a run in ring 3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It came to its end.
+    Done(Outcome),
+    /// A fault that was not answered.
+    Signal(u64, FaultError),
+}
+
+/// Runs `task` on this CPU, which has `mm` loaded, to its end; the kernel answers its faults.
+pub(crate) fn run(kernel: &BareKernel, mm: &Mm<BareMachine>, task: Task) -> End {
+    let mut context = task.context(VirtAddr::new(PROGRAM_START));
+    loop {
+        match ring3::run(&mut context) {
+            Exit::Syscall => {
+                watchdog::progress();
+                return End::Done(Outcome::of(&context));
+            }
+            Exit::PageFault { address, error } => {
+                if error.contains(PageFaultErrorCode::MALFORMED_TABLE) {
+                    violation::walked_freed_table(address.as_u64());
+                }
+                let is_write = error.contains(PageFaultErrorCode::CAUSED_BY_WRITE);
+                let access = if is_write { UserAccess::Write } else { UserAccess::Read };
+                if let Err(error) = kernel.handle_fault(mm, address.as_u64(), access) {
+                    return End::Signal(address.as_u64(), error);
+                }
+            }
+            Exit::Exception { vector, .. } => violation::program_broke(vector, context.frame.rip),
+            Exit::Interrupted => {}
+        }
+    }
+}
+
+/// A process whose memory is stamped.
+#[derive(Clone)]
+pub(crate) struct Process<'a> {
+    pub(crate) kernel: &'a BareKernel,
+    pub(crate) mm: Arc<Mm<BareMachine>>,
+    number: u32,
+}
+
+/// What a program of the process found, if it was not something of another owner: that ends the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// What it expected.
+    AsExpected,
+    /// A page without content: it was dropped meanwhile.
+    Fresh,
+    /// The address was not usable.
+    Signal,
+}
+
+impl Found {
+    /// Ends the run unless this is what was expected; `when` says what was being done.
+    pub(crate) fn must_be(self, expected: Self, when: &str) {
+        if self != expected {
+            violation::other(format_args!("{when}: found {self:?}, not {expected:?}"));
+        }
+    }
+}
+
+impl<'a> Process<'a> {
+    /// A process without memory but for its code.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`].
+    pub(crate) fn new(kernel: &'a BareKernel, number: u32) -> Result<Self, Error> {
+        let mm = kernel.new_mm()?;
+        kernel.mmap(&mm, program_area())?;
+        Ok(Self { kernel, mm, number })
+    }
+
+    /// Maps memory of its own at `range`.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the kernel says.
+    pub(crate) fn map(&self, range: VirtRange) -> Result<(), Error> {
+        self.kernel.mmap(&self.mm, Vma { range, area: Area::anon() })
+    }
+
+    /// Runs it on this CPU from now on.
+    pub(crate) fn enter(&self) {
+        self.kernel.switch_to(Some(&self.mm));
+    }
+
+    /// Writes this CPU's stamp into each page of `range`, whose first page gets the number of its address.
+    pub(crate) fn write(&self, range: VirtRange) -> Found {
+        self.judge(self.task(Program::Write, range, self.stamp(range), 1))
+    }
+
+    /// Reads this CPU's stamps in `range` back.
+    pub(crate) fn check(&self, range: VirtRange) -> Found {
+        self.judge(self.task(Program::Check, range, self.stamp(range), 1))
+    }
+
+    /// Reads this CPU's words in `range`, all of which must be zero: nobody but this thread writes there, and it has not yet.
+    pub(crate) fn check_fresh(&self, range: VirtRange) -> Found {
+        self.judge(self.task(Program::Check, range, 0, 0))
+    }
+
+    /// Reads this CPU's word in the first page of `range` again and again, until it changes.
+    pub(crate) fn watch(&self, range: VirtRange, nr_reads: u64) -> Found {
+        let task = self.task(Program::Watch, range, self.stamp(range), 0);
+        self.judge(Task { nr_words: nr_reads, ..task })
+    }
+
+    /// Each thread has a word of its own in every page.
+    fn task(&self, program: Program, range: VirtRange, value: u64, step: u64) -> Task {
+        Task {
+            program,
+            first: range.start() + 8 * thread_of(this_index()),
+            stride_bytes: FRAME_BYTES,
+            nr_words: range.nr_pages(),
+            value,
+            step,
+        }
+    }
+
+    fn stamp(&self, range: VirtRange) -> u64 {
+        // The number of a page wraps after 256 MiB.
+        let [page_low, page_high, ..] = (range.start() / FRAME_BYTES).to_le_bytes();
+        let page = u16::from_le_bytes([page_low, page_high]);
+        let thread = u8::try_from(thread_of(this_index())).unwrap_or(u8::MAX);
+        Stamp { process: self.number, thread, page }.word()
+    }
+
+    fn judge(&self, task: Task) -> Found {
+        let Stop { address, seen } = match run(self.kernel, &self.mm, task) {
+            End::Done(Outcome { stopped: None, .. }) => return Found::AsExpected,
+            End::Done(Outcome { stopped: Some(stop), .. }) => stop,
+            End::Signal(..) => return Found::Signal,
+        };
+        if seen == 0 {
+            return Found::Fresh;
+        }
+        let step = if task.program == Program::Watch { 0 } else { (address - task.first) / FRAME_BYTES };
+        let machine = self.kernel.machine();
+        let misread = Misread {
+            root: self.mm.root(),
+            address,
+            seen,
+            expected: task.value + step * task.step,
+            mapped: machine.frame_at(self.mm.root(), address),
+        };
+        violation::misread(&machine.ledger, &misread)
+    }
+}
+
+fn thread_of(cpu: CpuIndex) -> u64 {
+    cpu.get() as u64
+}
+
+/// The pages `first..first + nr_pages` of address space.
+pub(crate) fn pages(start: u64, nr_pages: u64) -> VirtRange {
+    VirtRange::new(start, start + nr_pages * FRAME_BYTES).expect("workloads use good ranges")
+}
+
+/// Reads one word of `nr_pages` frames of RAM, from one drawn by `seed` on: each read needs a translation, and each translation
+/// a walk from whatever is in CR3.
+pub(crate) fn roam(machine: &BareMachine, seed: u64, nr_pages: u64) {
+    let frames = machine.usable_frames();
+    let count = frames.end - frames.start;
+    let first = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
+    for page in 0..nr_pages {
+        let number = frames.start + (first + page * 97) % count;
+        let frame =
+            x86_64::structures::paging::PhysFrame::containing_address(x86_64::PhysAddr::new(number << 12));
+        core::hint::black_box(words(frame)[0].load(core::sync::atomic::Ordering::Relaxed));
+    }
+}
+
+/// So many words of a page belong to threads.
+const _: () = assert!(crate::cpu::percpu::MAX_CPUS * 8 <= 4096);

@@ -1,0 +1,220 @@
+//! Threads of one process use memory in ring 3 while the first CPU takes it away under them, in every way there is.
+//!
+//! Two kinds of rounds:
+//! - *caught reading*: every thread is known to be reading when the memory goes, and nobody gets the frames before every thread
+//!   has noticed. A flush that was forgotten cannot go unseen: the thread reads on, and what it reads is poison.
+//! - *free for all*: threads write, read and fault at any moment. With three CPUs or more, the last one runs processes of its own
+//!   meanwhile, so that what is freed has another owner at once.
+
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use mmu_gather::pagetable::VirtRange;
+use mmu_kernel_shim::{Error, PageContent, Protection};
+
+use crate::checks::violation;
+use crate::cpu::percpu::{CpuIndex, online};
+use crate::cpu::{smp, watchdog};
+use crate::println;
+use crate::workloads::churn;
+use crate::workloads::meeting::{self, Meeting};
+use crate::workloads::program::{BareKernel, Found, Process, pages};
+
+/// What is used in a free for all: more pages than are invalidated one by one, fewer than an emulated TLB holds.
+const REGION: (u64, u64) = (0x7f00_0000_0000, 48);
+/// The part of it that goes alone: few enough pages to be invalidated one by one.
+const PART: (u64, u64) = (REGION.0 + 8 * 4096, 16);
+/// Where it is moved to and back from.
+const ASIDE: (u64, u64) = (0x7e00_0000_0000, 48);
+/// What threads are caught reading the first page of. Many pages: whoever frees each when its entry is cleared leaves much time
+/// between the first and the flush.
+const BAIT: (u64, u64) = (0x7d00_0000_0000, 512);
+/// Pages of it that go alone, in every second round: for these, page by page is cheaper than all.
+const FEW_BAITS: u64 = 16;
+/// Pages that are read before they are written to again: each costs a page of zeroes, and a flush to replace it.
+const LOOKED_AT: u64 = 4;
+/// Reads of one word, until something happens to it.
+const WATCHED: u64 = 200_000;
+/// Reads of one word in a free for all.
+const GLANCED: u64 = 1000;
+/// So many rounds at first catch threads reading,
+const CAUGHT_FIRST: u64 = 12;
+/// and one in so many of the rest.
+const CAUGHT_LATER: u64 = 4;
+/// Rounds between two lines of progress.
+const PROGRESS: u64 = 100;
+
+/// Runs `rounds` rounds.
+///
+/// # Errors
+///
+/// Whatever the kernel refused; there is memory enough for this.
+pub(crate) fn run(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
+    let process = Process::new(kernel, churn::first_number(CpuIndex::FIRST))?;
+    process.map(pages(REGION.0, REGION.1))?;
+    process.map(pages(BAIT.0, BAIT.1))?;
+    let cpus = online();
+    let neighbour = cpus.iter().last().filter(|_| cpus.count() >= 3);
+    let threads = Threads {
+        process: &process,
+        stage: AtomicU32::new(CATCHING),
+        bait_is_out: AtomicBool::new(false),
+        nr_reading: AtomicU32::new(0),
+        nr_threads: cpus.count() - 1 - u32::from(neighbour.is_some()),
+    };
+    let ready = Meeting::of(u64::from(cpus.count()));
+    let result = spin::Mutex::<_>::new(Ok(()));
+    smp::on_every_cpu(&|me| {
+        ready.meet();
+        if me == CpuIndex::FIRST {
+            watchdog::note(&"taking memory away");
+            *result.lock() = threads.take_away(rounds);
+            threads.stage.store(OVER, Ordering::Relaxed);
+            meeting::wake_others();
+        } else if Some(me) == neighbour {
+            watchdog::note(&"running processes of its own");
+            meeting::wait(|| threads.stage.load(Ordering::Relaxed) != CATCHING);
+            while threads.stage.load(Ordering::Relaxed) != OVER {
+                churn::one(kernel, me, 16).unwrap_or(());
+            }
+        } else {
+            watchdog::note(&"using memory");
+            threads.use_memory();
+        }
+        kernel.go_lazy();
+        ready.meet();
+    });
+    result.into_inner()?;
+    kernel.exit(&process.mm)?;
+    smp::on_every_cpu(&|_| kernel.switch_to(None));
+    Ok(1)
+}
+
+/// The first rounds: nobody else allocates.
+const CATCHING: u32 = 0;
+/// All CPUs do what they like.
+const FREE_FOR_ALL: u32 = 1;
+const OVER: u32 = 2;
+
+/// What the threads share.
+struct Threads<'a> {
+    process: &'a Process<'a>,
+    stage: AtomicU32,
+    /// Threads should read the bait.
+    bait_is_out: AtomicBool,
+    nr_reading: AtomicU32,
+    nr_threads: u32,
+}
+
+impl Threads<'_> {
+    /// A thread: whatever it finds in its own words must be its own, or nothing.
+    fn use_memory(&self) {
+        let (region, part, bait) = (pages(REGION.0, REGION.1), pages(PART.0, PART.1), pages(BAIT.0, 1));
+        let process = self.process;
+        process.enter();
+        while self.stage.load(Ordering::Relaxed) != OVER {
+            if self.bait_is_out.load(Ordering::Relaxed) && process.write(bait) == Found::AsExpected {
+                self.nr_reading.fetch_add(1, Ordering::Relaxed);
+                smp::wake(CpuIndex::FIRST);
+                process.watch(bait, WATCHED);
+                self.nr_reading.fetch_sub(1, Ordering::Relaxed);
+                smp::wake(CpuIndex::FIRST);
+            }
+            process.write(region);
+            process.check(region);
+            process.watch(part, GLANCED);
+            process.check(region);
+        }
+    }
+
+    /// The first CPU's part.
+    fn take_away(&self, rounds: u64) -> Result<(), Error> {
+        let (process, region) = (self.process, pages(REGION.0, REGION.1));
+        process.enter();
+        process.write(region);
+        for round in 0..rounds {
+            if round == CAUGHT_FIRST {
+                self.stage.store(FREE_FOR_ALL, Ordering::Relaxed);
+                meeting::wake_others();
+            }
+            if round < CAUGHT_FIRST || round.is_multiple_of(CAUGHT_LATER) {
+                self.catch_reading(round)?;
+            }
+            if let Some(dropped) = self.take_region(round)? {
+                // This thread has not written there since: it must not see what it wrote before, nor what another wrote.
+                process.check_fresh(dropped).must_be(Found::AsExpected, "reading what was dropped");
+            }
+            // Nobody else drops this thread's pages: what it finds is certain.
+            process.write(region).must_be(Found::AsExpected, "writing");
+            process.check(region).must_be(Found::AsExpected, "reading back");
+            if round % PROGRESS == 0 {
+                println!("progress: threads {round} of {rounds}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Unmaps what every thread is reading, and waits until each has noticed.
+    fn catch_reading(&self, round: u64) -> Result<(), Error> {
+        let (process, kernel) = (self.process, self.process.kernel);
+        let all = pages(BAIT.0, BAIT.1);
+        let range = if round.is_multiple_of(2) { all } else { pages(BAIT.0, FEW_BAITS) };
+        kernel.populate(&process.mm, all, PageContent::Anon)?;
+        let own = pages(BAIT.0, LOOKED_AT);
+        process.write(own).must_be(Found::AsExpected, "writing bait");
+        process.check(own).must_be(Found::AsExpected, "reading bait");
+        self.bait_is_out.store(true, Ordering::Relaxed);
+        meeting::wait(|| self.nr_reading.load(Ordering::Relaxed) == self.nr_threads);
+        kernel.munmap(&process.mm, range)?;
+        // Whoever still has the translation reads on for ever: the frames are free, and this CPU takes none.
+        meeting::wait(|| self.nr_reading.load(Ordering::Relaxed) == 0);
+        self.bait_is_out.store(false, Ordering::Relaxed);
+        if process.check(own) != Found::Signal {
+            violation::usable_after_unmap(&kernel.machine().ledger, process.mm.root(), own.start());
+        }
+        // What is left of it, and then one area again.
+        kernel.munmap(&process.mm, all)?;
+        process.map(all)
+    }
+
+    /// Takes some of the region away, and says where this thread's words must be zero now.
+    fn take_region(&self, round: u64) -> Result<Option<VirtRange>, Error> {
+        let (region, part, aside) =
+            (pages(REGION.0, REGION.1), pages(PART.0, PART.1), pages(ASIDE.0, ASIDE.1));
+        let (kernel, mm) = (self.process.kernel, &self.process.mm);
+        let dropped = match round % 6 {
+            0 => {
+                kernel.munmap(mm, region)?;
+                self.process.map(region)?;
+                region
+            }
+            1 => {
+                kernel.madvise_dontneed(mm, part)?;
+                part
+            }
+            2 => {
+                kernel.munmap(mm, part)?;
+                self.process.map(part)?;
+                part
+            }
+            3 => {
+                kernel.madvise_dontneed(mm, region)?;
+                region
+            }
+            4 => {
+                kernel.mprotect(mm, part, Protection::Read)?;
+                kernel.mprotect(mm, part, Protection::Write)?;
+                return Ok(None);
+            }
+            _ => {
+                // The region may be several areas by now; a new one is one.
+                kernel.munmap(mm, region)?;
+                self.process.map(region)?;
+                self.process.write(region);
+                kernel.mremap(mm, region, aside)?;
+                kernel.mremap(mm, aside, region)?;
+                return Ok(None);
+            }
+        };
+        Ok(Some(pages(dropped.start(), LOOKED_AT)))
+    }
+}
