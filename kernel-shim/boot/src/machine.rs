@@ -13,12 +13,14 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use x86_64::{PhysAddr, VirtAddr};
 
 use crate::arch::mmu::{self, Cached};
-use crate::arch::paging::{PHYS_OFFSET, phys_to_ptr, share_kernel_half};
+use crate::arch::paging::share_kernel_half;
+use crate::arch::phys_map::{PHYS_OFFSET, phys_to_ptr};
 use crate::arch::{clock, frames};
 use crate::checks::ledger::{Ledger, words};
 use crate::checks::violation;
+use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::ipi::{self, ServeCalls};
-use crate::cpu::percpu::{CpuIndex, CpuMask, MAX_CPUS, online, this_index};
+use crate::cpu::percpu::{online, this_index};
 use crate::cpu::watchdog;
 
 /// Frames that the allocator below the kernel keeps.

@@ -5,11 +5,12 @@ use x86_64::PhysAddr;
 use x86_64::instructions::interrupts;
 
 use crate::arch::exit::{self, Verdict};
+use crate::arch::phys_map::phys_to_ptr;
 use crate::arch::pvh::BootInfo;
 use crate::arch::{acpi, apic, asm, clock, descriptors, frames, heap, mmu, paging, serial};
-use crate::cpu::percpu::{self, CpuIndex};
-use crate::cpu::smp::KERNEL_STACK_PAGES;
-use crate::cpu::{smp, watchdog};
+use crate::cpu::index::{CpuIndex, MAX_CPUS};
+use crate::cpu::smp::{self, KERNEL_STACK_PAGES};
+use crate::cpu::{percpu, watchdog};
 use crate::options::Options;
 use crate::println;
 use crate::workloads::select;
@@ -17,7 +18,7 @@ use crate::workloads::select;
 /// What the loader said; read once, kept for the whole run.
 static BOOT_INFO: Once<BootInfo> = Once::new();
 /// The CPUs that the firmware lists.
-static APIC_IDS: Once<arrayvec::ArrayVec<u32, { percpu::MAX_CPUS }>> = Once::new();
+static APIC_IDS: Once<arrayvec::ArrayVec<u32, MAX_CPUS>> = Once::new();
 
 /// Seconds without progress after which the run is given up, unless the command line says otherwise.
 const DEFAULT_WATCHDOG_S: u64 = 30;
@@ -86,5 +87,5 @@ fn module(info: &BootInfo) -> Option<&'static [u8]> {
     let length = usize::try_from(range.end - range.start).ok()?;
     // SAFETY: the loader put the file into RAM, all of which is mapped (B3), and its frames were kept from the allocator, so
     // nobody ever writes there.
-    Some(unsafe { core::slice::from_raw_parts(paging::phys_to_ptr(PhysAddr::new(range.start)), length) })
+    Some(unsafe { core::slice::from_raw_parts(phys_to_ptr(PhysAddr::new(range.start)), length) })
 }

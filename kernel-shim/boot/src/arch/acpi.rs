@@ -6,8 +6,7 @@
 use arrayvec::ArrayVec;
 use x86_64::PhysAddr;
 
-use crate::arch::paging::phys_to_ptr;
-use crate::cpu::percpu::MAX_CPUS;
+use crate::arch::phys_map::phys_to_ptr;
 
 const HEADER_BYTES: u64 = 36;
 /// MADT entry: processor local APIC.
@@ -17,12 +16,12 @@ const LOCAL_X2APIC: u8 = 9;
 /// In the flags of both: the processor is usable.
 const ENABLED: u32 = 1;
 
-/// Returns the APIC ids of the usable CPUs; none if the tables are absent or damaged.
+/// Returns the APIC ids of the first `N` usable CPUs; none if the tables are absent or damaged.
 ///
 /// # Safety
 ///
 /// `rsdp` is the root pointer that the loader found, and memory below 4 GiB is mapped at the physical offset.
-pub(crate) unsafe fn apic_ids(rsdp: PhysAddr) -> ArrayVec<u32, MAX_CPUS> {
+pub(crate) unsafe fn apic_ids<const N: usize>(rsdp: PhysAddr) -> ArrayVec<u32, N> {
     // SAFETY: the caller vouches for the root pointer.
     let tables = unsafe { Tables::find(rsdp) };
     tables.and_then(|tables| tables.madt()).map_or_else(ArrayVec::new, local_apics)
@@ -68,8 +67,8 @@ impl Tables {
     }
 }
 
-/// Returns the ids of the usable CPUs that `madt` lists.
-fn local_apics(madt: &[u8]) -> ArrayVec<u32, MAX_CPUS> {
+/// Returns the ids of the first `N` usable CPUs that `madt` lists.
+fn local_apics<const N: usize>(madt: &[u8]) -> ArrayVec<u32, N> {
     let mut ids = ArrayVec::new();
     // The header, the address of the APIC, flags; then entries of (kind, length, ...).
     let mut rest = madt.get(44..).unwrap_or_default();
@@ -149,13 +148,13 @@ mod tests {
             &[0, 8, 1, 9, 0, 0, 0, 0],
             &[9, 16, 0, 0, 0x34, 0x12, 0, 0, 1, 0, 0, 0, 5, 0, 0, 0],
         ]);
-        assert_eq!(local_apics(&table).as_slice(), [7, 0x1234]);
+        assert_eq!(local_apics::<64>(&table).as_slice(), [7, 0x1234]);
     }
 
     #[test]
     fn a_damaged_list_ends_where_it_is_damaged() {
-        assert_eq!(local_apics(&madt(&[&[0, 8, 0, 7, 1, 0, 0, 0], &[0, 200, 1]])).as_slice(), [7]);
-        assert!(local_apics(&madt(&[&[0, 0, 0, 0]])).is_empty());
-        assert!(local_apics(&[]).is_empty());
+        assert_eq!(local_apics::<64>(&madt(&[&[0, 8, 0, 7, 1, 0, 0, 0], &[0, 200, 1]])).as_slice(), [7]);
+        assert!(local_apics::<64>(&madt(&[&[0, 0, 0, 0]])).is_empty());
+        assert!(local_apics::<64>(&[]).is_empty());
     }
 }

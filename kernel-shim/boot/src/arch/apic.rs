@@ -8,9 +8,8 @@ use x86_64::instructions::port::Port;
 use x86_64::registers::model_specific::Msr;
 
 use crate::arch::mmu::features;
-use crate::arch::paging::phys_to_ptr;
-use crate::cpu::percpu::{CpuIndex, cpu};
-use crate::cpu::trap::SPURIOUS_VECTOR;
+use crate::arch::phys_map::phys_to_ptr;
+use crate::arch::vectors::SPURIOUS_VECTOR;
 
 /// IA32_APIC_BASE: bits 12 up address of the registers, 11 enable, 10 x2APIC.
 const APIC_BASE: u32 = 0x1b;
@@ -124,13 +123,8 @@ pub(crate) fn end_of_interrupt() {
     write(Register::EndOfInterrupt, 0);
 }
 
-/// Sends an IPI to one CPU.
-pub(crate) fn send(to: CpuIndex, delivery: Delivery) {
-    send_to_apic(cpu(to).apic_id(), delivery);
-}
-
 /// Sends an IPI to the CPU with this APIC, which may not be up yet.
-pub(crate) fn send_to_apic(apic_id: u32, delivery: Delivery) {
+pub(crate) fn send(apic_id: u32, delivery: Delivery) {
     if features().x2apic {
         let command = u64::from(apic_id) << 32 | u64::from(delivery.command());
         // What was stored before must be visible to the receiver: unlike a store to the page, this WRMSR does not wait for

@@ -15,9 +15,9 @@ use x86_64::structures::idt::{Entry, InterruptDescriptorTable};
 use x86_64::structures::tss::TaskStateSegment;
 use x86_64::{PrivilegeLevel, VirtAddr};
 
-use crate::arch::asm::trap_stub;
 use crate::arch::paging::new_stack;
-use crate::cpu::trap::SYSCALL_VECTOR;
+use crate::arch::symbols::trap_stub;
+use crate::arch::vectors::SYSCALL_VECTOR;
 
 /// Pages of each interrupt stack: a handler may run a whole TLB flush of the kernel.
 const STACK_PAGES: u64 = 8;

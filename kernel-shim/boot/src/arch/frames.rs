@@ -14,7 +14,7 @@ use x86_64::PhysAddr;
 use x86_64::structures::paging::frame::PhysFrameRange;
 use x86_64::structures::paging::{FrameAllocator, PhysFrame, Size4KiB};
 
-use crate::arch::paging::{FRAME_BYTES, phys_to_ptr};
+use crate::arch::phys_map::{FRAME_BYTES, phys_to_ptr};
 
 /// The first megabyte belongs to the firmware, the boot information and the code that other CPUs start with.
 const LOW_MEMORY_END: u64 = 1 << 20;

@@ -7,7 +7,7 @@ use talc::TalcLock;
 use talc::source::Manual;
 
 use crate::arch::frames;
-use crate::arch::paging::{FRAME_BYTES, phys_to_ptr};
+use crate::arch::phys_map::{FRAME_BYTES, phys_to_ptr};
 
 /// The heap gets one frame out of this many,
 const SHARE: u64 = 8;

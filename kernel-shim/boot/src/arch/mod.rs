@@ -1,7 +1,26 @@
-//! One CPU and the devices of a PC: instructions, tables, registers.
+//! One x86_64 CPU and the devices of a PC: its instructions, its tables, its registers. Nothing here knows of a second CPU,
+//! and nothing here decides when to flush.
+//!
+//! ```text
+//!   comes in                                       goes out
+//!   --------                                       --------
+//!   what the loader says        pvh, acpi          the memory map, the command line, the ids of the CPUs
+//!   RAM                         frames, heap       frames; memory behind `alloc`
+//!   physical addresses          phys_map, paging   pointers; the kernel half of every root; stacks
+//!   an address, a root          mmu                INVLPG, CR3
+//!   a trap                      descriptors,       gates and stacks; the numbers of traps; the registers as the
+//!                               vectors, context   assembly stores them
+//!   an APIC id                  apic               an interrupt there
+//!   a line of text, a verdict   serial, exit       the serial port; the exit status of QEMU
+//!   nothing                     clock              cycles
+//! ```
+//!
+//! `asm` holds the inline assembly, `symbols` what the `.s` files and the linker script define. Every other room may use this
+//! one, and it uses none of them.
 
 #[expect(unsafe_code, reason = "RDTSC; ports of the interval timer")]
 pub mod clock;
+pub mod context;
 #[expect(unsafe_code, reason = "the port of the exit device")]
 pub mod exit;
 #[expect(
@@ -13,10 +32,12 @@ pub mod frames;
 pub mod mmu;
 #[expect(unsafe_code, reason = "makes the mappings on which every pointer rests")]
 pub mod paging;
+pub mod phys_map;
 #[expect(unsafe_code, reason = "the boot information is found by address")]
 pub mod pvh;
 #[expect(unsafe_code, reason = "ports of the serial line")]
 pub mod serial;
+pub mod vectors;
 
 #[expect(unsafe_code, reason = "tables are found by address")]
 pub(crate) mod acpi;
@@ -28,3 +49,5 @@ pub(crate) mod asm;
 pub(crate) mod descriptors;
 #[expect(unsafe_code, reason = "gives the heap its memory")]
 pub(crate) mod heap;
+#[expect(unsafe_code, reason = "symbols of the assembly and of the linker script")]
+pub(crate) mod symbols;

@@ -18,14 +18,11 @@ use x86_64::structures::paging::{
 };
 use x86_64::{PhysAddr, VirtAddr};
 
-use crate::arch::asm::{ImageLayout, image_layout};
 use crate::arch::frames::{self, TableFrames};
 use crate::arch::mmu;
+use crate::arch::phys_map::{FRAME_BYTES, PHYS_OFFSET, phys_to_ptr};
+use crate::arch::symbols::{ImageLayout, image_layout};
 
-/// Bytes of the smallest page.
-pub const FRAME_BYTES: u64 = Size4KiB::SIZE;
-/// Where physical address 0 is mapped: the start of the upper half with four levels.
-pub const PHYS_OFFSET: VirtAddr = VirtAddr::new(0xffff_8000_0000_0000);
 /// Where the image is mapped, less its physical address; the same number stands in `image.ld`.
 const IMAGE_OFFSET: u64 = 0xffff_ffff_8000_0000;
 /// Where stacks are mapped.
@@ -40,14 +37,6 @@ static KERNEL: Mutex<Option<KernelSpace>> = Mutex::new(None);
 struct KernelSpace {
     root: PhysFrame,
     next_stack: u64,
-}
-
-/// Returns where `address` is mapped for the kernel, on every CPU and in every root.
-///
-/// Only RAM and the local APIC are mapped there (B3); the pointer says nothing about who may use the memory.
-#[must_use]
-pub fn phys_to_ptr<T>(address: PhysAddr) -> *mut T {
-    (PHYS_OFFSET + address.as_u64()).as_mut_ptr()
 }
 
 /// Returns the root that maps the kernel half and nothing else; what a CPU without a process runs on.

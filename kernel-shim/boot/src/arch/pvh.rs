@@ -9,7 +9,7 @@ use core::str;
 use arrayvec::ArrayVec;
 use x86_64::PhysAddr;
 
-use crate::arch::paging::phys_to_ptr;
+use crate::arch::phys_map::phys_to_ptr;
 
 /// "xEn3", with the high bit of the E set.
 const MAGIC: u32 = 0x336e_c578;
@@ -88,7 +88,7 @@ impl BootInfo {
     /// # Safety
     ///
     /// - `start_info` is what the loader passed at the PVH entry.
-    /// - The memory below 4 GiB is mapped at [`crate::arch::paging::PHYS_OFFSET`], and nothing was written to it yet.
+    /// - The memory below 4 GiB is mapped at [`crate::arch::phys_map::PHYS_OFFSET`], and nothing was written to it yet.
     pub(crate) unsafe fn read(start_info: PhysAddr) -> Self {
         // SAFETY: the loader put a start info there, and it is mapped; the type is plain integers.
         let info = unsafe { phys_to_ptr::<StartInfo>(start_info).read_unaligned() };

@@ -1,7 +1,28 @@
 // Every interrupt and exception: 256 stubs, one path from ring 0, one path from ring 3, and the way into ring 3.
 //
 // All gates are interrupt gates on an IST stack, because compiled code keeps data below its stack pointer (the red zone of
-// the x86-64 psABI), where an interrupt on the same stack would overwrite it. Layout of what is pushed: trap::TrapFrame.
+// the x86-64 psABI), where an interrupt on the same stack would overwrite it. Layout of what is pushed:
+// context::TrapFrame.
+
+// Takes the general registers of a context::TrapFrame off the stack, and drops vector and error code: IRETQ takes the rest.
+.macro pop_frame
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rbp
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rbx
+    pop rax
+    add rsp, 16
+.endm
 
 .section .text.trap, "ax", @progbits
 
@@ -60,22 +81,7 @@ trap_entry:
     test ebx, ebx
     jz 2f
     swapgs
-2:  pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rbp
-    pop rdi
-    pop rsi
-    pop rdx
-    pop rcx
-    pop rbx
-    pop rax
-    add rsp, 16
+2:  pop_frame
     iretq
 
     // From ring 3: the frame moves into the UserContext that enter_user was given, and enter_user returns. The IST stack
@@ -109,22 +115,7 @@ enter_user:
     mov qword ptr gs:[{cpu_kernel_stack}], rsp
     fxrstor64 [rdi + {frame_words} * 8]
     mov rsp, rdi                        // nothing is pushed until IRETQ; an NMI has its own stack
-    pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rbp
-    pop rdi
-    pop rsi
-    pop rdx
-    pop rcx
-    pop rbx
-    pop rax
-    add rsp, 16
+    pop_frame
     swapgs
     iretq
 

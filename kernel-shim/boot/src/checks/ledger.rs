@@ -20,7 +20,8 @@ use spin::mutex::SpinMutex;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::arch::paging::{kernel_root, phys_to_ptr};
+use crate::arch::paging::kernel_root;
+use crate::arch::phys_map::phys_to_ptr;
 use crate::checks::stamp::{Word, poison};
 use crate::cpu::ipi::ServeCalls;
 use crate::cpu::percpu::this_index;

@@ -12,11 +12,13 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::arch::exit::Verdict;
-use crate::arch::{apic, clock, frames, mmu, paging};
+use crate::arch::phys_map::{FRAME_BYTES, PHYS_OFFSET};
+use crate::arch::{apic, clock, frames, mmu};
 use crate::checks::test_space::{COUNTS, DATA, NEW, OLD, TEXT, TestSpace};
 use crate::cpu::agent::{Outcome, Program, Stop, Task};
-use crate::cpu::percpu::{CpuIndex, CpuMask, MAX_CPUS, cpu, online};
-use crate::cpu::ring3::{Exit, run as run_user};
+use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
+use crate::cpu::percpu::{cpu, online};
+use crate::cpu::ring3::{Exit, run_user};
 use crate::cpu::smp::{kick, on_cpus, on_every_cpu};
 use crate::cpu::{ipi, watchdog};
 use crate::println;
@@ -223,12 +225,12 @@ fn ring_3() -> Result<String, String> {
     let cycles = AtomicU64::new(0);
     on_every_cpu(&|me| {
         space.load();
-        let first = DATA.as_u64() + me.get() as u64 * FAULT_PAGES * paging::FRAME_BYTES;
+        let first = DATA.as_u64() + me.get() as u64 * FAULT_PAGES * FRAME_BYTES;
         let value = 1000 * (me.get() as u64 + 1);
         let task = |program| Task {
             program,
             first,
-            stride_bytes: paging::FRAME_BYTES,
+            stride_bytes: FRAME_BYTES,
             nr_words: FAULT_PAGES,
             value,
             step: 1,
@@ -246,10 +248,10 @@ fn ring_3() -> Result<String, String> {
                 Some(format!("cpu {me}: wrote {wrote:?}, checked {checked:?}, summed {summed:?}"));
         }
         // The kernel half is mapped but not for ring 3.
-        let kernel = Task { first: paging::PHYS_OFFSET.as_u64(), ..task(Program::Read) };
+        let kernel = Task { first: PHYS_OFFSET.as_u64(), ..task(Program::Read) };
         let exit = run_user(&mut kernel.context(TEXT));
         let denied = PageFaultErrorCode::PROTECTION_VIOLATION | PageFaultErrorCode::USER_MODE;
-        if exit != (Exit::PageFault { address: paging::PHYS_OFFSET, error: denied }) {
+        if exit != (Exit::PageFault { address: PHYS_OFFSET, error: denied }) {
             *problem.lock() =
                 Some(format!("cpu {me}: reading the kernel half from ring 3 ended with {exit:?}"));
         }

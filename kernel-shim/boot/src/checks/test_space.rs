@@ -8,11 +8,13 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use x86_64::structures::paging::mapper::MapperFlush;
 use x86_64::structures::paging::{Mapper, Page, PageTableFlags, PhysFrame, Size4KiB};
 
+use crate::arch::context::UserContext;
 use crate::arch::frames::{self, TableFrames};
 use crate::arch::mmu;
-use crate::arch::paging::{self, FRAME_BYTES, kernel_root, phys_to_ptr};
+use crate::arch::paging::{self, kernel_root};
+use crate::arch::phys_map::{FRAME_BYTES, phys_to_ptr};
 use crate::cpu::agent::{self, Outcome};
-use crate::cpu::ring3::{self, Exit, UserContext};
+use crate::cpu::ring3::{self, Exit};
 
 /// Where the agent's code is mapped.
 pub(crate) const TEXT: VirtAddr = VirtAddr::new(0x40_0000_0000);
@@ -140,7 +142,7 @@ impl TestSpace {
     /// Whatever else stopped it.
     pub(crate) fn run(&self, context: &mut UserContext, faults: &AtomicU64) -> Result<Outcome, Exit> {
         loop {
-            match ring3::run(context) {
+            match ring3::run_user(context) {
                 Exit::Syscall => return Ok(Outcome::of(context)),
                 Exit::PageFault { address, error }
                     if !error.contains(PageFaultErrorCode::PROTECTION_VIOLATION) =>

@@ -8,7 +8,8 @@ use x86_64::structures::paging::PhysFrame;
 use crate::arch::exit::{self, Verdict};
 use crate::checks::ledger::{Ledger, Wrong};
 use crate::checks::stamp::Word;
-use crate::cpu::percpu::{CpuIndex, this_index};
+use crate::cpu::index::CpuIndex;
+use crate::cpu::percpu::this_index;
 use crate::println;
 
 /// A word that a program read and should not have.

@@ -4,8 +4,8 @@
 
 use x86_64::VirtAddr;
 
-use crate::arch::asm::{agent_entries, agent_text};
-use crate::cpu::ring3::UserContext;
+use crate::arch::context::UserContext;
+use crate::arch::symbols::{agent_entries, agent_text};
 
 /// What the agent does with its words, in order, first to last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -23,16 +23,39 @@ use x86_64::instructions::interrupts::{self, without_interrupts};
 
 use crate::arch::apic::{self, Delivery};
 use crate::arch::clock;
-use crate::cpu::percpu::{CpuIndex, CpuMask, cpu, online, this_cpu, this_index};
-use crate::cpu::smp;
-use crate::cpu::trap::CALL_VECTOR;
+use crate::arch::vectors::{CALL_VECTOR, WAKE_VECTOR};
+use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
+use crate::cpu::percpu::{cpu, online, this_index};
 
 /// How long a caller spins before it halts, in cycles. A round trip between two CPUs that both run takes 10,000 to 20,000 emulated
 /// cycles; one that has to wait for a host core takes millions.
 const SPIN_CYCLES: u64 = 40_000;
 
+static CALLS: [CpuCalls; MAX_CPUS] = [const { CpuCalls::new() }; MAX_CPUS];
+
+/// The calls of one CPU; on cache lines of its own.
+#[repr(align(128))]
+struct CpuCalls {
+    /// One bit for each CPU that has a call for this one.
+    inbox: AtomicU64,
+    /// The call this CPU has for others.
+    slot: CallSlot,
+    /// Calls that this CPU has sent to others.
+    nr_sent: AtomicU64,
+}
+
+impl CpuCalls {
+    const fn new() -> Self {
+        Self { inbox: AtomicU64::new(0), slot: CallSlot::new(), nr_sent: AtomicU64::new(0) }
+    }
+}
+
+fn calls_of(cpu: CpuIndex) -> &'static CpuCalls {
+    &CALLS[cpu.get()]
+}
+
 /// A function to be run on other CPUs, and who has not run it yet.
-pub(crate) struct CallSlot {
+struct CallSlot {
     function: UnsafeCell<Option<&'static Function<'static>>>,
     waiting: AtomicU64,
     /// The caller has halted, or is about to.
@@ -46,19 +69,13 @@ type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
 unsafe impl Sync for CallSlot {}
 
 impl CallSlot {
-    pub(crate) const fn new() -> Self {
+    const fn new() -> Self {
         Self { function: UnsafeCell::new(None), waiting: AtomicU64::new(0), halted: AtomicBool::new(false) }
     }
 
-    /// Returns who has still to run the call; to be printed.
-    pub(crate) fn waiting(&self) -> CpuMask {
+    /// Returns who has still to run the call.
+    fn waiting(&self) -> CpuMask {
         CpuMask::from_bits(self.waiting.load(Ordering::Relaxed))
-    }
-}
-
-impl core::fmt::Debug for CallSlot {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("CallSlot").field("waiting", &self.waiting()).finish_non_exhaustive()
     }
 }
 
@@ -87,28 +104,29 @@ pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
 /// As [`call_on`]. `meanwhile` must not make a call.
 pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync), meanwhile: impl FnOnce()) {
     assert!(targets.bits() & !online().bits() == 0, "a call for a CPU that is not online");
-    let me = this_cpu();
-    let others = targets.without(me.index());
+    let me = this_index();
+    let calls = calls_of(me);
+    let others = targets.without(me);
     if !others.is_empty() {
-        assert!(me.call.waiting().is_empty(), "a call made from within a call");
+        assert!(calls.slot.waiting().is_empty(), "a call made from within a call");
         // SAFETY: only the lifetime changes. `wait` below returns after the last target has run the function, and there is no
         // other way out of here: panics end the run. So no target uses the reference after this function has returned.
         let function = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
         // SAFETY: `waiting` is empty, so nobody reads the cell, and it is this CPU's own.
-        unsafe { *me.call.function.get() = Some(function) };
-        me.call.waiting.store(others.bits(), Ordering::Relaxed);
+        unsafe { *calls.slot.function.get() = Some(function) };
+        calls.slot.waiting.store(others.bits(), Ordering::Relaxed);
         for target in others.iter() {
             // ORDERING: pairs with the swap in `serve`: who takes the bit sees the slot, and all that was written before.
-            cpu(target).inbox.fetch_or(CpuMask::only(me.index()).bits(), Ordering::Release);
-            apic::send(target, Delivery::Fixed(CALL_VECTOR));
+            calls_of(target).inbox.fetch_or(CpuMask::only(me).bits(), Ordering::Release);
+            send(target, CALL_VECTOR);
         }
-        me.calls_sent.fetch_add(u64::from(others.count()), Ordering::Relaxed);
+        calls.nr_sent.fetch_add(u64::from(others.count()), Ordering::Relaxed);
     }
     meanwhile();
-    if targets.contains(me.index()) {
-        without_interrupts(|| function(me.index()));
+    if targets.contains(me) {
+        without_interrupts(|| function(me));
     }
-    wait(&me.call);
+    wait(&calls.slot);
 }
 
 /// How a CPU of this image waits for a lock: with interrupts off it runs the calls of others, or the holder, waiting for this CPU
@@ -129,7 +147,26 @@ impl RelaxStrategy for ServeCalls {
 /// Returns how many calls a CPU has sent to others so far: one for each target.
 #[must_use]
 pub fn calls_sent(by: CpuIndex) -> u64 {
-    cpu(by).calls_sent.load(Ordering::Relaxed)
+    calls_of(by).nr_sent.load(Ordering::Relaxed)
+}
+
+/// Returns the CPUs that have still to run the call of `caller`; to be printed.
+pub(crate) fn waited_for(caller: CpuIndex) -> CpuMask {
+    calls_of(caller).slot.waiting()
+}
+
+/// Returns the CPUs whose calls `called` has still to run; to be printed.
+pub(crate) fn callers_of(called: CpuIndex) -> CpuMask {
+    CpuMask::from_bits(calls_of(called).inbox.load(Ordering::Relaxed))
+}
+
+/// Wakes a CPU that has halted until the next interrupt.
+pub fn wake(target: CpuIndex) {
+    send(target, WAKE_VECTOR);
+}
+
+fn send(target: CpuIndex, vector: u8) {
+    apic::send(cpu(target).apic_id(), Delivery::Fixed(vector));
 }
 
 /// Waits until nobody has the call still to run.
@@ -165,27 +202,28 @@ fn halt_until_served(slot: &CallSlot) {
 
 /// Runs the calls that other CPUs have for this one. Interrupts are off.
 pub(crate) fn serve() {
-    let me = this_cpu();
-    if me.inbox.load(Ordering::Relaxed) == 0 {
+    let me = this_index();
+    let inbox = &calls_of(me).inbox;
+    if inbox.load(Ordering::Relaxed) == 0 {
         return;
     }
     // ORDERING: pairs with the `fetch_or` in `call_on`.
-    let callers = CpuMask::from_bits(me.inbox.swap(0, Ordering::Acquire));
+    let callers = CpuMask::from_bits(inbox.swap(0, Ordering::Acquire));
     for caller in callers.iter() {
-        let slot = &cpu(caller).call;
+        let slot = &calls_of(caller).slot;
         // SAFETY: the caller wrote the cell before it set the bit just taken, and writes it again only after this CPU has left
         // `waiting`, below.
         let function = unsafe { *slot.function.get() };
         if let Some(function) = function {
-            function(this_index());
+            function(me);
         }
-        let mine = CpuMask::only(me.index()).bits();
+        let mine = CpuMask::only(me).bits();
         // ORDERING: pairs with the load in `wait`.
         let before = slot.waiting.fetch_and(!mine, Ordering::Release);
         // ORDERING: pairs with the fence in `halt_until_served`.
         fence(Ordering::SeqCst);
         if before == mine && slot.halted.load(Ordering::Relaxed) {
-            smp::wake(caller);
+            wake(caller);
         }
     }
 }

@@ -1,6 +1,20 @@
 //! Several CPUs: the state of each, calls between them, work for all, programs in ring 3.
+//!
+//! ```text
+//!   comes in                                       goes out
+//!   --------                                       --------
+//!   the ids of the CPUs         smp                CPUs that are up, each with its state (percpu) and its number (index)
+//!   a function, a set of CPUs   smp, ipi           the function has run there: as ordinary work, or in an interrupt
+//!   registers of a program      ring3              the registers at the next trap, and what the trap was
+//!   loops over memory           agent              the program itself, and what it read
+//!   a trap in ring 0            trap               an interrupt handled, or the end of the run
+//!   signs of life               watchdog           the end of a run that hangs, with the state of each CPU (dump)
+//! ```
+//!
+//! Uses `arch`. The checks, the machine and the workloads may use this room; only the assembly calls `trap` and `panic`.
 
 pub mod agent;
+pub mod index;
 #[expect(unsafe_code, reason = "a borrowed function is used by other CPUs while its owner waits")]
 pub mod ipi;
 #[expect(unsafe_code, reason = "the GS base as a reference")]
@@ -12,3 +26,8 @@ pub mod smp;
 pub mod trap;
 #[expect(unsafe_code, reason = "ports of the interval timer and the interrupt controller")]
 pub mod watchdog;
+
+pub(crate) mod dump;
+#[cfg(bare)]
+#[expect(unsafe_code, reason = "names that the prebuilt core and alloc call")]
+mod panic;

@@ -1,9 +1,8 @@
 //! Ring 3: entering it, and what brings the CPU back.
 //!
-//! [`run`] works like entering a virtual machine: it returns at the first trap that the kernel has to decide about, on the
-//! ordinary kernel stack, with interrupts on. The address space is whatever CR3 holds; `run` does not touch it.
+//! [`run_user`] works like entering a virtual machine: it returns at the first trap that the kernel has to decide about, on the
+//! ordinary kernel stack, with interrupts on. The address space is whatever CR3 holds; `run_user` does not touch it.
 
-use core::fmt;
 use core::sync::atomic::Ordering;
 
 use x86_64::VirtAddr;
@@ -11,11 +10,12 @@ use x86_64::instructions::interrupts;
 use x86_64::registers::control::Cr2;
 use x86_64::structures::idt::PageFaultErrorCode;
 
-use crate::arch::asm::enter_user;
+use crate::arch::context::{TrapFrame, UserContext};
 use crate::arch::descriptors::user_segments;
+use crate::arch::symbols::enter_user;
+use crate::arch::vectors::{NMI, PAGE_FAULT, SYSCALL_VECTOR};
 use crate::cpu::percpu::this_cpu;
-use crate::cpu::trap::{self, NMI, PAGE_FAULT, SYSCALL_VECTOR, TrapFrame};
-use crate::cpu::watchdog;
+use crate::cpu::{trap, watchdog};
 
 /// Flags that ring 3 may choose: the arithmetic ones, direction and single step.
 const USER_FLAGS: u64 = 0xdd5;
@@ -25,35 +25,6 @@ const FORCED_FLAGS: u64 = 1 << 9 | 1 << 1;
 const LOWER_HALF_END: u64 = 1 << 47;
 /// #GP, for an instruction pointer outside the lower half.
 const GENERAL_PROTECTION: u64 = 13;
-
-/// Registers of a program in ring 3. `trap.s` knows the layout.
-#[repr(C, align(16))]
-#[derive(Clone)]
-pub struct UserContext {
-    /// General registers, instruction pointer, flags.
-    pub frame: TrapFrame,
-    /// As FXSAVE64 stores them.
-    floating_point: [u8; 512],
-}
-
-impl UserContext {
-    /// Returns a program that starts at `entry` with all registers 0.
-    #[must_use]
-    pub fn new(entry: VirtAddr) -> Self {
-        let mut floating_point = [0; 512];
-        // The x87 control word and MXCSR after reset (Intel SDM vol. 1, 8.1.5 and 10.2.3): everything masked.
-        floating_point[0..2].copy_from_slice(&0x037f_u16.to_le_bytes());
-        floating_point[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
-        let frame = TrapFrame { rip: entry.as_u64(), ..TrapFrame::default() };
-        Self { frame, floating_point }
-    }
-}
-
-impl fmt::Debug for UserContext {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UserContext").field("frame", &self.frame).finish_non_exhaustive()
-    }
-}
 
 /// Why a program came back from ring 3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +57,7 @@ pub enum Exit {
 /// # Context
 ///
 /// No lock held; interrupts on afterwards.
-pub fn run(context: &mut UserContext) -> Exit {
+pub fn run_user(context: &mut UserContext) -> Exit {
     let me = this_cpu();
     interrupts::disable();
     let exit = loop {

@@ -10,10 +10,12 @@ use x86_64::PhysAddr;
 use x86_64::instructions::interrupts;
 
 use crate::arch::apic::{self, Delivery};
-use crate::arch::paging::{kernel_root, new_stack, phys_to_ptr};
-use crate::arch::{asm, clock, descriptors, mmu};
-use crate::cpu::percpu::{self, Cpu, CpuIndex, CpuMask, MAX_CPUS, cpu, online, this_index};
-use crate::cpu::trap::WAKE_VECTOR;
+use crate::arch::paging::{kernel_root, new_stack};
+use crate::arch::phys_map::phys_to_ptr;
+use crate::arch::{clock, descriptors, mmu, symbols};
+use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
+use crate::cpu::ipi;
+use crate::cpu::percpu::{self, Cpu, cpu, online, this_index};
 
 /// Physical address of the code that other CPUs start with: any page of the first megabyte that is RAM.
 pub(crate) const TRAMPOLINE: u64 = 0x8000;
@@ -87,7 +89,7 @@ pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
     let others = set.without(CpuIndex::FIRST);
     // ORDERING: pairs with the load in `work`: who finds itself in the set sees the function.
     JOB.running.store(others.bits(), Ordering::Release);
-    others.iter().for_each(wake);
+    others.iter().for_each(ipi::wake);
     if set.contains(CpuIndex::FIRST) {
         function(CpuIndex::FIRST);
     }
@@ -103,16 +105,11 @@ pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
     }
 }
 
-/// Wakes a CPU that has halted until the next interrupt.
-pub fn wake(target: CpuIndex) {
-    apic::send(target, Delivery::Fixed(WAKE_VECTOR));
-}
-
-/// Makes a CPU leave ring 3: [`crate::cpu::ring3::run`] returns there, now or when it is called next.
+/// Makes a CPU leave ring 3: [`crate::cpu::ring3::run_user`] returns there, now or when it is called next.
 pub fn kick(target: CpuIndex) {
-    // ORDERING: pairs with the swap in `ring3::run`, which must see the flag if it saw the interrupt, or nothing of it.
+    // ORDERING: pairs with the swap in `ring3::run_user`, which must see the flag if it saw the interrupt, or nothing of it.
     cpu(target).kicked.store(true, Ordering::Release);
-    wake(target);
+    ipi::wake(target);
 }
 
 /// Where `start.s` ends on every CPU but the first.
@@ -144,7 +141,7 @@ fn work(me: &'static Cpu) -> ! {
         }
         // ORDERING: pairs with the load in `on_cpus`.
         if JOB.running.fetch_and(!mine, Ordering::AcqRel) == mine {
-            wake(CpuIndex::FIRST);
+            ipi::wake(CpuIndex::FIRST);
         }
     }
 }
@@ -153,22 +150,22 @@ fn start_one(index: CpuIndex, apic_id: u32) {
     let cpu = percpu::prepare(index, apic_id);
     START_BLOCK.root.store(kernel_root().start_address().as_u64(), Ordering::Relaxed);
     START_BLOCK.stack_top.store(new_stack(KERNEL_STACK_PAGES).as_u64(), Ordering::Relaxed);
-    // ORDERING: sent on by the IPI, which is not issued before earlier stores are visible (`apic::send_to_apic`).
+    // ORDERING: sent on by the IPI, which is not issued before earlier stores are visible (`apic::send`).
     START_BLOCK.cpu.store(core::ptr::from_ref(cpu).addr() as u64, Ordering::Release);
     let is_up = || online().contains(index);
     let page = u8::try_from(TRAMPOLINE >> 12).expect("the trampoline is in the first megabyte");
-    apic::send_to_apic(apic_id, Delivery::Init);
+    apic::send(apic_id, Delivery::Init);
     clock::wait_us(10_000);
-    apic::send_to_apic(apic_id, Delivery::StartUp(page));
+    apic::send(apic_id, Delivery::StartUp(page));
     if !clock::wait_until(200, is_up) {
         // A CPU that has started ignores the second one.
-        apic::send_to_apic(apic_id, Delivery::StartUp(page));
+        apic::send(apic_id, Delivery::StartUp(page));
     }
     assert!(clock::wait_until(START_TIMEOUT_US, is_up), "the CPU with APIC id {apic_id} did not start");
 }
 
 fn copy_trampoline() {
-    let code = asm::trampoline();
+    let code = symbols::trampoline();
     let length = usize::try_from(code.end - code.start).expect("usize has 64 bits");
     assert!(length <= 4096, "the trampoline fits its page");
     let from: *const u8 = phys_to_ptr(PhysAddr::new(code.start));

@@ -10,10 +10,13 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use spin::Mutex;
 use x86_64::instructions::port::Port;
 
+use crate::arch::context::TrapFrame;
 use crate::arch::exit::{self, Verdict};
 use crate::arch::{apic, clock, serial};
-use crate::cpu::percpu::{CpuIndex, CpuMask, cpu, online, this_cpu, this_index};
-use crate::cpu::trap::{TrapFrame, print_state};
+use crate::cpu::dump::print_state;
+use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
+use crate::cpu::ipi;
+use crate::cpu::percpu::{online, this_index};
 
 /// How long the reporting CPU waits for the others' reports.
 const REPORT_TIMEOUT_US: u64 = 5_000_000;
@@ -27,19 +30,30 @@ static NR_REPORTED: AtomicU32 = AtomicU32::new(0);
 /// One report at a time; taken in NMIs only.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// What a CPU says it is doing.
-#[derive(Debug)]
-pub(crate) struct Activity(AtomicPtr<&'static str>);
+static LIVES: [Life; MAX_CPUS] = [const { Life::new() }; MAX_CPUS];
 
-impl Activity {
-    pub(crate) const fn new() -> Self {
-        Self(AtomicPtr::new(core::ptr::null_mut()))
+/// What one CPU has told the watchdog; on a cache line of its own.
+#[repr(align(128))]
+struct Life {
+    /// Counts steps of work.
+    steps: AtomicU64,
+    /// What the CPU says it is doing.
+    activity: AtomicPtr<&'static str>,
+}
+
+impl Life {
+    const fn new() -> Self {
+        Self { steps: AtomicU64::new(0), activity: AtomicPtr::new(core::ptr::null_mut()) }
     }
 
-    fn get(&self) -> &'static str {
+    fn activity(&self) -> &'static str {
         // SAFETY: null, or from the reference to a static in `note`.
-        unsafe { self.0.load(Ordering::Relaxed).as_ref() }.copied().unwrap_or("nothing noted")
+        unsafe { self.activity.load(Ordering::Relaxed).as_ref() }.copied().unwrap_or("nothing noted")
     }
+}
+
+fn life_of(cpu: CpuIndex) -> &'static Life {
+    &LIVES[cpu.get()]
 }
 
 /// Starts watching: the run ends when nobody has called [`progress`] for `limit_s` seconds.
@@ -63,13 +77,13 @@ pub fn start(limit_s: u64) {
 /// Says that this CPU has done a step of its work.
 #[inline]
 pub fn progress() {
-    this_cpu().progress.fetch_add(1, Ordering::Relaxed);
+    life_of(this_index()).steps.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Says what this CPU is doing now, for the report: `note(&"tearing down")`.
 #[inline]
 pub fn note(activity: &'static &'static str) {
-    this_cpu().activity.0.store(core::ptr::from_ref(activity).cast_mut(), Ordering::Relaxed);
+    life_of(this_index()).activity.store(core::ptr::from_ref(activity).cast_mut(), Ordering::Relaxed);
 }
 
 /// Handles an NMI: a tick, a request to report, or one from outside (QEMU's monitor command `nmi`).
@@ -86,7 +100,7 @@ pub(crate) fn nmi(frame: &TrapFrame) {
         report(format_args!("an NMI from outside asked for the state of all CPUs"), frame);
     }
     acknowledge_tick();
-    let count = online().iter().map(|index| cpu(index).progress.load(Ordering::Relaxed)).sum();
+    let count = online().iter().map(|cpu| life_of(cpu).steps.load(Ordering::Relaxed)).sum();
     let now = clock::cycles();
     if LAST_COUNT.swap(count, Ordering::Relaxed) != count {
         LAST_CHANGE.store(now, Ordering::Relaxed);
@@ -119,15 +133,16 @@ fn report_and_halt(frame: &TrapFrame) -> ! {
 
 fn print_one(frame: &TrapFrame) {
     let _turn = TURN.lock();
-    let me = this_cpu();
+    let me = this_index();
+    let life = life_of(me);
     let ring = frame.code_segment & 3;
     print_state(
         format_args!(
             "in ring {ring}, {}, {} steps; waits for calls on {}; has calls from {}",
-            me.activity.get(),
-            me.progress.load(Ordering::Relaxed),
-            List(me.call.waiting()),
-            List(CpuMask::from_bits(me.inbox.load(Ordering::Relaxed))),
+            life.activity(),
+            life.steps.load(Ordering::Relaxed),
+            List(ipi::waited_for(me)),
+            List(ipi::callers_of(me)),
         ),
         frame,
     );

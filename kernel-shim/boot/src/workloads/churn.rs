@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use mmu_kernel_shim::Error;
 
 use crate::checks::violation;
-use crate::cpu::percpu::{CpuIndex, MAX_CPUS};
+use crate::cpu::index::{CpuIndex, MAX_CPUS};
 use crate::cpu::{smp, watchdog};
 use crate::println;
 use crate::workloads::program::{BareKernel, Found, Process, pages};

@@ -8,7 +8,8 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use mmu_kernel_shim::Error;
 
 use crate::arch::clock;
-use crate::cpu::percpu::{CpuIndex, online};
+use crate::cpu::index::CpuIndex;
+use crate::cpu::percpu::online;
 use crate::cpu::{smp, watchdog};
 use crate::println;
 use crate::workloads::churn;

@@ -7,7 +7,8 @@ use mmu_kernel_shim::{Area, Error, PageContent, Vma};
 use x86_64::VirtAddr;
 
 use crate::arch::{clock, mmu};
-use crate::cpu::percpu::{CpuIndex, CpuMask, online};
+use crate::cpu::index::{CpuIndex, CpuMask};
+use crate::cpu::percpu::online;
 use crate::cpu::{ipi, smp, watchdog};
 use crate::println;
 use crate::workloads::program::{BareKernel, pages};

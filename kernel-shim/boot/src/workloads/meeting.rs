@@ -6,7 +6,7 @@ use x86_64::instructions::interrupts;
 
 use crate::arch::clock;
 use crate::cpu::percpu::{online, this_index};
-use crate::cpu::{smp, watchdog};
+use crate::cpu::{ipi, watchdog};
 
 /// How long a CPU spins before it halts, in cycles.
 const SPIN_CYCLES: u64 = 20_000;
@@ -64,5 +64,5 @@ pub(crate) fn wait(condition: impl Fn() -> bool) {
 
 /// Wakes every CPU that waits for something.
 pub(crate) fn wake_others() {
-    online().without(this_index()).iter().for_each(smp::wake);
+    online().without(this_index()).iter().for_each(ipi::wake);
 }

@@ -9,12 +9,13 @@ use mmu_kernel_shim::{
 use x86_64::VirtAddr;
 use x86_64::structures::idt::PageFaultErrorCode;
 
-use crate::arch::paging::FRAME_BYTES;
+use crate::arch::phys_map::FRAME_BYTES;
 use crate::checks::ledger::words;
 use crate::checks::stamp::Stamp;
 use crate::checks::violation::{self, Misread};
 use crate::cpu::agent::{self, Outcome, Program, Stop, Task};
-use crate::cpu::percpu::{CpuIndex, this_index};
+use crate::cpu::index::CpuIndex;
+use crate::cpu::percpu::this_index;
 use crate::cpu::ring3::{self, Exit};
 use crate::cpu::{smp, watchdog};
 use crate::machine::BareMachine;
@@ -66,7 +67,7 @@ pub(crate) enum End {
 pub(crate) fn run(kernel: &BareKernel, mm: &Mm<BareMachine>, task: Task) -> End {
     let mut context = task.context(VirtAddr::new(PROGRAM_START));
     loop {
-        match ring3::run(&mut context) {
+        match ring3::run_user(&mut context) {
             Exit::Syscall => {
                 watchdog::progress();
                 return End::Done(Outcome::of(&context));
@@ -228,4 +229,4 @@ pub(crate) fn roam(machine: &BareMachine, seed: u64, nr_pages: u64) {
 }
 
 /// So many words of a page belong to threads.
-const _: () = assert!(crate::cpu::percpu::MAX_CPUS * 8 <= 4096);
+const _: () = assert!(crate::cpu::index::MAX_CPUS * 8 <= 4096);

@@ -7,9 +7,10 @@ use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
 use mmu_kernel_shim::{FaultError, Kernel, Mm, Snapshot, Stage, UserAccess, drill, plan};
 
-use crate::arch::paging::FRAME_BYTES;
+use crate::arch::phys_map::FRAME_BYTES;
 use crate::cpu::agent::{Program, Task};
-use crate::cpu::percpu::{CpuIndex, CpuMask, online};
+use crate::cpu::index::{CpuIndex, CpuMask};
+use crate::cpu::percpu::online;
 use crate::cpu::{smp, watchdog};
 use crate::machine::BareMachine;
 use crate::println;

@@ -12,8 +12,9 @@ use mmu_gather::pagetable::VirtRange;
 use mmu_kernel_shim::{Error, PageContent, Protection};
 
 use crate::checks::violation;
-use crate::cpu::percpu::{CpuIndex, online};
-use crate::cpu::{smp, watchdog};
+use crate::cpu::index::CpuIndex;
+use crate::cpu::percpu::online;
+use crate::cpu::{ipi, smp, watchdog};
 use crate::println;
 use crate::workloads::churn;
 use crate::workloads::meeting::{self, Meeting};
@@ -114,10 +115,10 @@ impl Threads<'_> {
         while self.stage.load(Ordering::Relaxed) != OVER {
             if self.bait_is_out.load(Ordering::Relaxed) && process.write(bait) == Found::AsExpected {
                 self.nr_reading.fetch_add(1, Ordering::Relaxed);
-                smp::wake(CpuIndex::FIRST);
+                ipi::wake(CpuIndex::FIRST);
                 process.watch(bait, WATCHED);
                 self.nr_reading.fetch_sub(1, Ordering::Relaxed);
-                smp::wake(CpuIndex::FIRST);
+                ipi::wake(CpuIndex::FIRST);
             }
             process.write(region);
             process.check(region);
