@@ -16,7 +16,7 @@ use crate::arch::mmu::{self, Cached};
 use crate::arch::paging::share_kernel_half;
 use crate::arch::phys_map::{PHYS_OFFSET, phys_to_ptr};
 use crate::arch::{clock, frames};
-use crate::checks::ledger::{Ledger, words};
+use crate::checks::ledger::{Ledger, frame_words};
 use crate::checks::violation;
 use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::ipi::{self, ServeCalls};
@@ -31,7 +31,7 @@ const KEPT_FRAMES: u64 = 64;
 pub(crate) struct BareMachine {
     first_frame: u64,
     nr_frames: u64,
-    fault: Fault,
+    fault: PlantedFault,
     pub(crate) ledger: Ledger,
     cpus: [CpuState; MAX_CPUS],
     nr_freed: AtomicU64,
@@ -39,7 +39,7 @@ pub(crate) struct BareMachine {
 
 /// What the machine does wrong, on purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fault {
+pub(crate) enum PlantedFault {
     /// Nothing.
     Absent,
     /// A CPU that flushes itself, because it unmapped something, does nothing and says that it has.
@@ -95,10 +95,10 @@ impl BareMachine {
     /// The machine, with all memory that is left; the frame before the kernel's first is its page of zeroes.
     ///
     /// `None` if there is none left.
-    pub(crate) fn new(fault: Fault) -> Option<Self> {
+    pub(crate) fn new(fault: PlantedFault) -> Option<Self> {
         let range = frames::hand_over(KEPT_FRAMES)?;
         let number = |frame: PhysFrame| frame.start_address().as_u64() >> 12;
-        for word in words(range.start) {
+        for word in frame_words(range.start) {
             word.store(0, Ordering::Relaxed);
         }
         Some(Self {
@@ -125,7 +125,7 @@ impl BareMachine {
     }
 
     /// What it does wrong.
-    pub(crate) const fn fault(&self) -> Fault {
+    pub(crate) const fn fault(&self) -> PlantedFault {
         self.fault
     }
 
@@ -139,7 +139,7 @@ impl BareMachine {
         let address = VirtAddr::new_truncate(address);
         let mut frame = root;
         for index in [address.p4_index(), address.p3_index(), address.p2_index(), address.p1_index()] {
-            let entry = words(frame)[usize::from(index)].load(Ordering::Relaxed);
+            let entry = frame_words(frame)[usize::from(index)].load(Ordering::Relaxed);
             let next = PhysFrame::containing_address(PhysAddr::new(entry & 0x000f_ffff_ffff_f000));
             // The tables may change meanwhile: whatever is read, only RAM is followed.
             if entry & 1 == 0 || next.start_address().as_u64() >> 12 >= self.nr_frames {
@@ -150,13 +150,13 @@ impl BareMachine {
         Some(frame)
     }
 
-    fn me(&self) -> &CpuState {
+    fn this_cpu_state(&self) -> &CpuState {
         &self.cpus[this_index().get()]
     }
 
     /// Whether a flush of this CPU is to be left out.
     fn skips_flush(&self) -> bool {
-        self.fault == Fault::SkipLocalFlush && !self.me().is_told.load(Ordering::Relaxed)
+        self.fault == PlantedFault::SkipLocalFlush && !self.this_cpu_state().is_told.load(Ordering::Relaxed)
     }
 
     fn check_freed(&self, frame: PhysFrame, role: FrameRole) {
@@ -170,9 +170,9 @@ impl BareMachine {
             }
         }
         if let Err((frame, wrong)) = self.ledger.freed(frame, role) {
-            violation::frame(&self.ledger, frame, wrong);
+            violation::bad_frame(&self.ledger, frame, wrong);
         }
-        if self.fault == Fault::Linger
+        if self.fault == PlantedFault::Linger
             && self.nr_freed.fetch_add(1, Ordering::Relaxed).is_multiple_of(LINGER_EVERY)
         {
             clock::wait_us(LINGER_US);
@@ -230,7 +230,7 @@ unsafe impl Machine for BareMachine {
     fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
         let start = clock::cycles();
         let told = |cpu: CpuIndex| {
-            if self.fault != Fault::SkipRemoteFlush {
+            if self.fault != PlantedFault::SkipRemoteFlush {
                 let is_told = &self.cpus[cpu.get()].is_told;
                 is_told.store(true, Ordering::Relaxed);
                 work(id_of(cpu));
@@ -239,7 +239,7 @@ unsafe impl Machine for BareMachine {
         };
         ipi::call_on_meanwhile(mask_of(targets), &told, meanwhile);
         let cycles = clock::cycles().wrapping_sub(start);
-        let me = self.me();
+        let me = self.this_cpu_state();
         me.nr_shootdowns.fetch_add(1, Ordering::Relaxed);
         me.waited.fetch_add(cycles, Ordering::Relaxed);
         me.least_waited.fetch_min(cycles, Ordering::Relaxed);
@@ -255,7 +255,7 @@ unsafe impl Machine for BareMachine {
 
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         // The same root again is a flush; another one is a switch, and must be made.
-        let before = self.me().root.swap(root.start_address().as_u64(), Ordering::Relaxed);
+        let before = self.this_cpu_state().root.swap(root.start_address().as_u64(), Ordering::Relaxed);
         if before == root.start_address().as_u64() && self.skips_flush() {
             return;
         }
@@ -285,7 +285,7 @@ unsafe impl Machine for BareMachine {
         match note {
             Note::Allocated(frame, role) => {
                 if let Err((frame, wrong)) = self.ledger.given_out(frame, role) {
-                    violation::frame(&self.ledger, frame, wrong);
+                    violation::bad_frame(&self.ledger, frame, wrong);
                 }
             }
             Note::Freed(frame, role) => self.check_freed(frame, role),

@@ -41,11 +41,11 @@ pub(crate) extern "C" fn boot_main(start_info: u32) -> ! {
     paging::init(&info.ram, apic::registers());
     let stack = paging::new_stack(KERNEL_STACK_PAGES);
     // SAFETY: the stack is new; nothing of the boot stack is needed any more.
-    unsafe { asm::call_on_stack(stack.as_u64(), main) }
+    unsafe { asm::call_on_stack(stack.as_u64(), main_on_own_stack) }
 }
 
 /// The rest, on a stack with a guard page.
-extern "C" fn main() -> ! {
+extern "C" fn main_on_own_stack() -> ! {
     let heap_bytes = heap::init();
     descriptors::load();
     apic::mask_legacy_controllers(0);
@@ -55,7 +55,7 @@ extern "C" fn main() -> ! {
     interrupts::enable();
     let info = BOOT_INFO.get().expect("read by `boot_main`");
     let options = Options::new(info.command_line());
-    let nr_cpus = smp::start(APIC_IDS.get().expect("read by `boot_main`"));
+    let nr_cpus = smp::start_others(APIC_IDS.get().expect("read by `boot_main`"));
     let (nr_frames, _) = frames::available();
     let features = mmu::features();
     println!(
@@ -76,7 +76,7 @@ extern "C" fn main() -> ! {
             exit::exit(Verdict::Usage);
         }
     }
-    let verdict = select::run(&options, module(info));
+    let verdict = select::run_workload(&options, module(info));
     println!("boot: verdict {verdict:?}");
     exit::exit(verdict)
 }

@@ -40,19 +40,19 @@ impl Tables {
     /// As for [`apic_ids`].
     unsafe fn find(rsdp: PhysAddr) -> Option<Self> {
         // SAFETY: the root pointer has at least 20 bytes.
-        let pointer = unsafe { bytes(rsdp, 20) };
+        let pointer = unsafe { bytes_at(rsdp, 20) };
         if !pointer.starts_with(b"RSD PTR ") || !sums_to_zero(pointer) {
             return None;
         }
         let (address, address_bytes) = if pointer[15] >= 2 {
             // SAFETY: from revision 2 on it has 36 bytes.
-            let extended = unsafe { bytes(rsdp, 36) };
-            (number(extended, 24, 8)?, 8)
+            let extended = unsafe { bytes_at(rsdp, 36) };
+            (read_number(extended, 24, 8)?, 8)
         } else {
-            (number(pointer, 16, 4)?, 4)
+            (read_number(pointer, 16, 4)?, 4)
         };
         // SAFETY: a root pointer with a right sum points to the root table.
-        let root = unsafe { table(PhysAddr::try_new(address).ok()?) }?;
+        let root = unsafe { table_at(PhysAddr::try_new(address).ok()?) }?;
         Some(Self { root, address_bytes })
     }
 
@@ -60,9 +60,9 @@ impl Tables {
     fn madt(&self) -> Option<&'static [u8]> {
         let entries = self.root.get(36..)?.chunks_exact(self.address_bytes);
         entries
-            .filter_map(|entry| PhysAddr::try_new(number(entry, 0, self.address_bytes)?).ok())
+            .filter_map(|entry| PhysAddr::try_new(read_number(entry, 0, self.address_bytes)?).ok())
             // SAFETY: a root table with a right sum points to tables.
-            .filter_map(|address| unsafe { table(address) })
+            .filter_map(|address| unsafe { table_at(address) })
             .find(|table| table.starts_with(b"APIC"))
     }
 }
@@ -76,8 +76,8 @@ fn local_apics<const N: usize>(madt: &[u8]) -> ArrayVec<u32, N> {
         let Some((entry, behind)) = rest.split_at_checked(usize::from(length).max(2)) else { break };
         rest = behind;
         let (id, flags) = match kind {
-            LOCAL_APIC => (number(entry, 3, 1), number(entry, 4, 4)),
-            LOCAL_X2APIC => (number(entry, 4, 4), number(entry, 8, 4)),
+            LOCAL_APIC => (read_number(entry, 3, 1), read_number(entry, 4, 4)),
+            LOCAL_X2APIC => (read_number(entry, 4, 4), read_number(entry, 8, 4)),
             _ => continue,
         };
         let (Some(id), Some(flags)) = (id.and_then(to_u32), flags.and_then(to_u32)) else { continue };
@@ -93,19 +93,19 @@ fn local_apics<const N: usize>(madt: &[u8]) -> ArrayVec<u32, N> {
 /// # Safety
 ///
 /// A table lies there, below 4 GiB.
-unsafe fn table(address: PhysAddr) -> Option<&'static [u8]> {
+unsafe fn table_at(address: PhysAddr) -> Option<&'static [u8]> {
     // SAFETY: every table begins with a header.
-    let header = unsafe { bytes(address, HEADER_BYTES) };
-    let length = number(header, 4, 4)?;
+    let header = unsafe { bytes_at(address, HEADER_BYTES) };
+    let length = read_number(header, 4, 4)?;
     // SAFETY: the header gives the length of the table.
-    let table = unsafe { bytes(address, length.max(HEADER_BYTES)) };
+    let table = unsafe { bytes_at(address, length.max(HEADER_BYTES)) };
     sums_to_zero(table).then_some(table)
 }
 
 /// # Safety
 ///
 /// So many bytes are mapped at the physical offset of `address`, and nobody writes to them.
-unsafe fn bytes(address: PhysAddr, length: u64) -> &'static [u8] {
+unsafe fn bytes_at(address: PhysAddr, length: u64) -> &'static [u8] {
     let length = usize::try_from(length).unwrap_or(0);
     // SAFETY: the caller vouches for it.
     unsafe { core::slice::from_raw_parts(phys_to_ptr::<u8>(address), length) }
@@ -116,7 +116,7 @@ fn sums_to_zero(bytes: &[u8]) -> bool {
 }
 
 /// Reads a little-endian number of `length` bytes.
-fn number(bytes: &[u8], offset: usize, length: usize) -> Option<u64> {
+fn read_number(bytes: &[u8], offset: usize, length: usize) -> Option<u64> {
     let field = bytes.get(offset..offset + length)?;
     Some(field.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)))
 }

@@ -80,15 +80,15 @@ pub(crate) fn init() {
     let mode = if features().x2apic { ENABLE | X2APIC } else { ENABLE };
     // SAFETY: enables the APIC where it is, in a mode that CPUID says exists.
     unsafe { base.write(value | mode) };
-    write(Register::Lint0, MASKED);
-    write(Register::Lint1, AS_NMI);
+    write_register(Register::Lint0, MASKED);
+    write_register(Register::Lint1, AS_NMI);
     // Bit 8 is the software enable.
-    write(Register::Spurious, 1 << 8 | u32::from(SPURIOUS_VECTOR));
+    write_register(Register::Spurious, 1 << 8 | u32::from(SPURIOUS_VECTOR));
 }
 
 /// Lets the running CPU take the interval timer's line as an NMI; see [`crate::cpu::watchdog`].
 pub(crate) fn legacy_line_as_nmi() {
-    write(Register::Lint0, AS_NMI);
+    write_register(Register::Lint0, AS_NMI);
 }
 
 /// Masks every line of the two legacy interrupt controllers, except those in `open` (Intel 8259A data sheet).
@@ -114,13 +114,13 @@ pub(crate) fn mask_legacy_controllers(open: u8) {
 
 /// Returns the id of the running CPU's local APIC.
 pub(crate) fn id() -> u32 {
-    let value = read(Register::Id);
+    let value = read_register(Register::Id);
     if features().x2apic { value } else { value >> 24 }
 }
 
 /// Says that the interrupt being handled is done.
 pub(crate) fn end_of_interrupt() {
-    write(Register::EndOfInterrupt, 0);
+    write_register(Register::EndOfInterrupt, 0);
 }
 
 /// Sends an IPI to the CPU with this APIC, which may not be up yet.
@@ -140,8 +140,8 @@ pub(crate) fn send(apic_id: u32, delivery: Delivery) {
     // The command is two stores; a handler that sends one of its own must not come between.
     without_interrupts(|| {
         wait_idle();
-        write(Register::CommandHigh, apic_id << 24);
-        write(Register::Command, delivery.command());
+        write_register(Register::CommandHigh, apic_id << 24);
+        write_register(Register::Command, delivery.command());
     });
 }
 
@@ -154,16 +154,16 @@ pub(crate) fn send_nmi_to_others() {
         return;
     }
     wait_idle();
-    write(Register::Command, command);
+    write_register(Register::Command, command);
 }
 
 fn wait_idle() {
-    while read(Register::Command) & PENDING != 0 {
+    while read_register(Register::Command) & PENDING != 0 {
         core::hint::spin_loop();
     }
 }
 
-fn read(register: Register) -> u32 {
+fn read_register(register: Register) -> u32 {
     if features().x2apic {
         // SAFETY: x2APIC is on, and the register exists and is readable. Its upper half is 0 for those read here.
         let value = unsafe { Msr::new(X2APIC_MSRS + register as u32).read() };
@@ -173,7 +173,7 @@ fn read(register: Register) -> u32 {
     unsafe { page_register(register).read_volatile() }
 }
 
-fn write(register: Register, value: u32) {
+fn write_register(register: Register, value: u32) {
     if features().x2apic {
         // SAFETY: x2APIC is on; the callers write registers that exist, with values the manual defines.
         return unsafe { Msr::new(X2APIC_MSRS + register as u32).write(u64::from(value)) };

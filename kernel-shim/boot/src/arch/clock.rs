@@ -71,26 +71,26 @@ pub(crate) fn init() {
 fn calibration_cycles() -> Option<u64> {
     let [low, high] = CALIBRATION_TICKS.to_le_bytes();
     // Gate on, speaker off.
-    write(0x61, read(0x61) & !0x02 | 0x01);
+    write_port(0x61, read_port(0x61) & !0x02 | 0x01);
     // Channel 2, both bytes, mode 0: the output rises at the end of the count.
-    write(0x43, 0xb0);
-    write(0x42, low);
-    write(0x42, high);
+    write_port(0x43, 0xb0);
+    write_port(0x42, low);
+    write_port(0x42, high);
     let start = cycles();
     for _ in 0..MAX_POLLS {
-        if read(0x61) & 0x20 != 0 {
+        if read_port(0x61) & 0x20 != 0 {
             return Some(cycles().wrapping_sub(start));
         }
     }
     None
 }
 
-fn read(port: u16) -> u8 {
+fn read_port(port: u16) -> u8 {
     // SAFETY: called with ports of the interval timer only; they touch no memory.
     unsafe { Port::new(port).read() }
 }
 
-fn write(port: u16, value: u8) {
+fn write_port(port: u16, value: u8) {
     // SAFETY: as above; channel 2 raises no interrupt.
     unsafe { Port::new(port).write(value) }
 }

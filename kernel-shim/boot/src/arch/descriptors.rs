@@ -25,7 +25,7 @@ const STACK_PAGES: u64 = 8;
 /// Which interrupt stack a gate uses, counted from 0. Two kinds may nest; one kind never does, because gates switch interrupts
 /// off, an NMI blocks further ones, and an exception within an exception of the same kind ends the run.
 #[derive(Debug, Clone, Copy)]
-enum Stack {
+enum InterruptStack {
     Interrupt = 0,
     Exception = 1,
     PageFault = 2,
@@ -88,38 +88,38 @@ pub(crate) fn load() {
 /// Builds the gates; they are alike on every CPU, because the stacks are named by number.
 fn gates() -> InterruptDescriptorTable {
     let mut idt = InterruptDescriptorTable::new();
-    set(&mut idt.divide_error, 0, Stack::Exception);
-    set(&mut idt.debug, 1, Stack::Exception);
-    set(&mut idt.non_maskable_interrupt, 2, Stack::Nmi);
-    set(&mut idt.breakpoint, 3, Stack::Exception);
-    set(&mut idt.overflow, 4, Stack::Exception);
-    set(&mut idt.bound_range_exceeded, 5, Stack::Exception);
-    set(&mut idt.invalid_opcode, 6, Stack::Exception);
-    set(&mut idt.device_not_available, 7, Stack::Exception);
-    set(&mut idt.double_fault, 8, Stack::DoubleFault);
-    set(&mut idt.invalid_tss, 10, Stack::Exception);
-    set(&mut idt.segment_not_present, 11, Stack::Exception);
-    set(&mut idt.stack_segment_fault, 12, Stack::Exception);
-    set(&mut idt.general_protection_fault, 13, Stack::Exception);
-    set(&mut idt.page_fault, 14, Stack::PageFault);
-    set(&mut idt.x87_floating_point, 16, Stack::Exception);
-    set(&mut idt.alignment_check, 17, Stack::Exception);
-    set(&mut idt.machine_check, 18, Stack::MachineCheck);
-    set(&mut idt.simd_floating_point, 19, Stack::Exception);
-    set(&mut idt.virtualization, 20, Stack::Exception);
-    set(&mut idt.cp_protection_exception, 21, Stack::Exception);
+    set_gate(&mut idt.divide_error, 0, InterruptStack::Exception);
+    set_gate(&mut idt.debug, 1, InterruptStack::Exception);
+    set_gate(&mut idt.non_maskable_interrupt, 2, InterruptStack::Nmi);
+    set_gate(&mut idt.breakpoint, 3, InterruptStack::Exception);
+    set_gate(&mut idt.overflow, 4, InterruptStack::Exception);
+    set_gate(&mut idt.bound_range_exceeded, 5, InterruptStack::Exception);
+    set_gate(&mut idt.invalid_opcode, 6, InterruptStack::Exception);
+    set_gate(&mut idt.device_not_available, 7, InterruptStack::Exception);
+    set_gate(&mut idt.double_fault, 8, InterruptStack::DoubleFault);
+    set_gate(&mut idt.invalid_tss, 10, InterruptStack::Exception);
+    set_gate(&mut idt.segment_not_present, 11, InterruptStack::Exception);
+    set_gate(&mut idt.stack_segment_fault, 12, InterruptStack::Exception);
+    set_gate(&mut idt.general_protection_fault, 13, InterruptStack::Exception);
+    set_gate(&mut idt.page_fault, 14, InterruptStack::PageFault);
+    set_gate(&mut idt.x87_floating_point, 16, InterruptStack::Exception);
+    set_gate(&mut idt.alignment_check, 17, InterruptStack::Exception);
+    set_gate(&mut idt.machine_check, 18, InterruptStack::MachineCheck);
+    set_gate(&mut idt.simd_floating_point, 19, InterruptStack::Exception);
+    set_gate(&mut idt.virtualization, 20, InterruptStack::Exception);
+    set_gate(&mut idt.cp_protection_exception, 21, InterruptStack::Exception);
     for vector in 32..=255 {
-        set(&mut idt[vector], vector, Stack::Interrupt);
+        set_gate(&mut idt[vector], vector, InterruptStack::Interrupt);
     }
     // SAFETY: the stub for this vector; the stack is the one all interrupts use.
     let options = unsafe { idt[SYSCALL_VECTOR].set_handler_addr(VirtAddr::new(trap_stub(SYSCALL_VECTOR))) };
     options.set_privilege_level(PrivilegeLevel::Ring3);
     // SAFETY: a stack of that number exists on every CPU (`load`).
-    unsafe { options.set_stack_index(Stack::Interrupt as u16) };
+    unsafe { options.set_stack_index(InterruptStack::Interrupt as u16) };
     idt
 }
 
-fn set<F>(entry: &mut Entry<F>, vector: u8, stack: Stack) {
+fn set_gate<F>(entry: &mut Entry<F>, vector: u8, stack: InterruptStack) {
     // SAFETY: the stub of `vector` is the entry point of a handler that pops what that vector pushes.
     let options = unsafe { entry.set_handler_addr(VirtAddr::new(trap_stub(vector))) };
     // SAFETY: a stack of that number exists on every CPU (`load`), and is used by this kind of trap only.

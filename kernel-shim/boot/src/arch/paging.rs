@@ -103,7 +103,7 @@ pub(crate) fn init(ram: &[Range<u64>], apic: PhysAddr) {
     map_image(&mut tables, &image_layout());
     let page = Page::containing_address(PHYS_OFFSET + apic.as_u64());
     let uncached = DATA | PageTableFlags::NO_CACHE | PageTableFlags::WRITE_THROUGH;
-    must(map::<Size4KiB>(&mut tables, page, PhysFrame::containing_address(apic), uncached));
+    assert_mapped(map_page::<Size4KiB>(&mut tables, page, PhysFrame::containing_address(apic), uncached));
     // The stacks' top-level entry has to exist before any root copies it.
     let mut space = KernelSpace { root, next_stack: STACKS };
     map_stack(&mut space, 1);
@@ -164,10 +164,10 @@ fn map_ram(tables: &mut OffsetPageTable<'static>, ram: &[Range<u64>]) {
         let last = PhysFrame::containing_address(PhysAddr::new(region.end - 1));
         for frame in PhysFrame::range_inclusive(first, last) {
             let page = Page::containing_address(PHYS_OFFSET + frame.start_address().as_u64());
-            match map(tables, page, frame, DATA) {
+            match map_page(tables, page, frame, DATA) {
                 // Two regions may share a large page.
                 Err(MapToError::PageAlreadyMapped(_)) => {}
-                result => must(result),
+                result => assert_mapped(result),
             }
         }
     }
@@ -184,7 +184,7 @@ fn map_image(tables: &mut OffsetPageTable<'static>, layout: &ImageLayout) {
         let end = Page::containing_address(VirtAddr::new(part.end));
         for page in Page::range(first, end) {
             let physical = PhysAddr::new(page.start_address().as_u64() - IMAGE_OFFSET);
-            must(map(tables, page, PhysFrame::containing_address(physical), flags));
+            assert_mapped(map_page(tables, page, PhysFrame::containing_address(physical), flags));
         }
     }
 }
@@ -197,13 +197,13 @@ fn map_stack(space: &mut KernelSpace, nr_pages: u64) -> VirtAddr {
     space.next_stack = top.as_u64();
     for page in Page::range(Page::containing_address(bottom), Page::containing_address(top)) {
         let frame = frames::allocate().expect("memory holds the stacks");
-        must(map::<Size4KiB>(&mut tables, page, frame, DATA));
+        assert_mapped(map_page::<Size4KiB>(&mut tables, page, frame, DATA));
     }
     top
 }
 
 /// Maps one page of the kernel half.
-fn map<S: PageSize>(
+fn map_page<S: PageSize>(
     tables: &mut OffsetPageTable<'static>,
     page: Page<S>,
     frame: PhysFrame<S>,
@@ -220,6 +220,6 @@ where
     Ok(())
 }
 
-fn must<S: PageSize>(result: Result<(), MapToError<S>>) {
+fn assert_mapped<S: PageSize>(result: Result<(), MapToError<S>>) {
     assert!(result.is_ok(), "the kernel half cannot be mapped: memory is short, or two parts of it overlap");
 }

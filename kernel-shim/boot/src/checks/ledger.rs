@@ -59,15 +59,15 @@ pub(crate) struct Unmap {
 
 /// What the ledger says of one frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
-    state: State,
+struct Record {
+    state: FrameState,
     role: FrameRole,
     cpu: usize,
     step: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum FrameState {
     /// Never given out.
     Fresh,
     InUse,
@@ -114,13 +114,13 @@ impl Ledger {
         let step = self.step();
         for frame in frames_of(first, role) {
             let Some(entry) = self.entry(frame) else { continue };
-            let new = Entry { state: State::InUse, role, cpu: this_index().get(), step };
-            let old = Entry::decode(entry.swap(new.encode(), Ordering::Relaxed));
-            if old.state == State::InUse {
+            let new = Record { state: FrameState::InUse, role, cpu: this_index().get(), step };
+            let old = Record::decode(entry.swap(new.encode(), Ordering::Relaxed));
+            if old.state == FrameState::InUse {
                 return Err((frame, Wrong::GivenOutTwice));
             }
-            let words = words(frame);
-            if old.state == State::Poisoned {
+            let words = frame_words(frame);
+            if old.state == FrameState::Poisoned {
                 let expected = poison(frame);
                 let changed = words.iter().position(|word| word.load(Ordering::Relaxed) != expected);
                 if let Some(index) = changed {
@@ -131,7 +131,7 @@ impl Ledger {
                 }
             }
             if role != FrameRole::Table && self.checking.load(Ordering::Relaxed) {
-                fill(words, 0);
+                fill_words(words, 0);
             }
         }
         Ok(())
@@ -146,19 +146,19 @@ impl Ledger {
         let checking = self.checking.load(Ordering::Relaxed);
         for frame in frames_of(first, role) {
             let Some(entry) = self.entry(frame) else { continue };
-            let words = words(frame);
+            let words = frame_words(frame);
             if checking {
                 if role == FrameRole::Table
-                    && let Some((index, value)) = first_used(words)
+                    && let Some((index, value)) = first_not_empty(words)
                 {
                     return Err((frame, Wrong::TableNotEmpty(index, value)));
                 }
-                fill(words, poison(frame));
+                fill_words(words, poison(frame));
             }
-            let state = if checking { State::Poisoned } else { State::Free };
-            let new = Entry { state, role, cpu: this_index().get(), step };
-            let old = Entry::decode(entry.swap(new.encode(), Ordering::Relaxed));
-            if old.state != State::InUse {
+            let state = if checking { FrameState::Poisoned } else { FrameState::Free };
+            let new = Record { state, role, cpu: this_index().get(), step };
+            let old = Record::decode(entry.swap(new.encode(), Ordering::Relaxed));
+            if old.state != FrameState::InUse {
                 return Err((frame, Wrong::FreedTwice));
             }
         }
@@ -180,7 +180,7 @@ impl Ledger {
 
     /// The last unmapping of an address that is still remembered, in the address space that has this root now.
     pub(crate) fn last_unmap(&self, root: PhysFrame, address: u64) -> Option<Unmap> {
-        let born = Entry::decode(self.entry(root)?.load(Ordering::Relaxed)).step;
+        let born = Record::decode(self.entry(root)?.load(Ordering::Relaxed)).step;
         let unmaps = self.unmaps.lock();
         let about = |unmap: &&Unmap| unmap.root == root && unmap.step > born && unmap.range.contains(address);
         unmaps.last.iter().filter(about).max_by_key(|unmap| unmap.step).copied()
@@ -193,7 +193,7 @@ impl Ledger {
 
     /// What is known of a frame, as words to be printed.
     pub(crate) fn history(&self, frame: PhysFrame) -> History {
-        History { frame, entry: self.entry(frame).map(|entry| Entry::decode(entry.load(Ordering::Relaxed))) }
+        History { frame, entry: self.entry(frame).map(|entry| Record::decode(entry.load(Ordering::Relaxed))) }
     }
 
     fn entry(&self, frame: PhysFrame) -> Option<&AtomicU64> {
@@ -205,13 +205,13 @@ impl Ledger {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct History {
     frame: PhysFrame,
-    entry: Option<Entry>,
+    entry: Option<Record>,
 }
 
 impl fmt::Display for History {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "frame {:#x}: ", self.frame.start_address())?;
-        let Some(Entry { state, role, cpu, step }) = self.entry else {
+        let Some(Record { state, role, cpu, step }) = self.entry else {
             return f.write_str("not the kernel's to give out");
         };
         let role = match role {
@@ -220,9 +220,9 @@ impl fmt::Display for History {
             FrameRole::Table => "a page table",
         };
         match state {
-            State::Fresh => f.write_str("never given out"),
-            State::InUse => write!(f, "given out as {role} at step {step} by cpu {cpu}, and in use"),
-            State::Poisoned | State::Free => {
+            FrameState::Fresh => f.write_str("never given out"),
+            FrameState::InUse => write!(f, "given out as {role} at step {step} by cpu {cpu}, and in use"),
+            FrameState::Poisoned | FrameState::Free => {
                 write!(f, "freed at step {step} by cpu {cpu}, when it was {role}, and free since")
             }
         }
@@ -243,22 +243,26 @@ impl fmt::Display for Wrong {
             Self::WrittenWhileFree(index, word) => write!(
                 f,
                 "a frame was written to while it was free: word {index} holds {word:#018x}, {}",
-                Word::of(word)
+                Word::decode(word)
             ),
             Self::TableNotEmpty(index, word) => {
-                write!(f, "a page table was freed whose entry {index} holds {word:#018x}, {}", Word::of(word))
+                write!(
+                    f,
+                    "a page table was freed whose entry {index} holds {word:#018x}, {}",
+                    Word::decode(word)
+                )
             }
         }
     }
 }
 
-impl Entry {
+impl Record {
     fn encode(self) -> u64 {
         let state = match self.state {
-            State::Fresh => 0,
-            State::InUse => 1,
-            State::Poisoned => 2,
-            State::Free => 3,
+            FrameState::Fresh => 0,
+            FrameState::InUse => 1,
+            FrameState::Poisoned => 2,
+            FrameState::Free => 3,
         };
         let role = match self.role {
             FrameRole::Page => 0,
@@ -270,10 +274,10 @@ impl Entry {
 
     fn decode(word: u64) -> Self {
         let state = match word & 3 {
-            0 => State::Fresh,
-            1 => State::InUse,
-            2 => State::Poisoned,
-            _ => State::Free,
+            0 => FrameState::Fresh,
+            1 => FrameState::InUse,
+            2 => FrameState::Poisoned,
+            _ => FrameState::Free,
         };
         let role = match word >> 2 & 3 {
             0 => FrameRole::Page,
@@ -285,22 +289,22 @@ impl Entry {
 }
 
 /// The words of a frame. Programs may write to them at any time, through translations that should not exist.
-pub(crate) fn words(frame: PhysFrame) -> &'static [AtomicU64; FRAME_WORDS] {
+pub(crate) fn frame_words(frame: PhysFrame) -> &'static [AtomicU64; FRAME_WORDS] {
     let words: *const [AtomicU64; FRAME_WORDS] = phys_to_ptr(frame.start_address());
     // SAFETY: all RAM is mapped for ever (B3), and the frames of the ledger are RAM; atomics may be read and written by anybody
     // at any time.
     unsafe { &*words }
 }
 
-fn fill(words: &[AtomicU64; FRAME_WORDS], value: u64) {
+fn fill_words(words: &[AtomicU64; FRAME_WORDS], value: u64) {
     for word in words {
         word.store(value, Ordering::Relaxed);
     }
 }
 
 /// An entry of a table that is not none, the kernel half of a root aside.
-fn first_used(table: &[AtomicU64; FRAME_WORDS]) -> Option<(usize, u64)> {
-    let kernel = words(kernel_root());
+fn first_not_empty(table: &[AtomicU64; FRAME_WORDS]) -> Option<(usize, u64)> {
+    let kernel = frame_words(kernel_root());
     table.iter().zip(kernel).enumerate().find_map(|(index, (entry, kernel))| {
         let value = entry.load(Ordering::Relaxed);
         // The accessed bit of either may have been set since the one was copied from the other.
@@ -321,10 +325,10 @@ mod tests {
 
     #[test]
     fn an_entry_is_read_as_it_was_written() {
-        for state in [State::Fresh, State::InUse, State::Poisoned, State::Free] {
+        for state in [FrameState::Fresh, FrameState::InUse, FrameState::Poisoned, FrameState::Free] {
             for role in [FrameRole::Page, FrameRole::Block, FrameRole::Table] {
-                let entry = Entry { state, role, cpu: 63, step: 1 << 40 };
-                assert_eq!(Entry::decode(entry.encode()), entry);
+                let entry = Record { state, role, cpu: 63, step: 1 << 40 };
+                assert_eq!(Record::decode(entry.encode()), entry);
             }
         }
     }

@@ -18,7 +18,7 @@ use crate::checks::test_space::{COUNTS, DATA, NEW, OLD, TEXT, TestSpace};
 use crate::cpu::agent::{Outcome, Program, Stop, Task};
 use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::percpu::{cpu, online};
-use crate::cpu::ring3::{Exit, run_user};
+use crate::cpu::ring3::{UserExit, run_user};
 use crate::cpu::smp::{kick, on_cpus, on_every_cpu};
 use crate::cpu::{ipi, watchdog};
 use crate::println;
@@ -43,7 +43,7 @@ const RING_3_TIMEOUT_US: u64 = 10_000_000;
 type Test = fn() -> Result<String, String>;
 
 /// Runs all tests, prints a line for each, and says whether all passed.
-pub(crate) fn run() -> Verdict {
+pub(crate) fn run_self_test() -> Verdict {
     let tests: [(&str, Test); 9] = [
         ("every CPU is set up, and known by its APIC", controls),
         ("the heap hands out what it gets back", heap),
@@ -96,7 +96,7 @@ fn heap() -> Result<String, String> {
             }
         }
     });
-    none_of(&failures, "allocations held something else")?;
+    fail_if_any(&failures, "allocations held something else")?;
     Ok(format!("200 vectors on each of {} CPUs", online().count()))
 }
 
@@ -115,7 +115,7 @@ fn floating_point() -> Result<String, String> {
             }
         }
     });
-    none_of(&failures, "sums came out different")?;
+    fail_if_any(&failures, "sums came out different")?;
     Ok(String::from("20 sums a CPU, interrupted by all"))
 }
 
@@ -197,18 +197,18 @@ fn stale_entry() -> Result<String, String> {
     on_every_cpu(&|me| {
         space.load();
         wrong.fetch_add(u64::from(space.read(DATA) != OLD), Ordering::Relaxed);
-        meet(&steps, nr_cpus);
+        wait_for_arrivals(&steps, nr_cpus);
         if me == CpuIndex::FIRST {
             space.remap(DATA, new);
         }
-        meet(&steps, 2 * nr_cpus);
+        wait_for_arrivals(&steps, 2 * nr_cpus);
         let stale_reads = (0..STALE_READS).filter(|_| space.read(DATA) == OLD).count() as u64;
         stale_cpus.fetch_add(u64::from(stale_reads == STALE_READS), Ordering::Relaxed);
         mmu::invalidate_page(DATA);
         wrong.fetch_add(u64::from(space.read(DATA) != NEW), Ordering::Relaxed);
-        TestSpace::leave();
+        TestSpace::load_kernel_root();
     });
-    none_of(&wrong, "reads were wrong before the change or after INVLPG")?;
+    fail_if_any(&wrong, "reads were wrong before the change or after INVLPG")?;
     let stale = stale_cpus.load(Ordering::Relaxed);
     Ok(format!(
         "{stale} of {nr_cpus} CPUs read the old frame {STALE_READS} times, then the new one after INVLPG"
@@ -236,11 +236,11 @@ fn ring_3() -> Result<String, String> {
             step: 1,
         };
         let start = clock::cycles();
-        let wrote = space.run(&mut task(Program::Write).context(TEXT), &faults);
+        let wrote = space.run_agent(&mut task(Program::Write).context(TEXT), &faults);
         cycles.fetch_add(clock::cycles() - start, Ordering::Relaxed);
-        let checked = space.run(&mut task(Program::Check).context(TEXT), &faults);
+        let checked = space.run_agent(&mut task(Program::Check).context(TEXT), &faults);
         systems.fetch_add(2, Ordering::Relaxed);
-        let summed = space.run(&mut task(Program::Read).context(TEXT), &faults);
+        let summed = space.run_agent(&mut task(Program::Read).context(TEXT), &faults);
         let expected: u64 = (value..value + FAULT_PAGES).sum();
         let done = Outcome { stopped: None, nr_left: 0, sum: 0 };
         if wrote != Ok(done) || checked != Ok(done) || summed != Ok(Outcome { sum: expected, ..done }) {
@@ -251,11 +251,11 @@ fn ring_3() -> Result<String, String> {
         let kernel = Task { first: PHYS_OFFSET.as_u64(), ..task(Program::Read) };
         let exit = run_user(&mut kernel.context(TEXT));
         let denied = PageFaultErrorCode::PROTECTION_VIOLATION | PageFaultErrorCode::USER_MODE;
-        if exit != (Exit::PageFault { address: PHYS_OFFSET, error: denied }) {
+        if exit != (UserExit::PageFault { address: PHYS_OFFSET, error: denied }) {
             *problem.lock() =
                 Some(format!("cpu {me}: reading the kernel half from ring 3 ended with {exit:?}"));
         }
-        TestSpace::leave();
+        TestSpace::load_kernel_root();
         watchdog::progress();
     });
     if let Some(problem) = problem.into_inner() {
@@ -298,15 +298,15 @@ fn flush_in_ring_3() -> Result<String, String> {
     on_every_cpu(&|me| {
         space.load();
         if me == CpuIndex::FIRST {
-            meet(&steps, nr_cpus);
+            wait_for_arrivals(&steps, nr_cpus);
             space.remap(DATA, new);
-            meet(&steps, 2 * nr_cpus);
+            wait_for_arrivals(&steps, 2 * nr_cpus);
             // They watch, and nobody has told them.
-            meet(&steps, 3 * nr_cpus);
+            wait_for_arrivals(&steps, 3 * nr_cpus);
             clock::wait_us(20_000);
             // They are in the second, endless watch now.
             ipi::call_on(others, &|_| mmu::invalidate_page(DATA));
-            meet(&steps, 4 * nr_cpus);
+            wait_for_arrivals(&steps, 4 * nr_cpus);
             // Each counts in a word of its own; when it moves, the program runs.
             for cpu in others.iter() {
                 let running =
@@ -315,27 +315,27 @@ fn flush_in_ring_3() -> Result<String, String> {
                 late.fetch_add(u64::from(!running), Ordering::Relaxed);
             }
         } else {
-            let untouched = space.run(&mut watch(1).context(TEXT), &faults);
-            meet(&steps, nr_cpus);
-            meet(&steps, 2 * nr_cpus);
-            let unaware = space.run(&mut watch(STALE_READS).context(TEXT), &faults);
+            let untouched = space.run_agent(&mut watch(1).context(TEXT), &faults);
+            wait_for_arrivals(&steps, nr_cpus);
+            wait_for_arrivals(&steps, 2 * nr_cpus);
+            let unaware = space.run_agent(&mut watch(STALE_READS).context(TEXT), &faults);
             let not_stopped =
-                |outcome: &Result<Outcome, Exit>| matches!(outcome, Ok(Outcome { stopped: None, .. }));
+                |outcome: &Result<Outcome, UserExit>| matches!(outcome, Ok(Outcome { stopped: None, .. }));
             stale.fetch_add(u64::from(not_stopped(&untouched) && not_stopped(&unaware)), Ordering::Relaxed);
-            meet(&steps, 3 * nr_cpus);
-            let told = space.run(&mut watch(u64::MAX).context(TEXT), &faults);
+            wait_for_arrivals(&steps, 3 * nr_cpus);
+            let told = space.run_agent(&mut watch(u64::MAX).context(TEXT), &faults);
             let expected = Some(Stop { address: DATA.as_u64(), seen: NEW });
             let saw = matches!(told, Ok(Outcome { stopped, .. }) if stopped == expected);
             saw_new.fetch_add(u64::from(saw), Ordering::Relaxed);
-            meet(&steps, 4 * nr_cpus);
+            wait_for_arrivals(&steps, 4 * nr_cpus);
             let first = COUNTS.as_u64() + 8 * me.get() as u64;
             let mut counting = Task { program: Program::Count, first, ..watch(0) }.context(TEXT);
-            let left = run_user(&mut counting) == Exit::Interrupted;
+            let left = run_user(&mut counting) == UserExit::Interrupted;
             kicked.fetch_add(u64::from(left), Ordering::Relaxed);
         }
-        TestSpace::leave();
+        TestSpace::load_kernel_root();
     });
-    none_of(&late, "programs did not run in time")?;
+    fail_if_any(&late, "programs did not run in time")?;
     let expected = nr_cpus - 1;
     let (stale, saw_new, kicked) = (stale.into_inner(), saw_new.into_inner(), kicked.into_inner());
     if saw_new != expected || kicked != expected {
@@ -362,7 +362,7 @@ fn memory() -> Result<String, String> {
     Ok(format!("{} frames from {:#x} on", range.count(), range.start.start_address()))
 }
 
-fn none_of(failures: &AtomicU64, what: &str) -> Result<(), String> {
+fn fail_if_any(failures: &AtomicU64, what: &str) -> Result<(), String> {
     match failures.load(Ordering::Relaxed) {
         0 => Ok(()),
         number => Err(format!("{number} {what}")),
@@ -370,7 +370,7 @@ fn none_of(failures: &AtomicU64, what: &str) -> Result<(), String> {
 }
 
 /// Waits until `total` arrivals are counted, this one included.
-fn meet(arrivals: &AtomicU64, total: u64) {
+fn wait_for_arrivals(arrivals: &AtomicU64, total: u64) {
     arrivals.fetch_add(1, Ordering::AcqRel);
     while arrivals.load(Ordering::Acquire) < total {
         core::hint::spin_loop();

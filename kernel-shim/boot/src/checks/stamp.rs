@@ -52,7 +52,7 @@ pub(crate) enum Word {
 
 impl Word {
     /// Reads a word.
-    pub(crate) fn of(word: u64) -> Self {
+    pub(crate) fn decode(word: u64) -> Self {
         // Two bytes tag, three process, one thread, two page.
         let [_, _, p2, p1, p0, thread, page_high, page_low] = word.to_be_bytes();
         match (word >> 48, word >> 40) {
@@ -96,12 +96,12 @@ mod tests {
     #[test]
     fn a_stamp_and_a_poison_say_whose_they_are() {
         let stamp = Stamp { process: 0xabcdef, thread: 63, page: 0xfffe };
-        assert_eq!(Word::of(stamp.word()), Word::Stamp(stamp));
-        assert_eq!(Word::of(stamp.word() + 1), Word::Stamp(Stamp { page: 0xffff, ..stamp }));
+        assert_eq!(Word::decode(stamp.word()), Word::Stamp(stamp));
+        assert_eq!(Word::decode(stamp.word() + 1), Word::Stamp(Stamp { page: 0xffff, ..stamp }));
         let frame = PhysFrame::containing_address(PhysAddr::new(0xff_ffff_f000));
-        assert_eq!(Word::of(poison(frame)), Word::Poison(frame));
-        assert_eq!(Word::of(0), Word::Zero);
-        assert_eq!(Word::of(0x8000_0000_0123_4067), Word::Other(0x8000_0000_0123_4067));
+        assert_eq!(Word::decode(poison(frame)), Word::Poison(frame));
+        assert_eq!(Word::decode(0), Word::Zero);
+        assert_eq!(Word::decode(0x8000_0000_0123_4067), Word::Other(0x8000_0000_0123_4067));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::arch::mmu;
 use crate::arch::paging::{self, kernel_root};
 use crate::arch::phys_map::{FRAME_BYTES, phys_to_ptr};
 use crate::cpu::agent::{self, Outcome};
-use crate::cpu::ring3::{self, Exit};
+use crate::cpu::ring3::{self, UserExit};
 
 /// Where the agent's code is mapped.
 pub(crate) const TEXT: VirtAddr = VirtAddr::new(0x40_0000_0000);
@@ -60,7 +60,7 @@ impl TestSpace {
     }
 
     /// Puts the running CPU back into the kernel's own address space.
-    pub(crate) fn leave() {
+    pub(crate) fn load_kernel_root() {
         // SAFETY: the kernel's root is never freed.
         unsafe { mmu::load_root_flush(kernel_root()) };
     }
@@ -106,7 +106,7 @@ impl TestSpace {
     /// Maps the agent's code at [`TEXT`].
     pub(crate) fn map_agent(&self) {
         let frame = paging::zeroed_frame().expect("the self-test needs little memory");
-        let text = agent::text();
+        let text = agent::code();
         assert!(text.len() as u64 <= FRAME_BYTES, "the agent fits one page");
         // SAFETY: the frame is new, mapped (B3), and large enough.
         unsafe {
@@ -140,11 +140,15 @@ impl TestSpace {
     /// # Errors
     ///
     /// Whatever else stopped it.
-    pub(crate) fn run(&self, context: &mut UserContext, faults: &AtomicU64) -> Result<Outcome, Exit> {
+    pub(crate) fn run_agent(
+        &self,
+        context: &mut UserContext,
+        faults: &AtomicU64,
+    ) -> Result<Outcome, UserExit> {
         loop {
             match ring3::run_user(context) {
-                Exit::Syscall => return Ok(Outcome::of(context)),
-                Exit::PageFault { address, error }
+                UserExit::Syscall => return Ok(Outcome::from_context(context)),
+                UserExit::PageFault { address, error }
                     if !error.contains(PageFaultErrorCode::PROTECTION_VIOLATION) =>
                 {
                     faults.fetch_add(1, Ordering::Relaxed);

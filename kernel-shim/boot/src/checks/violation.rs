@@ -30,8 +30,8 @@ pub(crate) struct Misread {
 /// A program read what is not its own.
 pub(crate) fn misread(ledger: &Ledger, misread: &Misread) -> ! {
     let Misread { root, address, seen, expected, mapped } = *misread;
-    let word = Word::of(seen);
-    tell(
+    let word = Word::decode(seen);
+    end_run(
         match word {
             Word::Poison(_) => "a program read a frame that was freed",
             Word::Stamp(_) => "a program read another owner's data",
@@ -41,7 +41,7 @@ pub(crate) fn misread(ledger: &Ledger, misread: &Misread) -> ! {
         || {
             println!("violation:   cpu {}, address {address:#x}", this_index());
             println!("violation:   read     {seen:#018x}: {word}");
-            println!("violation:   expected {expected:#018x}: {}", Word::of(expected));
+            println!("violation:   expected {expected:#018x}: {}", Word::decode(expected));
             if let Word::Poison(frame) = word {
                 println!("violation:   {}", ledger.history(frame));
             }
@@ -49,52 +49,52 @@ pub(crate) fn misread(ledger: &Ledger, misread: &Misread) -> ! {
                 Some(frame) => println!("violation:   mapped there now: {}", ledger.history(frame)),
                 None => println!("violation:   mapped there now: nothing"),
             }
-            tell_unmap(ledger, root, address);
+            print_last_unmap(ledger, root, address);
         },
     )
 }
 
 /// A program could use an address after its unmapping had returned.
 pub(crate) fn usable_after_unmap(ledger: &Ledger, root: PhysFrame, address: u64) -> ! {
-    tell("a program used an address after its unmapping had returned", || {
+    end_run("a program used an address after its unmapping had returned", || {
         println!("violation:   cpu {}, address {address:#x}", this_index());
-        tell_unmap(ledger, root, address);
+        print_last_unmap(ledger, root, address);
     })
 }
 
 /// A walk of the page tables met reserved bits: it went through a table that was freed.
 pub(crate) fn walked_freed_table(address: u64) -> ! {
-    tell("a page walk met an entry with reserved bits, as a freed table has", || {
+    end_run("a page walk met an entry with reserved bits, as a freed table has", || {
         println!("violation:   cpu {}, address {address:#x}", this_index());
     })
 }
 
 /// A program took an exception that its code cannot raise.
 pub(crate) fn program_broke(vector: u64, address: u64) -> ! {
-    tell("a program took an exception that its code does not raise: the code changed", || {
+    end_run("a program took an exception that its code does not raise: the code changed", || {
         println!("violation:   cpu {}, exception {vector} at {address:#x}", this_index());
     })
 }
 
 /// Something is wrong with a frame that was freed or given out.
-pub(crate) fn frame(ledger: &Ledger, frame: PhysFrame, wrong: Wrong) -> ! {
-    tell(wrong, || println!("violation:   cpu {}, {}", this_index(), ledger.history(frame)))
+pub(crate) fn bad_frame(ledger: &Ledger, frame: PhysFrame, wrong: Wrong) -> ! {
+    end_run(wrong, || println!("violation:   cpu {}, {}", this_index(), ledger.history(frame)))
 }
 
 /// A root is being freed that a CPU has loaded. That CPU could not go on.
 pub(crate) fn root_in_use(cpu: CpuIndex, root: PhysFrame) -> ! {
-    tell("a root table was freed while a CPU had it loaded", || {
+    end_run("a root table was freed while a CPU had it loaded", || {
         let address = root.start_address();
         println!("violation:   cpu {} freed {address:#x}, which is in CR3 of cpu {cpu}", this_index());
     })
 }
 
 /// What a workload holds against the kernel, in its own words.
-pub(crate) fn other(what: fmt::Arguments<'_>) -> ! {
-    tell(what, || println!("violation:   cpu {}", this_index()))
+pub(crate) fn found_by_workload(what: fmt::Arguments<'_>) -> ! {
+    end_run(what, || println!("violation:   cpu {}", this_index()))
 }
 
-fn tell_unmap(ledger: &Ledger, root: PhysFrame, address: u64) {
+fn print_last_unmap(ledger: &Ledger, root: PhysFrame, address: u64) {
     match ledger.last_unmap(root, address) {
         Some(unmap) => println!("violation:   {unmap}; it is step {} now", ledger.step()),
         None => println!("violation:   its unmapping has not returned yet; it is step {} now", ledger.step()),
@@ -102,7 +102,7 @@ fn tell_unmap(ledger: &Ledger, root: PhysFrame, address: u64) {
 }
 
 /// Prints the story, unless another CPU tells one already, and ends the run.
-fn tell(what: impl fmt::Display, story: impl FnOnce()) -> ! {
+fn end_run(what: impl fmt::Display, story: impl FnOnce()) -> ! {
     if exit::decide(Verdict::Violation) {
         println!("violation: {what}");
         story();

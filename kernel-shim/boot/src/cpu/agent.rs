@@ -61,7 +61,7 @@ pub struct Stop {
 
 /// Returns the agent's code, to be copied to a page that ring 3 may execute; it works at any address.
 #[must_use]
-pub fn text() -> &'static [u8] {
+pub fn code() -> &'static [u8] {
     agent_text()
 }
 
@@ -91,7 +91,7 @@ impl Task {
 impl Outcome {
     /// Reads the report of an agent that has ended with its system call.
     #[must_use]
-    pub fn of(context: &UserContext) -> Self {
+    pub fn from_context(context: &UserContext) -> Self {
         let frame = &context.frame;
         let stopped = (frame.rax != 0).then_some(Stop { address: frame.rdi, seen: frame.rcx });
         Self { stopped, nr_left: frame.rdx, sum: frame.rbx }

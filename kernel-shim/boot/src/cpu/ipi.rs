@@ -109,7 +109,7 @@ pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync),
     let others = targets.without(me);
     if !others.is_empty() {
         assert!(calls.slot.waiting().is_empty(), "a call made from within a call");
-        // SAFETY: only the lifetime changes. `wait` below returns after the last target has run the function, and there is no
+        // SAFETY: only the lifetime changes. `wait_for_targets` below returns after the last target has run the function, and there is no
         // other way out of here: panics end the run. So no target uses the reference after this function has returned.
         let function = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
         // SAFETY: `waiting` is empty, so nobody reads the cell, and it is this CPU's own.
@@ -126,7 +126,7 @@ pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync),
     if targets.contains(me) {
         without_interrupts(|| function(me));
     }
-    wait(&calls.slot);
+    wait_for_targets(&calls.slot);
 }
 
 /// How a CPU of this image waits for a lock: with interrupts off it runs the calls of others, or the holder, waiting for this CPU
@@ -170,7 +170,7 @@ fn send(target: CpuIndex, vector: u8) {
 }
 
 /// Waits until nobody has the call still to run.
-fn wait(slot: &CallSlot) {
+fn wait_for_targets(slot: &CallSlot) {
     let may_halt = interrupts::are_enabled();
     let start = clock::cycles();
     // ORDERING: pairs with the `fetch_and` in `serve`: what the function did there is visible here.
@@ -218,7 +218,7 @@ pub(crate) fn serve() {
             function(me);
         }
         let mine = CpuMask::only(me).bits();
-        // ORDERING: pairs with the load in `wait`.
+        // ORDERING: pairs with the load in `wait_for_targets`.
         let before = slot.waiting.fetch_and(!mine, Ordering::Release);
         // ORDERING: pairs with the fence in `halt_until_served`.
         fence(Ordering::SeqCst);

@@ -28,7 +28,7 @@ const GENERAL_PROTECTION: u64 = 13;
 
 /// Why a program came back from ring 3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
+pub enum UserExit {
     /// INT 0x80; the arguments are in the registers, and the instruction pointer is behind it.
     Syscall,
     /// The program touched what it may not, or what is not there yet; run again to retry.
@@ -57,16 +57,16 @@ pub enum Exit {
 /// # Context
 ///
 /// No lock held; interrupts on afterwards.
-pub fn run_user(context: &mut UserContext) -> Exit {
+pub fn run_user(context: &mut UserContext) -> UserExit {
     let me = this_cpu();
     interrupts::disable();
     let exit = loop {
         // ORDERING: pairs with the store in `smp::kick`.
         if me.kicked.swap(false, Ordering::Acquire) {
-            break Exit::Interrupted;
+            break UserExit::Interrupted;
         }
         if context.frame.rip >= LOWER_HALF_END {
-            break Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 };
+            break UserExit::Exception { vector: GENERAL_PROTECTION, error_code: 0 };
         }
         let segments = user_segments();
         context.frame.code_segment = u64::from(segments.code.0);
@@ -77,17 +77,20 @@ pub fn run_user(context: &mut UserContext) -> Exit {
         unsafe { enter_user(context) };
         let TrapFrame { vector, error_code, .. } = context.frame;
         if vector == u64::from(SYSCALL_VECTOR) {
-            break Exit::Syscall;
+            break UserExit::Syscall;
         }
         match vector {
-            NMI => watchdog::nmi(&context.frame),
+            NMI => watchdog::handle_nmi(&context.frame),
             PAGE_FAULT => {
                 // CR2 is read before interrupts come on, and nothing in the kernel faults in between.
                 let address = VirtAddr::new_truncate(Cr2::read_raw());
-                break Exit::PageFault { address, error: PageFaultErrorCode::from_bits_truncate(error_code) };
+                break UserExit::PageFault {
+                    address,
+                    error: PageFaultErrorCode::from_bits_truncate(error_code),
+                };
             }
-            0..32 => break Exit::Exception { vector, error_code },
-            _ => trap::interrupt(vector),
+            0..32 => break UserExit::Exception { vector, error_code },
+            _ => trap::handle_interrupt(vector),
         }
     };
     interrupts::enable();

@@ -46,7 +46,7 @@ struct Job {
 type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
 
 // SAFETY: the cell is written by the first CPU only, while no CPU runs a job, and read by the others only while they are
-// in `running`; see the orderings in `on_cpus` and `work`.
+// in `running`; see the orderings in `on_cpus` and `do_jobs`.
 unsafe impl Sync for Job {}
 
 static JOB: Job = Job { function: UnsafeCell::new(None), running: AtomicU64::new(0) };
@@ -56,13 +56,13 @@ static JOB: Job = Job { function: UnsafeCell::new(None), running: AtomicU64::new
 /// # Panics
 ///
 /// If one does not come up: it might still do so later, with the start block of another.
-pub(crate) fn start(apic_ids: &[u32]) -> u32 {
+pub(crate) fn start_others(apic_ids: &[u32]) -> u32 {
     copy_trampoline();
     let me = apic::id();
     let others = apic_ids.iter().copied().filter(|id| *id != me).take(MAX_CPUS - 1);
     // The APICs first: of 64 CPUs there is no number after the last.
     for (apic_id, index) in others.zip((1..).map(CpuIndex::new)) {
-        start_one(index, apic_id);
+        start_cpu(index, apic_id);
     }
     online().count()
 }
@@ -87,7 +87,7 @@ pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
     // SAFETY: no CPU runs a job, and none looks before it is in `running`.
     unsafe { *JOB.function.get() = Some(lasting) };
     let others = set.without(CpuIndex::FIRST);
-    // ORDERING: pairs with the load in `work`: who finds itself in the set sees the function.
+    // ORDERING: pairs with the load in `do_jobs`: who finds itself in the set sees the function.
     JOB.running.store(others.bits(), Ordering::Release);
     others.iter().for_each(ipi::wake);
     if set.contains(CpuIndex::FIRST) {
@@ -95,7 +95,7 @@ pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
     }
     loop {
         interrupts::disable();
-        // ORDERING: pairs with the `fetch_and` in `work`: what the others did is visible here.
+        // ORDERING: pairs with the `fetch_and` in `do_jobs`: what the others did is visible here.
         if JOB.running.load(Ordering::Acquire) == 0 {
             interrupts::enable();
             return;
@@ -115,17 +115,17 @@ pub fn kick(target: CpuIndex) {
 /// Where `start.s` ends on every CPU but the first.
 #[cfg_attr(not(bare), expect(dead_code, reason = "called from assembly, which only the image has"))]
 pub(crate) extern "C" fn secondary_main(me: &'static Cpu) -> ! {
-    // SAFETY: `start_one` prepared it for this CPU alone, and `start.s` has loaded GS already.
+    // SAFETY: `start_cpu` prepared it for this CPU alone, and `start.s` has loaded GS already.
     unsafe { percpu::install(me) };
     mmu::enable_features();
     descriptors::load();
     apic::init();
     percpu::set_online(me.index());
-    work(me)
+    do_jobs(me)
 }
 
 /// Does job after job, and halts in between.
-fn work(me: &'static Cpu) -> ! {
+fn do_jobs(me: &'static Cpu) -> ! {
     let mine = CpuMask::only(me.index()).bits();
     loop {
         interrupts::disable();
@@ -146,7 +146,7 @@ fn work(me: &'static Cpu) -> ! {
     }
 }
 
-fn start_one(index: CpuIndex, apic_id: u32) {
+fn start_cpu(index: CpuIndex, apic_id: u32) {
     let cpu = percpu::prepare(index, apic_id);
     START_BLOCK.root.store(kernel_root().start_address().as_u64(), Ordering::Relaxed);
     START_BLOCK.stack_top.store(new_stack(KERNEL_STACK_PAGES).as_u64(), Ordering::Relaxed);

@@ -14,9 +14,9 @@ use crate::cpu::{ipi, watchdog};
 #[cfg_attr(not(bare), expect(dead_code, reason = "called from assembly, which only the image has"))]
 pub(crate) extern "C" fn trap_from_kernel(frame: &TrapFrame) {
     match frame.vector {
-        NMI => watchdog::nmi(frame),
-        FIRST_INTERRUPT.. => interrupt(frame.vector),
-        _ => unexpected(frame),
+        NMI => watchdog::handle_nmi(frame),
+        FIRST_INTERRUPT.. => handle_interrupt(frame.vector),
+        _ => end_with_exception(frame),
     }
 }
 
@@ -25,7 +25,7 @@ pub(crate) extern "C" fn trap_from_kernel(frame: &TrapFrame) {
 /// # Context
 ///
 /// Takes no lock and allocates nothing (B4), except what a function passed to [`ipi::call_on`] does.
-pub(crate) fn interrupt(vector: u64) {
+pub(crate) fn handle_interrupt(vector: u64) {
     if vector != u64::from(SPURIOUS_VECTOR) {
         // Before the work: a call that arrives during it must interrupt again.
         apic::end_of_interrupt();
@@ -35,7 +35,7 @@ pub(crate) fn interrupt(vector: u64) {
     }
 }
 
-fn unexpected(frame: &TrapFrame) -> ! {
+fn end_with_exception(frame: &TrapFrame) -> ! {
     let name = exception_name(frame.vector);
     print_state(
         format_args!("EXCEPTION {} ({name}) in ring 0, error code {:#x}", frame.vector, frame.error_code),

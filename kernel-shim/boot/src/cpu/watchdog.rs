@@ -91,7 +91,7 @@ pub fn note(activity: &'static &'static str) {
 /// # Context
 ///
 /// Anything may have been interrupted; only `TURN` is locked.
-pub(crate) fn nmi(frame: &TrapFrame) {
+pub(crate) fn handle_nmi(frame: &TrapFrame) {
     if REPORTING.load(Ordering::Relaxed) {
         report_and_halt(frame);
     }
@@ -117,7 +117,7 @@ fn report(why: fmt::Arguments<'_>, frame: &TrapFrame) -> ! {
     }
     serial::print_line_urgent(format_args!("HANG: {why}"));
     apic::send_nmi_to_others();
-    print_one(frame);
+    print_this_cpu(frame);
     let nr_others = online().without(this_index()).count();
     if !clock::wait_until(REPORT_TIMEOUT_US, || NR_REPORTED.load(Ordering::Relaxed) == nr_others) {
         serial::print_line_urgent(format_args!("HANG: not every CPU answered"));
@@ -126,12 +126,12 @@ fn report(why: fmt::Arguments<'_>, frame: &TrapFrame) -> ! {
 }
 
 fn report_and_halt(frame: &TrapFrame) -> ! {
-    print_one(frame);
+    print_this_cpu(frame);
     NR_REPORTED.fetch_add(1, Ordering::Relaxed);
     exit::halt()
 }
 
-fn print_one(frame: &TrapFrame) {
+fn print_this_cpu(frame: &TrapFrame) {
     let _turn = TURN.lock();
     let me = this_index();
     let life = life_of(me);

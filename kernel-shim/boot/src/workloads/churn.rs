@@ -8,7 +8,7 @@ use crate::checks::violation;
 use crate::cpu::index::{CpuIndex, MAX_CPUS};
 use crate::cpu::{smp, watchdog};
 use crate::println;
-use crate::workloads::program::{BareKernel, Found, Process, pages};
+use crate::workloads::program::{BareKernel, Found, StampedProcess, page_range};
 
 /// Areas far apart, so that each has tables of its own.
 const FIRST: u64 = 0x1_0000_0000;
@@ -27,7 +27,7 @@ static MADE: [AtomicU32; MAX_CPUS] = [const { AtomicU32::new(0) }; MAX_CPUS];
 /// # Errors
 ///
 /// Whatever the kernel refused; memory is short.
-pub(crate) fn run(kernel: &BareKernel, nr_processes: u64, nr_pages: u64) -> Result<u64, Error> {
+pub(crate) fn run_churn(kernel: &BareKernel, nr_processes: u64, nr_pages: u64) -> Result<u64, Error> {
     let next = AtomicU64::new(0);
     let result = spin::Mutex::<_>::new(Ok(()));
     let exits = AtomicU64::new(0);
@@ -41,7 +41,7 @@ pub(crate) fn run(kernel: &BareKernel, nr_processes: u64, nr_pages: u64) -> Resu
             if number.is_multiple_of(PROGRESS) {
                 println!("progress: churn {number} of {nr_processes}");
             }
-            match one(kernel, me, nr_pages / 3) {
+            match run_process(kernel, me, nr_pages / 3) {
                 Ok(()) => {
                     exits.fetch_add(1, Ordering::Relaxed);
                 }
@@ -69,16 +69,16 @@ pub(crate) fn first_number(cpu: CpuIndex) -> u32 {
 /// # Errors
 ///
 /// Whatever the kernel refused.
-pub(crate) fn one(kernel: &BareKernel, me: CpuIndex, nr_pages: u64) -> Result<(), Error> {
-    let process = Process::new(kernel, first_number(me))?;
-    let areas = [FIRST, SECOND, THIRD].map(|start| pages(start, nr_pages));
+pub(crate) fn run_process(kernel: &BareKernel, me: CpuIndex, nr_pages: u64) -> Result<(), Error> {
+    let process = StampedProcess::new(kernel, first_number(me))?;
+    let areas = [FIRST, SECOND, THIRD].map(|start| page_range(start, nr_pages));
     let [first, second, third] = areas;
     for area in areas {
         process.map(area)?;
     }
     process.enter();
     // New memory is empty; the frames under it belonged to others a moment ago.
-    process.check_fresh(pages(FIRST, LOOKED_AT)).must_be(Found::AsExpected, "reading new memory");
+    process.check_fresh(page_range(FIRST, LOOKED_AT)).must_be(Found::AsExpected, "reading new memory");
     for area in areas {
         process.write(area).must_be(Found::AsExpected, "writing");
     }
@@ -91,7 +91,7 @@ pub(crate) fn one(kernel: &BareKernel, me: CpuIndex, nr_pages: u64) -> Result<()
         violation::usable_after_unmap(&machine.ledger, process.mm.root(), first.start());
     }
     kernel.madvise_dontneed(&process.mm, second)?;
-    process.check_fresh(pages(SECOND, LOOKED_AT)).must_be(Found::AsExpected, "reading dropped memory");
+    process.check_fresh(page_range(SECOND, LOOKED_AT)).must_be(Found::AsExpected, "reading dropped memory");
     process.check(third).must_be(Found::AsExpected, "reading what was kept");
     kernel.mremap(&process.mm, third, first)?;
     // Moved memory keeps its content, under the numbers of its old pages: both starts have the same low bits.

@@ -14,7 +14,7 @@ use crate::cpu::{smp, watchdog};
 use crate::println;
 use crate::workloads::churn;
 use crate::workloads::meeting::Meeting;
-use crate::workloads::program::{BareKernel, Found, Process, pages, roam};
+use crate::workloads::program::{BareKernel, Found, StampedProcess, page_range, read_all_over};
 
 /// What loses its pages and keeps its tables.
 const KEPT: (u64, u64) = (0x10_0000_0000, 24);
@@ -32,26 +32,26 @@ const PROGRESS: u64 = 10;
 /// # Errors
 ///
 /// Whatever the kernel refused.
-pub(crate) fn run(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
+pub(crate) fn run_lazy(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
     let mut exits = 0;
     for round in 0..rounds {
         if round % PROGRESS == 0 {
             println!("progress: lazy {round} of {rounds}");
         }
-        let process = Process::new(kernel, churn::first_number(CpuIndex::FIRST))?;
-        process.map(pages(KEPT.0, KEPT.1))?;
-        process.map(pages(GONE.0, GONE.1))?;
+        let process = StampedProcess::new(kernel, churn::first_number(CpuIndex::FIRST))?;
+        process.map(page_range(KEPT.0, KEPT.1))?;
+        process.map(page_range(GONE.0, GONE.1))?;
         let round = Round {
             process,
-            place: Meeting::of(u64::from(online().count())),
+            place: Meeting::new(u64::from(online().count())),
             is_over: [const { AtomicBool::new(false) }; 2],
         };
         let result = spin::Mutex::<_>::new(Ok(()));
         smp::on_every_cpu(&|me| {
             if me == CpuIndex::FIRST {
-                *result.lock() = round.owner();
+                *result.lock() = round.first_cpu();
             } else {
-                round.other(me);
+                round.other_cpu(me);
             }
         });
         result.into_inner()?;
@@ -61,14 +61,14 @@ pub(crate) fn run(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
 }
 
 struct Round<'a> {
-    process: Process<'a>,
+    process: StampedProcess<'a>,
     place: Meeting,
     /// Whether lazy CPUs should come back, from the first stretch and from the second.
     is_over: [AtomicBool; 2],
 }
 
 impl Round<'_> {
-    fn owner(&self) -> Result<(), Error> {
+    fn first_cpu(&self) -> Result<(), Error> {
         let (process, kernel) = (&self.process, self.process.kernel);
         watchdog::note(&"unmapping under lazy CPUs");
         self.begin();
@@ -86,24 +86,24 @@ impl Round<'_> {
         unmapped.and(exited)
     }
 
-    fn other(&self, me: CpuIndex) {
+    fn other_cpu(&self, me: CpuIndex) {
         let (process, kernel) = (&self.process, self.process.kernel);
         self.begin();
         kernel.go_lazy();
-        self.roam(me, &self.is_over[0]);
+        self.read_until(me, &self.is_over[0]);
         self.place.meet();
         watchdog::note(&"back from a lazy stretch");
         process.enter();
         // All of it was dropped: a word that this thread wrote before is stale.
         for (start, nr_pages) in [KEPT, GONE] {
-            let range = pages(start, nr_pages);
+            let range = page_range(start, nr_pages);
             process.check_fresh(range).must_be(Found::AsExpected, "after a lazy stretch");
             process.write(range).must_be(Found::AsExpected, "after a lazy stretch");
             process.check(range).must_be(Found::AsExpected, "after a lazy stretch");
         }
         kernel.go_lazy();
         self.place.meet();
-        self.roam(me, &self.is_over[1]);
+        self.read_until(me, &self.is_over[1]);
         self.place.meet();
         kernel.switch_to(None);
     }
@@ -112,7 +112,7 @@ impl Round<'_> {
     fn begin(&self) {
         self.process.enter();
         for (start, nr_pages) in [KEPT, GONE] {
-            let range = pages(start, nr_pages);
+            let range = page_range(start, nr_pages);
             self.process.write(range).must_be(Found::AsExpected, "at first");
             self.process.check(range).must_be(Found::AsExpected, "at first");
         }
@@ -121,7 +121,7 @@ impl Round<'_> {
 
     fn unmap_under_lazy_cpus(&self) -> Result<(), Error> {
         let (process, kernel) = (&self.process, self.process.kernel);
-        let (kept, gone) = (pages(KEPT.0, KEPT.1), pages(GONE.0, GONE.1));
+        let (kept, gone) = (page_range(KEPT.0, KEPT.1), page_range(GONE.0, GONE.1));
         kernel.madvise_dontneed(&process.mm, kept)?;
         process.check_fresh(kept).must_be(Found::AsExpected, "dropped pages");
         kernel.munmap(&process.mm, gone)?;
@@ -134,12 +134,12 @@ impl Round<'_> {
     }
 
     /// Kernel work on a lazy CPU: reads all over memory.
-    fn roam(&self, me: CpuIndex, is_over: &AtomicBool) {
+    fn read_until(&self, me: CpuIndex, is_over: &AtomicBool) {
         watchdog::note(&"lazy");
         let mut turn = me.get() as u64;
         while !is_over.load(Ordering::Relaxed) {
             turn = turn.wrapping_add(64);
-            roam(self.process.kernel.machine(), turn, ROAMED);
+            read_all_over(self.process.kernel.machine(), turn, ROAMED);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::cpu::index::{CpuIndex, CpuMask};
 use crate::cpu::percpu::online;
 use crate::cpu::{ipi, smp, watchdog};
 use crate::println;
-use crate::workloads::program::{BareKernel, pages};
+use crate::workloads::program::{BareKernel, page_range};
 
 /// How often each thing is measured.
 const TIMES: usize = 40;
@@ -27,30 +27,30 @@ const INSTRUCTIONS: u64 = 64;
 /// # Errors
 ///
 /// Whatever the kernel refused.
-pub(crate) fn run(kernel: &BareKernel) -> Result<u64, Error> {
+pub(crate) fn run_measure(kernel: &BareKernel) -> Result<u64, Error> {
     watchdog::note(&"measuring");
     kernel.machine().ledger.set_checking(false);
-    let done = all(kernel);
+    let done = measure_all(kernel);
     kernel.machine().ledger.set_checking(true);
     done.map(|()| 1)
 }
 
-fn all(kernel: &BareKernel) -> Result<(), Error> {
+fn measure_all(kernel: &BareKernel) -> Result<(), Error> {
     let mm = kernel.new_mm()?;
-    let range = pages(PLACE, BULK);
+    let range = page_range(PLACE, BULK);
     kernel.mmap(&mm, Vma { range, area: Area::anon() })?;
     kernel.switch_to(Some(&mm));
-    instructions();
-    round_trips();
-    unmap(kernel, &mm, "unmap per page, nobody else has it loaded", BULK)?;
-    unmap(kernel, &mm, "flush of one page, this CPU only", 1)?;
+    measure_instructions();
+    measure_round_trips();
+    measure_unmap(kernel, &mm, "unmap per page, nobody else has it loaded", BULK)?;
+    measure_unmap(kernel, &mm, "flush of one page, this CPU only", 1)?;
     let others = online().without(CpuIndex::FIRST);
     if !others.is_empty() {
         smp::on_cpus(others, &|_| kernel.switch_to(Some(&mm)));
-        unmap(kernel, &mm, "flush of one page, every CPU has it loaded", 1)?;
-        unmap(kernel, &mm, "flush of 32 pages, every CPU has it loaded", 32)?;
-        unmap(kernel, &mm, "full flush and 64 pages, every CPU has it loaded", 64)?;
-        unmap(kernel, &mm, "unmap per page, every CPU has it loaded", BULK)?;
+        measure_unmap(kernel, &mm, "flush of one page, every CPU has it loaded", 1)?;
+        measure_unmap(kernel, &mm, "flush of 32 pages, every CPU has it loaded", 32)?;
+        measure_unmap(kernel, &mm, "full flush and 64 pages, every CPU has it loaded", 64)?;
+        measure_unmap(kernel, &mm, "unmap per page, every CPU has it loaded", BULK)?;
         smp::on_cpus(others, &|_| kernel.switch_to(None));
     }
     kernel.switch_to(None);
@@ -58,7 +58,7 @@ fn all(kernel: &BareKernel) -> Result<(), Error> {
 }
 
 /// INVLPG and CR3 loads, alone.
-fn instructions() {
+fn measure_instructions() {
     let mut invlpg = Vec::new();
     let mut load = Vec::new();
     for _ in 0..TIMES {
@@ -73,12 +73,12 @@ fn instructions() {
             }
         }));
     }
-    print("INVLPG", invlpg, INSTRUCTIONS);
-    print("CR3 load", load, INSTRUCTIONS);
+    print_cycles("INVLPG", invlpg, INSTRUCTIONS);
+    print_cycles("CR3 load", load, INSTRUCTIONS);
 }
 
 /// From the first CPU to each other one and back; the others have halted.
-fn round_trips() {
+fn measure_round_trips() {
     let mut all = Vec::new();
     for to in online().without(CpuIndex::FIRST).iter() {
         for _ in 0..TIMES {
@@ -86,17 +86,17 @@ fn round_trips() {
             watchdog::progress();
         }
     }
-    print("IPI round trip", all, 1);
+    print_cycles("IPI round trip", all, 1);
 }
 
 /// Drops the first `nr_pages` pages of the region, again and again; one page counts as a flush, many as pages.
-fn unmap(
+fn measure_unmap(
     kernel: &BareKernel,
     mm: &mmu_kernel_shim::Mm<crate::machine::BareMachine>,
     what: &str,
     nr_pages: u64,
 ) -> Result<(), Error> {
-    let range: VirtRange = pages(PLACE, nr_pages);
+    let range: VirtRange = page_range(PLACE, nr_pages);
     let mut all = Vec::new();
     for _ in 0..TIMES {
         kernel.populate(mm, range, PageContent::Anon)?;
@@ -105,7 +105,7 @@ fn unmap(
         result?;
         watchdog::progress();
     }
-    print(what, all, if nr_pages == BULK { BULK } else { 1 });
+    print_cycles(what, all, if nr_pages == BULK { BULK } else { 1 });
     Ok(())
 }
 
@@ -116,7 +116,7 @@ fn cycles_of(work: impl FnOnce()) -> u64 {
 }
 
 /// Prints the least and the median of what was measured, each divided by `parts`.
-fn print(what: &str, mut all: Vec<u64>, parts: u64) {
+fn print_cycles(what: &str, mut all: Vec<u64>, parts: u64) {
     all.sort_unstable();
     if let (Some(least), Some(median)) = (all.first(), all.get(all.len() / 2)) {
         println!("cycles: least={} median={} times={} what={what}", least / parts, median / parts, all.len());

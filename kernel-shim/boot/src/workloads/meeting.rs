@@ -20,7 +20,7 @@ pub(crate) struct Meeting {
 
 impl Meeting {
     /// A place for `nr_cpus` CPUs.
-    pub(crate) const fn of(nr_cpus: u64) -> Self {
+    pub(crate) const fn new(nr_cpus: u64) -> Self {
         Self { arrivals: AtomicU64::new(0), nr_cpus }
     }
 
@@ -30,20 +30,20 @@ impl Meeting {
     ///
     /// Interrupts on; other CPUs' calls are served meanwhile.
     pub(crate) fn meet(&self) {
-        // ORDERING: pairs with the loads in `wait`: what was done before a meeting is visible after it.
+        // ORDERING: pairs with the loads in `halt_until`: what was done before a meeting is visible after it.
         let mine = self.arrivals.fetch_add(1, Ordering::AcqRel) + 1;
         let target = mine.next_multiple_of(self.nr_cpus);
         if mine == target {
             wake_others();
         } else {
-            wait(|| self.arrivals.load(Ordering::Acquire) >= target);
+            halt_until(|| self.arrivals.load(Ordering::Acquire) >= target);
         }
         watchdog::progress();
     }
 }
 
 /// Waits until `condition` holds; whoever makes it hold then calls [`wake_others`].
-pub(crate) fn wait(condition: impl Fn() -> bool) {
+pub(crate) fn halt_until(condition: impl Fn() -> bool) {
     let start = clock::cycles();
     while clock::cycles().wrapping_sub(start) < SPIN_CYCLES {
         if condition() {

@@ -8,7 +8,7 @@ use crate::arch::clock;
 use crate::arch::exit::Verdict;
 use crate::checks::violation;
 use crate::cpu::watchdog;
-use crate::machine::{Fault, Shootdowns};
+use crate::machine::{PlantedFault, Shootdowns};
 use crate::println;
 use crate::workloads::program::BareKernel;
 use crate::workloads::{churn, lazy, measure, stage, threads};
@@ -49,32 +49,36 @@ impl<'a> Phases<'a> {
     pub(crate) fn drill(self) -> Self {
         // Its programs do not look at what they read, so it is not where a fault is found.
         let config = self.kernel.config();
-        if self.kernel.machine().fault() != Fault::Absent || config.misbehaviour != Misbehaviour::Absent {
+        if self.kernel.machine().fault() != PlantedFault::Absent
+            || config.misbehaviour != Misbehaviour::Absent
+        {
             return self;
         }
-        self.phase("drill", |kernel, _| stage::run_drill(kernel))
+        self.run_part("drill", |kernel, _| stage::run_drill(kernel))
     }
 
     pub(crate) fn threads(self, length: Length) -> Self {
-        self.phase("threads", |kernel, _| text(threads::run(kernel, length.threads_rounds)))
+        self.run_part("threads", |kernel, _| error_text(threads::run_threads(kernel, length.threads_rounds)))
     }
 
     pub(crate) fn churn(self, length: Length) -> Self {
-        self.phase("churn", |kernel, _| text(churn::run(kernel, length.churn_processes, length.churn_pages)))
+        self.run_part("churn", |kernel, _| {
+            error_text(churn::run_churn(kernel, length.churn_processes, length.churn_pages))
+        })
     }
 
     pub(crate) fn lazy(self, length: Length) -> Self {
-        self.phase("lazy", |kernel, _| text(lazy::run(kernel, length.lazy_rounds)))
+        self.run_part("lazy", |kernel, _| error_text(lazy::run_lazy(kernel, length.lazy_rounds)))
     }
 
     pub(crate) fn measure(self) -> Self {
-        self.phase("measure", |kernel, _| text(measure::run(kernel)))
+        self.run_part("measure", |kernel, _| error_text(measure::run_measure(kernel)))
     }
 
     pub(crate) fn layout(self) -> Self {
-        self.phase("layout", |kernel, module| {
+        self.run_part("layout", |kernel, module| {
             let module = module.ok_or("no layout was loaded beside the image")?;
-            stage::run_plan(kernel, module)
+            stage::run_layout(kernel, module)
         })
     }
 
@@ -106,13 +110,13 @@ impl<'a> Phases<'a> {
             counted.double_frees,
         );
         if (lost_frames, lost_tables, counted.double_frees) != (0, 0, 0) {
-            violation::other(format_args!("frames were lost, or freed twice"));
+            violation::found_by_workload(format_args!("frames were lost, or freed twice"));
         }
         Verdict::Pass
     }
 
     /// Does one part, unless something was found before, and prints what it came to.
-    fn phase(
+    fn run_part(
         mut self,
         name: &'static str,
         work: impl FnOnce(&BareKernel, Option<&'static [u8]>) -> Result<u64, String>,
@@ -150,6 +154,6 @@ fn milliseconds_since(start: u64) -> u64 {
     clock::cycles().wrapping_sub(start) / (clock::cycles_per_second() / 1000).max(1)
 }
 
-fn text<T>(result: Result<T, mmu_kernel_shim::Error>) -> Result<T, String> {
+fn error_text<T>(result: Result<T, mmu_kernel_shim::Error>) -> Result<T, String> {
     result.map_err(|error| error.to_string())
 }

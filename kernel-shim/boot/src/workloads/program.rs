@@ -10,13 +10,13 @@ use x86_64::VirtAddr;
 use x86_64::structures::idt::PageFaultErrorCode;
 
 use crate::arch::phys_map::FRAME_BYTES;
-use crate::checks::ledger::words;
+use crate::checks::ledger::frame_words;
 use crate::checks::stamp::Stamp;
 use crate::checks::violation::{self, Misread};
 use crate::cpu::agent::{self, Outcome, Program, Stop, Task};
 use crate::cpu::index::CpuIndex;
 use crate::cpu::percpu::this_index;
-use crate::cpu::ring3::{self, Exit};
+use crate::cpu::ring3::{self, UserExit};
 use crate::cpu::{smp, watchdog};
 use crate::machine::BareMachine;
 
@@ -46,7 +46,7 @@ pub(crate) fn load_code(kernel: &BareKernel) -> Result<(), Error> {
     kernel.mmap(&mm, area)?;
     kernel.populate(&mm, area.range, PageContent::File)?;
     let frame = kernel.machine().frame_at(mm.root(), PROGRAM_START).ok_or(Error::NoArea(PROGRAM_START))?;
-    for (word, bytes) in words(frame).iter().zip(agent::text().chunks(8)) {
+    for (word, bytes) in frame_words(frame).iter().zip(agent::code().chunks(8)) {
         let mut whole = [0; 8];
         whole[..bytes.len()].copy_from_slice(bytes);
         word.store(u64::from_le_bytes(whole), core::sync::atomic::Ordering::Relaxed);
@@ -56,7 +56,7 @@ pub(crate) fn load_code(kernel: &BareKernel) -> Result<(), Error> {
 
 /// What became of a run in ring 3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum TaskEnd {
     /// It came to its end.
     Done(Outcome),
     /// A fault that was not answered.
@@ -64,33 +64,33 @@ pub(crate) enum End {
 }
 
 /// Runs `task` on this CPU, which has `mm` loaded, to its end; the kernel answers its faults.
-pub(crate) fn run(kernel: &BareKernel, mm: &Mm<BareMachine>, task: Task) -> End {
+pub(crate) fn run_task(kernel: &BareKernel, mm: &Mm<BareMachine>, task: Task) -> TaskEnd {
     let mut context = task.context(VirtAddr::new(PROGRAM_START));
     loop {
         match ring3::run_user(&mut context) {
-            Exit::Syscall => {
+            UserExit::Syscall => {
                 watchdog::progress();
-                return End::Done(Outcome::of(&context));
+                return TaskEnd::Done(Outcome::from_context(&context));
             }
-            Exit::PageFault { address, error } => {
+            UserExit::PageFault { address, error } => {
                 if error.contains(PageFaultErrorCode::MALFORMED_TABLE) {
                     violation::walked_freed_table(address.as_u64());
                 }
                 let is_write = error.contains(PageFaultErrorCode::CAUSED_BY_WRITE);
                 let access = if is_write { UserAccess::Write } else { UserAccess::Read };
                 if let Err(error) = kernel.handle_fault(mm, address.as_u64(), access) {
-                    return End::Signal(address.as_u64(), error);
+                    return TaskEnd::Signal(address.as_u64(), error);
                 }
             }
-            Exit::Exception { vector, .. } => violation::program_broke(vector, context.frame.rip),
-            Exit::Interrupted => {}
+            UserExit::Exception { vector, .. } => violation::program_broke(vector, context.frame.rip),
+            UserExit::Interrupted => {}
         }
     }
 }
 
 /// A process whose memory is stamped.
 #[derive(Clone)]
-pub(crate) struct Process<'a> {
+pub(crate) struct StampedProcess<'a> {
     pub(crate) kernel: &'a BareKernel,
     pub(crate) mm: Arc<Mm<BareMachine>>,
     number: u32,
@@ -111,12 +111,12 @@ impl Found {
     /// Ends the run unless this is what was expected; `when` says what was being done.
     pub(crate) fn must_be(self, expected: Self, when: &str) {
         if self != expected {
-            violation::other(format_args!("{when}: found {self:?}, not {expected:?}"));
+            violation::found_by_workload(format_args!("{when}: found {self:?}, not {expected:?}"));
         }
     }
 }
 
-impl<'a> Process<'a> {
+impl<'a> StampedProcess<'a> {
     /// A process without memory but for its code.
     ///
     /// # Errors
@@ -144,30 +144,30 @@ impl<'a> Process<'a> {
 
     /// Writes this CPU's stamp into each page of `range`, whose first page gets the number of its address.
     pub(crate) fn write(&self, range: VirtRange) -> Found {
-        self.judge(self.task(Program::Write, range, self.stamp(range), 1))
+        self.run_and_judge(self.task(Program::Write, range, self.stamp(range), 1))
     }
 
     /// Reads this CPU's stamps in `range` back.
     pub(crate) fn check(&self, range: VirtRange) -> Found {
-        self.judge(self.task(Program::Check, range, self.stamp(range), 1))
+        self.run_and_judge(self.task(Program::Check, range, self.stamp(range), 1))
     }
 
     /// Reads this CPU's words in `range`, all of which must be zero: nobody but this thread writes there, and it has not yet.
     pub(crate) fn check_fresh(&self, range: VirtRange) -> Found {
-        self.judge(self.task(Program::Check, range, 0, 0))
+        self.run_and_judge(self.task(Program::Check, range, 0, 0))
     }
 
     /// Reads this CPU's word in the first page of `range` again and again, until it changes.
     pub(crate) fn watch(&self, range: VirtRange, nr_reads: u64) -> Found {
         let task = self.task(Program::Watch, range, self.stamp(range), 0);
-        self.judge(Task { nr_words: nr_reads, ..task })
+        self.run_and_judge(Task { nr_words: nr_reads, ..task })
     }
 
     /// Each thread has a word of its own in every page.
     fn task(&self, program: Program, range: VirtRange, value: u64, step: u64) -> Task {
         Task {
             program,
-            first: range.start() + 8 * thread_of(this_index()),
+            first: range.start() + 8 * thread_number(this_index()),
             stride_bytes: FRAME_BYTES,
             nr_words: range.nr_pages(),
             value,
@@ -179,15 +179,15 @@ impl<'a> Process<'a> {
         // The number of a page wraps after 256 MiB.
         let [page_low, page_high, ..] = (range.start() / FRAME_BYTES).to_le_bytes();
         let page = u16::from_le_bytes([page_low, page_high]);
-        let thread = u8::try_from(thread_of(this_index())).unwrap_or(u8::MAX);
+        let thread = u8::try_from(thread_number(this_index())).unwrap_or(u8::MAX);
         Stamp { process: self.number, thread, page }.word()
     }
 
-    fn judge(&self, task: Task) -> Found {
-        let Stop { address, seen } = match run(self.kernel, &self.mm, task) {
-            End::Done(Outcome { stopped: None, .. }) => return Found::AsExpected,
-            End::Done(Outcome { stopped: Some(stop), .. }) => stop,
-            End::Signal(..) => return Found::Signal,
+    fn run_and_judge(&self, task: Task) -> Found {
+        let Stop { address, seen } = match run_task(self.kernel, &self.mm, task) {
+            TaskEnd::Done(Outcome { stopped: None, .. }) => return Found::AsExpected,
+            TaskEnd::Done(Outcome { stopped: Some(stop), .. }) => stop,
+            TaskEnd::Signal(..) => return Found::Signal,
         };
         if seen == 0 {
             return Found::Fresh;
@@ -205,18 +205,18 @@ impl<'a> Process<'a> {
     }
 }
 
-fn thread_of(cpu: CpuIndex) -> u64 {
+fn thread_number(cpu: CpuIndex) -> u64 {
     cpu.get() as u64
 }
 
 /// The pages `first..first + nr_pages` of address space.
-pub(crate) fn pages(start: u64, nr_pages: u64) -> VirtRange {
+pub(crate) fn page_range(start: u64, nr_pages: u64) -> VirtRange {
     VirtRange::new(start, start + nr_pages * FRAME_BYTES).expect("workloads use good ranges")
 }
 
 /// Reads one word of `nr_pages` frames of RAM, from one drawn by `seed` on: each read needs a translation, and each translation
 /// a walk from whatever is in CR3.
-pub(crate) fn roam(machine: &BareMachine, seed: u64, nr_pages: u64) {
+pub(crate) fn read_all_over(machine: &BareMachine, seed: u64, nr_pages: u64) {
     let frames = machine.usable_frames();
     let count = frames.end - frames.start;
     let first = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
@@ -224,7 +224,7 @@ pub(crate) fn roam(machine: &BareMachine, seed: u64, nr_pages: u64) {
         let number = frames.start + (first + page * 97) % count;
         let frame =
             x86_64::structures::paging::PhysFrame::containing_address(x86_64::PhysAddr::new(number << 12));
-        core::hint::black_box(words(frame)[0].load(core::sync::atomic::Ordering::Relaxed));
+        core::hint::black_box(frame_words(frame)[0].load(core::sync::atomic::Ordering::Relaxed));
     }
 }
 

@@ -6,7 +6,7 @@ use x86_64::instructions::interrupts;
 use crate::arch::exit::Verdict;
 use crate::checks::self_test;
 use crate::cpu::watchdog;
-use crate::machine::{BareMachine, Fault};
+use crate::machine::{BareMachine, PlantedFault};
 use crate::options::Options;
 use crate::println;
 use crate::workloads::phases::{Length, Phases};
@@ -19,17 +19,17 @@ const KNOWN_WORKLOADS: &str =
 const KNOWN_FAULTS: &str = "none, skip-local-flush, skip-remote-flush, free-before-flush";
 
 /// Runs the workload that `options` names; without a name, the self-test. `module` is what was loaded beside the image.
-pub(crate) fn run(options: &Options<'_>, module: Option<&'static [u8]>) -> Verdict {
+pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>) -> Verdict {
     if let Some(name) = options.unknown(&KNOWN_OPTIONS).next() {
         println!("workload: unknown option \"{name}\"; known are {KNOWN_OPTIONS:?}");
         return Verdict::Usage;
     }
-    let Some((fault, misbehaviour)) = fault(options.get("fault").unwrap_or("none")) else {
+    let Some((fault, misbehaviour)) = parse_fault(options.get("fault").unwrap_or("none")) else {
         println!("workload: unknown fault; known are {KNOWN_FAULTS}");
         return Verdict::Usage;
     };
     let phases: fn(Phases<'_>) -> Phases<'_> = match options.get("workload").unwrap_or("self-test") {
-        "self-test" => return self_test::run(),
+        "self-test" => return self_test::run_self_test(),
         "hang" => hang(),
         "panic" => panic!("asked for by the command line"),
         "overflow" => {
@@ -68,12 +68,12 @@ pub(crate) fn run(options: &Options<'_>, module: Option<&'static [u8]>) -> Verdi
 }
 
 /// What goes wrong in the machine, and in the kernel.
-fn fault(name: &str) -> Option<(Fault, Misbehaviour)> {
+fn parse_fault(name: &str) -> Option<(PlantedFault, Misbehaviour)> {
     Some(match name {
-        "none" => (Fault::Absent, Misbehaviour::Absent),
-        "skip-local-flush" => (Fault::SkipLocalFlush, Misbehaviour::Absent),
-        "skip-remote-flush" => (Fault::SkipRemoteFlush, Misbehaviour::Absent),
-        "free-before-flush" => (Fault::Linger, Misbehaviour::FreeBeforeFlush),
+        "none" => (PlantedFault::Absent, Misbehaviour::Absent),
+        "skip-local-flush" => (PlantedFault::SkipLocalFlush, Misbehaviour::Absent),
+        "skip-remote-flush" => (PlantedFault::SkipRemoteFlush, Misbehaviour::Absent),
+        "free-before-flush" => (PlantedFault::Linger, Misbehaviour::FreeBeforeFlush),
         _ => return None,
     })
 }

@@ -14,7 +14,7 @@ use crate::cpu::percpu::online;
 use crate::cpu::{smp, watchdog};
 use crate::machine::BareMachine;
 use crate::println;
-use crate::workloads::program::{self, BareKernel, End};
+use crate::workloads::program::{self, BareKernel, TaskEnd};
 
 /// The kernel, with CPUs that work one at a time.
 pub(crate) struct BareStage<'a>(pub(crate) &'a BareKernel);
@@ -44,9 +44,9 @@ impl Stage for BareStage<'_> {
             value: 1,
             step: 0,
         };
-        match program::run(self.0, mm, task) {
-            End::Done(_) => Ok(()),
-            End::Signal(address, error) => Err((address, error)),
+        match program::run_task(self.0, mm, task) {
+            TaskEnd::Done(_) => Ok(()),
+            TaskEnd::Signal(address, error) => Err((address, error)),
         }
     }
 }
@@ -70,7 +70,7 @@ pub(crate) fn run_drill(kernel: &BareKernel) -> Result<u64, String> {
 /// # Errors
 ///
 /// Why it could not be done.
-pub(crate) fn run_plan(kernel: &BareKernel, text: &[u8]) -> Result<u64, String> {
+pub(crate) fn run_layout(kernel: &BareKernel, text: &[u8]) -> Result<u64, String> {
     watchdog::note(&"the layout");
     let text = str::from_utf8(text).map_err(|error| error.to_string())?;
     let planned = plan::build(kernel, text).map_err(|error| error.to_string())?;

@@ -18,7 +18,7 @@ use crate::cpu::{ipi, smp, watchdog};
 use crate::println;
 use crate::workloads::churn;
 use crate::workloads::meeting::{self, Meeting};
-use crate::workloads::program::{BareKernel, Found, Process, pages};
+use crate::workloads::program::{BareKernel, Found, StampedProcess, page_range};
 
 /// What is used in a free for all: more pages than are invalidated one by one, fewer than an emulated TLB holds.
 const REGION: (u64, u64) = (0x7f00_0000_0000, 48);
@@ -49,33 +49,33 @@ const PROGRESS: u64 = 100;
 /// # Errors
 ///
 /// Whatever the kernel refused; there is memory enough for this.
-pub(crate) fn run(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
-    let process = Process::new(kernel, churn::first_number(CpuIndex::FIRST))?;
-    process.map(pages(REGION.0, REGION.1))?;
-    process.map(pages(BAIT.0, BAIT.1))?;
+pub(crate) fn run_threads(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
+    let process = StampedProcess::new(kernel, churn::first_number(CpuIndex::FIRST))?;
+    process.map(page_range(REGION.0, REGION.1))?;
+    process.map(page_range(BAIT.0, BAIT.1))?;
     let cpus = online();
     let neighbour = cpus.iter().last().filter(|_| cpus.count() >= 3);
     let threads = Threads {
         process: &process,
-        stage: AtomicU32::new(CATCHING),
+        mode: AtomicU32::new(CATCHING),
         bait_is_out: AtomicBool::new(false),
         nr_reading: AtomicU32::new(0),
         nr_threads: cpus.count() - 1 - u32::from(neighbour.is_some()),
     };
-    let ready = Meeting::of(u64::from(cpus.count()));
+    let ready = Meeting::new(u64::from(cpus.count()));
     let result = spin::Mutex::<_>::new(Ok(()));
     smp::on_every_cpu(&|me| {
         ready.meet();
         if me == CpuIndex::FIRST {
             watchdog::note(&"taking memory away");
             *result.lock() = threads.take_away(rounds);
-            threads.stage.store(OVER, Ordering::Relaxed);
+            threads.mode.store(OVER, Ordering::Relaxed);
             meeting::wake_others();
         } else if Some(me) == neighbour {
             watchdog::note(&"running processes of its own");
-            meeting::wait(|| threads.stage.load(Ordering::Relaxed) != CATCHING);
-            while threads.stage.load(Ordering::Relaxed) != OVER {
-                churn::one(kernel, me, 16).unwrap_or(());
+            meeting::halt_until(|| threads.mode.load(Ordering::Relaxed) != CATCHING);
+            while threads.mode.load(Ordering::Relaxed) != OVER {
+                churn::run_process(kernel, me, 16).unwrap_or(());
             }
         } else {
             watchdog::note(&"using memory");
@@ -98,8 +98,8 @@ const OVER: u32 = 2;
 
 /// What the threads share.
 struct Threads<'a> {
-    process: &'a Process<'a>,
-    stage: AtomicU32,
+    process: &'a StampedProcess<'a>,
+    mode: AtomicU32,
     /// Threads should read the bait.
     bait_is_out: AtomicBool,
     nr_reading: AtomicU32,
@@ -109,10 +109,11 @@ struct Threads<'a> {
 impl Threads<'_> {
     /// A thread: whatever it finds in its own words must be its own, or nothing.
     fn use_memory(&self) {
-        let (region, part, bait) = (pages(REGION.0, REGION.1), pages(PART.0, PART.1), pages(BAIT.0, 1));
+        let (region, part, bait) =
+            (page_range(REGION.0, REGION.1), page_range(PART.0, PART.1), page_range(BAIT.0, 1));
         let process = self.process;
         process.enter();
-        while self.stage.load(Ordering::Relaxed) != OVER {
+        while self.mode.load(Ordering::Relaxed) != OVER {
             if self.bait_is_out.load(Ordering::Relaxed) && process.write(bait) == Found::AsExpected {
                 self.nr_reading.fetch_add(1, Ordering::Relaxed);
                 ipi::wake(CpuIndex::FIRST);
@@ -129,12 +130,12 @@ impl Threads<'_> {
 
     /// The first CPU's part.
     fn take_away(&self, rounds: u64) -> Result<(), Error> {
-        let (process, region) = (self.process, pages(REGION.0, REGION.1));
+        let (process, region) = (self.process, page_range(REGION.0, REGION.1));
         process.enter();
         process.write(region);
         for round in 0..rounds {
             if round == CAUGHT_FIRST {
-                self.stage.store(FREE_FOR_ALL, Ordering::Relaxed);
+                self.mode.store(FREE_FOR_ALL, Ordering::Relaxed);
                 meeting::wake_others();
             }
             if round < CAUGHT_FIRST || round.is_multiple_of(CAUGHT_LATER) {
@@ -157,17 +158,17 @@ impl Threads<'_> {
     /// Unmaps what every thread is reading, and waits until each has noticed.
     fn catch_reading(&self, round: u64) -> Result<(), Error> {
         let (process, kernel) = (self.process, self.process.kernel);
-        let all = pages(BAIT.0, BAIT.1);
-        let range = if round.is_multiple_of(2) { all } else { pages(BAIT.0, FEW_BAITS) };
+        let all = page_range(BAIT.0, BAIT.1);
+        let range = if round.is_multiple_of(2) { all } else { page_range(BAIT.0, FEW_BAITS) };
         kernel.populate(&process.mm, all, PageContent::Anon)?;
-        let own = pages(BAIT.0, LOOKED_AT);
+        let own = page_range(BAIT.0, LOOKED_AT);
         process.write(own).must_be(Found::AsExpected, "writing bait");
         process.check(own).must_be(Found::AsExpected, "reading bait");
         self.bait_is_out.store(true, Ordering::Relaxed);
-        meeting::wait(|| self.nr_reading.load(Ordering::Relaxed) == self.nr_threads);
+        meeting::halt_until(|| self.nr_reading.load(Ordering::Relaxed) == self.nr_threads);
         kernel.munmap(&process.mm, range)?;
         // Whoever still has the translation reads on for ever: the frames are free, and this CPU takes none.
-        meeting::wait(|| self.nr_reading.load(Ordering::Relaxed) == 0);
+        meeting::halt_until(|| self.nr_reading.load(Ordering::Relaxed) == 0);
         self.bait_is_out.store(false, Ordering::Relaxed);
         if process.check(own) != Found::Signal {
             violation::usable_after_unmap(&kernel.machine().ledger, process.mm.root(), own.start());
@@ -180,7 +181,7 @@ impl Threads<'_> {
     /// Takes some of the region away, and says where this thread's words must be zero now.
     fn take_region(&self, round: u64) -> Result<Option<VirtRange>, Error> {
         let (region, part, aside) =
-            (pages(REGION.0, REGION.1), pages(PART.0, PART.1), pages(ASIDE.0, ASIDE.1));
+            (page_range(REGION.0, REGION.1), page_range(PART.0, PART.1), page_range(ASIDE.0, ASIDE.1));
         let (kernel, mm) = (self.process.kernel, &self.process.mm);
         let dropped = match round % 6 {
             0 => {
@@ -216,6 +217,6 @@ impl Threads<'_> {
                 return Ok(None);
             }
         };
-        Ok(Some(pages(dropped.start(), LOOKED_AT)))
+        Ok(Some(page_range(dropped.start(), LOOKED_AT)))
     }
 }
