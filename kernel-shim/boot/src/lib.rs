@@ -9,36 +9,41 @@
 //!      │
 //!   machine    all of what is below, as the small kernel wants it
 //!      │
-//!   checks     frames poisoned between two uses; stamps; what to say when something is wrong; the self-test
+//!   checks     frames poisoned between two uses; stamps; violations; the self-test
 //!      │
 //!   cpu        several CPUs: state, calls, work, programs in ring 3, the watchdog
 //!      │
 //!   arch       one CPU and the devices of a PC
 //!
-//!   what a machine supplies to the kernel          where
-//!   -------------------------------------          -----
-//!   this CPU, its state                            cpu::percpu::this_cpu
-//!   INVLPG, CR3 with or without flush              arch::mmu::invalidate_page, arch::mmu::load_root
-//!   run on other CPUs and wait                     cpu::ipi::call_on
-//!   physical memory as pointers, frames            arch::phys_map::phys_to_ptr, arch::frames
-//!   ring 3 until a system call or fault            cpu::ring3::run_user
-//!   all CPUs at work                               cpu::smp::on_every_cpu
+//!   what a machine supplies to the kernel    where
+//!   -------------------------------------    -----
+//!   this CPU, its state                      cpu::percpu::this_cpu
+//!   INVLPG, CR3 with or without flush        arch::mmu::invalidate_page, arch::mmu::load_root
+//!   run on other CPUs and wait               cpu::ipi::call_on
+//!   physical memory as pointers, frames      arch::phys_map::phys_to_ptr, arch::frames
+//!   ring 3 until a system call or fault      cpu::ring3::run_user
+//!   all CPUs at work                         cpu::smp::on_every_cpu
 //! ```
 //!
 //! Each room uses those below it and none above; no file uses one that uses it.
 //!
 //! # Invariants
 //!
-//! - **B1** Every gate switches interrupts off and has an interrupt stack of its kind: compiled code keeps data below its stack
-//!   pointer (the red zone of the psABI). (`arch::descriptors`)
-//! - **B2** In ring 0, GS points to the running CPU's `Cpu`; `trap.s` swaps it at each crossing. (`cpu::percpu`)
-//! - **B3** All RAM is mapped at `PHYS_OFFSET`, and every root holds the same kernel half, which does not change after the
-//!   second CPU has started, except that stacks are added below tables that exist. (`arch::paging`)
-//! - **B4** Interrupt handlers take no lock, allocate nothing and do not fault; a function passed to `ipi::call_on` decides for
-//!   itself which locks the code it interrupts may hold.
+//! - **B1** Every gate switches interrupts off and changes to the interrupt stack of its kind,
+//!   because compiled code keeps data below its stack pointer (the red zone of the psABI).
+//!   (`arch::descriptors`)
+//! - **B2** In ring 0, GS points to the running CPU's `Cpu`; `trap.s` swaps it at each crossing.
+//!   (`cpu::percpu`)
+//! - **B3** All RAM is mapped at `PHYS_OFFSET`, and every root holds the same kernel half, which
+//!   does not change after the second CPU has started, except that stacks are added below tables
+//!   that exist. (`arch::paging`)
+//! - **B4** Interrupt handlers take no lock, allocate nothing and do not fault; a function passed
+//!   to `cpu::ipi::call_on` may take a lock if its author knows that no interrupted code can hold
+//!   it.
 //!
-//! Assembly is in `arch::asm` and the `.s` files only. Built as a library for the host, everything but the assembly is type-checked
-//! and its pure parts are tested; only `cfg(bare)`, which `image.toml` sets, makes an image of it.
+//! Assembly is in `arch::asm` and the `.s` files only. Built for the host, the crate is a library:
+//! everything but the assembly is type-checked, and the pure parts are tested. `image.toml` sets
+//! `cfg(bare)`, which makes an image of it.
 
 #![no_std]
 #![deny(unsafe_code)]
@@ -50,6 +55,7 @@ pub mod arch;
 #[expect(unsafe_code, reason = "includes the assembly")]
 mod assembly;
 mod checks;
+mod counted;
 pub mod cpu;
 #[expect(unsafe_code, reason = "answers for the machine to the kernel")]
 mod machine;

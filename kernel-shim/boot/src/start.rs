@@ -15,22 +15,24 @@ use crate::options::Options;
 use crate::println;
 use crate::workloads::select;
 
-/// What the loader said; read once, kept for the whole run.
+/// What the loader passed; read once, kept for the whole run.
 static BOOT_INFO: Once<BootInfo> = Once::new();
 /// The CPUs that the firmware lists.
 static APIC_IDS: Once<arrayvec::ArrayVec<u32, MAX_CPUS>> = Once::new();
 
-/// Seconds without progress after which the run is given up, unless the command line says otherwise.
+/// Seconds without progress after which the run is given up, unless the command line says
+/// otherwise.
 const DEFAULT_WATCHDOG_S: u64 = 30;
 
-/// Where `start.s` ends on the first CPU, on the boot stack and the boot tables, interrupts off.
+/// Called by `start.s` on the first CPU: on the boot stack and the boot tables, interrupts off.
 #[cfg_attr(not(bare), expect(dead_code, reason = "called from assembly, which only the image has"))]
 pub(crate) extern "C" fn boot_main(start_info: u32) -> ! {
     let me = percpu::prepare(CpuIndex::FIRST, mmu::initial_apic_id());
     // SAFETY: just prepared, for the only CPU that runs; `start.s` has loaded GS already.
     unsafe { percpu::install(me) };
     serial::init();
-    // SAFETY: EBX at the PVH entry, kept by `start.s`; the boot tables map the first 4 GiB; nothing was allocated yet.
+    // SAFETY: EBX at the PVH entry, kept by `start.s`; the boot tables map the first 4 GiB; nothing
+    // was allocated yet.
     let info = BOOT_INFO.call_once(|| unsafe { BootInfo::read(PhysAddr::new(u64::from(start_info))) });
     APIC_IDS.call_once(|| {
         // SAFETY: the loader found the root pointer; the boot tables map the first 4 GiB.
@@ -44,7 +46,7 @@ pub(crate) extern "C" fn boot_main(start_info: u32) -> ! {
     unsafe { asm::call_on_stack(stack.as_u64(), main_on_own_stack) }
 }
 
-/// The rest, on a stack with a guard page.
+/// The rest of the way up, on a stack with a guard page.
 extern "C" fn main_on_own_stack() -> ! {
     let heap_bytes = heap::init();
     descriptors::load();
@@ -85,7 +87,7 @@ extern "C" fn main_on_own_stack() -> ! {
 fn module(info: &BootInfo) -> Option<&'static [u8]> {
     let range = info.module.as_ref()?;
     let length = usize::try_from(range.end - range.start).ok()?;
-    // SAFETY: the loader put the file into RAM, all of which is mapped (B3), and its frames were kept from the allocator, so
-    // nobody ever writes there.
+    // SAFETY: the loader put the file into RAM, all of which is mapped (B3), and its frames were
+    // kept from the allocator, so nobody ever writes there.
     Some(unsafe { core::slice::from_raw_parts(phys_to_ptr(PhysAddr::new(range.start)), length) })
 }

@@ -1,7 +1,7 @@
 //! How many CPUs there are: the local APICs that the firmware lists in the MADT.
 //!
-//! ACPI specification 6.5, 5.2.5 (root pointer), 5.2.7 and 5.2.8 (root tables), 5.2.12 (MADT). Two tables read once do not
-//! justify an ACPI library.
+//! ACPI specification 6.5, 5.2.5 (root pointer), 5.2.7 and 5.2.8 (root tables), 5.2.12 (MADT). Two
+//! tables read once do not justify an ACPI library.
 
 use arrayvec::ArrayVec;
 use x86_64::PhysAddr;
@@ -20,7 +20,8 @@ const ENABLED: u32 = 1;
 ///
 /// # Safety
 ///
-/// `rsdp` is the root pointer that the loader found, and memory below 4 GiB is mapped at the physical offset.
+/// `rsdp` is the root pointer that the loader found, and memory below 4 GiB is mapped at the
+/// physical offset.
 pub(crate) unsafe fn apic_ids<const N: usize>(rsdp: PhysAddr) -> ArrayVec<u32, N> {
     // SAFETY: the caller vouches for the root pointer.
     let tables = unsafe { Tables::find(rsdp) };

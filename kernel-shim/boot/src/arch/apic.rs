@@ -1,6 +1,7 @@
 //! The local APIC: interrupts between CPUs, end of interrupt.
 //!
-//! Intel SDM vol. 3A, chapter 10 (APIC). Reached through MSRs where the CPU has x2APIC, else through one uncached page.
+//! Intel SDM vol. 3A, chapter 10 (APIC). Reached through MSRs where the CPU has x2APIC, else
+//! through one uncached page.
 
 use x86_64::PhysAddr;
 use x86_64::instructions::interrupts::without_interrupts;
@@ -8,7 +9,7 @@ use x86_64::instructions::port::Port;
 use x86_64::registers::model_specific::Msr;
 
 use crate::arch::mmu::features;
-use crate::arch::phys_map::phys_to_ptr;
+use crate::arch::phys_map::{ADDRESS_BITS, phys_to_ptr};
 use crate::arch::vectors::SPURIOUS_VECTOR;
 
 /// IA32_APIC_BASE: bits 12 up address of the registers, 11 enable, 10 x2APIC.
@@ -45,7 +46,7 @@ pub(crate) enum Delivery {
 }
 
 impl Delivery {
-    /// The low 32 bits of the command: vector, mode, and "assert", which all but the long obsolete de-assert want.
+    /// The low 32 bits of the command: vector, mode, and "assert", which every command in use sets.
     const fn command(self) -> u32 {
         let (mode, vector) = match self {
             Self::Fixed(vector) => (0, vector),
@@ -69,7 +70,7 @@ const AS_NMI: u32 = 4 << 8;
 /// Returns where the registers are, to be mapped before [`init`].
 pub(crate) fn registers() -> PhysAddr {
     // SAFETY: every x86_64 CPU has this MSR.
-    PhysAddr::new(unsafe { Msr::new(APIC_BASE).read() } & 0x000f_ffff_ffff_f000)
+    PhysAddr::new(unsafe { Msr::new(APIC_BASE).read() } & ADDRESS_BITS)
 }
 
 /// Enables the running CPU's local APIC, and makes its line for external NMIs one.
@@ -91,7 +92,8 @@ pub(crate) fn legacy_line_as_nmi() {
     write_register(Register::Lint0, AS_NMI);
 }
 
-/// Masks every line of the two legacy interrupt controllers, except those in `open` (Intel 8259A data sheet).
+/// Masks every line of the two legacy interrupt controllers, except those in `open` (Intel 8259A
+/// data sheet).
 pub(crate) fn mask_legacy_controllers(open: u8) {
     // Initialise, vectors 0x20 and 0x28, cascade on line 2, 8086 mode; then the masks.
     let sequence = [
@@ -127,17 +129,20 @@ pub(crate) fn end_of_interrupt() {
 pub(crate) fn send(apic_id: u32, delivery: Delivery) {
     if features().x2apic {
         let command = u64::from(apic_id) << 32 | u64::from(delivery.command());
-        // What was stored before must be visible to the receiver: unlike a store to the page, this WRMSR does not wait for
-        // earlier stores; MFENCE makes them visible, LFENCE keeps the WRMSR behind it (Intel SDM vol. 3A, 10.12.3).
+        // Earlier stores must be visible to the receiver. Unlike a store to the page, this WRMSR
+        // does not wait for them: MFENCE makes them visible, and LFENCE keeps the WRMSR behind
+        // MFENCE (Intel SDM vol. 3A, 10.12.3).
         // SAFETY: every x86_64 CPU has SSE2.
         unsafe { core::arch::x86_64::_mm_mfence() };
         // SAFETY: as above.
         unsafe { core::arch::x86_64::_mm_lfence() };
-        // SAFETY: x2APIC is on; an IPI runs a handler that is installed, or starts a CPU whose start block is filled.
+        // SAFETY: x2APIC is on; an IPI runs a handler that is installed, or starts a CPU whose
+        // start block is filled.
         unsafe { Msr::new(X2APIC_MSRS + Register::Command as u32).write(command) };
         return;
     }
-    // The command is two stores; a handler that sends one of its own must not come between.
+    // The command is two stores; an interrupt handler that sends one of its own must not come
+    // between them.
     without_interrupts(|| {
         wait_idle();
         write_register(Register::CommandHigh, apic_id << 24);
@@ -145,7 +150,8 @@ pub(crate) fn send(apic_id: u32, delivery: Delivery) {
     });
 }
 
-/// Sends an NMI to every other CPU. Usable in an NMI: it does not touch the destination half of the command.
+/// Sends an NMI to every other CPU. Usable in an NMI: it does not touch the destination half of the
+/// command.
 pub(crate) fn send_nmi_to_others() {
     let command = ALL_BUT_SELF | Delivery::Nmi.command();
     if features().x2apic {
@@ -165,7 +171,8 @@ fn wait_idle() {
 
 fn read_register(register: Register) -> u32 {
     if features().x2apic {
-        // SAFETY: x2APIC is on, and the register exists and is readable. Its upper half is 0 for those read here.
+        // SAFETY: x2APIC is on, and the register exists and is readable. Its upper half is 0 for
+        // those read here.
         let value = unsafe { Msr::new(X2APIC_MSRS + register as u32).read() };
         return u32::try_from(value & u64::from(u32::MAX)).unwrap_or(0);
     }
@@ -175,7 +182,8 @@ fn read_register(register: Register) -> u32 {
 
 fn write_register(register: Register, value: u32) {
     if features().x2apic {
-        // SAFETY: x2APIC is on; the callers write registers that exist, with values the manual defines.
+        // SAFETY: x2APIC is on; the callers write registers that exist, with values the manual
+        // defines.
         return unsafe { Msr::new(X2APIC_MSRS + register as u32).write(u64::from(value)) };
     }
     // SAFETY: the page of registers is mapped, uncached, by `paging::init`.

@@ -1,16 +1,18 @@
-//! The only inline assembly: three short wrappers, and the functions that compiled code calls by name.
+//! The only inline assembly: three short wrappers, and the functions that compiled code calls by
+//! name.
 //!
-//! Instructions that the `x86_64` crate already wraps (INVLPG, MOV CR3, port and MSR access, descriptor tables, HLT) are used
-//! through it and do not appear here.
+//! Instructions that the `x86_64` crate already wraps (INVLPG, MOV CR3, port and MSR access,
+//! descriptor tables, HLT) are used through it and do not appear here.
 
 use core::arch::asm;
 
-/// Returns the pointer stored at the GS base, which is the GS base itself: the state of the running CPU (B2).
+/// Returns the pointer stored at the GS base, which is the GS base itself: the state of the running
+/// CPU (B2).
 #[inline]
 pub(crate) fn gs_self() -> *const () {
     let pointer: *const ();
-    // SAFETY: invariant B2: in ring 0, GS points to this CPU's state, whose first field is its own address. The read has no
-    // other effect.
+    // SAFETY: invariant B2: in ring 0, GS points to this CPU's state, whose first field is its own
+    // address. The read has no other effect.
     unsafe {
         asm!("mov {}, gs:[0]", out(reg) pointer, options(nostack, readonly, preserves_flags, pure));
     }
@@ -43,7 +45,8 @@ pub(crate) fn stack_pointer() -> u64 {
     pointer
 }
 
-/// What compiled code calls by these names (`memcpy` and its kin); the ordinary C library provides them on a host.
+/// What compiled code calls by these names (`memcpy` and its kin); the ordinary C library provides
+/// them on a host.
 #[cfg(bare)]
 mod memory_functions {
     use core::arch::asm;
@@ -67,11 +70,13 @@ mod memory_functions {
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, length: usize) -> *mut u8 {
         if to.addr().wrapping_sub(from.addr()) >= length {
-            // SAFETY: `to` does not lie inside the source, so copying upwards reads each byte before it is overwritten.
+            // SAFETY: `to` does not lie inside the source, so copying upwards reads each byte
+            // before it is overwritten.
             return unsafe { memcpy(to, from, length) };
         }
-        // SAFETY: the caller vouches for both ranges. `to` lies inside the source, so it is copied downwards, from the last
-        // byte (`length` is not 0 here); the direction flag is cleared again, as the ABI wants it.
+        // SAFETY: the caller vouches for both ranges. `to` lies inside the source, so it is copied
+        // downwards, from the last byte (`length` is not 0 here); the direction flag is cleared
+        // again, as the ABI wants it.
         unsafe {
             asm!("std", "rep movsb", "cld", inout("rcx") length => _,
                 inout("rdi") to.wrapping_add(length - 1) => _, inout("rsi") from.wrapping_add(length - 1) => _,
@@ -99,7 +104,8 @@ mod memory_functions {
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, length: usize) -> i32 {
         for index in 0..length {
-            // SAFETY: `index` is inside the range the caller vouches for. Volatile, or the compiler would see a `memcmp` here.
+            // SAFETY: `index` is inside the range the caller vouches for. Volatile, or the compiler
+            // would see a `memcmp` here.
             let a = unsafe { left.wrapping_add(index).read_volatile() };
             // SAFETY: as above.
             let b = unsafe { right.wrapping_add(index).read_volatile() };

@@ -1,6 +1,7 @@
 //! Time: the timestamp counter, and how fast it runs.
 //!
-//! Under emulation a cycle is whatever the emulator says it is; compare such numbers only with each other.
+//! Under emulation a cycle is what the emulator makes of it: such numbers can be compared only with
+//! each other.
 
 use core::arch::x86_64::_rdtsc;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -11,9 +12,9 @@ use x86_64::instructions::port::Port;
 pub(crate) const PIT_HZ: u64 = 1_193_182;
 /// How long the counter is watched to learn its rate, in ticks of the interval timer: about 10 ms.
 const CALIBRATION_TICKS: u16 = 11_932;
-/// How often it is watched.
+/// How often the rate is measured.
 const CALIBRATIONS: u32 = 5;
-/// Without an answer from the timer in this many polls, the rate is guessed.
+/// If the timer does not answer in this many polls, the rate is guessed.
 const MAX_POLLS: u32 = 50_000_000;
 const GUESSED_HZ: u64 = 1_000_000_000;
 
@@ -39,12 +40,12 @@ pub fn cycles_in_us(microseconds: u64) -> u64 {
     cycles_per_second().saturating_mul(microseconds) / 1_000_000
 }
 
-/// Spins for at least so long.
+/// Spins for at least this long.
 pub fn wait_us(microseconds: u64) {
     let _ = wait_until(microseconds, || false);
 }
 
-/// Spins until `condition` holds, and returns `true`; or `false` after so long.
+/// Spins until `condition` holds, and returns `true`; or returns `false` after `timeout_us`.
 #[must_use]
 pub fn wait_until(timeout_us: u64, condition: impl Fn() -> bool) -> bool {
     let start = cycles();
@@ -58,8 +59,9 @@ pub fn wait_until(timeout_us: u64, condition: impl Fn() -> bool) -> bool {
     true
 }
 
-/// Measures the rate of the counter. The smallest of several answers counts: whatever disturbs a measurement, such as a host that
-/// takes its core away from the emulator, makes it longer.
+/// Measures the rate of the counter. The shortest of several measurements counts: a disturbance,
+/// such as a host that takes its core away from the emulator, makes a measurement longer, never
+/// shorter.
 pub(crate) fn init() {
     let shortest = (0..CALIBRATIONS).filter_map(|_| calibration_cycles()).min();
     if let Some(cycles) = shortest {
@@ -67,7 +69,8 @@ pub(crate) fn init() {
     }
 }
 
-/// Returns how many cycles channel 2 of the interval timer takes for its count (Intel 8254 data sheet).
+/// Returns how many cycles channel 2 of the interval timer takes for its count (Intel 8254 data
+/// sheet).
 fn calibration_cycles() -> Option<u64> {
     let [low, high] = CALIBRATION_TICKS.to_le_bytes();
     // Gate on, speaker off.

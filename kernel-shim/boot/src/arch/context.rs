@@ -1,4 +1,5 @@
-//! Registers as `trap.s` stores them: those of whatever a trap interrupted, and those of a program in ring 3.
+//! Registers as `trap.s` stores them: those of whatever a trap interrupted, and those of a program
+//! in ring 3.
 
 use core::fmt;
 
@@ -63,7 +64,8 @@ impl UserContext {
     #[must_use]
     pub fn new(entry: VirtAddr) -> Self {
         let mut floating_point = [0; 512];
-        // The x87 control word and MXCSR after reset (Intel SDM vol. 1, 8.1.5 and 10.2.3): everything masked.
+        // The x87 control word and MXCSR after reset (Intel SDM vol. 1, 8.1.5 and 10.2.3):
+        // everything masked.
         floating_point[0..2].copy_from_slice(&0x037f_u16.to_le_bytes());
         floating_point[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
         let frame = TrapFrame { rip: entry.as_u64(), ..TrapFrame::default() };

@@ -1,7 +1,7 @@
 //! Segments, the task state with its interrupt stacks, the interrupt gates: one set a CPU.
 //!
-//! Every gate has a stack of its own kind (invariant B1): compiled code keeps data below its stack pointer, where an interrupt
-//! on the same stack would overwrite it.
+//! Every gate uses the stack of its kind (invariant B1): compiled code keeps data below its stack
+//! pointer, where an interrupt on the same stack would overwrite it.
 
 extern crate alloc;
 
@@ -22,8 +22,9 @@ use crate::arch::vectors::SYSCALL_VECTOR;
 /// Pages of each interrupt stack: a handler may run a whole TLB flush of the kernel.
 const STACK_PAGES: u64 = 8;
 
-/// Which interrupt stack a gate uses, counted from 0. Two kinds may nest; one kind never does, because gates switch interrupts
-/// off, an NMI blocks further ones, and an exception within an exception of the same kind ends the run.
+/// Which interrupt stack a gate uses, counted from 0. Two kinds may nest; a kind never nests in
+/// itself, because gates switch interrupts off, an NMI blocks further NMIs, and an exception within
+/// an exception of the same kind ends the run.
 #[derive(Debug, Clone, Copy)]
 enum InterruptStack {
     Interrupt = 0,
@@ -58,7 +59,7 @@ pub(crate) fn user_segments() -> UserSegments {
 /// The GS base is not touched, but the segment register is expected to be null already.
 pub(crate) fn load() {
     let mut tss = TaskStateSegment::new();
-    // Not filled in place: the structure is packed.
+    // Filled outside the structure, which is packed: its fields cannot be borrowed.
     let mut stacks = [VirtAddr::zero(); 7];
     stacks[..NR_STACKS].fill_with(|| new_stack(STACK_PAGES));
     tss.interrupt_stack_table = stacks;
@@ -73,7 +74,8 @@ pub(crate) fn load() {
     gdt.load();
     // SAFETY: the selector is that of the ring-0 code segment just loaded.
     unsafe { CS::set_reg(kernel_code) };
-    // SAFETY: a ring-0 data segment, as the stack segment has to be until the first return from an interrupt.
+    // SAFETY: a ring-0 data segment, as the stack segment has to be until the first return from an
+    // interrupt.
     unsafe { SS::set_reg(kernel_data) };
     // SAFETY: long mode ignores base and limit of these two; null is allowed.
     unsafe { DS::set_reg(SegmentSelector::NULL) };
@@ -120,8 +122,10 @@ fn gates() -> InterruptDescriptorTable {
 }
 
 fn set_gate<F>(entry: &mut Entry<F>, vector: u8, stack: InterruptStack) {
-    // SAFETY: the stub of `vector` is the entry point of a handler that pops what that vector pushes.
+    // SAFETY: the stub of `vector` is the entry point of a handler that pops what that vector
+    // pushes.
     let options = unsafe { entry.set_handler_addr(VirtAddr::new(trap_stub(vector))) };
-    // SAFETY: a stack of that number exists on every CPU (`load`), and is used by this kind of trap only.
+    // SAFETY: a stack of that number exists on every CPU (`load`), and is used by this kind of trap
+    // only.
     unsafe { options.set_stack_index(stack as u16) };
 }

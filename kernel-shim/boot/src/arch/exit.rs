@@ -1,19 +1,21 @@
 //! Ends the run: the verdict leaves the machine as QEMU's exit status.
 //!
-//! QEMU's `isa-debug-exit` device ends the process with status `value << 1 | 1` when `value` is written to its port (QEMU,
-//! hw/misc/debugexit.c). The statuses below are chosen apart from 0 and 1, which QEMU itself uses.
+//! QEMU's `isa-debug-exit` device ends the process with status `value << 1 | 1` when `value` is
+//! written to its port (QEMU, hw/misc/debugexit.c). None of the statuses below is 0 or 1, which
+//! QEMU itself uses.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use x86_64::instructions::port::Port;
 use x86_64::instructions::{hlt, interrupts};
 
-/// Where the command line of QEMU puts the device: `-device isa-debug-exit,iobase=0xf4,iosize=0x04`.
+/// Where the command line of QEMU puts the device (`iobase` of `isa-debug-exit`).
 const PORT: u16 = 0xf4;
 
 /// The first verdict, as its code; 0 while there is none.
 static DECIDED: AtomicU32 = AtomicU32::new(0);
-/// How long a later verdict waits for the first one's story to be told.
+/// How long a CPU with a later verdict waits, so that the CPU with the first one can print what it
+/// found.
 const STORY_US: u64 = 3_000_000;
 
 /// Why the run ended.
@@ -53,20 +55,21 @@ impl Verdict {
     }
 }
 
-/// Makes `verdict` the one the run ends with, and returns `true`; or `false` if there is one already. What one CPU has found may
-/// be what makes another one fail, so the first counts.
+/// Makes `verdict` the one that the run ends with, and returns `true`; or returns `false` if there
+/// is one already. The first counts, because what one CPU has found may be what makes another one
+/// fail.
 pub(crate) fn decide(verdict: Verdict) -> bool {
     DECIDED.compare_exchange(0, verdict.code(), Ordering::Relaxed, Ordering::Relaxed).is_ok()
 }
 
-/// Ends the machine with `verdict`, or with the one that was decided before. Without the exit device this CPU stops for good, and
-/// whoever started QEMU has to end it.
+/// Ends the machine with `verdict`, or with the one that was decided before. Without the exit
+/// device this CPU stops for good, and QEMU has to be ended from outside.
 pub fn exit(verdict: Verdict) -> ! {
     let mut code = verdict.code();
     if !decide(verdict) {
         let first = DECIDED.load(Ordering::Relaxed);
         if first != code {
-            // Whoever decided is about to end the run; this is for the case that it cannot.
+            // The CPU that decided is about to end the run; this CPU ends it if that one cannot.
             crate::arch::clock::wait_us(STORY_US);
             code = first;
         }

@@ -1,10 +1,12 @@
 //! Physical memory: which frames are RAM, and who owns them.
 //!
-//! A simple allocator for what this half of the image needs itself (page tables, stacks, the heap, the self-test). A kernel that
-//! has an allocator of its own takes whole ranges with [`hand_over`] and keeps them.
+//! A simple allocator for what the machine itself needs: page tables, stacks, the heap, the
+//! self-test. The kernel above has an allocator of its own, which takes a whole range with
+//! [`hand_over`] and keeps it.
 //!
-//! Frames never used come from the regions of the memory map, lowest first, which keeps early page tables inside the 4 GiB that
-//! the boot tables map. Frames given back form a list through their first word.
+//! Frames never used come from the regions of the memory map, lowest first, which keeps early page
+//! tables inside the 4 GiB that the boot tables map. Frames given back form a list through their
+//! first word.
 
 use core::ops::Range;
 
@@ -16,7 +18,8 @@ use x86_64::structures::paging::{FrameAllocator, PhysFrame, Size4KiB};
 
 use crate::arch::phys_map::{FRAME_BYTES, phys_to_ptr};
 
-/// The first megabyte belongs to the firmware, the boot information and the code that other CPUs start with.
+/// The first megabyte belongs to the firmware, the boot information and the code that other CPUs
+/// start with.
 const LOW_MEMORY_END: u64 = 1 << 20;
 /// Regions of RAM that are kept; each one cut by the image becomes two.
 const MAX_REGIONS: usize = 34;
@@ -28,12 +31,13 @@ static FRAMES: Mutex<Frames> = Mutex::new(Frames { unused: ArrayVec::new_const()
 struct Frames {
     /// Never handed out, in ascending order, page-aligned, in bytes.
     unused: ArrayVec<Range<u64>, MAX_REGIONS>,
-    /// Given back: the first of a list, each frame's first word holding the address of the next, or 0.
+    /// Given back: the first of a list, each frame's first word holding the address of the next, or
+    /// 0.
     free: Option<PhysFrame>,
     nr_free: u64,
 }
 
-/// Gives the allocator all of `ram` except the first megabyte and the frames of the `taken` ranges.
+/// Gives the allocator all of `ram` but the first megabyte and the frames of the `taken` ranges.
 pub(crate) fn init(ram: &[Range<u64>], taken: &[Range<u64>]) {
     let mut frames = FRAMES.lock();
     frames.unused = usable(ram, taken);
@@ -44,7 +48,8 @@ pub(crate) fn init(ram: &[Range<u64>], taken: &[Range<u64>]) {
 pub fn allocate() -> Option<PhysFrame> {
     let mut frames = FRAMES.lock();
     if let Some(frame) = frames.free {
-        // SAFETY: a frame on the list belongs to the allocator, is mapped (B3), and its first word is the link.
+        // SAFETY: a frame on the list belongs to the allocator, is mapped (B3), and its first word
+        // is the link.
         let next = unsafe { phys_to_ptr::<u64>(frame.start_address()).read() };
         frames.free = (next != 0).then(|| PhysFrame::containing_address(PhysAddr::new(next)));
         frames.nr_free -= 1;
@@ -60,7 +65,8 @@ pub fn allocate_contiguous(nr_frames: u64) -> Option<PhysFrameRange> {
     Some(PhysFrame::range(start, start + nr_frames))
 }
 
-/// Hands over all of the largest unused range, except `nr_kept` frames at its bottom, to an allocator of the kernel's own.
+/// Hands over all of the largest unused range, except `nr_kept` frames at its bottom, to an
+/// allocator of the kernel's own.
 ///
 /// What this allocator has given out, or keeps, lies outside the range.
 #[must_use]
@@ -74,7 +80,8 @@ pub fn hand_over(nr_kept: u64) -> Option<PhysFrameRange> {
     Some(PhysFrame::range(frame_at(start), frame_at(end)))
 }
 
-/// Returns how many frames are left, and how many of them lie side by side in the largest unused range.
+/// Returns how many frames are left, and how many of them lie side by side in the largest unused
+/// range.
 #[must_use]
 pub fn available() -> (u64, u64) {
     let frames = FRAMES.lock();
@@ -97,7 +104,8 @@ pub unsafe fn free(frame: PhysFrame) {
     frames.nr_free += 1;
 }
 
-/// The allocator as the page-table code of the `x86_64` crate wants it; a table frame must be zeroed by its user.
+/// The allocator as the page-table code of the `x86_64` crate wants it; a table frame must be
+/// zeroed by its user.
 #[derive(Debug)]
 pub struct TableFrames;
 
@@ -125,7 +133,7 @@ fn usable(ram: &[Range<u64>], taken: &[Range<u64>]) -> ArrayVec<Range<u64>, MAX_
             let below = part.start..part.end.min(start);
             [below, part.start.max(end)..part.end]
         });
-        // A hole splits one part at the most; what no longer fits is not used.
+        // A hole splits at most one part; a part for which there is no room is not used.
         parts = pieces.filter(|piece| piece.start < piece.end).take(MAX_REGIONS).collect();
     }
     parts.retain(|part| part.start < part.end);

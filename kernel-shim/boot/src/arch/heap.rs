@@ -9,7 +9,7 @@ use talc::source::Manual;
 use crate::arch::frames;
 use crate::arch::phys_map::{FRAME_BYTES, phys_to_ptr};
 
-/// The heap gets one frame out of this many,
+/// The heap gets one frame in this many,
 const SHARE: u64 = 8;
 /// but no more frames than this: 256 MiB.
 const MAX_FRAMES: u64 = 64 * 1024;
@@ -29,7 +29,8 @@ pub(crate) fn init() -> u64 {
     let range = frames::allocate_contiguous(nr_frames).expect("the largest range holds its own length");
     let size = nr_frames * FRAME_BYTES;
     let length = usize::try_from(size).expect("usize has 64 bits");
-    // SAFETY: the frames were just handed out, lie side by side, are mapped (B3), and are never given back.
+    // SAFETY: the frames were just handed out, lie side by side, are mapped (B3), and are never
+    // given back.
     let claimed = unsafe { HEAP.lock().claim(phys_to_ptr(range.start.start_address()), length) };
     assert!(claimed.is_some(), "{length} bytes are too few for a heap");
     size

@@ -1,6 +1,6 @@
 //! The instructions that change what this CPU's MMU knows, and the features they depend on.
 //!
-//! Nothing here decides when to flush; it only carries out.
+//! Nothing here decides when to flush.
 
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 
@@ -13,7 +13,7 @@ use x86_64::structures::paging::PhysFrame;
 
 static FEATURES: Once<Features> = Once::new();
 
-/// What the CPUs of this machine can do, as far as it matters here; all CPUs are taken to be alike.
+/// The features of this machine's CPUs that the image uses; all CPUs are taken to be alike.
 #[derive(Debug, Clone, Copy)]
 pub struct Features {
     /// Translations are tagged with a process-context identifier (CR4.PCIDE).
@@ -34,7 +34,7 @@ pub struct Features {
 pub enum Cached {
     /// They are dropped.
     Flush,
-    /// They stay (CR3 bit 63), if the CPU has PCIDs; else they are dropped all the same.
+    /// They stay (CR3 bit 63) if the CPU has PCIDs; otherwise they are dropped.
     Keep,
 }
 
@@ -43,13 +43,13 @@ pub fn features() -> &'static Features {
     FEATURES.call_once(detect)
 }
 
-/// Switches on, for the running CPU, what [`features`] lists; the same on every CPU.
+/// Switches on, for the running CPU, what [`features`] lists.
 pub(crate) fn enable_features() {
     let flags = wanted_cr4();
     // FSGSBASE stays off: ring 3 must not be able to set the GS base.
-    // SAFETY: CPUID says that the CPU knows each bit. CR3 carries PCID 0, which setting PCIDE requires; global pages exist in
-    // the kernel half only, which never changes (B3); ring 0 executes, reads and writes no user page, but reaches all memory
-    // through the kernel half.
+    // SAFETY: CPUID says that the CPU knows each bit. CR3 carries PCID 0, which setting PCIDE
+    // requires; global pages exist in the kernel half only, which never changes (B3); ring 0
+    // executes no user page, and reads and writes memory through the kernel half only.
     unsafe { Cr4::update(|cr4| *cr4 |= flags) };
 }
 
@@ -63,7 +63,7 @@ fn wanted_cr4() -> Cr4Flags {
     flags
 }
 
-/// What is not as it should be in the control registers of the running CPU, if anything is.
+/// What is wrong with the control registers of the running CPU, if anything is.
 pub(crate) fn wrong_control() -> Option<&'static str> {
     if Cr0::read().intersects(Cr0Flags::CACHE_DISABLE | Cr0Flags::NOT_WRITE_THROUGH) {
         return Some("its caches are off (CR0.CD, CR0.NW)");
@@ -79,12 +79,15 @@ pub fn invalidate_page(address: VirtAddr) {
 
 /// Switches this CPU to another address space.
 ///
-/// Without PCIDs (see [`Features::pcid`]) `pcid` and `cached` mean nothing: every translation that is not global is dropped.
+/// Without PCIDs (see [`Features::pcid`]) `pcid` and `cached` mean nothing: every translation that
+/// is not global is dropped.
 ///
 /// # Safety
 ///
-/// - `root` has the kernel half ([`crate::arch::paging::share_kernel_half`]), and stays a valid hierarchy as long as it is loaded.
-/// - With [`Cached::Keep`]: what is cached under `pcid` on this CPU still agrees with `root`, or may be used as it is.
+/// - `root` has the kernel half ([`crate::arch::paging::share_kernel_half`]), and stays a valid
+///   hierarchy as long as it is loaded.
+/// - With [`Cached::Keep`]: what is cached under `pcid` on this CPU still agrees with `root`, or
+///   may be used as it is.
 #[inline]
 pub unsafe fn load_root(root: PhysFrame, pcid: Pcid, cached: Cached) {
     match (features().pcid, cached) {
@@ -110,9 +113,11 @@ pub unsafe fn load_root_flush(root: PhysFrame) {
 
 /// Drops what this CPU has cached under the current PCID, by loading CR3 with what it holds.
 pub fn reload_root() {
-    // Raw: the flags of `Cr3::read`, and so `tlb::flush_all`, leave the PCID out, and would load this root under PCID 0.
+    // Read raw: `Cr3::read`, and so `tlb::flush_all`, leave the PCID out, and would load this root
+    // under PCID 0.
     let (root, pcid_or_flags) = Cr3::read_raw();
-    // SAFETY: the root and the PCID that are loaded already, with bit 63 clear: what is cached under it is dropped.
+    // SAFETY: the root and the PCID that are loaded already, with bit 63 clear: what is cached
+    // under it is dropped.
     unsafe { Cr3::write_raw(root, pcid_or_flags) };
 }
 
@@ -122,9 +127,11 @@ pub fn current_root() -> PhysFrame {
     Cr3::read_raw().0
 }
 
-/// Returns the APIC id that this CPU was reset with: of the x2APIC, where that is used, all 32 bits.
+/// Returns the APIC id that this CPU was reset with: of the x2APIC, where that is used, all 32
+/// bits.
 pub(crate) fn initial_apic_id() -> u32 {
-    // Intel SDM vol. 2A, CPUID leaf 0x0b: the leaf is there if EBX is not 0; EDX is the id of the x2APIC.
+    // Intel SDM vol. 2A, CPUID leaf 0x0b: the leaf is there if EBX is not 0; EDX is the id of the
+    // x2APIC.
     if features().x2apic && __cpuid(0).eax >= 0x0b {
         let topology = __cpuid_count(0x0b, 0);
         if topology.ebx != 0 {

@@ -1,22 +1,22 @@
-//! One x86_64 CPU and the devices of a PC: its instructions, its tables, its registers. Nothing here knows of a second CPU,
-//! and nothing here decides when to flush.
+//! One x86_64 CPU and the devices of a PC: its instructions, its tables, its registers. Nothing
+//! here knows of a second CPU, and nothing here decides when to flush.
 //!
 //! ```text
-//!   comes in                                       goes out
-//!   --------                                       --------
-//!   what the loader says        pvh, acpi          the memory map, the command line, the ids of the CPUs
-//!   RAM                         frames, heap       frames; memory behind `alloc`
-//!   physical addresses          phys_map, paging   pointers; the kernel half of every root; stacks
-//!   an address, a root          mmu                INVLPG, CR3
-//!   a trap                      descriptors,       gates and stacks; the numbers of traps; the registers as the
-//!                               vectors, context   assembly stores them
-//!   an APIC id                  apic               an interrupt there
-//!   a line of text, a verdict   serial, exit       the serial port; the exit status of QEMU
-//!   nothing                     clock              cycles
+//!   comes in                    file                    goes out
+//!   --------                    ----                    --------
+//!   what the loader says        pvh, acpi               memory map, command line, ids of the CPUs
+//!   RAM                         frames, heap            frames; memory behind `alloc`
+//!   physical addresses          phys_map, paging        pointers; the kernel half; stacks
+//!   an address, a root          mmu                     INVLPG, CR3
+//!   the numbers of traps        vectors, descriptors    gates, each with its stack
+//!   registers                   context                 as the assembly stores them
+//!   an APIC id                  apic                    an interrupt there
+//!   a line of text, a verdict   serial, exit            the serial port; the exit status of QEMU
+//!   nothing                     clock                   cycles
 //! ```
 //!
-//! `asm` holds the inline assembly, `symbols` what the `.s` files and the linker script define. Every other room may use this
-//! one, and it uses none of them.
+//! `asm` holds the inline assembly, `symbols` what the `.s` files and the linker script define.
+//! Every other room may use this one, and it uses none of them.
 
 #[expect(unsafe_code, reason = "RDTSC; ports of the interval timer")]
 pub mod clock;

@@ -1,4 +1,5 @@
-//! The kernel half of every address space: all RAM at one offset, the image with page rights, stacks with guard pages.
+//! The kernel half of every address space: all RAM at one offset, the image with page rights,
+//! stacks with guard pages.
 //!
 //! ```text
 //! 0xffff_8000_0000_0000   PHYS_OFFSET: every byte of RAM, writable, never executable
@@ -6,8 +7,8 @@
 //! 0xffff_ffff_8000_0000   the image: code, constants, data, each with its own rights
 //! ```
 //!
-//! Three top-level entries, made once, before the second CPU starts, and copied into every root (invariant B3). The pages
-//! are global, so a CR3 load leaves them in the TLB.
+//! Three top-level entries, made once, before the second CPU starts, and copied into every root
+//! (invariant B3). The pages are global, so a CR3 load leaves them in the TLB.
 
 use core::ops::Range;
 
@@ -20,7 +21,7 @@ use x86_64::{PhysAddr, VirtAddr};
 
 use crate::arch::frames::{self, TableFrames};
 use crate::arch::mmu;
-use crate::arch::phys_map::{FRAME_BYTES, PHYS_OFFSET, phys_to_ptr};
+use crate::arch::phys_map::{ADDRESS_BITS, FRAME_BYTES, PHYS_OFFSET, phys_to_ptr};
 use crate::arch::symbols::{ImageLayout, image_layout};
 
 /// Where the image is mapped, less its physical address; the same number stands in `image.ld`.
@@ -39,7 +40,8 @@ struct KernelSpace {
     next_stack: u64,
 }
 
-/// Returns the root that maps the kernel half and nothing else; what a CPU without a process runs on.
+/// Returns the root that maps the kernel half and nothing else; what a CPU without a process runs
+/// on.
 ///
 /// # Panics
 ///
@@ -56,7 +58,8 @@ pub fn kernel_root() -> PhysFrame {
 /// `root` is a page-table page that no CPU has loaded and nobody else uses.
 pub unsafe fn share_kernel_half(root: PhysFrame) {
     let kernel: *const PageTable = phys_to_ptr(kernel_root().start_address());
-    // SAFETY: the kernel's root is mapped (B3), lives for ever, and its upper half does not change any more.
+    // SAFETY: the kernel's root is mapped (B3), lives for ever, and its upper half does not change
+    // any more.
     let kernel = unsafe { &*kernel };
     let table: *mut PageTable = phys_to_ptr(root.start_address());
     // SAFETY: the caller owns the page alone; it is mapped (B3).
@@ -66,11 +69,13 @@ pub unsafe fn share_kernel_half(root: PhysFrame) {
     }
 }
 
-/// Returns a view of the tables below `root` through which the `x86_64` crate maps and unmaps pages.
+/// Returns a view of the tables below `root` through which the `x86_64` crate maps and unmaps
+/// pages.
 ///
 /// # Safety
 ///
-/// `root` is the root of a page-table hierarchy that nobody changes meanwhile, and that outlives the view.
+/// `root` is the root of a page-table hierarchy that nobody changes meanwhile, and that outlives
+/// the view.
 #[must_use]
 pub unsafe fn mapper(root: PhysFrame) -> OffsetPageTable<'static> {
     let table: *mut PageTable = phys_to_ptr(root.start_address());
@@ -108,7 +113,8 @@ pub(crate) fn init(ram: &[Range<u64>], apic: PhysAddr) {
     let mut space = KernelSpace { root, next_stack: STACKS };
     map_stack(&mut space, 1);
     *KERNEL.lock() = Some(space);
-    // SAFETY: the new root maps the image, the boot stack inside it, and all RAM, at the addresses they have now.
+    // SAFETY: the new root maps the image, the boot stack inside it, and all RAM, at the addresses
+    // they have now.
     unsafe { mmu::load_root_flush(root) };
 }
 
@@ -138,13 +144,13 @@ pub(crate) fn read_kernel_word(address: u64) -> Option<u64> {
     let mut table = mmu::current_root();
     for index in indices {
         let entries: *const u64 = phys_to_ptr(table.start_address());
-        // SAFETY: a table of the loaded root is mapped (B3); above `STACKS` all leaves are small pages, so every entry followed
-        // leads to a table or, last, to the page.
+        // SAFETY: a table of the loaded root is mapped (B3); above `STACKS` all leaves are small
+        // pages, so every entry followed leads to a table or, last, to the page.
         let entry = unsafe { entries.wrapping_add(usize::from(index)).read_volatile() };
         if entry & PageTableFlags::PRESENT.bits() == 0 {
             return None;
         }
-        table = PhysFrame::containing_address(PhysAddr::new(entry & 0x000f_ffff_ffff_f000));
+        table = PhysFrame::containing_address(PhysAddr::new(entry & ADDRESS_BITS));
     }
     // SAFETY: the page is mapped, and the word is aligned.
     Some(unsafe { address.as_ptr::<u64>().read_volatile() })
@@ -190,7 +196,8 @@ fn map_image(tables: &mut OffsetPageTable<'static>, layout: &ImageLayout) {
 }
 
 fn map_stack(space: &mut KernelSpace, nr_pages: u64) -> VirtAddr {
-    // SAFETY: whoever has the space has the lock around it, or is the only CPU; the kernel's root lives for ever.
+    // SAFETY: a caller that has `space` holds the lock around it, or is the only CPU; the kernel's
+    // root lives for ever.
     let mut tables = unsafe { mapper(space.root) };
     let bottom = VirtAddr::new(space.next_stack + FRAME_BYTES);
     let top = bottom + nr_pages * FRAME_BYTES;
@@ -212,8 +219,9 @@ fn map_page<S: PageSize>(
 where
     OffsetPageTable<'static>: Mapper<S>,
 {
-    // SAFETY: called from this file only, which maps RAM, the image, the APIC and new stacks, each at its own place in the
-    // kernel half and never again elsewhere except through the offset map, whose use is everybody's own proof.
+    // SAFETY: called from this file only, which maps RAM, the image, the APIC and new stacks, each
+    // at a place of its own in the kernel half. A second mapping of the same frame is the offset
+    // map only, and whoever uses that one proves the use.
     let flush = unsafe { tables.map_to(page, frame, flags, &mut TableFrames) }?;
     // The entry was not present before, so no TLB can hold it (Intel SDM vol. 3A, 4.10.2.3).
     MapperFlush::ignore(flush);

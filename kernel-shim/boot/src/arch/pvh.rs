@@ -1,7 +1,7 @@
 //! What the boot protocol hands over: the memory map, the command line, where ACPI begins.
 //!
-//! Layout: Xen public headers, `arch-x86/hvm/start_info.h` (PVH boot ABI, version 1). Everything is copied out here, before
-//! the frame allocator may hand out the memory it lies in.
+//! Layout: Xen public headers, `arch-x86/hvm/start_info.h` (PVH boot ABI, version 1). Everything is
+//! copied out here, before the frame allocator may hand out the memory it lies in.
 
 use core::ops::Range;
 use core::str;
@@ -15,7 +15,7 @@ use crate::arch::phys_map::phys_to_ptr;
 const MAGIC: u32 = 0x336e_c578;
 /// Memory map entry type: RAM, as in the E820 map of ACPI.
 const TYPE_RAM: u32 = 1;
-/// A PC has about ten regions; more than this are ignored.
+/// A PC has about ten regions; those beyond this number are ignored.
 const MAX_REGIONS: usize = 32;
 /// Longest command line kept, in bytes.
 const MAX_COMMAND_LINE: usize = 1024;
@@ -64,7 +64,8 @@ pub struct BootInfo {
     pub ram: ArrayVec<Range<u64>, MAX_REGIONS>,
     /// The ACPI root pointer, if the loader found one.
     pub rsdp: Option<PhysAddr>,
-    /// The file loaded beside the image (QEMU's `-initrd`), in bytes of physical memory; it stays where it is.
+    /// The file loaded beside the image (QEMU's `-initrd`), in bytes of physical memory; it stays
+    /// where it is.
     pub module: Option<Range<u64>>,
     command_line: ArrayVec<u8, MAX_COMMAND_LINE>,
 }
@@ -88,7 +89,8 @@ impl BootInfo {
     /// # Safety
     ///
     /// - `start_info` is what the loader passed at the PVH entry.
-    /// - The memory below 4 GiB is mapped at [`crate::arch::phys_map::PHYS_OFFSET`], and nothing was written to it yet.
+    /// - The memory below 4 GiB is mapped at [`crate::arch::phys_map::PHYS_OFFSET`], and nothing
+    ///   was written to it yet.
     pub(crate) unsafe fn read(start_info: PhysAddr) -> Self {
         // SAFETY: the loader put a start info there, and it is mapped; the type is plain integers.
         let info = unsafe { phys_to_ptr::<StartInfo>(start_info).read_unaligned() };
@@ -97,7 +99,8 @@ impl BootInfo {
         let mut ram = ArrayVec::new();
         let entries = phys_to_ptr::<MemoryMapEntry>(PhysAddr::new(info.memmap_paddr));
         for index in 0..info.memmap_entries as usize {
-            // SAFETY: the start info says that so many entries lie there; the type is plain integers.
+            // SAFETY: the start info says that so many entries lie there; the type is plain
+            // integers.
             let entry = unsafe { entries.wrapping_add(index).read_unaligned() };
             if entry.kind == TYPE_RAM && !ram.is_full() {
                 ram.push(entry.addr..entry.addr + entry.size);
@@ -107,7 +110,8 @@ impl BootInfo {
         if info.cmdline_paddr != 0 {
             let text = phys_to_ptr::<u8>(PhysAddr::new(info.cmdline_paddr));
             for index in 0..MAX_COMMAND_LINE {
-                // SAFETY: the protocol says the line ends with a zero byte; no byte beyond it is read.
+                // SAFETY: the protocol says the line ends with a zero byte; no byte beyond it is
+                // read.
                 match unsafe { text.wrapping_add(index).read() } {
                     0 => break,
                     byte => command_line.push(byte),
@@ -115,7 +119,8 @@ impl BootInfo {
             }
         }
         let module = (info.nr_modules > 0).then(|| {
-            // SAFETY: the start info says that at least one entry lies there; the type is plain integers.
+            // SAFETY: the start info says that at least one entry lies there; the type is plain
+            // integers.
             let entry =
                 unsafe { phys_to_ptr::<ModuleEntry>(PhysAddr::new(info.modlist_paddr)).read_unaligned() };
             entry.paddr..entry.paddr + entry.size

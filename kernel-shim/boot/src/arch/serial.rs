@@ -1,7 +1,7 @@
 //! The console: the first serial port, polled.
 //!
-//! One writer at a time, by lines. A CPU that has to speak from an NMI may have interrupted the one that holds the lock, so it
-//! waits for a bounded time only and then speaks anyway.
+//! One CPU prints at a time, a whole line. A CPU that has to print from an NMI may have interrupted
+//! the code that holds the lock, so it waits for a bounded time and then prints anyway.
 
 use core::fmt::{self, Write};
 
@@ -13,7 +13,7 @@ use x86_64::instructions::port::Port;
 const BASE: u16 = 0x3f8;
 /// Line status: the transmitter takes another byte.
 const TRANSMIT_EMPTY: u8 = 1 << 5;
-/// How often an urgent writer looks at the lock before it goes on without.
+/// How often an urgent writer tries the lock before it goes on without it.
 const URGENT_PATIENCE: u32 = 1 << 20;
 
 static CONSOLE: Mutex<SerialPort> = Mutex::new(SerialPort);
@@ -26,8 +26,8 @@ macro_rules! println {
 
 /// Sets the port to 115200 baud, 8 bits, no parity, FIFOs on, interrupts off.
 pub fn init() {
-    // 16550 data sheet, register map: 1 interrupt enable, 2 FIFO control, 3 line control, 4 modem control; with bit 7 of the
-    // line control set, 0 and 1 are the divisor of 115200.
+    // 16550 data sheet, register map: 1 interrupt enable, 2 FIFO control, 3 line control, 4 modem
+    // control; with bit 7 of the line control set, 0 and 1 are the divisor of 115200.
     for (register, value) in [(1, 0x00), (3, 0x80), (0, 0x01), (1, 0x00), (3, 0x03), (2, 0xc7), (4, 0x03)] {
         write_register(register, value);
     }
@@ -38,7 +38,8 @@ pub fn print_line(line: fmt::Arguments<'_>) {
     without_interrupts(|| write_line(&mut CONSOLE.lock(), line));
 }
 
-/// Prints `line` from an NMI, an exception or a panic, where the lock may be held by the very code that was interrupted.
+/// Prints `line` from an NMI, an exception or a panic, where the lock may be held by the very code
+/// that was interrupted.
 pub(crate) fn print_line_urgent(line: fmt::Arguments<'_>) {
     without_interrupts(|| {
         for _ in 0..URGENT_PATIENCE {
@@ -51,7 +52,7 @@ pub(crate) fn print_line_urgent(line: fmt::Arguments<'_>) {
     });
 }
 
-/// The port itself; what protects it is the lock around it.
+/// The port itself; the lock around it protects it.
 #[derive(Debug)]
 struct SerialPort;
 
@@ -65,7 +66,8 @@ impl Write for SerialPort {
 }
 
 fn write_line(port: &mut SerialPort, line: fmt::Arguments<'_>) {
-    // Writing to the port cannot fail; an error could only come from a `Display` that gave up, and what it said is out.
+    // Writing to the port cannot fail. An error can only come from a `Display` that gave up, and
+    // what it wrote before is printed.
     let _ = port.write_fmt(line);
     send(b'\n');
 }
@@ -78,7 +80,8 @@ fn send(byte: u8) {
 }
 
 fn read_register(register: u16) -> u8 {
-    // SAFETY: a register of the serial port; reading the line status changes nothing that memory safety depends on.
+    // SAFETY: a register of the serial port; reading the line status changes nothing that memory
+    // safety depends on.
     unsafe { Port::new(BASE + register).read() }
 }
 

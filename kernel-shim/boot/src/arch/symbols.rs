@@ -25,7 +25,8 @@ unsafe extern "C" {
     static agent_count: u8;
     static agent_end: u8;
 
-    /// Enters ring 3 with the registers of `context`; returns at the next trap from ring 3, which is stored there.
+    /// Enters ring 3 with the registers of `context`; returns at the next trap from ring 3, which
+    /// is stored there.
     ///
     /// # Safety
     ///
@@ -35,7 +36,8 @@ unsafe extern "C" {
     pub(crate) fn enter_user(context: *mut UserContext);
 }
 
-/// Virtual addresses of the parts of the image, each page-aligned and ending where the next one begins.
+/// Virtual addresses of the parts of the image, each page-aligned and ending where the next one
+/// begins.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ImageLayout {
     /// First physical address of the image, with its low boot code.
@@ -87,7 +89,8 @@ pub(crate) struct AgentEntries {
 pub(crate) fn agent_text() -> &'static [u8] {
     let start = &raw const agent_start;
     let length = (&raw const agent_end).addr() - start.addr();
-    // SAFETY: both labels delimit one constant section of the image, which is mapped for the whole run and never written.
+    // SAFETY: both labels delimit one constant section of the image, which is mapped for the whole
+    // run and never written.
     unsafe { core::slice::from_raw_parts(start, length) }
 }
 

@@ -6,12 +6,13 @@ pub const SYSCALL_VECTOR: u8 = 0x80;
 pub(crate) const CALL_VECTOR: u8 = 0xf0;
 /// Wakes a CPU from HLT, or fetches it from ring 3.
 pub(crate) const WAKE_VECTOR: u8 = 0xf1;
-/// What the local APIC raises when an interrupt went away meanwhile; gets no end-of-interrupt.
+/// What the local APIC raises when an interrupt is withdrawn before it is taken; it gets no
+/// end-of-interrupt.
 pub(crate) const SPURIOUS_VECTOR: u8 = 0xff;
 
 pub(crate) const NMI: u64 = 2;
 pub(crate) const PAGE_FAULT: u64 = 14;
-/// Interrupts start here, exceptions end.
+/// The first vector of interrupts; those below are exceptions.
 pub(crate) const FIRST_INTERRUPT: u64 = 32;
 
 /// Returns the mnemonic of an exception.

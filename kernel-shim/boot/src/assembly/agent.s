@@ -1,8 +1,9 @@
 // The program that runs in ring 3: a few loops over memory, each ended by the system call INT 0x80.
 //
-// It is copied to a user page, so it refers to nothing outside itself. Registers in: RDI first address, RSI stride in bytes,
-// RDX number of words, R8 value, R9 what is added to the value at each step. Out: RAX status (0 done, 1 stopped early), RDI the
-// address it stopped at, RDX how many were left, RCX the value last seen, RBX the sum of all that was read.
+// It is copied to a user page, so it refers to nothing outside itself. Registers in: RDI first
+// address, RSI stride in bytes, RDX number of words, R8 value, R9 what is added to the value at
+// each step. Out: RAX status (0 done, 1 stopped early), RDI the address it stopped at, RDX how many
+// were left, RCX the value last seen, RBX the sum of all that was read.
 
 .section .rodata.agent, "a", @progbits
     .balign 16
@@ -44,7 +45,8 @@ agent_check:
     dec rdx
     jmp agent_check
 
-// Reads one word again and again, until it no longer holds R8 (stopped) or RDX reads are over (done).
+// Reads one word again and again, until it no longer holds R8 (stopped) or RDX reads are over
+// (done).
 .global agent_watch
 agent_watch:
     test rdx, rdx
@@ -56,7 +58,8 @@ agent_watch:
     dec rdx
     jmp agent_watch
 
-// Writes 1, 2, 3, ... to one word, and never ends by itself; the kernel takes the CPU back with an interrupt.
+// Writes 1, 2, 3, ... to one word, and never ends by itself; the kernel takes the CPU back with an
+// interrupt.
 .global agent_count
 agent_count:
     inc rbx

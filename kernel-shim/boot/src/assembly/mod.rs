@@ -32,5 +32,6 @@ global_asm!(
 
 global_asm!(include_str!("agent.s"));
 
-/// Stack of the first CPU until it has one of its own; it is enough for parsing the boot information.
+/// Stack of the first CPU until it has one of its own; it is enough for parsing the boot
+/// information.
 const BOOT_STACK_BYTES: usize = 64 * 1024;

@@ -1,8 +1,9 @@
-// From reset to Rust: the PVH entry of the first CPU, the SIPI entry of the others, and the tables both begin with.
+// From reset to Rust: the PVH entry of the first CPU, the SIPI entry of the others, and the tables
+// both begin with.
 //
-// PVH enters in 32-bit protected mode, paging off, flat segments, EBX = physical address of the start info
-// (Xen public headers, arch-x86/hvm/start_info.h). Other CPUs start in real mode at the SIPI vector
-// (Intel SDM vol. 3A, 8.4.3). Both meet in long_mode.
+// PVH enters in 32-bit protected mode, paging off, flat segments, EBX = physical address of the
+// start info (Xen public headers, arch-x86/hvm/start_info.h). Other CPUs start in real mode at the
+// SIPI vector (Intel SDM vol. 3A, 8.4.3). Both meet in long_mode.
 
 .section .note.pvh, "a", @note
     .balign 4
@@ -14,8 +15,9 @@
 
 .section .boot, "awx", @progbits
 
-// Four tables: 2 MiB pages over the first 4 GiB, seen at 0 (to switch paging on), at PHYS_OFFSET and, its first GiB, at the
-// image's own address. Replaced by src/arch/paging.rs, kept for the CPUs that start later.
+// Four tables: 2 MiB pages over the first 4 GiB, seen at 0 (to switch paging on), at PHYS_OFFSET
+// and, its first GiB, at the image's own address. Replaced by src/arch/paging.rs, kept for the CPUs
+// that start later.
     .balign 4096
 boot_pml4:
     .quad boot_pdpt + 3
@@ -101,7 +103,8 @@ long_mode_64:
     movabs rax, offset start_high
     jmp rax
 
-// Copied to TRAMPOLINE in the first megabyte: real mode, CS:IP = vector << 8 : 0, nothing else known.
+// Copied to TRAMPOLINE in the first megabyte: real mode, CS:IP = vector << 8 : 0, nothing else
+// known.
 .code16
 .global trampoline_start
 trampoline_start:
@@ -141,7 +144,8 @@ start_high:
     call {boot_main}
     ud2
 
-    // Another CPU. Its root maps neither this code's low copy nor the boot GDT; it loads its own GDT first thing in Rust.
+    // Another CPU. Its root maps neither this code's low copy nor the boot GDT; it loads its own
+    // GDT first thing in Rust.
 1:  mov rax, qword ptr [rip + {start_block} + {start_root}]
     mov rsp, qword ptr [rip + {start_block} + {start_stack}]
     mov rdi, qword ptr [rip + {start_block} + {start_cpu}]

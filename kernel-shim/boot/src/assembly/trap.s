@@ -1,10 +1,12 @@
-// Every interrupt and exception: 256 stubs, one path from ring 0, one path from ring 3, and the way into ring 3.
+// Every interrupt and exception: 256 stubs, one path from ring 0, one path from ring 3, and the way
+// into ring 3.
 //
-// All gates are interrupt gates on an IST stack, because compiled code keeps data below its stack pointer (the red zone of
-// the x86-64 psABI), where an interrupt on the same stack would overwrite it. Layout of what is pushed:
-// context::TrapFrame.
+// All gates are interrupt gates on an IST stack, because compiled code keeps data below its stack
+// pointer (the red zone of the x86-64 psABI), where an interrupt on the same stack would overwrite
+// it. Layout of what is pushed: context::TrapFrame.
 
-// Takes the general registers of a context::TrapFrame off the stack, and drops vector and error code: IRETQ takes the rest.
+// Takes the general registers of a context::TrapFrame off the stack, and drops vector and error
+// code: IRETQ takes the rest.
 .macro pop_frame
     pop r15
     pop r14
@@ -32,7 +34,8 @@ trap_stubs:
     .set trap_vector, 0
     .rept 256
     .balign 16
-    // Vectors 8, 10-14, 17, 21, 29 and 30 push an error code themselves (Intel SDM vol. 3A, table 6-1; AMD APM vol. 2, table 8-1).
+    // Vectors 8, 10-14, 17, 21, 29 and 30 push an error code themselves (Intel SDM vol. 3A, table
+    // 6-1; AMD APM vol. 2, table 8-1).
     .if !((trap_vector == 8) || (trap_vector >= 10 && trap_vector <= 14) || (trap_vector == 17) || (trap_vector == 21) || (trap_vector == 29) || (trap_vector == 30))
     push 0
     .endif
@@ -62,8 +65,8 @@ trap_entry:
     test byte ptr [rsp + {frame_cs}], 3
     jnz 3f
 
-    // From ring 0. GS is the user's in the few instructions next to a SWAPGS, where an NMI or a faulting IRETQ can still
-    // land here; only the MSR tells. Kernel addresses are negative.
+    // From ring 0. GS is the user's in the few instructions next to a SWAPGS, where an NMI or a
+    // faulting IRETQ can still land here; only the MSR tells. Kernel addresses are negative.
     xor ebx, ebx
     mov ecx, 0xc0000101                 // IA32_GS_BASE
     rdmsr
@@ -84,8 +87,9 @@ trap_entry:
 2:  pop_frame
     iretq
 
-    // From ring 3: the frame moves into the UserContext that enter_user was given, and enter_user returns. The IST stack
-    // is left behind, so the kernel handles the trap on its ordinary stack, may fault, sleep and be interrupted there.
+    // From ring 3: the frame moves into the UserContext that enter_user was given, and enter_user
+    // returns. The IST stack is left behind, so the kernel handles the trap on its ordinary stack,
+    // may fault, sleep and be interrupted there.
 3:  swapgs
     mov rdi, qword ptr gs:[{cpu_user_context}]
     mov rsi, rsp
@@ -102,7 +106,8 @@ trap_entry:
     pop rbp
     ret
 
-// enter_user(context: *mut UserContext): returns at the next trap from ring 3. Interrupts are off on entry and on return.
+// enter_user(context: *mut UserContext): returns at the next trap from ring 3. Interrupts are off
+// on entry and on return.
 .global enter_user
 enter_user:
     push rbp

@@ -1,13 +1,15 @@
-//! Every frame of the kernel's memory between its uses: filled with poison when it is freed, looked at when it is given out again.
+//! The frames of the kernel between two uses: filled with poison when they are freed, checked when
+//! they are given out again.
 //!
 //! ```text
-//!   in use ── freed ──► every word says "this frame is free"      a program that reads it is caught by what it read
+//!   in use ── freed ──► every word says "this frame is free"   a program that reads it is caught
 //!     ▲                            │
-//!     └────── given out ◄──────────┘  every word must still say so    a program that wrote to it is caught here
+//!     └────── given out ◄──────────┘  every word must still    a program that wrote to it is caught
+//!                                     say so
 //! ```
 //!
-//! Whoever frees a frame too early therefore needs no bad luck to be caught: one access of one stale translation is enough, if
-//! the machine's MMU keeps it.
+//! So a frame that is freed too early is noticed without luck: one access through one stale
+//! translation is enough, if the MMU keeps that translation.
 
 use alloc::boxed::Box;
 use core::fmt;
@@ -21,13 +23,11 @@ use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::arch::paging::kernel_root;
-use crate::arch::phys_map::phys_to_ptr;
+use crate::arch::phys_map::{FRAME_WORDS, phys_to_ptr};
 use crate::checks::stamp::{Word, poison};
 use crate::cpu::ipi::ServeCalls;
 use crate::cpu::percpu::this_index;
 
-/// Words of a frame.
-const FRAME_WORDS: usize = 512;
 /// Unmappings remembered.
 const UNMAPS: usize = 128;
 
@@ -36,9 +36,9 @@ const UNMAPS: usize = 128;
 pub(crate) struct Ledger {
     entries: Box<[AtomicU64]>,
     steps: AtomicU64,
-    /// Whether frames are poisoned and looked at; off while something is measured.
+    /// Whether frames are poisoned and checked; off while something is measured.
     checking: AtomicBool,
-    /// The last ones, in a ring.
+    /// The last unmappings, in a ring.
     unmaps: SpinMutex<Unmaps, ServeCalls>,
 }
 
@@ -84,9 +84,9 @@ pub(crate) enum Wrong {
     GivenOutTwice,
     /// It was freed while free.
     FreedTwice,
-    /// A word changed while it was free: this one, to this.
+    /// A word changed while the frame was free: its index, and what it holds now.
     WrittenWhileFree(usize, u64),
-    /// A table was freed that still held this, in this entry.
+    /// A table was freed with an entry that is not empty: its index, and what it holds.
     TableNotEmpty(usize, u64),
 }
 
@@ -101,12 +101,13 @@ impl Ledger {
         }
     }
 
-    /// Poisons and looks (the default), or not.
+    /// Switches poisoning and checking on, as at first, or off.
     pub(crate) fn set_checking(&self, on: bool) {
         self.checking.store(on, Ordering::Relaxed);
     }
 
-    /// The frame (or the 512 of a block) is given out: looks whether anybody has written to it, and clears it for a program.
+    /// The frame (or the 512 of a block) is given out: checks that nobody has written to it, and
+    /// clears it for a program.
     ///
     /// # Errors
     /// The frame, and what is wrong with it.
@@ -178,7 +179,8 @@ impl Ledger {
         unmaps.next = (unmaps.next + 1) % UNMAPS;
     }
 
-    /// The last unmapping of an address that is still remembered, in the address space that has this root now.
+    /// The last unmapping of an address that is still remembered, in the address space that has
+    /// this root now.
     pub(crate) fn last_unmap(&self, root: PhysFrame, address: u64) -> Option<Unmap> {
         let born = Record::decode(self.entry(root)?.load(Ordering::Relaxed)).step;
         let unmaps = self.unmaps.lock();
@@ -288,11 +290,11 @@ impl Record {
     }
 }
 
-/// The words of a frame. Programs may write to them at any time, through translations that should not exist.
+/// The words of a frame. Programs may write to them at any time, through stale translations.
 pub(crate) fn frame_words(frame: PhysFrame) -> &'static [AtomicU64; FRAME_WORDS] {
     let words: *const [AtomicU64; FRAME_WORDS] = phys_to_ptr(frame.start_address());
-    // SAFETY: all RAM is mapped for ever (B3), and the frames of the ledger are RAM; atomics may be read and written by anybody
-    // at any time.
+    // SAFETY: all RAM is mapped for ever (B3), and the frames of the ledger are RAM; atomics may be
+    // read and written by anybody at any time.
     unsafe { &*words }
 }
 
@@ -302,12 +304,12 @@ fn fill_words(words: &[AtomicU64; FRAME_WORDS], value: u64) {
     }
 }
 
-/// An entry of a table that is not none, the kernel half of a root aside.
+/// The first entry of a table that is not empty; the kernel half of a root does not count.
 fn first_not_empty(table: &[AtomicU64; FRAME_WORDS]) -> Option<(usize, u64)> {
     let kernel = frame_words(kernel_root());
     table.iter().zip(kernel).enumerate().find_map(|(index, (entry, kernel))| {
         let value = entry.load(Ordering::Relaxed);
-        // The accessed bit of either may have been set since the one was copied from the other.
+        // The accessed bit of either may have been set since one was copied from the other.
         let is_shared = index >= FRAME_WORDS / 2 && (value ^ kernel.load(Ordering::Relaxed)) & !0x20 == 0;
         (value != 0 && !is_shared).then_some((index, value))
     })

@@ -1,10 +1,11 @@
-//! The self-test: every facility of this half once, on every CPU, with the numbers it measured.
+//! The self-test: every facility of `arch` and `cpu` once, on every CPU, with the numbers that were
+//! measured.
 //!
-//! Its cycle counts are those of an emulator. What it shows beyond "it works": a translation stays in use on a CPU until that CPU
-//! is told, so a kernel that forgets to tell it is caught by looking at memory.
+//! Its cycle counts are those of an emulator. It also shows that a translation stays in use on a
+//! CPU until that CPU is told, so a kernel that forgets a flush is caught by reading memory.
 
 use alloc::format;
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,6 +16,7 @@ use crate::arch::exit::Verdict;
 use crate::arch::phys_map::{FRAME_BYTES, PHYS_OFFSET};
 use crate::arch::{apic, clock, frames, mmu};
 use crate::checks::test_space::{COUNTS, DATA, NEW, OLD, TEXT, TestSpace};
+use crate::counted::Counted;
 use crate::cpu::agent::{Outcome, Program, Stop, Task};
 use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::percpu::{cpu, online};
@@ -27,7 +29,8 @@ use crate::println;
 const ROUND_TRIPS: u64 = 50;
 /// Calls that each CPU makes while all others call too.
 const STORM_CALLS: u64 = 500;
-/// One call in so many is made with interrupts off: that caller cannot halt, and spins away its share of the host.
+/// One call in this many is made with interrupts off. Not more: such a caller cannot halt, and
+/// spins on a core that another CPU needs.
 const MASKED_EVERY: u64 = 16;
 /// Reads through an entry that has changed, before the CPU is told.
 const STALE_READS: u64 = 100_000;
@@ -82,7 +85,7 @@ fn controls() -> Result<String, String> {
             *wrong.lock() = found;
         }
     });
-    wrong.into_inner().map_or_else(|| Ok(format!("{} CPUs", online().count())), Err)
+    wrong.into_inner().map_or_else(|| Ok(cpus_online().to_string()), Err)
 }
 
 fn heap() -> Result<String, String> {
@@ -96,8 +99,8 @@ fn heap() -> Result<String, String> {
             }
         }
     });
-    fail_if_any(&failures, "allocations held something else")?;
-    Ok(format!("200 vectors on each of {} CPUs", online().count()))
+    fail_if_any(&failures, "allocation", "held something else")?;
+    Ok(format!("200 vectors a CPU, on {}", cpus_online()))
 }
 
 /// Every CPU sums floating-point numbers while all are interrupted by calls that do the same.
@@ -115,7 +118,7 @@ fn floating_point() -> Result<String, String> {
             }
         }
     });
-    fail_if_any(&failures, "sums came out different")?;
+    fail_if_any(&failures, "sum", "came out different")?;
     Ok(String::from("20 sums a CPU, interrupted by all"))
 }
 
@@ -143,7 +146,7 @@ fn round_trips() -> Result<String, String> {
     let expected = u64::from(cpus.count()) * others * ROUND_TRIPS;
     let counted = runs.load(Ordering::Relaxed);
     if counted != expected {
-        return Err(format!("{counted} calls ran, not {expected}"));
+        return Err(format!("{} ran, not {expected}", Counted(counted, "call")));
     }
     if others == 0 {
         return Ok(String::from("one CPU, nobody to call"));
@@ -183,11 +186,11 @@ fn storm() -> Result<String, String> {
     if counted == expected {
         Ok(format!("{expected} calls"))
     } else {
-        Err(format!("{counted} calls ran, not {expected}"))
+        Err(format!("{} ran, not {expected}", Counted(counted, "call")))
     }
 }
 
-/// A last-level entry is pointed at another frame; each CPU looks before and after its own INVLPG.
+/// A last-level entry is pointed at another frame; each CPU reads before and after its own INVLPG.
 fn stale_entry() -> Result<String, String> {
     let space = TestSpace::new();
     let [old, new] = [space.frame_filled_with(OLD), space.frame_filled_with(NEW)];
@@ -208,15 +211,16 @@ fn stale_entry() -> Result<String, String> {
         wrong.fetch_add(u64::from(space.read(DATA) != NEW), Ordering::Relaxed);
         TestSpace::load_kernel_root();
     });
-    fail_if_any(&wrong, "reads were wrong before the change or after INVLPG")?;
+    fail_if_any(&wrong, "read", "came out wrong before the change or after INVLPG")?;
     let stale = stale_cpus.load(Ordering::Relaxed);
     Ok(format!(
-        "{stale} of {nr_cpus} CPUs read the old frame {STALE_READS} times, then the new one after INVLPG"
+        "{stale} of {} read the old frame {STALE_READS} times, then the new one after INVLPG",
+        cpus_online()
     ))
 }
 
-/// A program on each CPU, all in one address space, writes pages that are mapped when it faults, checks them, and tries what
-/// it may not.
+/// A program on each CPU, all in one address space, writes pages that are mapped when it faults,
+/// checks them, and tries to read the kernel half.
 fn ring_3() -> Result<String, String> {
     let space = TestSpace::new();
     space.map_agent();
@@ -264,7 +268,7 @@ fn ring_3() -> Result<String, String> {
     let faults = faults.into_inner();
     let expected = u64::from(online().count()) * FAULT_PAGES;
     if faults != expected {
-        return Err(format!("{faults} page faults, not {expected}"));
+        return Err(format!("{}, not {expected}", Counted(faults, "page fault")));
     }
     Ok(format!(
         "{faults} page faults, {} emulated cycles each, entry and return included",
@@ -272,8 +276,8 @@ fn ring_3() -> Result<String, String> {
     ))
 }
 
-/// The other CPUs watch one word in ring 3; the first changes the entry, tells them, and they see it; then they are kicked out of
-/// an endless loop.
+/// The other CPUs watch one word in ring 3. The first CPU changes the entry and tells them, and
+/// they read the new frame; then they are kicked out of an endless loop.
 fn flush_in_ring_3() -> Result<String, String> {
     let space = TestSpace::new();
     space.map_agent();
@@ -301,13 +305,13 @@ fn flush_in_ring_3() -> Result<String, String> {
             wait_for_arrivals(&steps, nr_cpus);
             space.remap(DATA, new);
             wait_for_arrivals(&steps, 2 * nr_cpus);
-            // They watch, and nobody has told them.
+            // The others watch now, and nobody has told them of the change.
             wait_for_arrivals(&steps, 3 * nr_cpus);
             clock::wait_us(20_000);
-            // They are in the second, endless watch now.
+            // The others are in the endless watch by now.
             ipi::call_on(others, &|_| mmu::invalidate_page(DATA));
             wait_for_arrivals(&steps, 4 * nr_cpus);
-            // Each counts in a word of its own; when it moves, the program runs.
+            // Each program counts in a word of its own; once the word is not 0, the program runs.
             for cpu in others.iter() {
                 let running =
                     clock::wait_until(RING_3_TIMEOUT_US, || TestSpace::word(counts, cpu.get()) != 0);
@@ -335,38 +339,45 @@ fn flush_in_ring_3() -> Result<String, String> {
         }
         TestSpace::load_kernel_root();
     });
-    fail_if_any(&late, "programs did not run in time")?;
+    fail_if_any(&late, "program", "did not run in time")?;
     let expected = nr_cpus - 1;
     let (stale, saw_new, kicked) = (stale.into_inner(), saw_new.into_inner(), kicked.into_inner());
     if saw_new != expected || kicked != expected {
         return Err(format!(
-            "of {expected} CPUs {saw_new} saw the new frame, {kicked} left the endless loop"
+            "of {} {saw_new} saw the new frame, {kicked} left the endless loop",
+            Counted(expected, "CPU")
         ));
     }
     Ok(format!(
-        "{stale} of {expected} programs read the old frame {STALE_READS} times, {saw_new} the new one once told"
+        "{stale} of {} read the old frame {STALE_READS} times, {saw_new} the new one once told",
+        Counted(expected, "program")
     ))
 }
 
-/// Writes to every frame that nobody uses, and reads it back. The last test: it takes the memory and keeps it.
+/// Writes to every unused frame and reads it back. The last test, because it keeps the memory.
 fn memory() -> Result<String, String> {
     let range = frames::hand_over(KEPT_FRAMES).ok_or("no memory left to hand over")?;
     for frame in range {
         TestSpace::set_word(frame, 0, frame.start_address().as_u64());
     }
     let kept = |frame: &PhysFrame| TestSpace::word(*frame, 0) == frame.start_address().as_u64();
-    let wrong = range.filter(|frame| !kept(frame)).count();
+    let wrong = range.filter(|frame| !kept(frame)).count() as u64;
     if wrong > 0 {
-        return Err(format!("{wrong} frames did not keep what was written"));
+        return Err(format!("{} did not keep what was written", Counted(wrong, "frame")));
     }
     Ok(format!("{} frames from {:#x} on", range.count(), range.start.start_address()))
 }
 
-fn fail_if_any(failures: &AtomicU64, what: &str) -> Result<(), String> {
+fn fail_if_any(failures: &AtomicU64, noun: &'static str, what: &str) -> Result<(), String> {
     match failures.load(Ordering::Relaxed) {
         0 => Ok(()),
-        number => Err(format!("{number} {what}")),
+        number => Err(format!("{} {what}", Counted(number, noun))),
     }
+}
+
+/// The CPUs that are up, counted.
+fn cpus_online() -> Counted {
+    Counted(u64::from(online().count()), "CPU")
 }
 
 /// Waits until `total` arrivals are counted, this one included.

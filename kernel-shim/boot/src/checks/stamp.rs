@@ -1,4 +1,5 @@
-//! What words of memory say about their owner: the stamp of a program, or the poison of a free frame.
+//! What words of memory say about their owner: the stamp of a program, or the poison of a free
+//! frame.
 
 use core::fmt;
 
@@ -7,15 +8,17 @@ use x86_64::structures::paging::PhysFrame;
 
 /// The upper 16 bits of a stamp.
 const STAMP_TAG: u64 = 0x5a17;
-/// The upper 24 bits of poison. As a page-table entry they set reserved bits on any machine with less than 51 bits of physical
-/// address, so that a walk through a freed table faults with the reserved-bit flag and does not look like a page that is missing.
+/// The upper 24 bits of poison. Read as a page-table entry they set reserved bits on any machine
+/// with less than 51 bits of physical address, so a walk through a freed table faults with the
+/// reserved-bit flag and cannot be taken for a missing page.
 const POISON_TAG: u64 = 0xde_adf4;
-/// Present, writable, user, accessed, dirty: whatever a walk needs to go on and meet the reserved bits.
+/// Present, writable, user, accessed, dirty: with these a walk goes on and meets the reserved bits.
 const POISON_FLAGS: u64 = 0x067;
 /// Bits of a frame number in poison: 1 TiB of memory.
 const FRAME_BITS: u32 = 28;
 
-/// The mark of a program: which process wrote it, which of its threads, for which page of its memory.
+/// The mark of a program: which process wrote it, which of its threads, for which page of its
+/// memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stamp {
     /// Number of the process, below 2^24.
@@ -110,7 +113,7 @@ mod tests {
         assert_eq!(entry & 1, 1);
         // Bits 51..46, reserved wherever MAXPHYADDR is at most 46 (Intel SDM vol. 3A, 4.5).
         assert_ne!(entry >> 46 & 0x3f, 0);
-        // No large page, at whatever level.
+        // Not a large page, at any level.
         assert_eq!(entry & 0x80, 0);
     }
 }

@@ -12,7 +12,7 @@ use crate::arch::context::UserContext;
 use crate::arch::frames::{self, TableFrames};
 use crate::arch::mmu;
 use crate::arch::paging::{self, kernel_root};
-use crate::arch::phys_map::{FRAME_BYTES, phys_to_ptr};
+use crate::arch::phys_map::{ADDRESS_BITS, FRAME_BYTES, FRAME_WORDS, phys_to_ptr};
 use crate::cpu::agent::{self, Outcome};
 use crate::cpu::ring3::{self, UserExit};
 
@@ -27,10 +27,7 @@ pub(crate) const OLD: u64 = 0x01d0_1d01_d01d_01d0;
 /// and the one it points to afterwards.
 pub(crate) const NEW: u64 = 0x4e3e_4e3e_4e3e_4e3e;
 
-/// Words of a frame.
-const FRAME_WORDS: usize = 512;
-
-/// An address space; its frames are not given back, the run is short.
+/// An address space; its frames are not given back, because the run is short.
 #[derive(Debug)]
 pub(crate) struct TestSpace {
     root: PhysFrame,
@@ -79,7 +76,8 @@ impl TestSpace {
     pub(crate) fn word(frame: PhysFrame, index: usize) -> u64 {
         assert!(index < FRAME_WORDS);
         let words: *const u64 = phys_to_ptr(frame.start_address());
-        // SAFETY: inside the frame, which belongs to the self-test and is mapped (B3); volatile, since ring 3 writes there.
+        // SAFETY: inside the frame, which belongs to the self-test and is mapped (B3); volatile,
+        // since ring 3 writes there.
         unsafe { words.wrapping_add(index).read_volatile() }
     }
 
@@ -87,7 +85,8 @@ impl TestSpace {
     pub(crate) fn set_word(frame: PhysFrame, index: usize, value: u64) {
         assert!(index < FRAME_WORDS);
         let words: *mut u64 = phys_to_ptr(frame.start_address());
-        // SAFETY: inside the frame, which belongs to the self-test and is mapped (B3); volatile, since ring 3 may read there.
+        // SAFETY: inside the frame, which belongs to the self-test and is mapped (B3); volatile,
+        // since ring 3 may read there.
         unsafe { words.wrapping_add(index).write_volatile(value) };
     }
 
@@ -97,7 +96,8 @@ impl TestSpace {
         // SAFETY: the lock keeps others from changing the tables meanwhile.
         let mut mapper = unsafe { paging::mapper(self.root) };
         let page = Page::<Size4KiB>::containing_address(address);
-        // SAFETY: a page of the lower half, which only the self-test uses; the frame is one of its own.
+        // SAFETY: a page of the lower half, which only the self-test uses; the frame is one of its
+        // own.
         let result = unsafe { mapper.map_to(page, frame, flags, &mut TableFrames) };
         // The entry was not present, so nothing is cached.
         MapperFlush::ignore(result.expect("the self-test maps a page once"));
@@ -121,17 +121,18 @@ impl TestSpace {
         let mut table = self.root;
         for index in [address.p4_index(), address.p3_index(), address.p2_index()] {
             let entry = entry(table, usize::from(index)).load(Ordering::Relaxed);
-            table = PhysFrame::containing_address(x86_64::PhysAddr::new(entry & 0x000f_ffff_ffff_f000));
+            table = PhysFrame::containing_address(x86_64::PhysAddr::new(entry & ADDRESS_BITS));
         }
         let leaf = entry(table, usize::from(address.p1_index()));
-        let flags = leaf.load(Ordering::Relaxed) & !0x000f_ffff_ffff_f000;
+        let flags = leaf.load(Ordering::Relaxed) & !ADDRESS_BITS;
         leaf.store(frame.start_address().as_u64() | flags, Ordering::SeqCst);
     }
 
     /// Reads a word of the address space in ring 0; the space must be loaded.
     pub(crate) fn read(&self, address: VirtAddr) -> u64 {
         assert!(mmu::current_root() == self.root, "the address space is loaded");
-        // SAFETY: the self-test reads only what it has mapped; volatile, since the page may change under its address.
+        // SAFETY: the self-test reads only what it has mapped; volatile, since the page may change
+        // under its address.
         unsafe { address.as_ptr::<u64>().read_volatile() }
     }
 
@@ -164,7 +165,7 @@ impl TestSpace {
 /// Returns an entry of a page table.
 fn entry(table: PhysFrame, index: usize) -> &'static AtomicU64 {
     let entries: *const AtomicU64 = phys_to_ptr(table.start_address());
-    // SAFETY: tables of a test space are never freed; all RAM is mapped (B3); entries are changed atomically, the mapper's aside,
-    // which works under the same lock.
+    // SAFETY: tables of a test space are never freed, and all RAM is mapped (B3). Entries are
+    // changed atomically, or by the mapper under the same lock.
     unsafe { &*entries.wrapping_add(index) }
 }

@@ -1,5 +1,5 @@
-//! Something that must never happen, told so that a person can follow it. The first one ends the run: whatever comes after it may
-//! come from it.
+//! Prints what must never happen, so that a person can follow it, and ends the run: whatever comes
+//! after the first violation may be its consequence.
 
 use core::fmt;
 
@@ -81,7 +81,7 @@ pub(crate) fn bad_frame(ledger: &Ledger, frame: PhysFrame, wrong: Wrong) -> ! {
     end_run(wrong, || println!("violation:   cpu {}, {}", this_index(), ledger.history(frame)))
 }
 
-/// A root is being freed that a CPU has loaded. That CPU could not go on.
+/// A root is being freed that a CPU has loaded.
 pub(crate) fn root_in_use(cpu: CpuIndex, root: PhysFrame) -> ! {
     end_run("a root table was freed while a CPU had it loaded", || {
         let address = root.start_address();
@@ -89,7 +89,7 @@ pub(crate) fn root_in_use(cpu: CpuIndex, root: PhysFrame) -> ! {
     })
 }
 
-/// What a workload holds against the kernel, in its own words.
+/// What a workload found wrong, in its own words.
 pub(crate) fn found_by_workload(what: fmt::Arguments<'_>) -> ! {
     end_run(what, || println!("violation:   cpu {}", this_index()))
 }
@@ -101,7 +101,7 @@ fn print_last_unmap(ledger: &Ledger, root: PhysFrame, address: u64) {
     }
 }
 
-/// Prints the story, unless another CPU tells one already, and ends the run.
+/// Prints `what` and the story, unless another CPU prints one already, and ends the run.
 fn end_run(what: impl fmt::Display, story: impl FnOnce()) -> ! {
     if exit::decide(Verdict::Violation) {
         println!("violation: {what}");

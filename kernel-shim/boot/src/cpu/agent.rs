@@ -1,13 +1,14 @@
 //! The program for ring 3: loops that read, write, check or watch memory (`agent.s`).
 //!
-//! It needs one executable page for its code and no stack; everything it is told, and everything it found, is in registers.
+//! It needs one executable page for its code and no stack: its task and its results are in
+//! registers.
 
 use x86_64::VirtAddr;
 
 use crate::arch::context::UserContext;
 use crate::arch::symbols::{agent_entries, agent_text};
 
-/// What the agent does with its words, in order, first to last.
+/// What the agent does with its words, from the first to the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
     /// Reads and sums.
@@ -16,7 +17,8 @@ pub enum Program {
     Write,
     /// Compares with `value`, `value + step`, ..., and stops at the first word that differs.
     Check,
-    /// Reads the first word again and again, at most `nr_words` times, and stops when it no longer holds `value`.
+    /// Reads the first word again and again, at most `nr_words` times, and stops when it no longer
+    /// holds `value`.
     Watch,
     /// Writes 1, 2, 3, ... to the first word, until the CPU is kicked.
     Count,
@@ -42,7 +44,7 @@ pub struct Task {
 /// What a finished run reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
-    /// Where it stopped early, and what it saw there; `None` if it went to the end.
+    /// Where it stopped early, and what it read there; `None` if it went to the end.
     pub stopped: Option<Stop>,
     /// Words not visited.
     pub nr_left: u64,
@@ -59,7 +61,8 @@ pub struct Stop {
     pub seen: u64,
 }
 
-/// Returns the agent's code, to be copied to a page that ring 3 may execute; it works at any address.
+/// Returns the agent's code, to be copied to a page that ring 3 may execute; it works at any
+/// address.
 #[must_use]
 pub fn code() -> &'static [u8] {
     agent_text()

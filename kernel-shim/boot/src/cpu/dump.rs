@@ -13,7 +13,8 @@ use crate::cpu::percpu::this_index;
 const STACK_WORDS: u64 = 512;
 const STACK_LINES: usize = 16;
 
-/// Prints everything about `frame` and the stack it came from. Works in an NMI, and with any lock held.
+/// Prints everything about `frame` and the stack it came from. Works in an NMI, and with any lock
+/// held.
 pub(crate) fn print_state(why: fmt::Arguments<'_>, frame: &TrapFrame) {
     let (root, pcid) = Cr3::read_raw();
     serial::print_line_urgent(format_args!(
@@ -27,7 +28,8 @@ pub(crate) fn print_state(why: fmt::Arguments<'_>, frame: &TrapFrame) {
     }
 }
 
-/// Prints the words above `rsp` that may be return addresses: the code is built without frame pointers, so some are leftovers.
+/// Prints the words above `rsp` that may be return addresses. The code is built without frame
+/// pointers, so some of them are left over from calls that have returned.
 pub(crate) fn print_stack(rsp: u64) {
     let text = image_layout();
     let mut printed = 0;

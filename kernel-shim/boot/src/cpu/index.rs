@@ -6,7 +6,8 @@ use core::sync::atomic::{AtomicU32, Ordering};
 /// As many CPUs as a [`CpuMask`] has bits.
 pub const MAX_CPUS: usize = 64;
 
-/// The number of a CPU: 0 for the one that booted, then in the order in which they came up, without gaps.
+/// The number of a CPU: 0 for the one that booted, then in the order in which they came up, without
+/// gaps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CpuIndex(u32);
 

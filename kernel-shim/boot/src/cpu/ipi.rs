@@ -1,6 +1,7 @@
 //! Calls on other CPUs: run a function there, in an interrupt, and wait until all have.
 //!
-//! Each CPU has one slot for the call it makes, and an inbox with one bit for each CPU that has a call for it:
+//! Each CPU has one slot for the call it makes, and an inbox with one bit for each CPU that has a
+//! call for it:
 //!
 //! ```text
 //! caller                                  called
@@ -11,9 +12,10 @@
 //!     serve own inbox
 //! ```
 //!
-//! Because the waiting CPU serves its own inbox, two CPUs that call each other cannot block each other, even with interrupts off.
-//! With interrupts on, it spins for a while and then halts until the last of the called CPUs wakes it: an emulator has more CPUs
-//! than its host, and a CPU that spins takes the host core that the called one needs.
+//! Because the waiting CPU serves its own inbox, two CPUs that call each other cannot block each
+//! other, even with interrupts off. With interrupts on, the caller spins for a while and then halts
+//! until the last of the called CPUs wakes it: an emulator has more CPUs than its host has cores,
+//! and a CPU that spins occupies the core that a called CPU needs.
 
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -27,8 +29,8 @@ use crate::arch::vectors::{CALL_VECTOR, WAKE_VECTOR};
 use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::percpu::{cpu, online, this_index};
 
-/// How long a caller spins before it halts, in cycles. A round trip between two CPUs that both run takes 10,000 to 20,000 emulated
-/// cycles; one that has to wait for a host core takes millions.
+/// How long a caller spins before it halts, in cycles. A round trip takes 10,000 to 20,000 emulated
+/// cycles where both CPUs run, and millions where one has to wait for a core of the host.
 const SPIN_CYCLES: u64 = 40_000;
 
 static CALLS: [CpuCalls; MAX_CPUS] = [const { CpuCalls::new() }; MAX_CPUS];
@@ -54,7 +56,7 @@ fn calls_of(cpu: CpuIndex) -> &'static CpuCalls {
     &CALLS[cpu.get()]
 }
 
-/// A function to be run on other CPUs, and who has not run it yet.
+/// A function to be run on other CPUs, and the CPUs that have not run it yet.
 struct CallSlot {
     function: UnsafeCell<Option<&'static Function<'static>>>,
     waiting: AtomicU64,
@@ -64,8 +66,8 @@ struct CallSlot {
 
 type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
 
-// SAFETY: the cell is written by its own CPU only, while `waiting` is empty, and read by others only while they are in
-// `waiting`; see the orderings in `call_on` and `serve`.
+// SAFETY: the cell is written by its own CPU only, while `waiting` is empty, and read by others
+// only while they are in `waiting`; see the orderings in `call_on` and `serve`.
 unsafe impl Sync for CallSlot {}
 
 impl CallSlot {
@@ -79,15 +81,18 @@ impl CallSlot {
     }
 }
 
-/// Runs `function` on every CPU in `targets`, the calling one too if it is a member, and returns when all have run it.
+/// Runs `function` on every CPU in `targets`, the calling one too if it is a member, and returns
+/// when all have run it.
 ///
-/// On another CPU it runs in an interrupt, in ring 0, with interrupts off, whatever that CPU was doing: it must not wait for
-/// anything that the interrupted code may hold, and must not make a call itself. Everything the caller wrote before is visible
-/// to it, and what it wrote is visible to the caller afterwards.
+/// On another CPU it runs in an interrupt, in ring 0, with interrupts off, whatever that CPU was
+/// doing: it must not wait for anything that the interrupted code may hold, and must not make a
+/// call itself. What the caller wrote before is visible to `function`, and what `function` wrote is
+/// visible to the caller afterwards.
 ///
 /// # Context
 ///
-/// Interrupts on or off; no lock held that a `function` takes. While it waits, the CPU runs the calls of others.
+/// Interrupts on or off; no lock is held that `function` takes. While this CPU waits, it runs the
+/// calls of others.
 ///
 /// # Panics
 ///
@@ -96,8 +101,8 @@ pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
     call_on_meanwhile(targets, function, || ());
 }
 
-/// As [`call_on`], and does something else here between sending the interrupts and waiting: a CPU that flushes itself while the
-/// others do hides one cost behind the other.
+/// As [`call_on`], and runs `meanwhile` on this CPU between sending the interrupts and waiting: a
+/// CPU that flushes itself while the others flush hides one cost behind the other.
 ///
 /// # Panics
 ///
@@ -109,14 +114,16 @@ pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync),
     let others = targets.without(me);
     if !others.is_empty() {
         assert!(calls.slot.waiting().is_empty(), "a call made from within a call");
-        // SAFETY: only the lifetime changes. `wait_for_targets` below returns after the last target has run the function, and there is no
-        // other way out of here: panics end the run. So no target uses the reference after this function has returned.
+        // SAFETY: only the lifetime changes. `wait_for_targets` below returns after the last target
+        // has run the function, and there is no other way out of here: panics end the run. So no
+        // target uses the reference after this function has returned.
         let function = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
         // SAFETY: `waiting` is empty, so nobody reads the cell, and it is this CPU's own.
         unsafe { *calls.slot.function.get() = Some(function) };
         calls.slot.waiting.store(others.bits(), Ordering::Relaxed);
         for target in others.iter() {
-            // ORDERING: pairs with the swap in `serve`: who takes the bit sees the slot, and all that was written before.
+            // ORDERING: pairs with the swap in `serve`: who takes the bit sees the slot, and all
+            // that was written before.
             calls_of(target).inbox.fetch_or(CpuMask::only(me).bits(), Ordering::Release);
             send(target, CALL_VECTOR);
         }
@@ -129,8 +136,8 @@ pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync),
     wait_for_targets(&calls.slot);
 }
 
-/// How a CPU of this image waits for a lock: with interrupts off it runs the calls of others, or the holder, waiting for this CPU
-/// to flush, would wait for ever.
+/// How a CPU of this image waits for a lock. With interrupts off it runs the calls of others
+/// meanwhile: the holder of the lock may be waiting for this CPU to flush, and would wait for ever.
 #[derive(Debug)]
 pub struct ServeCalls;
 
@@ -188,8 +195,8 @@ fn wait_for_targets(slot: &CallSlot) {
 fn halt_until_served(slot: &CallSlot) {
     interrupts::disable();
     slot.halted.store(true, Ordering::Relaxed);
-    // ORDERING: pairs with the fence in `serve`; either the last of the called CPUs sees `halted`, or this one sees that nobody
-    // is left in `waiting`.
+    // ORDERING: pairs with the fence in `serve`; either the last of the called CPUs sees `halted`,
+    // or this one sees that nobody is left in `waiting`.
     fence(Ordering::SeqCst);
     if slot.waiting.load(Ordering::Relaxed) == 0 {
         interrupts::enable();
@@ -211,8 +218,8 @@ pub(crate) fn serve() {
     let callers = CpuMask::from_bits(inbox.swap(0, Ordering::Acquire));
     for caller in callers.iter() {
         let slot = &calls_of(caller).slot;
-        // SAFETY: the caller wrote the cell before it set the bit just taken, and writes it again only after this CPU has left
-        // `waiting`, below.
+        // SAFETY: the caller wrote the cell before it set the bit just taken, and writes it again
+        // only after this CPU has left `waiting`, below.
         let function = unsafe { *slot.function.get() };
         if let Some(function) = function {
             function(me);

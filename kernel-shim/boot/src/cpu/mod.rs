@@ -1,17 +1,18 @@
 //! Several CPUs: the state of each, calls between them, work for all, programs in ring 3.
 //!
 //! ```text
-//!   comes in                                       goes out
-//!   --------                                       --------
-//!   the ids of the CPUs         smp                CPUs that are up, each with its state (percpu) and its number (index)
-//!   a function, a set of CPUs   smp, ipi           the function has run there: as ordinary work, or in an interrupt
-//!   registers of a program      ring3              the registers at the next trap, and what the trap was
-//!   loops over memory           agent              the program itself, and what it read
-//!   a trap in ring 0            trap               an interrupt handled, or the end of the run
-//!   signs of life               watchdog           the end of a run that hangs, with the state of each CPU (dump)
+//!   comes in                   file       goes out
+//!   --------                   ----       --------
+//!   the ids of the CPUs        smp        CPUs that are up; their state (percpu), numbers (index)
+//!   a function, a set of CPUs  smp, ipi   it has run there: as ordinary work, or in an interrupt
+//!   registers of a program     ring3      the registers at the next trap, and what the trap was
+//!   loops over memory          agent      the program itself, and what it read
+//!   a trap in ring 0           trap       an interrupt handled, or the end of the run
+//!   signs of life              watchdog   the end of a run that hangs, and each CPU's state (dump)
 //! ```
 //!
-//! Uses `arch`. The checks, the machine and the workloads may use this room; only the assembly calls `trap` and `panic`.
+//! Uses `arch`. The checks, the machine and the workloads may use this room. `trap` is called by the
+//! assembly and by `ring3`, `panic` by compiled code.
 
 pub mod agent;
 pub mod index;

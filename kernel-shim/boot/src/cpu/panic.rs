@@ -13,7 +13,8 @@ use crate::cpu::percpu::this_index;
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     interrupts::disable();
-    // Before the first CPU has its GS base, this faults and the machine resets; nothing useful could be printed without it.
+    // Before the first CPU has its GS base, `this_index` faults and the machine resets: status 0,
+    // without a line.
     serial::print_line_urgent(format_args!("cpu {}: PANIC: {info}", this_index()));
     print_stack(asm::stack_pointer());
     exit::exit(Verdict::Panic)
@@ -24,7 +25,8 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 #[unsafe(no_mangle)]
 extern "C" fn rust_eh_personality() {}
 
-/// Named by the landing pads of the prebuilt `alloc`; never called, because a panic ends the run where it happens.
+/// Named by the landing pads of the prebuilt `alloc`; never called, because a panic ends the run
+/// where it happens.
 // SAFETY: nothing else in the image defines this name.
 #[unsafe(no_mangle)]
 extern "C" fn _Unwind_Resume() -> ! {

@@ -1,7 +1,7 @@
 //! What the kernel knows of one CPU, found through the GS base.
 //!
-//! A file that needs more state a CPU keeps an array of its own, by [`CpuIndex`], as `DEFINE_PER_CPU` does in Linux: this
-//! file names nobody above it.
+//! A file that needs more state a CPU keeps an array of its own, by [`CpuIndex`], as
+//! `DEFINE_PER_CPU` does in Linux: this file names nobody above it.
 
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
@@ -30,7 +30,7 @@ pub struct Cpu {
     kernel_stack: AtomicU64,
     index: AtomicCpuIndex,
     apic_id: Once<u32>,
-    /// Somebody wants this CPU out of ring 3.
+    /// Another CPU wants this one out of ring 3.
     pub(crate) kicked: AtomicBool,
 }
 
@@ -69,8 +69,8 @@ impl Cpu {
     }
 }
 
-/// Returns the state of the CPU that runs this. Hold it only where the code cannot move to another CPU, which in this image
-/// is everywhere. It is there from the first Rust function on.
+/// Returns the state of the CPU that runs this. Keep the reference only where the code cannot move
+/// to another CPU; in this image it never moves. The state exists from the first Rust function on.
 #[inline]
 #[must_use]
 pub fn this_cpu() -> &'static Cpu {
@@ -95,7 +95,8 @@ pub fn cpu(index: CpuIndex) -> &'static Cpu {
 /// Returns the set of all CPUs that have come up.
 #[must_use]
 pub fn online() -> CpuMask {
-    // ORDERING: pairs with `set_online`: who sees a CPU's number also sees what it set up before.
+    // ORDERING: pairs with `set_online`: whoever counts a CPU also sees what that CPU set up
+    // before.
     let count = NR_CPUS.load(Ordering::Acquire);
     CpuMask::first(count)
 }
@@ -113,7 +114,8 @@ pub(crate) fn prepare(index: CpuIndex, apic_id: u32) -> &'static Cpu {
 ///
 /// # Safety
 ///
-/// `cpu` was prepared, and is the state of no other running CPU. The segment register GS is not loaded afterwards.
+/// `cpu` was prepared, and is the state of no other running CPU. The segment register GS is not
+/// loaded afterwards.
 pub(crate) unsafe fn install(cpu: &'static Cpu) {
     GsBase::write(VirtAddr::from_ptr(cpu));
     // What SWAPGS puts in place on the way to ring 3.

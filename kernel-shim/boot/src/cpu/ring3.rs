@@ -1,7 +1,8 @@
 //! Ring 3: entering it, and what brings the CPU back.
 //!
-//! [`run_user`] works like entering a virtual machine: it returns at the first trap that the kernel has to decide about, on the
-//! ordinary kernel stack, with interrupts on. The address space is whatever CR3 holds; `run_user` does not touch it.
+//! [`run_user`] works like entering a virtual machine: it returns at the first trap that the kernel
+//! has to answer, on the ordinary kernel stack, with interrupts on. The program runs in the address
+//! space that CR3 holds.
 
 use core::sync::atomic::Ordering;
 
@@ -29,9 +30,11 @@ const GENERAL_PROTECTION: u64 = 13;
 /// Why a program came back from ring 3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UserExit {
-    /// INT 0x80; the arguments are in the registers, and the instruction pointer is behind it.
+    /// INT 0x80; the arguments are in the registers, and the instruction pointer is behind the
+    /// instruction.
     Syscall,
-    /// The program touched what it may not, or what is not there yet; run again to retry.
+    /// The program touched an address that it may not use, or that is not mapped yet; running it
+    /// again retries.
     PageFault {
         /// The address touched (CR2).
         address: VirtAddr,
@@ -49,10 +52,11 @@ pub enum UserExit {
     Interrupted,
 }
 
-/// Runs `context` in ring 3 on this CPU, in the address space that is loaded, until the kernel is needed.
+/// Runs `context` in ring 3 on this CPU, in the address space that is loaded, until the kernel is
+/// needed.
 ///
-/// Interrupts from other CPUs are served meanwhile. A TLB flush that arrives while the program runs is therefore carried out
-/// before its next instruction.
+/// Interrupts from other CPUs are served meanwhile, so a TLB flush that arrives while the program
+/// runs is carried out before its next instruction.
 ///
 /// # Context
 ///
@@ -72,8 +76,8 @@ pub fn run_user(context: &mut UserContext) -> UserExit {
         context.frame.code_segment = u64::from(segments.code.0);
         context.frame.stack_segment = u64::from(segments.data.0);
         context.frame.rflags = context.frame.rflags & USER_FLAGS | FORCED_FLAGS;
-        // SAFETY: the context is borrowed for us alone; interrupts are off; segments and flags were just made those of ring 3,
-        // and the instruction pointer is canonical.
+        // SAFETY: the context is borrowed for us alone; interrupts are off; segments and flags were
+        // just made those of ring 3, and the instruction pointer is canonical.
         unsafe { enter_user(context) };
         let TrapFrame { vector, error_code, .. } = context.frame;
         if vector == u64::from(SYSCALL_VECTOR) {
@@ -82,7 +86,8 @@ pub fn run_user(context: &mut UserContext) -> UserExit {
         match vector {
             NMI => watchdog::handle_nmi(&context.frame),
             PAGE_FAULT => {
-                // CR2 is read before interrupts come on, and nothing in the kernel faults in between.
+                // CR2 still holds the address: interrupts are off, and nothing in the kernel
+                // faults.
                 let address = VirtAddr::new_truncate(Cr2::read_raw());
                 break UserExit::PageFault {
                     address,

@@ -1,7 +1,7 @@
 //! The other CPUs: starting them, and giving all CPUs work.
 //!
-//! Start: INIT, then a start-up IPI, to one CPU at a time (Intel SDM vol. 3A, 8.4.4.1); each finds in the start block what
-//! it needs until it has a GS base.
+//! Start: INIT, then a start-up IPI, to one CPU at a time (Intel SDM vol. 3A, 8.4.4.1); each finds
+//! in the start block what it needs until it has a GS base.
 
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -17,11 +17,13 @@ use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::ipi;
 use crate::cpu::percpu::{self, Cpu, cpu, online, this_index};
 
-/// Physical address of the code that other CPUs start with: any page of the first megabyte that is RAM.
+/// Physical address of the code that other CPUs start with: any page of the first megabyte that is
+/// RAM.
 pub(crate) const TRAMPOLINE: u64 = 0x8000;
 /// Pages of the stack on which a CPU runs the kernel.
 pub(crate) const KERNEL_STACK_PAGES: u64 = 32;
-/// How long a CPU may take to come up. Generous: an emulated CPU may wait for a slice of a busy host.
+/// How long a CPU may take to come up. Long, because an emulated CPU may have to wait for a busy
+/// host.
 const START_TIMEOUT_US: u64 = 10_000_000;
 
 /// What a starting CPU needs; read by `start.s`.
@@ -39,28 +41,30 @@ pub(crate) static START_BLOCK: StartBlock =
 /// Work for a set of CPUs.
 struct Job {
     function: UnsafeCell<Option<&'static Function<'static>>>,
-    /// CPUs that have it still to do.
+    /// CPUs that have the job still to do.
     running: AtomicU64,
 }
 
 type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
 
-// SAFETY: the cell is written by the first CPU only, while no CPU runs a job, and read by the others only while they are
-// in `running`; see the orderings in `on_cpus` and `do_jobs`.
+// SAFETY: the cell is written by the first CPU only, while no CPU runs a job, and read by the
+// others only while they are in `running`; see the orderings in `on_cpus` and `do_jobs`.
 unsafe impl Sync for Job {}
 
 static JOB: Job = Job { function: UnsafeCell::new(None), running: AtomicU64::new(0) };
 
-/// Starts the CPUs whose APICs are listed, except the one that runs this, and returns how many run afterwards.
+/// Starts the CPUs whose APICs are listed, except the one that runs this, and returns how many run
+/// afterwards.
 ///
 /// # Panics
 ///
-/// If one does not come up: it might still do so later, with the start block of another.
+/// If a CPU does not come up: it might do so later, and would then take the start block of another.
 pub(crate) fn start_others(apic_ids: &[u32]) -> u32 {
     copy_trampoline();
     let me = apic::id();
     let others = apic_ids.iter().copied().filter(|id| *id != me).take(MAX_CPUS - 1);
-    // The APICs first: of 64 CPUs there is no number after the last.
+    // The APICs come first in the zip: there is no `CpuIndex` after the 64th CPU, so none may be
+    // made.
     for (apic_id, index) in others.zip((1..).map(CpuIndex::new)) {
         start_cpu(index, apic_id);
     }
@@ -72,8 +76,8 @@ pub fn on_every_cpu(function: &(dyn Fn(CpuIndex) + Sync)) {
     on_cpus(online(), function);
 }
 
-/// Runs `function` on the CPUs of `set` in ordinary context (interrupts on, own stack), and returns when all have finished.
-/// CPUs without work halt.
+/// Runs `function` on the CPUs of `set` in ordinary context (interrupts on, own stack), and returns
+/// when all have finished. CPUs without work halt.
 ///
 /// # Panics
 ///
@@ -82,12 +86,14 @@ pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
     assert!(set.bits() & !online().bits() == 0, "work for a CPU that is not online");
     assert!(this_index() == CpuIndex::FIRST, "only the first CPU gives out work");
     assert!(JOB.running.load(Ordering::Relaxed) == 0, "work given out from within work");
-    // SAFETY: only the lifetime changes: this function returns after every CPU has finished, and panics abort.
+    // SAFETY: only the lifetime changes: this function returns after every CPU has finished, and
+    // panics abort.
     let lasting = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
     // SAFETY: no CPU runs a job, and none looks before it is in `running`.
     unsafe { *JOB.function.get() = Some(lasting) };
     let others = set.without(CpuIndex::FIRST);
-    // ORDERING: pairs with the load in `do_jobs`: who finds itself in the set sees the function.
+    // ORDERING: pairs with the load in `do_jobs`: a CPU that finds itself in the set sees the
+    // function.
     JOB.running.store(others.bits(), Ordering::Release);
     others.iter().for_each(ipi::wake);
     if set.contains(CpuIndex::FIRST) {
@@ -100,19 +106,22 @@ pub fn on_cpus(set: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
             interrupts::enable();
             return;
         }
-        // The last to finish wakes this CPU; interrupts come on together with the halt, so that is not missed.
+        // The last CPU to finish wakes this one. Interrupts come on together with the halt, so the
+        // wake-up is not missed.
         interrupts::enable_and_hlt();
     }
 }
 
-/// Makes a CPU leave ring 3: [`crate::cpu::ring3::run_user`] returns there, now or when it is called next.
+/// Makes a CPU leave ring 3: [`crate::cpu::ring3::run_user`] returns there, now or when it is
+/// called next.
 pub fn kick(target: CpuIndex) {
-    // ORDERING: pairs with the swap in `ring3::run_user`, which must see the flag if it saw the interrupt, or nothing of it.
+    // ORDERING: pairs with the swap in `ring3::run_user`: a CPU that has taken the interrupt sees
+    // the flag.
     cpu(target).kicked.store(true, Ordering::Release);
     ipi::wake(target);
 }
 
-/// Where `start.s` ends on every CPU but the first.
+/// Called by `start.s` on every CPU but the first.
 #[cfg_attr(not(bare), expect(dead_code, reason = "called from assembly, which only the image has"))]
 pub(crate) extern "C" fn secondary_main(me: &'static Cpu) -> ! {
     // SAFETY: `start_cpu` prepared it for this CPU alone, and `start.s` has loaded GS already.
@@ -135,7 +144,8 @@ fn do_jobs(me: &'static Cpu) -> ! {
             continue;
         }
         interrupts::enable();
-        // SAFETY: this CPU is in `running`, so the function is there, and stays until this CPU leaves.
+        // SAFETY: this CPU is in `running`, so the function is there, and stays until this CPU
+        // leaves.
         if let Some(function) = unsafe { *JOB.function.get() } {
             function(me.index());
         }
@@ -150,7 +160,8 @@ fn start_cpu(index: CpuIndex, apic_id: u32) {
     let cpu = percpu::prepare(index, apic_id);
     START_BLOCK.root.store(kernel_root().start_address().as_u64(), Ordering::Relaxed);
     START_BLOCK.stack_top.store(new_stack(KERNEL_STACK_PAGES).as_u64(), Ordering::Relaxed);
-    // ORDERING: sent on by the IPI, which is not issued before earlier stores are visible (`apic::send`).
+    // ORDERING: the IPI publishes it: `apic::send` issues the IPI only after earlier stores are
+    // visible.
     START_BLOCK.cpu.store(core::ptr::from_ref(cpu).addr() as u64, Ordering::Release);
     let is_up = || online().contains(index);
     let page = u8::try_from(TRAMPOLINE >> 12).expect("the trampoline is in the first megabyte");
@@ -158,7 +169,7 @@ fn start_cpu(index: CpuIndex, apic_id: u32) {
     clock::wait_us(10_000);
     apic::send(apic_id, Delivery::StartUp(page));
     if !clock::wait_until(200, is_up) {
-        // A CPU that has started ignores the second one.
+        // A CPU that has started ignores the second start-up IPI.
         apic::send(apic_id, Delivery::StartUp(page));
     }
     assert!(clock::wait_until(START_TIMEOUT_US, is_up), "the CPU with APIC id {apic_id} did not start");
@@ -169,7 +180,7 @@ fn copy_trampoline() {
     let length = usize::try_from(code.end - code.start).expect("usize has 64 bits");
     assert!(length <= 4096, "the trampoline fits its page");
     let from: *const u8 = phys_to_ptr(PhysAddr::new(code.start));
-    // SAFETY: the page lies in the first megabyte, which the frame allocator leaves alone; source and target are mapped (B3)
-    // and do not overlap, since the image begins at 2 MiB.
+    // SAFETY: the page lies in the first megabyte, which the frame allocator leaves alone; source
+    // and target are mapped (B3) and do not overlap, since the image begins at 2 MiB.
     unsafe { phys_to_ptr::<u8>(PhysAddr::new(TRAMPOLINE)).copy_from_nonoverlapping(from, length) };
 }

@@ -1,7 +1,8 @@
 //! What happens on an interrupt or exception.
 //!
-//! From ring 3, a trap ends [`crate::cpu::ring3::run_user`]. From ring 0 it arrives here: interrupts and NMIs are handled, any exception
-//! ends the run, because the kernel reaches user memory through the offset map and has no faults of its own.
+//! From ring 3, a trap ends [`crate::cpu::ring3::run_user`]. From ring 0 a trap arrives here:
+//! interrupts and NMIs are handled, any exception ends the run. The kernel has no page faults of
+//! its own, because it reaches user memory through the offset map.
 
 use crate::arch::apic;
 use crate::arch::context::TrapFrame;
@@ -24,10 +25,12 @@ pub(crate) extern "C" fn trap_from_kernel(frame: &TrapFrame) {
 ///
 /// # Context
 ///
-/// Takes no lock and allocates nothing (B4), except what a function passed to [`ipi::call_on`] does.
+/// Takes no lock and allocates nothing (B4), except what a function passed to [`ipi::call_on`]
+/// does.
 pub(crate) fn handle_interrupt(vector: u64) {
     if vector != u64::from(SPURIOUS_VECTOR) {
-        // Before the work: a call that arrives during it must interrupt again.
+        // Acknowledged before the work is done: a call that arrives during the work must interrupt
+        // again.
         apic::end_of_interrupt();
     }
     if vector == u64::from(CALL_VECTOR) {

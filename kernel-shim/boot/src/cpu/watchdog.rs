@@ -1,8 +1,8 @@
 //! Ends a run that hangs, and says what each CPU was doing.
 //!
-//! The legacy interval timer is routed to the first CPU as an NMI, about 18 times a second, so that a CPU that spins with
-//! interrupts off cannot hide. When the CPUs' counts of [`progress`] together have not moved for too long, every CPU gets an
-//! NMI and prints its state.
+//! The legacy interval timer interrupts the first CPU as an NMI, about 18 times a second, so a CPU
+//! that spins with interrupts off is noticed, too. When no CPU has called [`progress`] for too
+//! long, every CPU gets an NMI and prints its state.
 
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
@@ -13,6 +13,7 @@ use x86_64::instructions::port::Port;
 use crate::arch::context::TrapFrame;
 use crate::arch::exit::{self, Verdict};
 use crate::arch::{apic, clock, serial};
+use crate::counted::Counted;
 use crate::cpu::dump::print_state;
 use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::ipi;
@@ -138,9 +139,9 @@ fn print_this_cpu(frame: &TrapFrame) {
     let ring = frame.code_segment & 3;
     print_state(
         format_args!(
-            "in ring {ring}, {}, {} steps; waits for calls on {}; has calls from {}",
+            "in ring {ring}, {}, {}; waits for calls on {}; has calls from {}",
             life.activity(),
-            life.steps.load(Ordering::Relaxed),
+            Counted(life.steps.load(Ordering::Relaxed), "step"),
             List(ipi::waited_for(me)),
             List(ipi::callers_of(me)),
         ),
@@ -148,7 +149,8 @@ fn print_this_cpu(frame: &TrapFrame) {
     );
 }
 
-/// Lets the interrupt controller raise the next tick: a poll counts as the acknowledgement that an NMI does not send.
+/// Lets the interrupt controller raise the next tick. An NMI sends no acknowledgement; a poll
+/// counts as one.
 fn acknowledge_tick() {
     let mut port = Port::<u8>::new(0x20);
     // SAFETY: OCW3 with the poll bit (Intel 8259A data sheet); touches no memory.

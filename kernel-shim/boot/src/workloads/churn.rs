@@ -1,4 +1,5 @@
-//! Processes come and go on every CPU at once: each is created, stamps its memory, loses some of it in every way, and exits.
+//! Processes come and go on every CPU at once: each is created, stamps its memory, loses parts of
+//! it in every way, and exits.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -57,8 +58,8 @@ pub(crate) fn run_churn(kernel: &BareKernel, nr_processes: u64, nr_pages: u64) -
     Ok(exits.into_inner())
 }
 
-/// The number of the first process of a CPU; those of different CPUs never meet.
-pub(crate) fn first_number(cpu: CpuIndex) -> u32 {
+/// A new number for a process of `cpu`; no two CPUs give out the same one.
+pub(crate) fn new_process_number(cpu: CpuIndex) -> u32 {
     let made = MADE[cpu.get()].fetch_add(1, Ordering::Relaxed);
     // 24 bits: 64 CPUs, 262,144 processes each.
     u32::try_from(cpu.get() << 18).unwrap_or(0) | made & 0x3_ffff
@@ -70,14 +71,14 @@ pub(crate) fn first_number(cpu: CpuIndex) -> u32 {
 ///
 /// Whatever the kernel refused.
 pub(crate) fn run_process(kernel: &BareKernel, me: CpuIndex, nr_pages: u64) -> Result<(), Error> {
-    let process = StampedProcess::new(kernel, first_number(me))?;
+    let process = StampedProcess::new(kernel, new_process_number(me))?;
     let areas = [FIRST, SECOND, THIRD].map(|start| page_range(start, nr_pages));
     let [first, second, third] = areas;
     for area in areas {
         process.map(area)?;
     }
     process.enter();
-    // New memory is empty; the frames under it belonged to others a moment ago.
+    // New memory must read as zero, although its frames belonged to others a moment ago.
     process.check_fresh(page_range(FIRST, LOOKED_AT)).must_be(Found::AsExpected, "reading new memory");
     for area in areas {
         process.write(area).must_be(Found::AsExpected, "writing");
@@ -94,7 +95,8 @@ pub(crate) fn run_process(kernel: &BareKernel, me: CpuIndex, nr_pages: u64) -> R
     process.check_fresh(page_range(SECOND, LOOKED_AT)).must_be(Found::AsExpected, "reading dropped memory");
     process.check(third).must_be(Found::AsExpected, "reading what was kept");
     kernel.mremap(&process.mm, third, first)?;
-    // Moved memory keeps its content, under the numbers of its old pages: both starts have the same low bits.
+    // Moved memory keeps its content, and so the page numbers in its stamps. They are right at the
+    // new place, too: both starts have the same low bits.
     process.check(first).must_be(Found::AsExpected, "reading moved memory");
     kernel.go_lazy();
     kernel.exit(&process.mm)

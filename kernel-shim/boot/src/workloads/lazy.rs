@@ -1,7 +1,8 @@
 //! CPUs that stay with an address space without running it, while its pages and its tables go.
 //!
-//! A lazy CPU may miss the flush of pages, if it looks before it runs a program again. It must not miss that of tables: its CR3
-//! still leads there, and each kernel address it reads may walk from there.
+//! A lazy CPU may skip the flush of pages, if it catches up before it runs a program again. It must
+//! not skip the flush of tables: its CR3 still points to the root, and each kernel address it reads
+//! may start a walk there.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
@@ -16,11 +17,11 @@ use crate::workloads::churn;
 use crate::workloads::meeting::Meeting;
 use crate::workloads::program::{BareKernel, Found, StampedProcess, page_range, read_all_over};
 
-/// What loses its pages and keeps its tables.
+/// Start and pages of the area that loses its pages and keeps its tables.
 const KEPT: (u64, u64) = (0x10_0000_0000, 24);
-/// What loses its tables too.
+/// Start and pages of the area that loses its tables, too.
 const GONE: (u64, u64) = (0x50_0000_0000, 24);
-/// Pages that a lazy CPU reads between two looks.
+/// Pages that a lazy CPU reads before it looks again whether its stretch is over.
 const ROAMED: u64 = 512;
 /// How long lazy CPUs go on after the address space is gone.
 const AFTERMATH_US: u64 = 200;
@@ -38,7 +39,7 @@ pub(crate) fn run_lazy(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
         if round % PROGRESS == 0 {
             println!("progress: lazy {round} of {rounds}");
         }
-        let process = StampedProcess::new(kernel, churn::first_number(CpuIndex::FIRST))?;
+        let process = StampedProcess::new(kernel, churn::new_process_number(CpuIndex::FIRST))?;
         process.map(page_range(KEPT.0, KEPT.1))?;
         process.map(page_range(GONE.0, GONE.1))?;
         let round = Round {
@@ -63,7 +64,7 @@ pub(crate) fn run_lazy(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
 struct Round<'a> {
     process: StampedProcess<'a>,
     place: Meeting,
-    /// Whether lazy CPUs should come back, from the first stretch and from the second.
+    /// Whether lazy CPUs should come back: from the first lazy stretch, and from the second.
     is_over: [AtomicBool; 2],
 }
 
@@ -94,7 +95,7 @@ impl Round<'_> {
         self.place.meet();
         watchdog::note(&"back from a lazy stretch");
         process.enter();
-        // All of it was dropped: a word that this thread wrote before is stale.
+        // All of the memory was dropped, so a word that this thread wrote before is stale.
         for (start, nr_pages) in [KEPT, GONE] {
             let range = page_range(start, nr_pages);
             process.check_fresh(range).must_be(Found::AsExpected, "after a lazy stretch");

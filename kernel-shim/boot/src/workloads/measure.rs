@@ -1,4 +1,5 @@
-//! What things cost, in cycles of the emulator: compare these numbers with each other, not with hardware.
+//! What things cost, in cycles of the emulator: compare these numbers with each other, not with
+//! hardware.
 
 use alloc::vec::Vec;
 
@@ -17,12 +18,12 @@ use crate::workloads::program::{BareKernel, page_range};
 const TIMES: usize = 40;
 /// Pages unmapped at once.
 const BULK: u64 = 512;
-/// Where.
+/// Where they are mapped.
 const PLACE: u64 = 0x10_0000_0000;
 /// Instructions in one measurement.
 const INSTRUCTIONS: u64 = 64;
 
-/// Measures and prints; frames are neither poisoned nor looked at meanwhile.
+/// Measures and prints; frames are neither poisoned nor checked meanwhile.
 ///
 /// # Errors
 ///
@@ -77,7 +78,7 @@ fn measure_instructions() {
     print_cycles("CR3 load", load, INSTRUCTIONS);
 }
 
-/// From the first CPU to each other one and back; the others have halted.
+/// Calls from the first CPU to each other one and back; the others have halted.
 fn measure_round_trips() {
     let mut all = Vec::new();
     for to in online().without(CpuIndex::FIRST).iter() {
@@ -89,7 +90,8 @@ fn measure_round_trips() {
     print_cycles("IPI round trip", all, 1);
 }
 
-/// Drops the first `nr_pages` pages of the region, again and again; one page counts as a flush, many as pages.
+/// Drops the first `nr_pages` pages of the region, again and again, and prints what one call costs;
+/// for [`BULK`] pages, what one page costs.
 fn measure_unmap(
     kernel: &BareKernel,
     mm: &mmu_kernel_shim::Mm<crate::machine::BareMachine>,

@@ -1,4 +1,5 @@
-//! A place where CPUs wait for each other. Whoever waits long halts: an emulator has more CPUs than its host.
+//! A place where CPUs wait for each other. A CPU that waits long halts, because an emulator has
+//! more CPUs than its host has cores.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,7 +31,8 @@ impl Meeting {
     ///
     /// Interrupts on; other CPUs' calls are served meanwhile.
     pub(crate) fn meet(&self) {
-        // ORDERING: pairs with the loads in `halt_until`: what was done before a meeting is visible after it.
+        // ORDERING: pairs with the loads in `halt_until`: what was done before a meeting is visible
+        // after it.
         let mine = self.arrivals.fetch_add(1, Ordering::AcqRel) + 1;
         let target = mine.next_multiple_of(self.nr_cpus);
         if mine == target {
@@ -42,7 +44,8 @@ impl Meeting {
     }
 }
 
-/// Waits until `condition` holds; whoever makes it hold then calls [`wake_others`].
+/// Waits until `condition` holds, halted after a while. The CPU that makes it hold calls
+/// [`wake_others`] afterwards.
 pub(crate) fn halt_until(condition: impl Fn() -> bool) {
     let start = clock::cycles();
     while clock::cycles().wrapping_sub(start) < SPIN_CYCLES {

@@ -1,4 +1,5 @@
-//! The parts of a workload, one after the other, and what each came to. A violation ends the run where it is found.
+//! The parts of a workload, one after the other, and what each of them counted. A violation ends
+//! the run where it is found.
 
 use alloc::string::{String, ToString};
 
@@ -47,7 +48,7 @@ impl<'a> Phases<'a> {
     }
 
     pub(crate) fn drill(self) -> Self {
-        // Its programs do not look at what they read, so it is not where a fault is found.
+        // Left out where a fault is planted: the programs of the drill do not check what they read.
         let config = self.kernel.config();
         if self.kernel.machine().fault() != PlantedFault::Absent
             || config.misbehaviour != Misbehaviour::Absent
@@ -82,7 +83,7 @@ impl<'a> Phases<'a> {
         })
     }
 
-    /// Prints the sums and says whether all was well.
+    /// Prints the sums, and returns whether everything held.
     pub(crate) fn verdict(self) -> Verdict {
         let machine = self.kernel.machine();
         let counted = self.kernel.counters().snapshot();
@@ -115,7 +116,7 @@ impl<'a> Phases<'a> {
         Verdict::Pass
     }
 
-    /// Does one part, unless something was found before, and prints what it came to.
+    /// Does one part, unless an earlier one could not be done, and prints what it counted.
     fn run_part(
         mut self,
         name: &'static str,

@@ -1,4 +1,5 @@
-//! Programs in ring 3, as the workloads use them: memory of a process, the stamps on it, and what a program read instead.
+//! Programs in ring 3, as the workloads use them: the memory of a process, the stamps on it, and
+//! what to do when a program reads something else.
 
 use alloc::sync::Arc;
 
@@ -35,7 +36,8 @@ pub(crate) fn boot(machine: BareMachine, config: Config) -> Result<BareKernel, E
     Ok(kernel)
 }
 
-/// Fills the page of the page cache that holds the code of programs; again, after the cache was dropped.
+/// Writes the code of the programs into its page of the page cache; has to be called again after
+/// the cache was dropped.
 ///
 /// # Errors
 ///
@@ -57,9 +59,9 @@ pub(crate) fn load_code(kernel: &BareKernel) -> Result<(), Error> {
 /// What became of a run in ring 3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TaskEnd {
-    /// It came to its end.
+    /// The program came to its end.
     Done(Outcome),
-    /// A fault that was not answered.
+    /// The kernel refused a fault: its address, and why.
     Signal(u64, FaultError),
 }
 
@@ -96,12 +98,13 @@ pub(crate) struct StampedProcess<'a> {
     number: u32,
 }
 
-/// What a program of the process found, if it was not something of another owner: that ends the run.
+/// What a program of the process found. There is no variant for data of another owner, because that
+/// ends the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Found {
     /// What it expected.
     AsExpected,
-    /// A page without content: it was dropped meanwhile.
+    /// Zero: the page was dropped meanwhile.
     Fresh,
     /// The address was not usable.
     Signal,
@@ -117,7 +120,7 @@ impl Found {
 }
 
 impl<'a> StampedProcess<'a> {
-    /// A process without memory but for its code.
+    /// A process that has no memory but its code.
     ///
     /// # Errors
     ///
@@ -137,12 +140,12 @@ impl<'a> StampedProcess<'a> {
         self.kernel.mmap(&self.mm, Vma { range, area: Area::anon() })
     }
 
-    /// Runs it on this CPU from now on.
+    /// Switches this CPU to the process.
     pub(crate) fn enter(&self) {
         self.kernel.switch_to(Some(&self.mm));
     }
 
-    /// Writes this CPU's stamp into each page of `range`, whose first page gets the number of its address.
+    /// Writes this CPU's stamp into each page of `range`.
     pub(crate) fn write(&self, range: VirtRange) -> Found {
         self.run_and_judge(self.task(Program::Write, range, self.stamp(range), 1))
     }
@@ -152,7 +155,8 @@ impl<'a> StampedProcess<'a> {
         self.run_and_judge(self.task(Program::Check, range, self.stamp(range), 1))
     }
 
-    /// Reads this CPU's words in `range`, all of which must be zero: nobody but this thread writes there, and it has not yet.
+    /// Reads this CPU's words in `range`, all of which must be zero: nobody but this thread writes
+    /// there, and this thread has not done so yet.
     pub(crate) fn check_fresh(&self, range: VirtRange) -> Found {
         self.run_and_judge(self.task(Program::Check, range, 0, 0))
     }
@@ -214,8 +218,8 @@ pub(crate) fn page_range(start: u64, nr_pages: u64) -> VirtRange {
     VirtRange::new(start, start + nr_pages * FRAME_BYTES).expect("workloads use good ranges")
 }
 
-/// Reads one word of `nr_pages` frames of RAM, from one drawn by `seed` on: each read needs a translation, and each translation
-/// a walk from whatever is in CR3.
+/// Reads one word in each of `nr_pages` frames of RAM, beginning with one that `seed` chooses. Each
+/// read needs a translation, and so a walk from the root in CR3.
 pub(crate) fn read_all_over(machine: &BareMachine, seed: u64, nr_pages: u64) {
     let frames = machine.usable_frames();
     let count = frames.end - frames.start;
@@ -228,5 +232,5 @@ pub(crate) fn read_all_over(machine: &BareMachine, seed: u64, nr_pages: u64) {
     }
 }
 
-/// So many words of a page belong to threads.
+/// The words of all threads fit into one page.
 const _: () = assert!(crate::cpu::index::MAX_CPUS * 8 <= 4096);

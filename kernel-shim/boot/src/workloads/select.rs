@@ -18,7 +18,8 @@ const KNOWN_WORKLOADS: &str =
     "full, short, threads, churn, lazy, drill, measure, layout, self-test, hang, panic, overflow";
 const KNOWN_FAULTS: &str = "none, skip-local-flush, skip-remote-flush, free-before-flush";
 
-/// Runs the workload that `options` names; without a name, the self-test. `module` is what was loaded beside the image.
+/// Runs the workload that `options` names; without a name, the self-test. `module` is what was
+/// loaded beside the image.
 pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>) -> Verdict {
     if let Some(name) = options.unknown(&KNOWN_OPTIONS).next() {
         println!("workload: unknown option \"{name}\"; known are {KNOWN_OPTIONS:?}");
@@ -36,7 +37,8 @@ pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>)
             println!("workload: the stack held {} calls and did not overflow", overflow(0));
             return Verdict::Violation;
         }
-        // A fault is met first where programs look for it; the drill's numbers would be of no use.
+        // The drill comes first, and is left out where a fault is planted: its programs check
+        // nothing.
         "full" => {
             |phases| phases.drill().threads(Length::FULL).churn(Length::FULL).lazy(Length::FULL).measure()
         }
@@ -67,7 +69,7 @@ pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>)
     }
 }
 
-/// What goes wrong in the machine, and in the kernel.
+/// What a name plants in the machine, and in the kernel.
 fn parse_fault(name: &str) -> Option<(PlantedFault, Misbehaviour)> {
     Some(match name {
         "none" => (PlantedFault::Absent, Misbehaviour::Absent),

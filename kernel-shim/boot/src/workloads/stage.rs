@@ -1,4 +1,4 @@
-//! This machine as a stage: the work that any machine can do, done on real page tables and counted.
+//! The work that any machine can do (`Stage`), done on real page tables and counted.
 
 use alloc::string::{String, ToString};
 use core::str;
@@ -61,7 +61,7 @@ pub(crate) fn run_drill(kernel: &BareKernel) -> Result<u64, String> {
     let counted = drill(&BareStage(kernel)).map_err(|failure| failure.to_string())?;
     print_counts("drill", &counted);
     program::load_code(kernel).map_err(|error| error.to_string())?;
-    // The process, and the other one.
+    // The drill has two processes.
     Ok(2)
 }
 

@@ -1,10 +1,12 @@
-//! Threads of one process use memory in ring 3 while the first CPU takes it away under them, in every way there is.
+//! Threads of one process use memory in ring 3 while the first CPU takes it away from them, in
+//! every way there is.
 //!
 //! Two kinds of rounds:
-//! - *caught reading*: every thread is known to be reading when the memory goes, and nobody gets the frames before every thread
-//!   has noticed. A flush that was forgotten cannot go unseen: the thread reads on, and what it reads is poison.
-//! - *free for all*: threads write, read and fault at any moment. With three CPUs or more, the last one runs processes of its own
-//!   meanwhile, so that what is freed has another owner at once.
+//! - *caught reading*: every thread is known to be reading when the memory goes, and nobody gets
+//!   the frames before every thread has noticed. So a forgotten flush is always seen: the thread
+//!   goes on reading, and reads poison.
+//! - *free for all*: threads write, read and fault at any moment. With three CPUs or more, the last
+//!   one runs processes of its own meanwhile, so that what is freed has another owner at once.
 
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -20,26 +22,28 @@ use crate::workloads::churn;
 use crate::workloads::meeting::{self, Meeting};
 use crate::workloads::program::{BareKernel, Found, StampedProcess, page_range};
 
-/// What is used in a free for all: more pages than are invalidated one by one, fewer than an emulated TLB holds.
+/// The memory of a free for all, start and pages: more pages than are invalidated one by one, fewer
+/// than an emulated TLB holds.
 const REGION: (u64, u64) = (0x7f00_0000_0000, 48);
-/// The part of it that goes alone: few enough pages to be invalidated one by one.
+/// The part of the region that goes alone: few enough pages to be invalidated one by one.
 const PART: (u64, u64) = (REGION.0 + 8 * 4096, 16);
-/// Where it is moved to and back from.
+/// Where the region is moved to and back from.
 const ASIDE: (u64, u64) = (0x7e00_0000_0000, 48);
-/// What threads are caught reading the first page of. Many pages: whoever frees each when its entry is cleared leaves much time
-/// between the first and the flush.
+/// The bait: threads are caught reading its first page. It has many pages, so that a kernel that
+/// frees each page when its entry is cleared frees the first one long before the flush.
 const BAIT: (u64, u64) = (0x7d00_0000_0000, 512);
-/// Pages of it that go alone, in every second round: for these, page by page is cheaper than all.
+/// Pages of the bait that go alone, in every second round: few enough to be invalidated one by one.
 const FEW_BAITS: u64 = 16;
-/// Pages that are read before they are written to again: each costs a page of zeroes, and a flush to replace it.
+/// Pages that are read before they are written to again. Few, because each of them maps the page of
+/// zeroes first, which takes a flush to replace.
 const LOOKED_AT: u64 = 4;
-/// Reads of one word, until something happens to it.
+/// At most this many reads of one word, while a thread waits for it to go.
 const WATCHED: u64 = 200_000;
 /// Reads of one word in a free for all.
 const GLANCED: u64 = 1000;
-/// So many rounds at first catch threads reading,
+/// The first rounds, this many, catch threads reading,
 const CAUGHT_FIRST: u64 = 12;
-/// and one in so many of the rest.
+/// and so does one in this many of the rest.
 const CAUGHT_LATER: u64 = 4;
 /// Rounds between two lines of progress.
 const PROGRESS: u64 = 100;
@@ -48,9 +52,9 @@ const PROGRESS: u64 = 100;
 ///
 /// # Errors
 ///
-/// Whatever the kernel refused; there is memory enough for this.
+/// Whatever the kernel refused.
 pub(crate) fn run_threads(kernel: &BareKernel, rounds: u64) -> Result<u64, Error> {
-    let process = StampedProcess::new(kernel, churn::first_number(CpuIndex::FIRST))?;
+    let process = StampedProcess::new(kernel, churn::new_process_number(CpuIndex::FIRST))?;
     process.map(page_range(REGION.0, REGION.1))?;
     process.map(page_range(BAIT.0, BAIT.1))?;
     let cpus = online();
@@ -90,9 +94,9 @@ pub(crate) fn run_threads(kernel: &BareKernel, rounds: u64) -> Result<u64, Error
     Ok(1)
 }
 
-/// The first rounds: nobody else allocates.
+/// The first rounds, in which nobody else allocates frames.
 const CATCHING: u32 = 0;
-/// All CPUs do what they like.
+/// All CPUs do what they like, the neighbour too.
 const FREE_FOR_ALL: u32 = 1;
 const OVER: u32 = 2;
 
@@ -107,7 +111,7 @@ struct Threads<'a> {
 }
 
 impl Threads<'_> {
-    /// A thread: whatever it finds in its own words must be its own, or nothing.
+    /// The work of a thread: what it finds in its own words must be its own stamps, or zero.
     fn use_memory(&self) {
         let (region, part, bait) =
             (page_range(REGION.0, REGION.1), page_range(PART.0, PART.1), page_range(BAIT.0, 1));
@@ -142,10 +146,11 @@ impl Threads<'_> {
                 self.catch_reading(round)?;
             }
             if let Some(dropped) = self.take_region(round)? {
-                // This thread has not written there since: it must not see what it wrote before, nor what another wrote.
+                // This thread has not written there since. It must read zero: neither what it wrote
+                // before, nor what another wrote.
                 process.check_fresh(dropped).must_be(Found::AsExpected, "reading what was dropped");
             }
-            // Nobody else drops this thread's pages: what it finds is certain.
+            // Nobody else drops pages, so what this thread finds is certain.
             process.write(region).must_be(Found::AsExpected, "writing");
             process.check(region).must_be(Found::AsExpected, "reading back");
             if round % PROGRESS == 0 {
@@ -167,18 +172,19 @@ impl Threads<'_> {
         self.bait_is_out.store(true, Ordering::Relaxed);
         meeting::halt_until(|| self.nr_reading.load(Ordering::Relaxed) == self.nr_threads);
         kernel.munmap(&process.mm, range)?;
-        // Whoever still has the translation reads on for ever: the frames are free, and this CPU takes none.
+        // A thread that still has the translation goes on reading: the frames are free, and this
+        // CPU takes none.
         meeting::halt_until(|| self.nr_reading.load(Ordering::Relaxed) == 0);
         self.bait_is_out.store(false, Ordering::Relaxed);
         if process.check(own) != Found::Signal {
             violation::usable_after_unmap(&kernel.machine().ledger, process.mm.root(), own.start());
         }
-        // What is left of it, and then one area again.
+        // Unmaps what is left of the bait, and maps all of it as one area again.
         kernel.munmap(&process.mm, all)?;
         process.map(all)
     }
 
-    /// Takes some of the region away, and says where this thread's words must be zero now.
+    /// Takes some of the region away, and returns where this thread's words must be zero now.
     fn take_region(&self, round: u64) -> Result<Option<VirtRange>, Error> {
         let (region, part, aside) =
             (page_range(REGION.0, REGION.1), page_range(PART.0, PART.1), page_range(ASIDE.0, ASIDE.1));
@@ -208,7 +214,7 @@ impl Threads<'_> {
                 return Ok(None);
             }
             _ => {
-                // The region may be several areas by now; a new one is one.
+                // The region may be several areas by now; after this it is one.
                 kernel.munmap(mm, region)?;
                 self.process.map(region)?;
                 self.process.write(region);
