@@ -4,8 +4,8 @@
 //! re-exports leads to the file that defines it. Not counted: `mod` declarations, what a file re-exports from the files below
 //! it, code under `#[cfg(test)]`, comments. Names that macros make up and methods of traits are not seen.
 
+use core::fmt::Write as _;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -162,7 +162,7 @@ impl Module {
     }
 
     fn bring_tree(&mut self, tree: &UseTree, path: &mut Vec<String>, passed_on: bool) {
-        let mut ends = |module: &mut Self, name: String, path: Vec<String>| {
+        let ends = |module: &mut Self, name: String, path: Vec<String>| {
             // What a module passes on from below it, it does not use.
             let up = matches!(path[0].as_str(), "crate" | "super");
             if !passed_on || up {
@@ -209,19 +209,19 @@ impl Module {
             match token {
                 TokenTree::Ident(ident) => {
                     if colons != 2 {
-                        self.note(std::mem::take(&mut path));
+                        self.note(core::mem::take(&mut path));
                     }
                     path.push(ident.to_string());
                     colons = 0;
                 }
                 TokenTree::Punct(punct) if punct.as_char() == ':' => colons += 1,
                 TokenTree::Group(group) => {
-                    self.note(std::mem::take(&mut path));
+                    self.note(core::mem::take(&mut path));
                     self.note_tokens(group.stream());
                     colons = 0;
                 }
                 _ => {
-                    self.note(std::mem::take(&mut path));
+                    self.note(core::mem::take(&mut path));
                     colons = 0;
                 }
             }
@@ -315,9 +315,9 @@ pub(crate) fn circles(of: &Crate, uses: &Uses) -> Vec<String> {
     found
 }
 
-fn reached_from<'u>(file: &PathBuf, uses: &'u Uses) -> BTreeSet<&'u PathBuf> {
+fn reached_from<'u>(file: &Path, uses: &'u Uses) -> BTreeSet<&'u PathBuf> {
     let mut reached = BTreeSet::new();
-    let mut open = vec![file.clone()];
+    let mut open = vec![file.to_path_buf()];
     while let Some(next) = open.pop() {
         for to in uses.get(&next).into_iter().flat_map(BTreeMap::keys) {
             if reached.insert(to) {
