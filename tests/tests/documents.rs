@@ -1,4 +1,5 @@
-//! What the documents say of the tree: the paths that they name exist, and the rules have their places.
+//! What the documents say of the tree: the paths that they name exist, and the rules have their
+//! places.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -34,7 +35,8 @@ fn files() -> Vec<PathBuf> {
     found
 }
 
-/// The words of a document that may be paths: what stands between spaces, backticks, brackets and bars.
+/// The words of a document that may be paths: what stands between spaces, backticks, brackets and
+/// bars.
 fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|c: char| c.is_whitespace() || "`()[]<>|\"';,=".contains(c))
         .map(|word| word.trim_end_matches(['.', ':']))
@@ -84,7 +86,8 @@ fn every_path_that_a_document_names_exists() {
     assert!(dead.is_empty(), "{}", dead.join("\n"));
 }
 
-/// The rules: the package whose documentation has the sentences, the letter, and how many there are.
+/// The rules: the package whose documentation has the sentences, the letter, and how many there
+/// are.
 const RULES: [(&str, char, u32); 3] = [("pagetable", 'P', 4), ("tlb", 'T', 6), ("gather", 'G', 7)];
 
 #[test]
