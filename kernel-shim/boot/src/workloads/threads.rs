@@ -179,9 +179,14 @@ impl Threads<'_> {
         if process.check(own) != Found::Signal {
             violation::usable_after_unmap(&kernel.machine().ledger, process.mm.root(), own.start());
         }
-        // Unmaps what is left of the bait, and maps all of it as one area again.
-        kernel.munmap(&process.mm, all)?;
-        process.map(all)
+        // What is left of the bait goes, too.
+        self.map_anew(all)
+    }
+
+    /// Unmaps whatever is in `range`, and maps all of it as one new area.
+    fn map_anew(&self, range: VirtRange) -> Result<(), Error> {
+        self.process.kernel.munmap(&self.process.mm, range)?;
+        self.process.map(range)
     }
 
     /// Takes some of the region away, and returns where this thread's words must be zero now.
@@ -191,8 +196,7 @@ impl Threads<'_> {
         let (kernel, mm) = (self.process.kernel, &self.process.mm);
         let dropped = match round % 6 {
             0 => {
-                kernel.munmap(mm, region)?;
-                self.process.map(region)?;
+                self.map_anew(region)?;
                 region
             }
             1 => {
@@ -200,8 +204,7 @@ impl Threads<'_> {
                 part
             }
             2 => {
-                kernel.munmap(mm, part)?;
-                self.process.map(part)?;
+                self.map_anew(part)?;
                 part
             }
             3 => {
@@ -215,8 +218,7 @@ impl Threads<'_> {
             }
             _ => {
                 // The region may be several areas by now; after this it is one.
-                kernel.munmap(mm, region)?;
-                self.process.map(region)?;
+                self.map_anew(region)?;
                 self.process.write(region);
                 kernel.mremap(mm, region, aside)?;
                 kernel.mremap(mm, aside, region)?;
