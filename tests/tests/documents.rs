@@ -114,3 +114,36 @@ fn each_rule_has_its_sentence_its_test_and_its_row() {
         );
     }
 }
+
+/// The code spans of `text` that name an item of ours: `Type`, `function_of_ours`, `Type::item`.
+fn items(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2).filter(|span| {
+        let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
+        let is_ours =
+            span.contains("::") || span.contains('_') || span.starts_with(|c: char| c.is_uppercase());
+        is_ours && span.split("::").all(is_name) && *span != "Display"
+    })
+}
+
+#[test]
+fn every_item_that_the_page_for_contributors_names_is_defined_somewhere() {
+    let sources: Vec<String> = files()
+        .iter()
+        .filter(|file| file.extension().is_some_and(|end| end == "rs"))
+        .map(|file| read(file))
+        .collect();
+    let page = read(&root().join("CONTRIBUTING.md"));
+    let is_defined = |name: &str| {
+        ["fn ", "const ", "struct ", "enum ", "trait "].iter().any(|keyword| {
+            let definition = format!("{keyword}{name}");
+            let ends = |text: &str| !text.starts_with(|c: char| c.is_alphanumeric() || c == '_');
+            sources.iter().any(|text| {
+                text.match_indices(&definition).any(|(at, found)| ends(&text[at + found.len()..]))
+            })
+        })
+    };
+    let named: BTreeSet<&str> = items(&page).flat_map(|span| span.split("::")).collect();
+    assert!(named.len() >= 10, "only {named:?} are named");
+    let gone: Vec<&str> = named.into_iter().filter(|name| !is_defined(name)).collect();
+    assert!(gone.is_empty(), "named in CONTRIBUTING.md and defined nowhere: {gone:?}");
+}
