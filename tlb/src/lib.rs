@@ -64,7 +64,7 @@
 //! | the fuzzer (`teardown fuzz`) | nothing; it finds what breaks in long random stories of a whole kernel over a software MMU | reordering: its CPUs change over at seams only |
 //! | the boot image (`teardown boot`) | nothing; it runs the real instructions on emulated CPUs | QEMU's TLB keeps less than hardware may |
 //!
-//! Which cache lines all this touches is recorded access by access in unit tests (`lines.rs`): a request that is satisfied
+//! Which cache lines all this touches is recorded access by access in unit tests (`tests/lines.rs`): a request that is satisfied
 //! already writes nothing and reads only its own CPU's lines; initiators that share no address space share no line that one of
 //! them writes; what an initiator reads of a CPU is on a line which that CPU does not write when it flushes.
 //!
@@ -76,14 +76,12 @@ mod cpu_state;
 mod cpuset;
 mod flush;
 mod generation;
-#[cfg(all(test, not(mmu_loom)))]
-mod lines;
 mod mmu;
-#[cfg(all(test, not(mmu_loom)))]
-mod recorded;
 mod shootdown;
 mod switch;
 mod sync;
+#[cfg(all(test, not(mmu_loom)))]
+mod tests;
 mod unmap_batch;
 
 pub use cpu_state::{Asid, Concern, CpuTlb, Laziness, LoadedMm, NR_DYN_ASIDS, Slot};

@@ -8,7 +8,7 @@
 )]
 
 #[cfg(all(test, not(mmu_loom)))]
-pub(crate) use crate::recorded::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64};
+pub(crate) use crate::tests::recorded::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64};
 #[cfg(not(any(test, mmu_loom)))]
 pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64};
 #[cfg(not(mmu_loom))]

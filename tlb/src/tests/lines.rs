@@ -15,7 +15,7 @@ use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::recorded::{Access, Kind, Line, record};
+use super::recorded::{Access, Kind, Line, record};
 use crate::sync::AtomicU64;
 use crate::{
     CachedTranslations, CpuBits, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushKind, FlushRequest, FreedTables,
