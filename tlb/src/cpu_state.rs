@@ -11,8 +11,16 @@ use x86_64::instructions::tlb::Pcid;
 
 use crate::cpuset::CpuBits;
 use crate::generation::{CtxId, MmContext, TlbGen};
-use crate::mmu::PcidSupport;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering};
+
+/// Whether CR4.PCIDE is set on every CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PcidSupport {
+    /// All translations are tagged 0; a CR3 load drops them.
+    Off,
+    /// Each CPU keeps [`NR_DYN_ASIDS`](crate::NR_DYN_ASIDS) address spaces apart.
+    On,
+}
 
 /// How many address spaces one CPU keeps translations of when PCIDs are on. Linux: TLB_NR_DYN_ASIDS.
 ///

@@ -77,6 +77,7 @@ mod cpuset;
 mod flush;
 mod generation;
 mod mmu;
+mod request;
 mod shootdown;
 mod switch;
 mod sync;
@@ -84,14 +85,12 @@ mod sync;
 mod tests;
 mod unmap_batch;
 
-pub use cpu_state::{Asid, Concern, CpuTlb, Laziness, LoadedMm, NR_DYN_ASIDS, Slot};
+pub use cpu_state::{Asid, Concern, CpuTlb, Laziness, LoadedMm, NR_DYN_ASIDS, PcidSupport, Slot};
 pub use cpuset::{CpuBits, CpuId, CpuSet};
-pub use flush::{
-    Action, FlushKind, FlushRequest, FreedTables, LoadedIs, PageSpan, Situation, Wanted, WhyNothing,
-    flush_tlb_func, plan,
-};
+pub use flush::{Action, LoadedIs, Situation, WhyNothing, flush_tlb_func, plan};
 pub use generation::{CtxId, CtxIds, MmContext, TlbGen};
-pub use mmu::{CachedTranslations, Cpus, EarlyAnswer, Flushed, OnlineCpus, PcidSupport, TlbEvent};
-pub use shootdown::{SINGLE_PAGE_FLUSH_CEILING, flush_tlb_batched_pending, flush_tlb_mm, flush_tlb_mm_range};
+pub use mmu::{CachedTranslations, Cpus, EarlyAnswer, OnlineCpus, SINGLE_PAGE_FLUSH_CEILING, TlbEvent};
+pub use request::{FlushKind, FlushRequest, FreedTables, PageSpan, Wanted};
+pub use shootdown::{Flushed, flush_tlb_batched_pending, flush_tlb_mm, flush_tlb_mm_range};
 pub use switch::{enter_lazy_tlb, init_cpu, leave_mm, offline_cpu, switch_mm};
 pub use unmap_batch::UnmapBatch;

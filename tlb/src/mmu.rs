@@ -8,20 +8,10 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::{Cr3, Cr4, Cr4Flags};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::cpu_state::CpuTlb;
+use crate::cpu_state::{CpuTlb, PcidSupport};
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
-use crate::flush::{FlushRequest, FreedTables, PageSpan};
-use crate::generation::{CtxId, MmContext, TlbGen};
-use crate::shootdown::SINGLE_PAGE_FLUSH_CEILING;
-
-/// Whether CR4.PCIDE is set on every CPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PcidSupport {
-    /// All translations are tagged 0; a CR3 load drops them.
-    Off,
-    /// Each CPU keeps [`NR_DYN_ASIDS`](crate::NR_DYN_ASIDS) address spaces apart.
-    On,
-}
+use crate::generation::{CtxId, TlbGen};
+use crate::request::{FlushRequest, FreedTables, PageSpan};
 
 /// What a CR3 load does to the translations already cached under the PCID it loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +73,10 @@ pub enum TlbEvent {
     /// This CPU was lazy when asked, and went to the kernel's own address space instead of flushing.
     LeftLazyMm,
 }
+
+/// More pages than this are not invalidated one by one. Linux's default; about 227 cycles an INVLPG against 2300 for a
+/// full flush and the refill after it.
+pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 
 /// The CPUs of the machine: what a kernel supplies to this crate.
 ///
@@ -243,39 +237,5 @@ impl fmt::Display for EarlyAnswer {
                  handler named another CPU; or two CPUs share one CpuTlb",
             )
         }
-    }
-}
-
-/// The receipt of a completed flush.
-///
-/// Holding one proves that every CPU which had to be told has answered: no CPU uses a translation of this context older
-/// than the generation. CPUs that were not told will compare generations before they use the context again. It cannot be
-/// copied, and only the flush functions make one.
-#[derive(Debug)]
-#[must_use = "frames stay pending until a receipt is used to free them"]
-pub struct Flushed {
-    scope: Option<(CtxId, TlbGen)>,
-}
-
-impl Flushed {
-    pub(crate) const fn of(ctx_id: CtxId, tlb_gen: TlbGen) -> Self {
-        Self { scope: Some((ctx_id, tlb_gen)) }
-    }
-
-    pub(crate) const fn of_batch() -> Self {
-        Self { scope: None }
-    }
-
-    /// Whether this is the receipt of a flush of `mm`. That of another address space, or of a batch over several, proves
-    /// nothing about it.
-    #[must_use]
-    pub fn is_of<B: CpuBits>(&self, mm: &MmContext<B>) -> bool {
-        self.scope.is_some_and(|(ctx_id, _)| ctx_id == mm.ctx_id())
-    }
-
-    /// The context and the generation it was flushed up to; `None` for a batch over several contexts.
-    #[must_use]
-    pub const fn scope(&self) -> Option<(CtxId, TlbGen)> {
-        self.scope
     }
 }

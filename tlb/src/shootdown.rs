@@ -3,13 +3,44 @@
 
 use crate::cpu_state::Concern;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
-use crate::flush::{FlushKind, FlushRequest, FreedTables, PageSpan, carry_out, flush_tlb_func};
-use crate::generation::{MmContext, TlbGen};
-use crate::mmu::{Cpus, EarlyAnswer, Flushed, OnlineCpus, TlbEvent};
+use crate::flush::{carry_out, flush_tlb_func};
+use crate::generation::{CtxId, MmContext, TlbGen};
+use crate::mmu::{Cpus, EarlyAnswer, OnlineCpus, TlbEvent};
+use crate::request::{FlushKind, FlushRequest, FreedTables, PageSpan};
 
-/// More pages than this are not invalidated one by one. Linux's default; about 227 cycles an INVLPG against 2300 for a
-/// full flush and the refill after it.
-pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
+/// The receipt of a completed flush.
+///
+/// Holding one proves that every CPU which had to be told has answered: no CPU uses a translation of this context older
+/// than the generation. CPUs that were not told will compare generations before they use the context again. It cannot be
+/// copied, and only the flush functions make one.
+#[derive(Debug)]
+#[must_use = "frames stay pending until a receipt is used to free them"]
+pub struct Flushed {
+    scope: Option<(CtxId, TlbGen)>,
+}
+
+impl Flushed {
+    const fn of(ctx_id: CtxId, tlb_gen: TlbGen) -> Self {
+        Self { scope: Some((ctx_id, tlb_gen)) }
+    }
+
+    const fn of_batch() -> Self {
+        Self { scope: None }
+    }
+
+    /// Whether this is the receipt of a flush of `mm`. That of another address space, or of a batch over several, proves
+    /// nothing about it.
+    #[must_use]
+    pub fn is_of<B: CpuBits>(&self, mm: &MmContext<B>) -> bool {
+        self.scope.is_some_and(|(ctx_id, _)| ctx_id == mm.ctx_id())
+    }
+
+    /// The context and the generation it was flushed up to; `None` for a batch over several contexts.
+    #[must_use]
+    pub const fn scope(&self) -> Option<(CtxId, TlbGen)> {
+        self.scope
+    }
+}
 
 /// Makes every CPU forget `span` of `mm`; returns when no CPU can use a translation older than now.
 ///

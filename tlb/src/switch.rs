@@ -3,11 +3,10 @@
 
 use core::pin::Pin;
 
-use crate::cpu_state::{KERNEL_PCID, Laziness, LoadedMm, SlotIs};
+use crate::cpu_state::{Asid, CpuTlb, KERNEL_PCID, Laziness, LoadedMm, PcidSupport, SlotIs};
 use crate::cpuset::CpuId;
-use crate::flush::flush_context;
-use crate::generation::MmContext;
-use crate::mmu::{CachedTranslations, Cpus, PcidSupport, TlbEvent};
+use crate::generation::{MmContext, TlbGen};
+use crate::mmu::{CachedTranslations, Cpus, TlbEvent};
 use crate::sync::{Ordering, fence};
 
 /// Puts `next` (`None`: the kernel's own address space) into this CPU's CR3 and ends lazy mode.
@@ -82,6 +81,21 @@ fn catch_up<C: Cpus>(cpus: &C, cpu: CpuId, mm: &MmContext<C::Bits>) {
         flush_context(cpus, state, mm, asid, tlb_gen); // L4
         cpus.observe(TlbEvent::CaughtUp);
     }
+}
+
+/// Drops everything cached of the loaded `mm` and raises its slot. Interrupts off, on this CPU.
+#[inline(never)]
+pub(crate) fn flush_context<C: Cpus>(
+    cpus: &C,
+    state: &CpuTlb<C::Bits>,
+    mm: &MmContext<C::Bits>,
+    asid: Asid,
+    raise_to: TlbGen,
+) {
+    // SAFETY: `mm` is loaded already: its root maps the kernel and lives. Flushing is always legal.
+    unsafe { cpus.load_cr3(mm.root(), asid.pcid(cpus.pcid_support()), CachedTranslations::Flush) };
+    // INVARIANT: T2, all of the context was dropped after `raise_to` had been read.
+    state.set_slot(asid, mm.ctx_id(), raise_to);
 }
 
 fn load_init<C: Cpus>(cpus: &C, cpu: CpuId) {

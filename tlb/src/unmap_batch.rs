@@ -6,8 +6,8 @@ use arrayvec::ArrayVec;
 
 use crate::cpuset::CpuSet;
 use crate::generation::{CtxId, MmContext};
-use crate::mmu::{Cpus, Flushed};
-use crate::shootdown::flush_all_updated;
+use crate::mmu::Cpus;
+use crate::shootdown::{Flushed, flush_all_updated};
 
 /// The CPUs that hold translations of pages unmapped since the last flush, over any number of address spaces.
 ///
