@@ -18,7 +18,7 @@ use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering};
 pub enum PcidSupport {
     /// All translations are tagged 0; a CR3 load drops them.
     Off,
-    /// Each CPU keeps [`NR_DYN_ASIDS`](crate::NR_DYN_ASIDS) address spaces apart.
+    /// Each CPU keeps [`NR_DYN_ASIDS`] address spaces apart.
     On,
 }
 
@@ -299,8 +299,12 @@ impl<B: CpuBits> CpuTlb<B> {
     ///
     /// A slot that holds the context is used again; otherwise the next one in turn is taken over.
     /// Linux: choose_new_asid.
-    #[doc(alias = "choose_new_asid")]
-    pub(crate) fn choose_asid(&self, ctx_id: CtxId, tlb_gen: TlbGen, support: PcidSupport) -> (Asid, SlotIs) {
+    pub(crate) fn choose_new_asid(
+        &self,
+        ctx_id: CtxId,
+        tlb_gen: TlbGen,
+        support: PcidSupport,
+    ) -> (Asid, SlotIs) {
         if support == PcidSupport::Off {
             return (Asid(0), SlotIs::Stale);
         }

@@ -107,7 +107,7 @@ pub fn plan(wanted: Wanted, situation: Situation) -> Action {
 /// Linux: flush_tlb_func, arch/x86/mm/tlb.c.
 pub unsafe fn flush_tlb_func<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushRequest<'_, C::Bits>) {
     // SAFETY: passed on to our caller.
-    unsafe { carry_out(cpus, cpu, request) };
+    unsafe { flush_tlb_func_inlined(cpus, cpu, request) };
 }
 
 /// The same, inlined: whoever made the request knows its kind.
@@ -115,7 +115,11 @@ pub unsafe fn flush_tlb_func<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushReque
 /// # Safety
 /// As for [`flush_tlb_func`].
 #[inline(always)]
-pub(crate) unsafe fn carry_out<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushRequest<'_, C::Bits>) {
+pub(crate) unsafe fn flush_tlb_func_inlined<C: Cpus>(
+    cpus: &C,
+    cpu: CpuId,
+    request: &FlushRequest<'_, C::Bits>,
+) {
     let state = cpus.cpu_state(cpu);
     // SAFETY: interrupts are off on this CPU, so it cannot switch under us.
     let loaded = unsafe { state.loaded_mm() };

@@ -113,7 +113,7 @@ pub struct MmContext<B: CpuBits> {
     tlb_gen: AtomicU64,
     cpumask: CpuSet<B>,
     /// Reclaim's deferred flushes: how many were asked for (low half), up to which one was done (high half).
-    batched: AtomicU64,
+    deferred: AtomicU64,
     _stays_where_it_is: PhantomPinned,
 }
 
@@ -134,7 +134,7 @@ impl<B: CpuBits> MmContext<B> {
             root,
             tlb_gen: AtomicU64::new(TlbGen::START.0),
             cpumask: CpuSet::empty(),
-            batched: AtomicU64::new(0),
+            deferred: AtomicU64::new(0),
             _stays_where_it_is: PhantomPinned,
         }
     }
@@ -186,15 +186,15 @@ impl<B: CpuBits> MmContext<B> {
     }
 
     /// Notes that reclaim cleared entries here and has raised the generation, but nobody was told yet.
-    pub(crate) fn note_batched(&self) {
+    pub(crate) fn note_deferred_flush(&self) {
         // The order wanted is: entry cleared, generation raised, this. All callers hold the entry's table lock, which
         // orders this against `has_deferred_flushes`, asked after the same lock was taken.
-        let mut word = self.batched.load(Ordering::Relaxed);
+        let mut word = self.deferred.load(Ordering::Relaxed);
         loop {
             let (pending, flushed) = halves(word);
             // When the count is used up it starts again, at "one pending, none flushed": one flush too many.
             let new = if pending == u32::MAX { join(1, 0) } else { join(pending + 1, flushed) };
-            match self.batched.compare_exchange_weak(word, new, Ordering::AcqRel, Ordering::Relaxed) {
+            match self.deferred.compare_exchange_weak(word, new, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return,
                 Err(found) => word = found,
             }
@@ -216,8 +216,8 @@ impl<B: CpuBits> MmContext<B> {
     /// How far the deferred flushes have come, if some may be outstanding.
     #[inline]
     pub(crate) fn deferred_flushes(&self) -> Option<DeferredFlushes> {
-        // ORDERING: acquire, pairs with `note_batched`: the entries it stands for are cleared for whoever flushes now.
-        let word = self.batched.load(Ordering::Acquire);
+        // ORDERING: acquire, pairs with `note_deferred_flush`: the entries it stands for are cleared for whoever flushes now.
+        let word = self.deferred.load(Ordering::Acquire);
         let (pending, flushed) = halves(word);
         (pending != flushed).then_some(DeferredFlushes(word))
     }
@@ -229,7 +229,7 @@ impl<B: CpuBits> MmContext<B> {
         // A failure means that reclaim added more meanwhile. Those stay pending, and so do ours: one flush too many.
         let done = join(pending, pending);
         // ORDERING: release, pairs with the acquire in `deferred_flushes`: who finds nothing owed comes after the flush.
-        let _ = self.batched.compare_exchange(deferred.0, done, Ordering::AcqRel, Ordering::Relaxed);
+        let _ = self.deferred.compare_exchange(deferred.0, done, Ordering::AcqRel, Ordering::Relaxed);
     }
 
     /// Notes that a flush of this address space is owed and nobody may be left to make it: everything older is declared
@@ -242,7 +242,7 @@ impl<B: CpuBits> MmContext<B> {
     #[cold]
     pub fn owe_flush(&self) {
         self.raise_tlb_gen();
-        self.note_batched();
+        self.note_deferred_flush();
     }
 }
 
@@ -274,9 +274,9 @@ mod tests {
     fn a_count_of_deferred_flushes_that_is_used_up_never_says_that_none_is_pending() {
         for flushed in [0, 1, u32::MAX - 1, u32::MAX] {
             let mm = context();
-            mm.batched.store(join(u32::MAX, flushed), Ordering::Relaxed);
+            mm.deferred.store(join(u32::MAX, flushed), Ordering::Relaxed);
             for _ in 0..3 {
-                mm.note_batched();
+                mm.note_deferred_flush();
                 assert!(mm.has_deferred_flushes(), "flushed up to {flushed}");
             }
         }

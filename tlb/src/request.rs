@@ -102,7 +102,7 @@ impl<'a, B: CpuBits> FlushRequest<'a, B> {
     }
 
     #[inline(always)]
-    pub(crate) const fn made(kind: FlushKind<'a, B>, tables: FreedTables, initiator: CpuId) -> Self {
+    pub(crate) const fn from_flush(kind: FlushKind<'a, B>, tables: FreedTables, initiator: CpuId) -> Self {
         Self { kind, tables, initiator }
     }
 

@@ -3,7 +3,7 @@
 
 use crate::cpu_state::Concern;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
-use crate::flush::{carry_out, flush_tlb_func};
+use crate::flush::{flush_tlb_func, flush_tlb_func_inlined};
 use crate::generation::{CtxId, MmContext, TlbGen};
 use crate::mmu::{Cpus, EarlyAnswer, OnlineCpus, TlbEvent};
 use crate::request::{FlushKind, FlushRequest, FreedTables, PageSpan};
@@ -20,7 +20,7 @@ pub struct Flushed {
 }
 
 impl Flushed {
-    const fn of(ctx_id: CtxId, tlb_gen: TlbGen) -> Self {
+    const fn of_mm(ctx_id: CtxId, tlb_gen: TlbGen) -> Self {
         Self { scope: Some((ctx_id, tlb_gen)) }
     }
 
@@ -69,10 +69,10 @@ pub fn flush_tlb_mm_range<C: Cpus>(
     }
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: Some(nr_pages), tables });
-        shoot_down(cpus, here, mm, Some(span), tables, |tlb_gen| FlushKind::Range { mm, tlb_gen, span })
+        raise_and_flush(cpus, here, mm, Some(span), tables, |tlb_gen| FlushKind::Range { mm, tlb_gen, span })
     });
     cpus.invalidate_secondary(mm.ctx_id(), Some(span));
-    Flushed::of(mm.ctx_id(), tlb_gen)
+    Flushed::of_mm(mm.ctx_id(), tlb_gen)
 }
 
 /// Makes every CPU forget all of `mm`, tables included, lazy CPUs too.
@@ -99,13 +99,13 @@ fn flush_whole<C: Cpus>(
     let deferred = if changed.is_none() { mm.deferred_flushes() } else { None };
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: None, tables });
-        shoot_down(cpus, here, mm, changed, tables, |tlb_gen| FlushKind::Mm { mm, tlb_gen })
+        raise_and_flush(cpus, here, mm, changed, tables, |tlb_gen| FlushKind::Mm { mm, tlb_gen })
     });
     cpus.invalidate_secondary(mm.ctx_id(), changed);
     if let Some(deferred) = deferred {
         mm.deferred_flushes_done(deferred);
     }
-    Flushed::of(mm.ctx_id(), tlb_gen)
+    Flushed::of_mm(mm.ctx_id(), tlb_gen)
 }
 
 /// Raises the generation, and has everybody who must be told flush up to it. Pinned to `here`.
@@ -113,7 +113,7 @@ fn flush_whole<C: Cpus>(
 /// Each of the two kinds of request gets a copy of its own, and what is not done for a page that only this CPU knows is apart: so
 /// the request stays in registers.
 #[inline(always)]
-fn shoot_down<'m, C: Cpus>(
+fn raise_and_flush<'m, C: Cpus>(
     cpus: &C,
     here: CpuId,
     mm: &'m MmContext<C::Bits>,
@@ -124,15 +124,15 @@ fn shoot_down<'m, C: Cpus>(
     // T1: before looking who must be told, and even if nobody must.
     let tlb_gen = mm.raise_tlb_gen();
     cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: changed });
-    let request = FlushRequest::made(kind(tlb_gen), tables, here);
+    let request = FlushRequest::from_flush(kind(tlb_gen), tables, here);
     let targets = match cpus.online_cpus() {
-        OnlineCpus::Many if mm.cpumask().has_others(here) => whom_to_tell(cpus, mm, here, tables),
+        OnlineCpus::Many if mm.cpumask().has_others(here) => cpus_to_interrupt(cpus, mm, here, tables),
         OnlineCpus::Many | OnlineCpus::One => None,
     };
     match targets {
         // SAFETY: pinned to `here`, interrupts off.
-        None => flush_here(cpus, mm, here, || unsafe { carry_out(cpus, here, &request) }),
-        Some(targets) => tell(cpus, mm, &targets, request),
+        None => flush_here(cpus, mm, here, || unsafe { flush_tlb_func_inlined(cpus, here, &request) }),
+        Some(targets) => interrupt(cpus, mm, &targets, request),
     }
     tlb_gen
 }
@@ -147,7 +147,7 @@ fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: im
 
 /// Interrupts `targets`. Kept out of line so that the path without IPIs holds the request in registers.
 #[inline(never)]
-fn tell<C: Cpus>(
+fn interrupt<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     targets: &CpuSet<C::Bits>,
@@ -197,22 +197,22 @@ fn check_answers<C: Cpus>(
 
 /// The other CPUs that must be interrupted, if any. No set is made for none: it may be large.
 #[inline(never)]
-fn whom_to_tell<C: Cpus>(
+fn cpus_to_interrupt<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     here: CpuId,
     tables: FreedTables,
 ) -> Option<CpuSet<C::Bits>> {
     let mut targets: Option<CpuSet<C::Bits>> = None;
-    let mut tell = |cpu| targets.get_or_insert_with(CpuSet::empty).insert(cpu);
+    let mut add = |cpu| targets.get_or_insert_with(CpuSet::empty).insert(cpu);
     let (mut lazy, mut elsewhere) = (0, 0);
     mm.cpumask().for_each_but(here, |cpu| {
         match cpus.cpu_state(cpu).concern(Some(mm)) {
             // It walks nothing, and would never answer.
             Concern::Offline => elsewhere += 1,
             // T5: speculation on a lazy CPU still walks the tables.
-            _ if tables == FreedTables::Yes => tell(cpu),
-            Concern::MustFlush => tell(cpu),
+            _ if tables == FreedTables::Yes => add(cpu),
+            Concern::MustFlush => add(cpu),
             Concern::Lazy => lazy += 1,
             Concern::Elsewhere => elsewhere += 1,
         }
@@ -243,7 +243,7 @@ pub fn flush_tlb_batched_pending<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) {
 pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) -> Flushed {
     cpus.observe(TlbEvent::Requested { pages: None, tables: FreedTables::No });
     cpus.pinned(|here| {
-        let request = FlushRequest::made(FlushKind::AllUpdated, FreedTables::No, here);
+        let request = FlushRequest::from_flush(FlushKind::AllUpdated, FreedTables::No, here);
         let mut targets = CpuSet::empty();
         let mut lazy = 0;
         cpumask.for_each_but(here, |cpu| match cpus.cpu_state(cpu).concern(None) {
@@ -254,16 +254,16 @@ pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) ->
         if lazy > 0 {
             cpus.observe(TlbEvent::IpisSaved { lazy, elsewhere: 0 });
         }
-        let flush_here = || {
+        let meanwhile = || {
             if cpumask.contains(here) {
                 // SAFETY: pinned to `here`, interrupts off.
                 cpus.without_interrupts(|| unsafe { flush_tlb_func(cpus, here, &request) });
             }
         };
         if targets.is_empty() {
-            flush_here();
+            meanwhile();
         } else {
-            cpus.flush_others(&targets, &request, flush_here);
+            cpus.flush_others(&targets, &request, meanwhile);
             cpus.observe(TlbEvent::IpisSent(targets.len()));
         }
     });

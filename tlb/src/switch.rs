@@ -53,7 +53,7 @@ pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmConte
     fence(Ordering::SeqCst);
     let tlb_gen = next.tlb_gen(); // S4
     let support = cpus.pcid_support();
-    let (asid, slot_is) = state.choose_asid(next.ctx_id(), tlb_gen, support);
+    let (asid, slot_is) = state.choose_new_asid(next.ctx_id(), tlb_gen, support);
     let cached = match slot_is {
         SlotIs::Current => CachedTranslations::Keep,
         SlotIs::Stale => {

@@ -56,7 +56,7 @@ impl<C: Cpus> UnmapBatch<C> {
     pub fn add_mm(&mut self, cpus: &C, mm: &MmContext<C::Bits>) {
         mm.raise_tlb_gen();
         self.cpumask.insert_all(mm.cpumask());
-        mm.note_batched();
+        mm.note_deferred_flush();
         self.pending = Pending::Something;
         // Last: it may call the kernel.
         self.note_context(cpus, mm.ctx_id());

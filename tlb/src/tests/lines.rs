@@ -157,7 +157,7 @@ fn disturbed(one: &[Access], other: &[Access]) -> Vec<(Access, Access)> {
 
 /// What CPU 0 does about a request of CPU 1.
 fn answer<B: CpuBits>(machine: &Machine<B>, kind: FlushKind<'_, B>) -> Vec<Access> {
-    let request = FlushRequest::made(kind, FreedTables::No, CPU[1]);
+    let request = FlushRequest::from_flush(kind, FreedTables::No, CPU[1]);
     // SAFETY: this thread plays CPU 0.
     record(|| unsafe { flush_tlb_func(&machine.on(CPU[0]), CPU[0], &request) })
 }
@@ -178,7 +178,7 @@ fn a_satisfied_request_writes_nothing_and_reads_only_its_own_cpu() {
             for kind in kinds {
                 let log = answer(&machine, kind);
                 assert!(writes(&log).is_empty(), "{log:#?}");
-                let own = Line::of(&machine.cpus[0]);
+                let own = Line::all_of(&machine.cpus[0]);
                 let foreign: Vec<_> = log.iter().filter(|access| !own.contains(&access.line)).collect();
                 assert!(foreign.is_empty(), "{behind} generations behind: {foreign:#?}");
                 // What the CPU has loaded, and the slot.
@@ -195,7 +195,7 @@ fn a_satisfied_request_for_all_that_is_loaded_reads_one_line_of_others() {
     machine.load(0, &CPU[..2]);
     let log = answer(&machine, FlushKind::AllUpdated);
     assert!(writes(&log).is_empty(), "{log:#?}");
-    let own = Line::of(&machine.cpus[0]);
+    let own = Line::all_of(&machine.cpus[0]);
     let foreign: Vec<_> = log.iter().filter(|access| !own.contains(&access.line)).collect();
     // The generation: the request does not say how far to go.
     assert_eq!(foreign.len(), 1, "{foreign:#?}");
@@ -208,7 +208,7 @@ fn a_request_that_is_not_satisfied_is_seen_to_write() {
     let mm = machine.space(0);
     let tlb_gen = mm.raise_tlb_gen();
     let log = answer(&machine, FlushKind::Mm { mm, tlb_gen });
-    let own = Line::of(&machine.cpus[0]);
+    let own = Line::all_of(&machine.cpus[0]);
     assert_eq!(lines(&writes(&log)).len(), 1, "the slot: {log:#?}");
     assert!(writes(&log).iter().all(|access| own.contains(&access.line)), "{log:#?}");
 }

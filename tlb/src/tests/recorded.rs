@@ -20,7 +20,7 @@ pub(crate) struct Line(usize);
 
 impl Line {
     /// The lines that `value` lies in.
-    pub(crate) fn of<T>(value: &T) -> core::ops::RangeInclusive<Self> {
+    pub(crate) fn all_of<T>(value: &T) -> core::ops::RangeInclusive<Self> {
         let first = core::ptr::from_ref(value).addr();
         Self(first / LINE_BYTES)..=Self((first + size_of::<T>().max(1) - 1) / LINE_BYTES)
     }
@@ -62,7 +62,7 @@ pub(crate) fn record(work: impl FnOnce()) -> Vec<Access> {
 
 #[track_caller]
 fn note<T>(atomic: &T, kind: Kind) {
-    let access = Access { line: *Line::of(atomic).start(), kind, place: Location::caller() };
+    let access = Access { line: *Line::all_of(atomic).start(), kind, place: Location::caller() };
     LOG.with_borrow_mut(|log| {
         if let Some(log) = log {
             log.push(access);
