@@ -84,17 +84,21 @@ impl Entry {
         old
     }
 
-    /// Takes a link to a table out with a plain load and a plain store.
+    /// Unhooks the table that this entry links: takes the link out with a plain load and a plain store.
     ///
-    /// No exchange: hardware may set the accessed bit between the two, which says nothing to anybody in an entry that maps no
-    /// page. The right to write plays no part either; the other argument, of
-    /// [`get_and_clear_exclusive`](Self::get_and_clear_exclusive), is about leaves.
+    /// INVARIANT: P2, this comes before the table is handed on.
+    ///
+    /// The argument for two plain accesses is not that of
+    /// [`get_and_clear_exclusive`](Self::get_and_clear_exclusive), which is about leaves and about nobody
+    /// else being there. Here other CPUs may walk through the entry. Hardware may set its accessed bit
+    /// between the two accesses; the lost bit tells nobody anything, because the entry maps no page.
+    /// Hardware sets no dirty bit in a link.
     ///
     /// # Safety
-    /// The lock of the table is held, and the table that the entry links may go.
+    /// The lock of the table that holds this entry is held, and the table below may go.
     #[must_use]
     #[inline]
-    pub(crate) unsafe fn take_link(&self) -> EntryValue {
+    pub(crate) unsafe fn unhook(&self) -> EntryValue {
         let old = EntryValue(self.0.load(Ordering::Relaxed));
         self.0.store(0, Ordering::Release);
         old

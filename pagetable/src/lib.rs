@@ -26,21 +26,21 @@
 #![deny(unsafe_code)]
 
 mod entry;
-mod free_range;
 mod level;
 mod map;
 mod range;
 mod space;
 mod table;
+mod unhook;
 mod used_lines;
 mod walk;
 
 pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent, StaleWrites};
-pub use free_range::{Bounds, UnhookedTable};
 pub use level::{Level, PagingMode};
 pub use map::MapError;
 pub use range::{RangeError, VirtRange};
 pub use space::AddressSpace;
 pub use table::{LockedEntry, LockedTable, Table, TableLock, TableMemory, TableView};
+pub use unhook::{Bounds, UnhookedTable};
 pub use used_lines::{Line, Lines, LinesIter, UsedLines, UsedParts};
 pub use walk::Mapping;

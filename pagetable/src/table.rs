@@ -146,7 +146,7 @@ impl<'m> TableView<'m> {
     ///
     /// # Safety
     /// - `frame` holds a table of `level` that came from `memory` (or is the root of an address space in it);
-    /// - it is not freed while the view is used: the caller's lock (Linux: mmap_lock) keeps `free_range` away, or the
+    /// - it is not freed while the view is used: the caller's lock (Linux: mmap_lock) keeps `unhook_tables` away, or the
     ///   caller is the one who frees it.
     #[must_use]
     #[inline]
@@ -415,7 +415,7 @@ impl LockedEntry<'_> {
     /// - what is put in may be used at once by whoever has the address space loaded: a leaf maps a page that its programs may
     ///   use so, as for [`AddressSpace::map`](crate::AddressSpace::map); a link leads to a table of the level below that
     ///   nothing else links, as for [`AddressSpace::link_table`](crate::AddressSpace::link_table);
-    /// - no link is overwritten: tables are unhooked by [`AddressSpace::free_range`](crate::AddressSpace::free_range) only
+    /// - no link is overwritten: tables are unhooked by [`AddressSpace::unhook_tables`](crate::AddressSpace::unhook_tables) only
     ///   (rule P2);
     /// - what a leaf loses, its mapping or a right, other CPUs may go on using until they have flushed: until then its page
     ///   is not freed nor taken for one that cannot be written, and somebody is going to flush: a gather that is open and told

@@ -394,7 +394,7 @@ impl PaperKernel {
         let mut unhooked = None;
         let bounds = Bounds::between(Some(span.start()), Some(span.end()));
         // SAFETY: one thread; nothing is mapped there. An `UnhookedTable` is freed by a gather's flush only.
-        unsafe { mm.space().free_range(self, span, bounds, |table| unhooked = Some(table)) };
+        unsafe { mm.space().unhook_tables(self, span, bounds, |table| unhooked = Some(table)) };
         debug_assert!(unhooked.as_ref().is_none_or(|unhooked| unhooked.frame() == table.frame()));
         unhooked
     }

@@ -5,7 +5,7 @@ use arrayvec::ArrayVec;
 use static_assertions::assert_not_impl_any;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::entry::{Entry, EntryValue};
+use crate::entry::Entry;
 use crate::level::Level;
 use crate::range::VirtRange;
 use crate::space::AddressSpace;
@@ -65,7 +65,7 @@ impl Bounds {
     /// Whether a table that covers `span` may be freed (rule P3).
     #[must_use]
     #[inline]
-    pub const fn allow_freeing(self, span: VirtRange) -> bool {
+    pub const fn allow_unhooking(self, span: VirtRange) -> bool {
         self.floor <= span.start() && span.end() <= self.ceiling
     }
 }
@@ -134,7 +134,7 @@ impl AddressSpace {
     /// Linux: free_pgd_range, mm/memory.c.
     #[doc(alias = "free_pgd_range")]
     #[doc(alias = "free_pte_range")]
-    pub unsafe fn free_range<M: TableMemory>(
+    pub unsafe fn unhook_tables<M: TableMemory>(
         &self,
         memory: &M,
         range: VirtRange,
@@ -145,22 +145,22 @@ impl AddressSpace {
             return;
         };
         let above = VirtRange::of_entry(Level::Pud, range.start());
-        if above.covers(range) && !bounds.allow_freeing(above) {
+        if above.covers(range) && !bounds.allow_unhooking(above) {
             // Most often one table leads to all that may go, and stays.
             // SAFETY: by our caller's promise nobody else frees tables in this range.
             if let Some(view) = unsafe { self.pmd_table(memory, range.start()) } {
-                self.free_last_level(memory, view, range, bounds, &mut sink);
+                self.unhook_last_level(memory, view, range, bounds, &mut sink);
             }
             return;
         }
         // SAFETY: as above.
         let root = unsafe { self.root_table(memory) };
-        self.free_below(memory, root, range, bounds, &mut sink);
+        self.unhook_below(memory, root, range, bounds, &mut sink);
     }
 
     /// Frees the tables below `view` that `range` used. `range` lies inside the span of `view`, and consists of spans of
     /// last-level tables that may go.
-    fn free_below<'m, M: TableMemory>(
+    fn unhook_below<'m, M: TableMemory>(
         &self,
         memory: &'m M,
         view: TableView<'m>,
@@ -171,7 +171,7 @@ impl AddressSpace {
         let level = view.level();
         let Some(below) = level.below() else { return };
         if below == Level::Pte {
-            self.free_last_level(memory, view, range, bounds, sink);
+            self.unhook_last_level(memory, view, range, bounds, sink);
             return;
         }
         let mut address = range.start();
@@ -179,14 +179,14 @@ impl AddressSpace {
             let part = range.within_entry(level, address);
             let span = VirtRange::of_entry(level, address);
             address = part.end();
-            // SAFETY: `free_range`'s caller promised that nobody else frees tables in this range.
+            // SAFETY: `unhook_tables`'s caller promised that nobody else frees tables in this range.
             let Some(child) = (unsafe { view.child(memory, part.start()) }) else { continue };
-            self.free_below(memory, child, part, bounds, sink);
-            if bounds.allow_freeing(span) {
+            self.unhook_below(memory, child, part, bounds, sink);
+            if bounds.allow_unhooking(span) {
                 let locked = view.lock(memory);
                 let index = level.index(part.start());
                 // SAFETY: the parent's lock is held; the entry leads to `child`, whose tables and leaves are gone.
-                let old = unsafe { unhook(view.table().entry(index)) };
+                let old = unsafe { view.table().entry(index).unhook() };
                 locked.forget_empty_lines(&(index..index + 1));
                 drop(locked);
                 debug_assert!(old.as_table(level) == Some(child.frame()), "P2: {view:?} changed at {span}");
@@ -201,7 +201,7 @@ impl AddressSpace {
     }
 
     /// Frees the last-level tables that `range` of a table of the level above leads to; some at a time under one lock.
-    fn free_last_level<M: TableMemory>(
+    fn unhook_last_level<M: TableMemory>(
         &self,
         memory: &M,
         view: TableView<'_>,
@@ -231,9 +231,12 @@ impl AddressSpace {
             while next < entries.len() && !taken.is_full() {
                 // Large leaves, and meanings in their place, stay.
                 if let Some(frame) = entries[next].load().as_table(LEVEL) {
-                    debug_assert!(bounds.allow_freeing(span(next)), "P3: {bounds:?} does not let {range} go");
-                    // SAFETY: the parent's lock is held; by `free_range`'s contract the leaves below are gone.
-                    let _ = unsafe { unhook(&entries[next]) };
+                    debug_assert!(
+                        bounds.allow_unhooking(span(next)),
+                        "P3: {bounds:?} does not let {range} go"
+                    );
+                    // SAFETY: the parent's lock is held; by `unhook_tables`'s contract the leaves below are gone.
+                    let _ = unsafe { entries[next].unhook() };
                     taken.push((next, frame));
                 }
                 next = find(next + 1);
@@ -251,18 +254,6 @@ impl AddressSpace {
 
 /// How many tables are unhooked under one lock: enough that the lock costs nothing, few enough for the stack.
 const AT_ONCE: usize = 32;
-
-/// Clears an entry that points to a table; its lock is held.
-///
-/// INVARIANT: P2, this comes before the table is handed on.
-///
-/// # Safety
-/// The lock of the table that holds `entry` is held, and the table below may go.
-#[inline]
-unsafe fn unhook(entry: &Entry) -> EntryValue {
-    // SAFETY: passed on to our caller.
-    unsafe { entry.take_link() }
-}
 
 /// The first entry from `from` on that is not none, going by whole lines; the length if there is none.
 #[inline]
