@@ -8,7 +8,7 @@ use core::ptr;
 
 use spin::RelaxStrategy;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
-use static_assertions::const_assert_eq;
+use static_assertions::{assert_eq_align, assert_eq_size};
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
@@ -24,8 +24,8 @@ pub struct Table {
     entries: [Entry; 512],
 }
 
-const_assert_eq!(size_of::<Table>(), size_of::<PageTable>());
-const_assert_eq!(align_of::<Table>(), align_of::<PageTable>());
+assert_eq_size!(Table, PageTable);
+assert_eq_align!(Table, PageTable);
 
 impl Table {
     /// The entry at `index`.
