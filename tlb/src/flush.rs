@@ -1,4 +1,4 @@
-//! What one CPU does about a flush request: the decision, and the doing.
+//! What one CPU does about a flush request: the decision, and the flush.
 #![expect(unsafe_code, reason = "follows loaded_mm and switches away")]
 
 use crate::cpu_state::{Laziness, LoadedMm};
@@ -8,27 +8,27 @@ use crate::mmu::{Cpus, TlbEvent};
 use crate::request::{FlushKind, FlushRequest, Wanted};
 use crate::switch::{flush_context, switch_mm};
 
-/// What this CPU has loaded, seen from a request.
+/// What this CPU has loaded, as a request sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadedIs {
-    /// The kernel's own: nothing to flush.
+    /// The kernel's own address space: nothing to flush.
     Init,
-    /// What the request names, or anything for [`Wanted::AllUpdated`].
+    /// What the request names; or any address space, for [`Wanted::AllUpdated`].
     Requested,
     /// Some other address space.
     Other,
 }
 
-/// Everything the decision depends on.
+/// Everything that the decision depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Situation {
     /// What is loaded.
     pub loaded: LoadedIs,
-    /// Whether the CPU merely borrows it.
+    /// Whether the CPU merely borrows what is loaded.
     pub laziness: Laziness,
-    /// The generation of the CPU's slot for it.
+    /// The generation of the CPU's slot for what is loaded.
     pub local_gen: TlbGen,
-    /// The generation the address space has reached.
+    /// The generation that the address space has reached.
     pub mm_gen: TlbGen,
 }
 
@@ -39,9 +39,10 @@ pub enum Action {
     Nothing(WhyNothing),
     /// Takes itself out of the cpumask: it runs something else.
     LeaveCpumask,
-    /// Goes to the kernel's own address space, and takes itself out of the cpumask; the slot keeps its old generation.
+    /// Goes to the kernel's own address space, and takes itself out of the cpumask; the slot keeps
+    /// its old generation.
     LoadInit,
-    /// Invalidates the pages named and raises the slot to this generation.
+    /// Invalidates the pages that the request names and raises the slot to this generation.
     Pages(TlbGen),
     /// Drops the whole context and raises the slot to this generation.
     All(TlbGen),
@@ -58,12 +59,13 @@ pub enum WhyNothing {
 
 /// Decides what a CPU in `situation` does about a request. Total, and without side effects.
 ///
-/// A ranged flush is enough only from the generation just before the one asked for (rule T3); and it is refused, merely
-/// as an optimisation, when the address space has moved on meanwhile: the full flush then spares the next request.
+/// A ranged flush is enough only from the generation just before the one asked for (rule T3). It is
+/// also refused when the address space has a later generation by now. That is merely an
+/// optimisation: the full flush spares the next request.
 ///
 /// # Panics
-/// In a debug build, in a situation that cannot be: a slot ahead of its address space, a generation asked for that it has not
-/// reached.
+/// In a debug build, in a situation that cannot be: a slot ahead of its address space, or a
+/// generation asked for that the address space has not reached.
 ///
 /// # Source
 /// Linux: flush_tlb_func, arch/x86/mm/tlb.c.
@@ -94,11 +96,11 @@ pub fn plan(wanted: Wanted, situation: Situation) -> Action {
     }
 }
 
-/// Does on this CPU what `request` asks. An embedder's handler for the flush interrupt calls this, and nothing else of
-/// this crate.
+/// Does on this CPU what `request` asks. An embedder's handler for the flush interrupt calls this,
+/// and nothing else of this crate.
 ///
 /// # Context
-/// Interrupts are off. Allocates nothing, takes no lock, sleeps never.
+/// Interrupts are off. Allocates nothing, takes no lock, never sleeps.
 ///
 /// # Safety
 /// Runs on `cpu` with interrupts off from before the call until after it.
@@ -110,7 +112,7 @@ pub unsafe fn flush_tlb_func<C: Cpus>(cpus: &C, cpu: CpuId, request: &FlushReque
     unsafe { flush_tlb_func_inlined(cpus, cpu, request) };
 }
 
-/// The same, inlined: whoever made the request knows its kind.
+/// [`flush_tlb_func`], inlined into the initiator, which knows the kind of its request.
 ///
 /// # Safety
 /// As for [`flush_tlb_func`].
@@ -130,9 +132,10 @@ pub(crate) unsafe fn flush_tlb_func_inlined<C: Cpus>(
     let asid = state.loaded_asid();
     let local_gen = state.slot(asid).tlb_gen;
     let wanted = request.wanted();
-    // The generation is read before anything is flushed: what is filled in afterwards comes from tables at least as new.
-    // That is why the slot may be raised to it. It is not read at all, because every CPU that flushes `mm` writes its
-    // line, when the slot shows that the request is satisfied.
+    // The generation is read before anything is flushed. What is cached afterwards comes from
+    // tables at least as new, so the slot may be raised to this generation. It is not read when the
+    // slot shows that the request is satisfied, because every CPU that flushes `mm` writes the
+    // line of the generation.
     let generation_of = |mm: &MmContext<C::Bits>| match wanted {
         Wanted::Range(asked) | Wanted::Mm(asked) if asked <= local_gen => local_gen,
         _ => mm.tlb_gen(),
@@ -150,8 +153,8 @@ pub(crate) unsafe fn flush_tlb_func_inlined<C: Cpus>(
         Action::Nothing(_) => TlbEvent::AlreadyCurrent,
         Action::LeaveCpumask => {
             if let Some(mm) = target {
-                // Between two spaces this CPU has joined the next one's mask already; interrupts are off then, so a
-                // request never finds it there.
+                // A CPU that is between two spaces is in the next one's mask already; but
+                // interrupts are off then, so no request finds it there.
                 mm.cpumask().clear(cpu);
             }
             TlbEvent::AlreadyCurrent
@@ -159,8 +162,9 @@ pub(crate) unsafe fn flush_tlb_func_inlined<C: Cpus>(
         Action::LoadInit => {
             // SAFETY: on this CPU, interrupts off.
             unsafe { switch_mm(cpus, cpu, None) };
-            // After CR3: from here on nobody asks this CPU. A context that the request does not name may be gone by now, for
-            // whoever looks for CPUs that have it loaded finds none; the one it names lives, for the initiator waits.
+            // After CR3, because from here on nobody asks this CPU. Only the context that the
+            // request names is touched: it lives, because the initiator waits. Another context may
+            // be gone by now, because whoever looks for CPUs that have it loaded finds none.
             if let Some(mm) = target {
                 mm.cpumask().clear(cpu);
             }
@@ -171,7 +175,8 @@ pub(crate) unsafe fn flush_tlb_func_inlined<C: Cpus>(
             for page in span.pages() {
                 cpus.invlpg(page);
             }
-            // INVARIANT: T2, every change between local_gen and raise_to lies in the pages just invalidated.
+            // INVARIANT: T2, every change between local_gen and raise_to lies in the pages just
+            // invalidated.
             state.set_slot(asid, mm.ctx_id(), raise_to);
             TlbEvent::FlushedPages(span.nr_pages())
         }
