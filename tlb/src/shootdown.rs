@@ -1,4 +1,4 @@
-//! Telling every CPU that must know, and waiting until each has done it.
+//! Flushing on every CPU that must flush, and waiting until each of them has.
 #![expect(unsafe_code, reason = "runs the local half of a flush")]
 
 use crate::cpu_state::Concern;
@@ -10,9 +10,9 @@ use crate::request::{FlushKind, FlushRequest, FreedTables, PageSpan};
 
 /// The receipt of a completed flush.
 ///
-/// Holding one proves that every CPU which had to be told has answered: no CPU uses a translation of this context older
-/// than the generation. CPUs that were not told will compare generations before they use the context again. It cannot be
-/// copied, and only the flush functions make one.
+/// Holding one proves that every CPU which had to be told has answered: no CPU uses a translation
+/// of this context older than the generation. CPUs that were not told will compare generations
+/// before they use the context again. It cannot be copied, and only the flush functions make one.
 #[derive(Debug)]
 #[must_use = "frames stay pending until a receipt is used to free them"]
 pub struct Flushed {
@@ -28,29 +28,33 @@ impl Flushed {
         Self { scope: None }
     }
 
-    /// Whether this is the receipt of a flush of `mm`. That of another address space, or of a batch over several, proves
-    /// nothing about it.
+    /// Whether this is the receipt of a flush of `mm`. A receipt of another address space, or of a
+    /// batch over several, proves nothing about `mm`.
     #[must_use]
     pub fn is_of<B: CpuBits>(&self, mm: &MmContext<B>) -> bool {
         self.scope.is_some_and(|(ctx_id, _)| ctx_id == mm.ctx_id())
     }
 
-    /// The context and the generation it was flushed up to; `None` for a batch over several contexts.
+    /// The context, and the generation it was flushed up to; `None` for a batch over several
+    /// contexts.
     #[must_use]
     pub const fn scope(&self) -> Option<(CtxId, TlbGen)> {
         self.scope
     }
 }
 
-/// Makes every CPU forget `span` of `mm`; returns when no CPU can use a translation older than now.
+/// Makes every CPU forget `span` of `mm`; returns when no CPU can use a translation older than the
+/// call.
 ///
-/// The entries were changed before the call. CPUs that have `mm` loaded and run programs are interrupted; lazy ones only
-/// when tables go; CPUs elsewhere find out when they come back. More than
-/// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages become a full flush, and so does a span that makes no sense.
+/// The entries were changed before the call. CPUs that have `mm` loaded and run programs are
+/// interrupted; lazy CPUs are interrupted only when tables go; CPUs that have something else loaded
+/// find out when they come back. A span of more than
+/// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages becomes a full flush, and
+/// so does a span that ends before it begins.
 ///
 /// # Context
-/// Interrupts on; no lock held that an interrupt handler takes; may be called under a table lock, which only the flush of
-/// dirty pages should do. Never sleeps, but waits for other CPUs.
+/// Interrupts on; no lock held that an interrupt handler takes; may be called under a table lock,
+/// which only the flush of dirty pages should do. Never sleeps, but waits for other CPUs.
 ///
 /// # Source
 /// Linux: flush_tlb_mm_range, arch/x86/mm/tlb.c.
@@ -62,7 +66,8 @@ pub fn flush_tlb_mm_range<C: Cpus>(
     tables: FreedTables,
 ) -> Flushed {
     let nr_pages = span.nr_pages();
-    // A span that makes no sense has `u64::MAX` pages, which no ceiling lets pass.
+    // A span that ends before it begins has `u64::MAX` pages. A ceiling of `u64::MAX` must not let
+    // it pass either.
     if nr_pages > cpus.single_page_flush_ceiling() || nr_pages == u64::MAX {
         let changed = if nr_pages == u64::MAX { None } else { Some(span) };
         return flush_whole(cpus, mm, changed, tables);
@@ -86,7 +91,7 @@ pub fn flush_tlb_mm<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) -> Flushed {
     flush_whole(cpus, mm, None, FreedTables::Yes)
 }
 
-/// `changed` is what was changed, if the caller knows.
+/// Flushes all of `mm`. `changed` is what was changed, if the caller knows.
 #[inline(never)]
 fn flush_whole<C: Cpus>(
     cpus: &C,
@@ -94,8 +99,9 @@ fn flush_whole<C: Cpus>(
     changed: Option<PageSpan>,
     tables: FreedTables,
 ) -> Flushed {
-    // Read before the generation rises: what is noted later may be of entries cleared too late for this flush. Where the caller
-    // knows what was changed, secondary TLBs are told of no more, so that is not one for what others owe.
+    // Read before the generation rises: a flush that is deferred later may be of entries cleared
+    // too late for this flush. Where the caller knows what was changed, secondary TLBs are told of
+    // that only, so such a flush does not make up for what others owe.
     let deferred = if changed.is_none() { mm.deferred_flushes() } else { None };
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: None, tables });
@@ -108,10 +114,10 @@ fn flush_whole<C: Cpus>(
     Flushed::of_mm(mm.ctx_id(), tlb_gen)
 }
 
-/// Raises the generation, and has everybody who must be told flush up to it. Pinned to `here`.
+/// Raises the generation, and has every CPU that must be told flush up to it. Pinned to `here`.
 ///
-/// Each of the two kinds of request gets a copy of its own, and what is not done for a page that only this CPU knows is apart: so
-/// the request stays in registers.
+/// Inlined into its two callers, one for each kind of request, and what only other CPUs need is
+/// kept out of line. So on the path without IPIs the request stays in registers.
 #[inline(always)]
 fn raise_and_flush<'m, C: Cpus>(
     cpus: &C,
@@ -121,7 +127,7 @@ fn raise_and_flush<'m, C: Cpus>(
     tables: FreedTables,
     kind: impl FnOnce(TlbGen) -> FlushKind<'m, C::Bits>,
 ) -> TlbGen {
-    // T1: before looking who must be told, and even if nobody must.
+    // T1: before looking which CPUs must be told, and even if none must.
     let tlb_gen = mm.raise_tlb_gen();
     cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: changed });
     let request = FlushRequest::from_flush(kind(tlb_gen), tables, here);
@@ -137,7 +143,8 @@ fn raise_and_flush<'m, C: Cpus>(
     tlb_gen
 }
 
-/// The initiator's own part of a request: `flush`, with interrupts off, if it has `mm` loaded. Pinned to `here`.
+/// The initiator's own part of a request: runs `flush`, with interrupts off, if this CPU has `mm`
+/// loaded. Pinned to `here`.
 #[inline(always)]
 fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: impl FnOnce()) {
     if cpus.cpu_state(here).has_loaded(mm) {
@@ -145,7 +152,8 @@ fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: im
     }
 }
 
-/// Interrupts `targets`. Kept out of line so that the path without IPIs holds the request in registers.
+/// Sends `request` to `targets`, makes it here meanwhile, and waits for all answers. Kept out of
+/// line so that the path without IPIs holds the request in registers.
 #[inline(never)]
 fn interrupt<C: Cpus>(
     cpus: &C,
@@ -165,8 +173,9 @@ fn interrupt<C: Cpus>(
     cpus.observe(TlbEvent::IpisSent(targets.len()));
 }
 
-/// Finds out whether whoever was told, and this CPU, really is where the request asks it to be (rule T2): a CPU that has `mm`
-/// loaded has reached the generation. Debug builds only: two reads of each target's lines.
+/// Checks that each CPU that was told, and this one, has reached the generation that the request
+/// asks for, if it has `mm` loaded (rule T2). Debug builds only, because it costs two reads of each
+/// target's lines.
 fn check_answers<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
@@ -176,7 +185,8 @@ fn check_answers<C: Cpus>(
     let (FlushKind::Range { tlb_gen, .. } | FlushKind::Mm { tlb_gen, .. }) = *request.kind() else { return };
     for cpu in targets.iter().chain([request.initiator()]) {
         let state = cpus.cpu_state(cpu);
-        // It may switch meanwhile: what is read counts only if it had `mm` loaded before and after.
+        // The CPU may switch meanwhile: what is read counts only if it had `mm` loaded before and
+        // after.
         if !state.has_loaded(mm) {
             continue;
         }
@@ -195,7 +205,12 @@ fn check_answers<C: Cpus>(
     }
 }
 
-/// The other CPUs that must be interrupted, if any. No set is made for none: it may be large.
+/// Decides which other CPUs must be interrupted for a flush of `mm`: of those in the cpumask, each
+/// whose [`concern`](crate::CpuTlb::concern) says so; if tables go, each that is not off (rule T5).
+///
+/// Linux: should_flush_tlb, and the choice between cpumask and condition in native_flush_tlb_multi.
+///
+/// `None` if there are none, because a set may be large.
 #[inline(never)]
 fn cpus_to_interrupt<C: Cpus>(
     cpus: &C,
@@ -223,10 +238,10 @@ fn cpus_to_interrupt<C: Cpus>(
     targets
 }
 
-/// Carries out reclaim's deferred flushes of `mm`, if any may be outstanding.
+/// Makes reclaim's deferred flushes of `mm`, if any may be outstanding.
 ///
-/// Whoever takes a table lock and draws conclusions from an entry that is none must call this first: the entry may have
-/// been cleared by reclaim, whose flush is still to come.
+/// Whoever takes a table lock and draws conclusions from an empty entry must call this first:
+/// reclaim may have cleared the entry, and its flush may be still to come.
 ///
 /// # Context
 /// Under the table lock in question; then as for [`flush_tlb_mm_range`].
@@ -239,7 +254,7 @@ pub fn flush_tlb_batched_pending<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) {
     }
 }
 
-/// Has every CPU in `cpumask` flush what it has loaded up to date.
+/// Has every CPU in `cpumask` bring what it has loaded up to date.
 pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) -> Flushed {
     cpus.observe(TlbEvent::Requested { pages: None, tables: FreedTables::No });
     cpus.pinned(|here| {
@@ -271,17 +286,20 @@ pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) ->
 }
 
 impl<B: CpuBits> MmContext<B> {
-    /// Whether any CPU that says it may have this address space really has it in CR3, or is about to.
+    /// Whether any CPU in the cpumask really has this address space in CR3, by its own account.
     ///
-    /// For assertions before a root is freed; the answer is final only when no CPU can switch to it any more.
+    /// For assertions before a root is freed; the answer is final only when no CPU can switch to it
+    /// any more.
     #[must_use]
     pub fn is_loaded_somewhere<C: Cpus<Bits = B>>(&self, cpus: &C) -> bool {
         self.cpumask().iter().any(|cpu| cpus.cpu_state(cpu).has_loaded(self))
     }
 
-    /// Whether any CPU may have this address space in CR3: one that is between two spaces may still be on its way out.
+    /// Whether any CPU may have this address space in CR3: a CPU that is between two spaces may
+    /// still be on its way out.
     ///
-    /// Where this says yes, [`flush_tlb_mm`] makes sure: a CPU answers once it has arrived elsewhere.
+    /// Where this says yes, [`flush_tlb_mm`] makes sure: a CPU answers once it has arrived
+    /// elsewhere.
     #[must_use]
     pub fn may_be_loaded_somewhere<C: Cpus<Bits = B>>(&self, cpus: &C) -> bool {
         self.cpumask().iter().any(|cpu| cpus.cpu_state(cpu).may_have_loaded(self))
