@@ -215,7 +215,7 @@ impl<B: CpuBits> MmContext<B> {
     /// call that unwound.
     ///
     /// Whoever draws conclusions from an empty entry must ask, after taking the lock of the entry's
-    /// table: reclaim may have cleared the entry, and its flush may be still to come. A whole flush
+    /// table: reclaim may have cleared the entry, and its flush may be still to come. A full flush
     /// ([`flush_tlb_mm`](crate::flush_tlb_mm)) makes up for all that is owed when it begins. Make
     /// it at once ([`flush_tlb_batched_pending`](crate::flush_tlb_batched_pending)), or before the
     /// conclusion matters.
@@ -235,7 +235,7 @@ impl<B: CpuBits> MmContext<B> {
         (pending != flushed).then_some(DeferredFlushes(word))
     }
 
-    /// Notes that a whole flush of this address space, begun after `deferred` was read, has
+    /// Notes that a full flush of this address space, begun after `deferred` was read, has
     /// completed. Flushes deferred later stay outstanding.
     pub(crate) fn deferred_flushes_done(&self, deferred: DeferredFlushes) {
         let (pending, _) = halves(deferred.0);
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_flush_makes_up_for_what_was_owed_when_it_began_and_for_nothing_later() {
+    fn a_full_flush_makes_up_for_what_was_owed_when_it_began_and_for_nothing_later() {
         let mm = context();
         assert!(!mm.has_deferred_flushes());
         mm.owe_flush();

@@ -70,7 +70,7 @@ pub fn flush_tlb_mm_range<C: Cpus>(
     // it pass either.
     if nr_pages > cpus.single_page_flush_ceiling() || nr_pages == u64::MAX {
         let changed = if nr_pages == u64::MAX { None } else { Some(span) };
-        return flush_whole(cpus, mm, changed, tables);
+        return flush_full(cpus, mm, changed, tables);
     }
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: Some(nr_pages), tables });
@@ -88,12 +88,12 @@ pub fn flush_tlb_mm_range<C: Cpus>(
 /// # Source
 /// Linux: flush_tlb_mm, arch/x86/include/asm/tlbflush.h.
 pub fn flush_tlb_mm<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) -> Flushed {
-    flush_whole(cpus, mm, None, FreedTables::Yes)
+    flush_full(cpus, mm, None, FreedTables::Yes)
 }
 
 /// Flushes all of `mm`. `changed` is what was changed, if the caller knows.
 #[inline(never)]
-fn flush_whole<C: Cpus>(
+fn flush_full<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     changed: Option<PageSpan>,

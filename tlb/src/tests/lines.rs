@@ -1,7 +1,8 @@
 //! Which cache lines a flush touches: every access of this crate, recorded.
 //!
-//! Two promises. A request that the CPU's slot already satisfies writes nothing and reads no line but that CPU's own; and
-//! CPUs that flush address spaces of which they share none have no line in common that either of them writes.
+//! Two promises are tested. A request that the CPU's slot already satisfies writes nothing, and
+//! reads no line but that CPU's own. And where two CPUs flush address spaces and share none of
+//! them, neither writes a line that the other touches.
 #![expect(unsafe_code, reason = "plays the CPUs")]
 
 extern crate std;
@@ -23,8 +24,9 @@ use crate::{
     flush_tlb_mm_range, switch_mm,
 };
 
-/// Up to 64 CPUs, up to 4096.
+/// Bits for up to 64 CPUs.
 type Small = [AtomicU64; 1];
+/// Bits for up to 4096 CPUs.
 type Large = [AtomicU64; 64];
 
 const PAGE: PageSpan = PageSpan { start: 0x1000, end: 0x2000, stride_shift: 12 };
@@ -33,7 +35,8 @@ const NR_CPUS: usize = 6;
 const CPU: [CpuId; NR_CPUS] =
     [CpuId::new(0), CpuId::new(1), CpuId::new(2), CpuId::new(3), CpuId::new(4), CpuId::new(5)];
 
-/// Address spaces and CPUs packed as closely as an embedder can have them: nothing but their own alignment keeps them apart.
+/// Address spaces and CPUs packed as closely as an embedder can have them: only their own alignment
+/// keeps them apart.
 #[repr(C, align(64))]
 struct Machine<B: CpuBits> {
     spaces: [MmContext<B>; NR_SPACES],
@@ -44,7 +47,8 @@ impl<B: CpuBits> Machine<B> {
     fn new() -> Self {
         let (ids, root) = (CtxIds::new(), PhysFrame::containing_address(PhysAddr::zero()));
         Self {
-            // SAFETY: one source of names; nothing is mapped below the root that they seem to share.
+            // SAFETY: one source of names; nothing is mapped below the root that the spaces seem to
+            // share.
             spaces: core::array::from_fn(|_| unsafe { MmContext::new(&ids, root) }),
             cpus: core::array::from_fn(|_| CpuTlb::new()),
         }
@@ -59,7 +63,7 @@ impl<B: CpuBits> Machine<B> {
         &self.spaces[number]
     }
 
-    /// Has `cpus` load space `number`.
+    /// Loads space `number` on each of `cpus`.
     fn load(&self, number: usize, cpus: &[CpuId]) {
         for cpu in cpus {
             // SAFETY: the spaces live as long as the machine, and do not move while it is used.
@@ -83,7 +87,7 @@ struct Here<'a, B: CpuBits> {
 }
 
 impl<B: CpuBits> Here<'_, B> {
-    /// What this CPU does in `work`, and what others do that it interrupts.
+    /// What this CPU does in `work`, and what the CPUs do that it interrupts.
     fn recorded(&self, work: impl FnOnce(&Self)) -> Recorded {
         let here = record(|| work(self));
         Recorded { here, others: self.answers.take() }
@@ -101,8 +105,8 @@ impl Recorded {
     }
 }
 
-// SAFETY: states are indexed; one thread at a time plays a CPU; `flush_others` runs the handler for each target; there are no
-// translations to drop.
+// SAFETY: states are indexed; one thread at a time plays a CPU; `flush_others` runs the handler for
+// each target; there are no translations to drop.
 unsafe impl<B: CpuBits> Cpus for Here<'_, B> {
     type Bits = B;
 
@@ -167,7 +171,7 @@ fn a_satisfied_request_writes_nothing_and_reads_only_its_own_cpu() {
     let machine = Machine::<Small>::new();
     machine.load(0, &CPU[..2]);
     let mm = machine.space(0);
-    // CPU 0 is at generation 3; the space may be further on.
+    // CPU 0 is at generation 3; the space may have a later one.
     for _ in 0..3 {
         let _flushed = flush_tlb_mm_range(&machine.on(CPU[0]), mm, PAGE, FreedTables::No);
     }
@@ -213,8 +217,8 @@ fn a_request_that_is_not_satisfied_is_seen_to_write() {
     assert!(writes(&log).iter().all(|access| own.contains(&access.line)), "{log:#?}");
 }
 
-/// CPUs 0 to 2 have one address space, CPUs 3 to 5 its neighbour in memory; CPUs 0 and 3 flush, each on a thread with a stack
-/// of its own.
+/// CPUs 0 to 2 have one address space loaded, CPUs 3 to 5 its neighbour in memory. CPUs 0 and 3
+/// flush, each on a thread with a stack of its own.
 fn two_initiators<B: CpuBits>(
     prepare: impl Fn(&Machine<B>),
     flush: impl Fn(&Here<'_, B>, &MmContext<B>) + Sync,
@@ -289,7 +293,7 @@ fn an_initiator_alone_writes_the_line_of_its_space_and_the_line_of_its_slot() {
         let _flushed = flush_tlb_mm_range(here, mm, PAGE, FreedTables::No);
     });
     assert_eq!(lines(&writes(&recorded.here)).len(), 2, "{:#?}", recorded.here);
-    // And reads what it has loaded.
+    // It also reads what it has loaded.
     assert_eq!(lines(&recorded.here).len(), 3, "{:#?}", recorded.here);
 }
 

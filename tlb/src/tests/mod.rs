@@ -5,8 +5,8 @@
 //!  recorded.rs  atomics that write down each access; `sync.rs` puts them in the place of `core`'s
 //! ```
 //!
-//! Nobody outside the crate's own tests uses what is here. Under `mmu_loom` the atomics are loom's, and the
-//! tests are those of `tlb/tests/loom`.
+//! Only the crate's own unit tests use what is here. Under `mmu_loom` the atomics are loom's, and
+//! the tests are those of `tlb/tests/loom`.
 
 mod lines;
 pub(crate) mod recorded;
