@@ -178,6 +178,22 @@ impl Entry {
 }
 
 /// A copy of the 64 bits of an entry, as read once.
+///
+/// ```
+/// use mmu_pagetable::{Decoded, EntryValue, Level, Marker, NonPresent};
+/// use x86_64::{PhysAddr, structures::paging::PageTableFlags};
+///
+/// let page = PhysAddr::new(2 << 20);
+/// let leaf = EntryValue::leaf(Level::Pmd, page, PageTableFlags::WRITABLE);
+/// assert_eq!(leaf.decode(Level::Pmd), Decoded::Leaf(page));
+///
+/// // What software leaves behind is neither empty nor present.
+/// let guard = NonPresent::Marker(Marker::Guard).encode();
+/// assert!(!guard.is_empty() && !guard.is_present());
+/// assert_eq!(guard.decode(Level::Pte), Decoded::NonPresent(NonPresent::Marker(Marker::Guard)));
+///
+/// assert_eq!(EntryValue::EMPTY.decode(Level::Pte), Decoded::Empty);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct EntryValue(u64);

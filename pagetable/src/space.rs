@@ -12,6 +12,40 @@ use crate::table::{TableMemory, TableView};
 ///
 /// It has no lock of its own. Each table has one (Linux: split page-table locks), and the
 /// embedder's map lock (Linux: mmap_lock) decides who may walk while tables are unhooked.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/memory.rs"));
+/// # fn main() {
+/// use mmu_pagetable::{AddressSpace, Bounds, EntryValue, Level, PagingMode, VirtRange};
+/// use x86_64::structures::paging::PageTableFlags;
+///
+/// // `Memory` is the example of `TableMemory`. One thread uses it, and no CPU loads its tables.
+/// let memory = Memory::new();
+/// let root = memory.allocate_table().expect("a frame");
+/// // SAFETY: the root is zeroed, belongs to no other address space, and is never freed.
+/// let space = unsafe { AddressSpace::new(root, PagingMode::FourLevel) };
+///
+/// let leaf = EntryValue::leaf(Level::Pte, PhysAddr::new(0x5000), PageTableFlags::WRITABLE);
+/// // SAFETY: nobody frees tables meanwhile, and no program uses the page.
+/// unsafe { space.map(&memory, 0x40_0000, Level::Pte, leaf) }.expect("frames for three tables");
+/// // SAFETY: nobody frees tables meanwhile.
+/// let found = unsafe { space.lookup(&memory, 0x40_0123) };
+/// assert_eq!(found.translate(0x40_0123), Some(PhysAddr::new(0x5123)));
+///
+/// // Teardown: clear the entry, then unhook its table and those above it, lowest level first.
+/// // SAFETY: nobody frees tables meanwhile.
+/// let table = unsafe { space.find_table(&memory, 0x40_0000, Level::Pte) }.expect("linked above");
+/// // SAFETY: no CPU has the page cached.
+/// let _old = unsafe { table.lock(&memory).entry(0x40_0000).get_and_clear() };
+/// let range = VirtRange::new(0x40_0000, 0x40_1000).expect("a page");
+/// let mut levels = Vec::new();
+/// // SAFETY: nobody else walks, and the tables are not used again.
+/// unsafe {
+///     space.unhook_tables(&memory, range, Bounds::whole(), |table| levels.push(table.level()));
+/// }
+/// assert_eq!(levels, [Level::Pte, Level::Pmd, Level::Pud]);
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct AddressSpace {
     root: PhysFrame,

@@ -87,6 +87,13 @@ pub type TableLock<R> = SpinMutex<(), R>;
 /// - Nobody combines a view of one memory with a reference to another of the same type. A machine
 ///   has one memory; where a process has several (a simulator), whoever holds two keeps their views
 ///   apart.
+///
+/// # Example
+/// Tables in an ordinary process:
+///
+/// ```
+#[doc = include_str!("../doc/memory.rs")]
+/// ```
 pub unsafe trait TableMemory: PageTableFrameMapping {
     /// What a CPU does while it waits for a table lock.
     type Relax: RelaxStrategy;

@@ -70,6 +70,17 @@ impl<const WORDS: usize> Words for [AtomicU64; WORDS] {
 /// A set of more than one word remembers which of its words ever had a member, and looks at no
 /// other word. So the cost of going through a large set does not grow with the CPUs that were never
 /// in it.
+///
+/// ```
+/// use core::sync::atomic::AtomicU64;
+/// use mmu_tlb::{CpuId, CpuSet};
+///
+/// // Two words: room for 128 CPUs.
+/// let mut cpus = CpuSet::<[AtomicU64; 2]>::empty();
+/// cpus.insert(CpuId::new(70));
+/// cpus.insert(CpuId::new(3));
+/// assert!(cpus.iter().eq([3, 70].map(CpuId::new)));
+/// ```
 #[doc(alias = "cpumask")]
 pub struct CpuSet<B: CpuBits> {
     bits: B,

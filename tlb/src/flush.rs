@@ -69,6 +69,24 @@ pub enum WhyNothing {
 ///
 /// # Source
 /// Linux: flush_tlb_func, arch/x86/mm/tlb.c.
+///
+/// # Example
+/// ```
+/// use mmu_tlb::{Action, Laziness, LoadedIs, Situation, TlbGen, Wanted, plan};
+///
+/// let at = |local_gen, laziness| Situation {
+///     loaded: LoadedIs::Requested,
+///     laziness,
+///     local_gen: TlbGen::new(local_gen),
+///     mm_gen: TlbGen::new(7),
+/// };
+/// let wanted = Wanted::Range(TlbGen::new(7));
+/// // From the generation before, the pages are enough; a CPU that missed one drops everything.
+/// assert_eq!(plan(wanted, at(6, Laziness::Active)), Action::Pages(TlbGen::new(7)));
+/// assert_eq!(plan(wanted, at(5, Laziness::Active)), Action::All(TlbGen::new(7)));
+/// // A lazy CPU goes to the kernel's own address space instead.
+/// assert_eq!(plan(wanted, at(6, Laziness::Lazy)), Action::LoadInit);
+/// ```
 #[must_use]
 #[inline]
 pub fn plan(wanted: Wanted, situation: Situation) -> Action {

@@ -105,6 +105,13 @@ pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 /// - contexts of this machine are flushed with this machine. There is one; where a process has
 ///   several of one type (a simulator), whoever holds two keeps their contexts apart;
 /// - `invlpg` and `load_cr3` drop what the instructions of the same names must drop (SDM 4.10.4.1).
+///
+/// # Example
+/// A machine of one CPU, in an ordinary process:
+///
+/// ```
+#[doc = include_str!("../doc/machine.rs")]
+/// ```
 pub unsafe trait Cpus {
     /// Storage for a set of CPUs: `[AtomicU64; 1]` holds 64.
     type Bits: CpuBits;

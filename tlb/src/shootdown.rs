@@ -58,6 +58,29 @@ impl Flushed {
 ///
 /// # Source
 /// Linux: flush_tlb_mm_range, arch/x86/mm/tlb.c.
+///
+/// # Example
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/machine.rs"));
+/// # fn main() {
+/// use mmu_tlb::{CtxIds, FreedTables, MmContext, PageSpan, flush_tlb_mm_range, switch_mm};
+///
+/// // `Machine` is the example of `Cpus`.
+/// let (machine, ids) = (Machine::default(), CtxIds::new());
+/// let root = PhysFrame::containing_address(x86_64::PhysAddr::new(0x1000));
+/// // SAFETY: one source of names, one root.
+/// let mm = Box::pin(unsafe { MmContext::new(&ids, root) });
+/// // SAFETY: this thread is the CPU, and `mm` lives to the end.
+/// unsafe { switch_mm(&machine, CpuId::new(0), Some(mm.as_ref())) };
+/// machine.did.take();
+///
+/// // The entries of two pages were cleared. With the receipt their frames may be freed.
+/// let span = PageSpan { start: 0x7000, end: 0x9000, stride_shift: 12 };
+/// let flushed = flush_tlb_mm_range(&machine, &mm, span, FreedTables::No);
+/// assert!(flushed.is_of(&mm));
+/// assert_eq!(machine.did.take(), ["INVLPG 0x7000", "INVLPG 0x8000"]);
+/// # }
+/// ```
 #[inline(never)]
 pub fn flush_tlb_mm_range<C: Cpus>(
     cpus: &C,

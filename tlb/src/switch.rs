@@ -28,6 +28,31 @@ use crate::sync::{Ordering, fence};
 ///
 /// # Source
 /// Linux: switch_mm_irqs_off, arch/x86/mm/tlb.c.
+///
+/// # Example
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/machine.rs"));
+/// # fn main() {
+/// use mmu_tlb::{CtxIds, MmContext, switch_mm};
+/// use x86_64::PhysAddr;
+///
+/// // `Machine` is the example of `Cpus`.
+/// let (machine, cpu, ids) = (Machine::default(), CpuId::new(0), CtxIds::new());
+/// // SAFETY: one source of names, and a root each.
+/// let [one, other] = [0x1000, 0x2000].map(|root| unsafe {
+///     Box::pin(MmContext::new(&ids, PhysFrame::containing_address(PhysAddr::new(root))))
+/// });
+/// for mm in [&one, &other, &one] {
+///     // SAFETY: this thread is the CPU, and both contexts live to the end.
+///     unsafe { switch_mm(&machine, cpu, Some(mm.as_ref())) };
+/// }
+/// // What was cached of the first address space is kept when the CPU comes back to it.
+/// let did = machine.did.take();
+/// assert_eq!(did[0], "CR3 0x1000, PCID 1: Flush");
+/// assert_eq!(did[1], "CR3 0x2000, PCID 2: Flush");
+/// assert_eq!(did[2], "CR3 0x1000, PCID 1: Keep");
+/// # }
+/// ```
 #[doc(alias = "switch_mm_irqs_off")]
 pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmContext<C::Bits>>>) {
     let state = cpus.cpu_state(cpu);
