@@ -48,7 +48,8 @@ impl Entry {
     /// # Safety
     /// As for [`LockedEntry::store`](crate::LockedEntry::store). Also:
     /// - the caller holds the lock of the table, or nobody else can reach the table;
-    /// - if the kernel keeps used lines (rule P4), the caller has noted the line of this entry.
+    /// - if `value` is not empty and the kernel keeps used lines (rule P4), the caller has noted
+    ///   the line of this entry.
     #[inline]
     pub unsafe fn store(&self, value: EntryValue) {
         // ORDERING: release, pairs with `load`: a walker that follows a new link finds the zeroed
@@ -62,7 +63,7 @@ impl Entry {
     /// The cost is one locked exchange (about 8 cycles, against 0.75 for a load and a store).
     ///
     /// # Safety
-    /// As for [`store`](Self::store).
+    /// As for [`store`](Self::store) of the empty entry.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.8; Linux: ptep_get_and_clear.

@@ -38,7 +38,7 @@ pub enum OnlineCpus {
 pub enum TlbEvent {
     /// A flush of one address space was asked for; `pages` is `None` for a full one.
     Requested {
-        /// How many pages, of the stride it names.
+        /// How many pages, in units of the request's stride.
         pages: Option<u64>,
         /// Whether page tables were freed.
         tables: FreedTables,

@@ -6,8 +6,8 @@ use core::fmt;
 use crate::cpuset::{CpuBits, CpuId};
 use crate::generation::{MmContext, TlbGen};
 
-/// A run of pages of one size: `start..end` in bytes, with a page to invalidate every `1 <<
-/// stride_shift` bytes.
+/// A run of pages of one size: `start..end` in bytes. Its stride is `1 << stride_shift` bytes: one
+/// page to invalidate at each step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageSpan {
     /// First byte, aligned to the stride.

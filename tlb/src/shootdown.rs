@@ -175,8 +175,8 @@ fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: im
     }
 }
 
-/// Sends `request` to `targets`, makes it here meanwhile, and waits for all answers. Kept out of
-/// line so that the path without IPIs holds the request in registers.
+/// Sends `request` to `targets`, carries it out here meanwhile, and waits for all answers. Kept out
+/// of line so that the path without IPIs holds the request in registers.
 #[inline(never)]
 fn interrupt<C: Cpus>(
     cpus: &C,
