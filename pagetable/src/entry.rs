@@ -2,7 +2,7 @@
 //!
 //! An entry is *empty* (all bits zero), *present* (P = 1: a link to a table, or a leaf that maps a
 //! page), or *kept* (P = 0 and not all bits zero: software left a meaning there, a [`NonPresent`]).
-#![expect(unsafe_code, reason = "changing an entry is unsafe, to whoever holds no lock of its table")]
+#![expect(unsafe_code, reason = "an entry alone does not show that the lock of its table is held")]
 
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};

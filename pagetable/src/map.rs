@@ -64,6 +64,10 @@ impl AddressSpace {
     ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
+    ///
+    /// # Source
+    /// Linux: __p4d_alloc, __pud_alloc, __pmd_alloc and __pte_alloc, mm/memory.c.
+    #[doc(alias = "__pte_alloc")]
     pub unsafe fn ensure_table<'m, M: TableMemory>(
         &self,
         memory: &'m M,

@@ -292,7 +292,7 @@ impl<'m> TableView<'m> {
             // hardly three times in a row.
             let is_missing = (0..3).all(|_| {
                 !self.table.line_is_empty(line)
-                    && self.used_lines(memory).both(Lines::EMPTY.with(line)).is_empty()
+                    && self.used_lines(memory).intersect(Lines::EMPTY.with(line)).is_empty()
             });
             assert!(!is_missing, "P4: {self:?} has an entry in {line:?}, which {PAST_THE_NOTES}");
         }
@@ -416,7 +416,7 @@ impl<'m, R> LockedTable<'m, R> {
     /// each of them that is noted.
     pub fn forget_empty_lines(&self, entries: &Range<usize>) {
         if let Some(used) = self.used {
-            let noted = used.load().both(Lines::touched_by(entries)).into_iter();
+            let noted = used.load().intersect(Lines::touched_by(entries)).into_iter();
             let empty = noted.filter(|line| self.view.table.line_is_empty(*line));
             used.forget(empty.fold(Lines::EMPTY, Lines::with));
         }

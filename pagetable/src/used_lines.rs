@@ -63,7 +63,7 @@ impl Lines {
     /// The lines that are in both sets.
     #[must_use]
     #[inline]
-    pub const fn both(self, other: Self) -> Self {
+    pub const fn intersect(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
@@ -311,7 +311,7 @@ mod tests {
         for range in ranges() {
             for line in Lines::ALL {
                 let mut entries = line.first_entry()..line.first_entry() + Line::ENTRIES;
-                let is_in = |set: Lines| !set.both(Lines::EMPTY.with(line)).is_empty();
+                let is_in = |set: Lines| !set.intersect(Lines::EMPTY.with(line)).is_empty();
                 assert_eq!(is_in(Lines::touched_by(&range)), entries.any(|entry| range.contains(&entry)));
                 let mut entries = line.first_entry()..line.first_entry() + Line::ENTRIES;
                 assert_eq!(is_in(Lines::inside(&range)), entries.all(|entry| range.contains(&entry)));

@@ -141,7 +141,7 @@ impl PaperKernel {
         let mut tables = Vec::new();
         self.for_each_table(mm, &mut |view| {
             let noted = view.used_lines(self);
-            let is_noted = |index: usize| !noted.both(Lines::touched_by(&(index..index + 1))).is_empty();
+            let is_noted = |index: usize| !noted.intersect(Lines::touched_by(&(index..index + 1))).is_empty();
             let mut entries = view.table().entries().iter().enumerate();
             if entries.any(|(index, entry)| !entry.load().is_empty() && !is_noted(index)) {
                 tables.push((view.level(), view.frame()));

@@ -1,5 +1,5 @@
 //! Flushing on every CPU that must flush, and waiting until each of them has.
-#![expect(unsafe_code, reason = "runs the local half of a flush")]
+#![expect(unsafe_code, reason = "runs this CPU's part of a flush")]
 
 use crate::cpu_state::Concern;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};

@@ -4,7 +4,7 @@
     not(any(test, mmu_loom)),
     expect(
         unsafe_code,
-        reason = "a locked instruction that is a full fence, too, as no function of core is"
+        reason = "a locked instruction that is also a full fence; core has no function for that"
     )
 )]
 
