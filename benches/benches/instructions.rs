@@ -2,7 +2,8 @@
 //!
 //! `cargo bench -p mmu-benches --bench instructions` prints the table. With `-- --check`, and with
 //! `-- --test`, it compares the engine's rows with `instructions.snapshot`, and fails if one has
-//! grown by more than 2 percent. With `-- --bless` it writes the snapshot and the table in README.md.
+//! grown by more than 2 percent. With `-- --bless` it writes the snapshot and the table in
+//! README.md.
 
 use std::process::ExitCode;
 

@@ -2,9 +2,9 @@
 //! they are given out again.
 //!
 //! ```text
-//!   in use ── freed ──► every word says "this frame is free"   a program that reads it is caught
+//!   in use ── freed ──► every word says "this frame is free"  a program that reads it is caught
 //!     ▲                            │
-//!     └────── given out ◄──────────┘  every word must still    a program that wrote to it is caught
+//!     └────── given out ◄──────────┘  every word must still   a program that wrote to it is caught
 //!                                     say so
 //! ```
 //!

@@ -11,8 +11,8 @@
 //!   signs of life              watchdog   the end of a run that hangs, and each CPU's state (dump)
 //! ```
 //!
-//! Uses `arch`. The checks, the machine and the workloads may use this room. `trap` is called by the
-//! assembly and by `ring3`, `panic` by compiled code.
+//! Uses `arch`. The checks, the machine and the workloads may use this room. `trap` is called by
+//! the assembly and by `ring3`, `panic` by compiled code.
 
 pub mod agent;
 pub mod index;
