@@ -1,10 +1,13 @@
 //! Instructions for each leaf torn down, counted exactly; and a check that they have not grown.
 //!
-//! `cargo bench -p mmu-benches --bench instructions` prints the table; `-- --check` (and `-- --test`) compares the engine's
-//! rows with `instructions.snapshot` and fails if one has grown by more than 2 percent; `-- --bless` writes the snapshot.
+//! `cargo bench -p mmu-benches --bench instructions` prints the table. With `-- --check`, and with
+//! `-- --test`, it compares the engine's rows with `instructions.snapshot`, and fails if one has
+//! grown by more than 2 percent. With `-- --bless` it writes the snapshot and the table in
+//! README.md.
 
 use std::process::ExitCode;
 
+use mmu_benches::document::Page;
 use mmu_benches::entry::{Counts, Entry, Meter, Path, Sampler};
 use mmu_benches::memory::Memory;
 use mmu_benches::peers::{Tables, Told};
@@ -15,7 +18,7 @@ const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/instructions.snapsh
 /// A compiler update moves a few instructions; a real slowdown moves more.
 const TOLERANCE: f64 = 0.02;
 
-/// W2 and W6 take as many as W1; their time differs.
+/// W2 and W6 take as many instructions as W1; only their time differs.
 const WORKLOADS: [Workload; 5] =
     [Workload::W1Dense, Workload::W3Sparse, Workload::W4Areas, Workload::W5Huge, Workload::W7OnePage];
 const ENGINE: [Entry; 3] = [
@@ -56,6 +59,10 @@ fn main() -> ExitCode {
     let text = render(&table);
     print!("{text}");
     if has("--bless") {
+        if let Err(error) = Page::here("README.md").write("instructions", &text) {
+            eprintln!("README.md: {error}");
+            return ExitCode::FAILURE;
+        }
         let engine: Table = table.into_iter().take(ENGINE.len()).collect();
         if let Err(error) = std::fs::write(SNAPSHOT, render(&engine)) {
             eprintln!("{SNAPSHOT}: {error}");
@@ -75,7 +82,7 @@ fn measure(sampler: &Sampler<'_>, entry: Entry, empty: u64) -> Vec<Option<f64>> 
             continue;
         }
         let shape = workload.shape(Size::Tiny);
-        // The second time, when the batch pages are there.
+        // Counted the second time, when the batch pages are there.
         let counted = count(|marks| {
             sampler.sample(&shape, entry, &mut Unmeasured);
             sampler.sample(&shape, entry, marks);
@@ -110,7 +117,7 @@ fn render(table: &Table) -> String {
     text
 }
 
-/// Holds `table` against the snapshot: more is a failure, less is news.
+/// Compares `table` with the snapshot: more instructions are a failure, fewer are reported.
 fn compare(table: &Table) -> ExitCode {
     let snapshot = match std::fs::read_to_string(SNAPSHOT) {
         Ok(text) => text,

@@ -10,11 +10,12 @@ use mmu_gather::pagetable::{TableLock, UsedLines};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
-/// Where physical address 0 is seen; constant, as a kernel's direct map is, so that no peer loads it from a variable.
+/// Where physical address 0 is mapped. It is constant, as in a kernel's direct map, so that no peer
+/// loads it from a variable.
 pub const PHYS_OFFSET: u64 = 0x2000_0000_0000;
 /// Bytes for table pages: reserved, touched only as far as they are used.
 pub const TABLE_BYTES: u64 = 6 << 30;
-/// Bytes of data frames. They are numbers only: nothing is behind them but their metadata.
+/// Bytes of data frames. They are numbers only: they have metadata and no memory.
 pub const DATA_BYTES: u64 = 64 << 30;
 
 const METADATA: u64 = PHYS_OFFSET + TABLE_BYTES;
@@ -23,7 +24,8 @@ const LIVE: u32 = 1;
 
 /// What the kernel knows of one frame: 32 bytes, two to a cache line.
 ///
-/// The counts are atomics so that one layout serves every way of counting; the plain ways use loads and stores.
+/// The counts are atomics so that one layout serves every way of counting; the plain ways use loads
+/// and stores.
 #[derive(Debug)]
 #[repr(C, align(32))]
 pub struct Frame {
@@ -76,7 +78,7 @@ pub enum Order {
     Shuffled,
 }
 
-/// The memory. One a process, because it lies at a fixed address.
+/// The memory; a process has only one, because it lies at a fixed address.
 ///
 /// Not shared between threads: the free lists are plain, like a kernel's per-CPU lists.
 #[derive(Debug)]
@@ -98,7 +100,7 @@ impl Memory {
     /// Maps the memory.
     ///
     /// # Errors
-    /// The host's, if the address space is taken, which a second memory in the same process does.
+    /// The host's, if the address range is taken, as it is for a second memory in the same process.
     pub fn map() -> io::Result<Self> {
         #[expect(clippy::cast_possible_truncation, reason = "x86_64: usize has 64 bits")]
         let (start, bytes) = (PHYS_OFFSET as usize, (TABLE_BYTES + METADATA_BYTES) as usize);
@@ -117,7 +119,8 @@ impl Memory {
         Ok(Self { free_tables: Cell::new(0), free_pages: Cell::new(0) })
     }
 
-    /// Forgets everything and makes the first `tables` frames free, in `order`; the shuffle is the same every time.
+    /// Starts again with the first `tables` frames free, in `order`; the shuffle is the same every
+    /// time.
     ///
     /// # Panics
     /// If that is more than there are.
@@ -149,8 +152,8 @@ impl Memory {
 
     #[inline]
     fn describe(&self, physical: u64, frame: Frame) {
-        // SAFETY: `metadata` points into the mapping; nobody else looks at this frame's metadata meanwhile, for it is
-        // neither on a list nor mapped.
+        // SAFETY: `metadata` points into the mapping; nobody else looks at this frame's metadata
+        // meanwhile, for it is neither on a list nor mapped.
         unsafe { ptr::write(metadata(physical).cast_mut(), frame) };
     }
 
@@ -159,8 +162,8 @@ impl Memory {
     #[inline]
     pub fn frame(&self, physical: u64) -> &Frame {
         debug_assert!(physical < TABLE_BYTES + DATA_BYTES, "{physical:#x} is beyond memory");
-        // SAFETY: inside the mapping, which lives until the process ends; only frames that `describe` has filled are ever
-        // asked for, and all of their fields are atomics.
+        // SAFETY: inside the mapping, which lives until the process ends; only frames that
+        // `describe` has filled are ever asked for, and all of their fields are atomics.
         unsafe { &*metadata(physical) }
     }
 
@@ -189,13 +192,15 @@ impl Memory {
         self.free_pages.set(physical);
     }
 
-    /// Puts a chain of pages on the free list: `first` leads to what was on it before.
+    /// Puts a chain of pages on the free list: `first` begins the chain, which ends with what was
+    /// on the list before.
     #[inline]
     pub fn free_chain(&self, first: u64) {
         self.free_pages.set(first);
     }
 
-    /// Links `physical` before `next`, which is what a chain began with so far; starts with [`chain_start`](Self::chain_start).
+    /// Links `physical` before `next`, which is what a chain began with so far; starts with
+    /// [`chain_start`](Self::chain_start).
     #[inline]
     pub fn chain(&self, physical: u64, next: u64) -> u64 {
         self.frame(physical).next.store(next, Ordering::Relaxed);

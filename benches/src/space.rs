@@ -10,7 +10,8 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 use crate::machine::{Bits, Counting, Machine};
 use crate::shape::{Leaf, Shape};
 
-/// The entries of one last-level (W5: second-level) table that an area covers; what the floors are told beforehand.
+/// The entries of one last-level (W5: second-level) table that an area covers; the floors are told
+/// these beforehand.
 #[derive(Clone, Copy, Debug)]
 pub struct Stretch {
     /// Physical address of the table.
@@ -21,7 +22,7 @@ pub struct Stretch {
     pub end: usize,
 }
 
-/// An entry that points to a table that goes.
+/// An entry that points to a table that is freed.
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
     /// Physical address of the table the entry is in.
@@ -41,7 +42,8 @@ pub struct Space<'s> {
     pub mm: Box<Mm<Bits>>,
     /// Where to look for leaves, in the order of the areas.
     pub stretches: Vec<Stretch>,
-    /// How the tables that go are linked, lowest level first within each table of the next level.
+    /// How the tables that are freed are linked, lowest level first within each table of the next
+    /// level.
     pub links: Vec<Link>,
     free_tables_before: u64,
 }
@@ -58,7 +60,8 @@ impl<'s> Space<'s> {
         Self::below(machine, shape, root)
     }
 
-    /// As [`new`](Self::new), without the stretches, which only the floors need: areas may be as large as they like.
+    /// As [`new`](Self::new), without the stretches, which only the floors need: areas may be as
+    /// large as they like.
     ///
     /// # Panics
     /// If memory is short.
@@ -69,7 +72,8 @@ impl<'s> Space<'s> {
         Self::mapped(machine, shape, root)
     }
 
-    /// Maps `shape` below `root`, an empty table from this machine's memory, which has been [`reset`] for the shape.
+    /// Maps `shape` below `root`, an empty table from this machine's memory, which has been
+    /// [`reset`] for the shape.
     ///
     /// # Panics
     /// If memory is short.
@@ -81,7 +85,8 @@ impl<'s> Space<'s> {
     }
 
     fn mapped<C: Counting>(machine: &Machine<'_, C>, shape: &'s Shape, root: PhysFrame) -> Self {
-        // SAFETY: `root` is an empty table by the contract of this function (a harness; it frees no root in use).
+        // SAFETY: `root` is an empty table by the contract of this function (a harness; it frees no
+        // root in use).
         let mm = Box::new(unsafe { Mm::new(&CtxIds::new(), root, PagingMode::FourLevel) });
         let mut space = Self { shape, mm, stretches: Vec::new(), links: Vec::new(), free_tables_before: 0 };
         let mut table = None;
@@ -93,7 +98,7 @@ impl<'s> Space<'s> {
             space.put(machine, Level::Pmd, *block, &mut table);
         }
         if shape.is_one_by_one() {
-            // What stays keeps every table.
+            // Where pages stay, so do their tables.
         } else {
             space.find_links(machine, root, Level::P4d);
         }
@@ -109,7 +114,8 @@ impl<'s> Space<'s> {
         }
     }
 
-    /// Checks that `pages` pages were freed since the last check, and `tables` tables since the space was made.
+    /// Checks that `pages` pages were freed since the last check, and `tables` tables since the
+    /// space was made.
     ///
     /// # Panics
     /// If they were not.
@@ -120,7 +126,7 @@ impl<'s> Space<'s> {
         assert_eq!(freed, tables, "{:?}: tables freed", self.shape.workload);
     }
 
-    /// Tables below the root that go when everything does.
+    /// Tables below the root that are freed when everything is unmapped.
     #[must_use]
     pub const fn nr_tables(&self) -> u64 {
         self.links.len() as u64

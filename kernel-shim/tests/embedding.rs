@@ -15,22 +15,32 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The lines of `text` that count: not blank, not a comment, not of a test. A module of tests ends
-/// its file.
+/// The lines of `text` that count: not blank, not a comment, not of a test. An item that is only for
+/// tests and ends in its first line is left out; a longer one ends what counts of its file.
 fn code_lines(text: &str) -> impl Iterator<Item = &str> {
-    let lines = text.lines().take_while(|line| *line != "#[cfg(test)]");
-    lines.filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with("//"))
+    let mut is_for_tests = false;
+    let mut has_ended = false;
+    text.lines().filter(move |line| {
+        let counts = !has_ended && !is_for_tests && *line != "#[cfg(test)]";
+        has_ended |= is_for_tests && !line.ends_with(';');
+        is_for_tests = *line == "#[cfg(test)]";
+        counts && !line.trim().is_empty() && !line.trim_start().starts_with("//")
+    })
 }
 
-/// How many lines count in a file, or in all Rust files of a folder and of those in it.
+/// How many lines count in a file, or in all Rust files of a folder and of those in it. What is
+/// called `tests` is not looked at.
 fn count(path: &Path) -> usize {
+    let is_test = path.file_stem().is_some_and(|stem| stem.to_string_lossy().ends_with("tests"));
+    if is_test {
+        return 0;
+    }
     if path.is_dir() {
         let entries = fs::read_dir(path).expect("a folder that can be read");
         return entries.map(|entry| count(&entry.expect("an entry").path())).sum();
     }
     let is_code = path.extension().is_some_and(|extension| extension == "rs");
-    let is_test = path.file_stem().is_some_and(|stem| stem.to_string_lossy().ends_with("tests"));
-    if is_code && !is_test { code_lines(&fs::read_to_string(path).expect("a text file")).count() } else { 0 }
+    if is_code { code_lines(&fs::read_to_string(path).expect("a text file")).count() } else { 0 }
 }
 
 /// How many lines count in the implementations of these traits in `embed.rs`.
@@ -115,6 +125,8 @@ fn the_figures_are_those_of_the_files() {
 fn blank_lines_comments_and_tests_do_not_count() {
     let text = "//! A file.\n\nuse a;\n/// Does it.\nfn f() {\n    // Why.\n    g(); // Here.\n}\n\n#[cfg(test)]\nmod tests {\n}\n";
     assert_eq!(code_lines(text).count(), 4);
+    let text = "#[cfg(test)]\nmod tests;\nmod a;\n#[cfg(test)]\nmod more {\n    a\n}\nmod b;\n";
+    assert_eq!(code_lines(text).collect::<Vec<_>>(), ["mod a;"]);
     let embed = "impl<M: Machine> Cpus for E<M> {\n    // Why.\n    a\n}\nimpl<M: Machine> Pages for E<M> {\n    b\n    c\n}\n";
     assert_eq!(count_implementations(embed, &["Cpus"]), 3);
     assert_eq!(count_implementations(embed, &["Cpus", "Pages"]), 7);
