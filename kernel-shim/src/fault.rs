@@ -48,7 +48,7 @@ const STACK_GUARD_GAP: u64 = 256 << 12;
 /// What one try came to.
 enum Try {
     Done,
-    /// Somebody is changing the entry; look again.
+    /// Another CPU is changing the entry; look again.
     Again,
     /// The page that this entry maps may not be written: it must first go from here, everywhere.
     Replace(EntryValue),
@@ -110,16 +110,16 @@ impl<M: Machine> Kernel<M> {
     /// Splits the large page at `page`, whose entry does not allow to write: the fault that comes
     /// again finds a small one.
     ///
-    /// Linux makes a page that is nobody else's writable as a whole first; here large pages that
-    /// are shared are split when they are shared, so only pages of a file or of zeroes come here,
-    /// which must be replaced, and are so one small page at a time.
+    /// Linux first tries to make a large page writable as a whole, if only this program uses it.
+    /// Here a private large page is split when fork shares it, so only large pages of a file or of
+    /// zeroes come here. They must be replaced, and are, one small page at a time.
     ///
     /// Linux: the fallback of do_huge_pmd_wp_page, mm/huge_memory.c.
     #[doc(alias = "do_huge_pmd_wp_page")]
     fn split_for_writing(&self, mm: &Mm<M>, page: u64) -> Result<(), FaultError> {
-        // For writing: large pages come and go under it only. What is there may have changed since
-        // the fault looked; a large page that may be written by now is split for nothing, and no
-        // harm is done.
+        // For writing, because large pages come and go under that only. The entry may have changed
+        // since the fault read it. If it allows to write by now, the split was not needed, and does
+        // no harm.
         let vmas = mm.write(&self.machine, UnderMapLock::Flushes);
         let Some(vma) = vmas.find(page) else { return Ok(()) };
         // SAFETY: the map lock is held for writing until the gather is finished.
@@ -192,9 +192,9 @@ impl<M: Machine> Kernel<M> {
                     return Ok(Try::Replace(value));
                 }
                 let flags = PageTableFlags::WRITABLE.bits();
-                // More rights need no flush (SDM 4.10.4.3); hardware may set A meanwhile, then the
-                // fault comes again. SAFETY: the page is this program's alone, or the area's
-                // programs may write to it.
+                // More rights need no flush (SDM 4.10.4.3). If hardware sets A meanwhile, the
+                // exchange fails and the program faults again.
+                // SAFETY: the page is this program's alone, or the area's programs may write to it.
                 let _ = unsafe { entry.compare_exchange(value, EntryValue::from_bits(value.bits() | flags)) };
                 Ok(Try::Done)
             }
@@ -298,11 +298,11 @@ impl<M: Machine> Kernel<M> {
         *device
     }
 
-    /// Whether a private page may simply be made writable: it is nobody else's.
+    /// Whether a private page may simply be made writable, because only this program uses it.
     ///
-    /// One mapping is not enough. Another address space may have unmapped the page just now, and
-    /// its gather holds a reference until every CPU has flushed: until then programs there can
-    /// still read what would be written here.
+    /// That only one entry maps it is not enough. Another address space may have unmapped the page
+    /// just now, and its gather holds a reference until every CPU has flushed: until then programs
+    /// there can still read what would be written here.
     pub(crate) fn may_write_in_place(&self, area: Area, frame: PhysFrame) -> bool {
         let meta = self.frames.meta(frame);
         let is_page = matches!(meta.kind(), FrameKind::Page | FrameKind::Block);
@@ -323,8 +323,8 @@ impl<M: Machine> Kernel<M> {
         if next.area.growth != Growth::Down || next.range.start() - page > STACK_JUMP_LIMIT {
             return Err(FaultError::NoArea);
         }
-        // What nobody can use is a gap by itself, and of two stacks the lower one has its own.
-        // Linux: expand_downwards.
+        // An area that allows no access is a gap by itself, and below another stack is that stack's
+        // own gap. Linux: expand_downwards.
         let is_in_the_way =
             |below: &Vma| below.area.growth != Growth::Down && below.area.protection != Protection::Nothing;
         if vmas

@@ -132,7 +132,7 @@ impl<M: Machine> Kernel<M> {
         // SAFETY: the child's areas are in place and nobody else knows it.
         let target = unsafe { child.engine.space().ensure_table(self, range.start(), Level::Pte) }
             .map_err(|_| Error::NoMemory)?;
-        // Nobody else takes a lock of the child's, so the order of the two is nobody's concern.
+        // No other CPU knows the child's tables, so the two locks can be taken in any order.
         let source = view.lock(self);
         let target = target.lock(self);
         gather.note_deferred_flushes();

@@ -30,10 +30,10 @@ enum Installed {
 
 /// How one try to fill a range with guards ended.
 enum Filled {
-    /// Every entry is one. What CPUs had cached of the range by this moment, somebody had cleared
-    /// before.
+    /// Every entry is a guard. What a CPU had cached of the range by this moment was cached from
+    /// entries that were cleared before.
     Wholly(Moment),
-    /// Something else was met: a fault was faster.
+    /// An entry maps a page: a fault was faster.
     Partly,
 }
 
@@ -151,9 +151,9 @@ impl<M: Machine> Kernel<M> {
                 }
             }
         }
-        // One gather, which flushes after the last guard. An entry that was found empty may have been
-        // cleared by another gather: that one has flushed, or it is still open and makes this flush
-        // a whole one (rule G6).
+        // One gather, which flushes after the last guard. An entry that was found empty may have
+        // been cleared by another gather: that one has flushed, or it is still open and makes this
+        // flush a whole one (rule G6).
         let flushed = gather.flush();
         let caller = self.laziness_here();
         self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });

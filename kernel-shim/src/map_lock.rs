@@ -1,9 +1,9 @@
 //! The map lock of an address space, and what each call may do while it holds it. Linux: mmap_lock.
 //!
-//! A flush must be over before the map lock is dropped: until then another call may put something
-//! else at the same addresses. A free need not, and keeps everybody out who waits for the lock; so
-//! this kernel frees after it has dropped the lock. There are two exceptions, and a checker holds
-//! every call to its row:
+//! A flush must be complete before the map lock is dropped: after that another call may map
+//! something else at the same addresses. A free can wait, and while it runs no other call gets the
+//! lock. So this kernel frees after it has dropped the lock, with the exceptions named below. Each
+//! call says what it does when it takes the lock, and a checker holds it to that:
 //!
 //! | call | map lock held for | waits for flushes under it | frees pages and tables under it |
 //! |---|---|---|---|

@@ -90,7 +90,7 @@ impl<M: Machine> Kernel<M> {
     /// [`Error::NoArea`] if the range is not inside one area; [`Error::NoMemory`]; what was filled
     /// so far stays.
     pub fn populate(&self, mm: &Mm<M>, range: VirtRange, content: PageContent) -> Result<(), Error> {
-        // For writing: who holds it for reading relies on large pages not to appear.
+        // For writing: a call that holds it for reading relies on it that no large page appears.
         let vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
         let vma = vmas
             .find(range.start())

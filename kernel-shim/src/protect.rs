@@ -93,8 +93,9 @@ impl<M: Machine> Kernel<M> {
                 Protection::Read | Protection::Write => PageTableFlags::USER_ACCESSIBLE,
             };
             let new = EntryValue::from_bits(old.bits() & !rights.bits() | wanted.bits());
-            // Hardware may set A/D meanwhile; then look again. SAFETY: the area allows what is put
-            // in, of the same page, and the gather is told of what is lost before the lock drops.
+            // Hardware may set A/D meanwhile; then look again.
+            // SAFETY: the area allows what is put in, of the same page, and the gather is told of
+            // what is lost before the lock drops.
             match unsafe { entry.compare_exchange(old, new) } {
                 Ok(()) => {
                     let lost = old.bits() & !new.bits() & rights.bits();

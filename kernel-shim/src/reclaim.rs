@@ -77,7 +77,7 @@ impl<M: Machine> Kernel<M> {
                 // Rule G7: no more than one table at a time.
                 self.machine.cond_resched();
             }
-            // Detached areas are being unmapped by somebody: not ours to look into.
+            // A detached area is being unmapped by another call, which frees its tables.
             let Some(vma) = vmas.find(address) else { continue };
             // SAFETY: the map lock is held for reading, and the area is not detached: its tables
             // stay.
@@ -97,8 +97,9 @@ impl<M: Machine> Kernel<M> {
                 continue;
             }
             let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
-            // In one step, so that a write in between is not lost. SAFETY: the batch is told before
-            // the lock drops, and the page is freed after its flush.
+            // In one step, so that a write in between is not lost.
+            // SAFETY: the batch is told before the lock drops, and the page is freed after its
+            // flush.
             let _old = unsafe { entry.exchange(NonPresent::Swap { device: 0, slot }.encode()) };
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.remove_mapping(frame);
@@ -142,9 +143,9 @@ impl<M: Machine> Kernel<M> {
         // or it is put back below.
         let old = unsafe { entry.exchange(EntryValue::EMPTY) };
         if old.is_dirty() {
-            // Written to since it was looked at. Who has met the empty entry meanwhile has passed
-            // it by, as if before the write. SAFETY: what was there a moment ago, and nobody has
-            // been told that it is gone.
+            // A program wrote to the page since the entry was read, so it goes back. A call that
+            // saw the entry empty in between passed it by, as if it had come before the write.
+            // SAFETY: the value that was there a moment ago, and no other CPU was told of a change.
             unsafe { entry.store(old) };
             return None;
         }

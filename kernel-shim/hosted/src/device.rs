@@ -4,7 +4,7 @@
 //! It walks at any moment, caches what it walks through, pages and tables, and reads and writes
 //! through what it has cached. No interrupt and no CR3 load reaches it: it forgets what the
 //! kernel's hook for secondary TLBs names, and nothing else. So a frame that is freed while the
-//! device has it cached was freed by somebody who did not call the hook, or too early.
+//! device has it cached was freed without a call of the hook, or before it.
 //!
 //! Of an address space that ends it knows no more than that its root was freed.
 

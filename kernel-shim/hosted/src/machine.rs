@@ -389,8 +389,8 @@ unsafe impl Machine for HostedMachine {
         waits.store(false, Ordering::Relaxed);
     }
 
-    /// With a fault planted the checker is to notice what comes of it, not the engine what the
-    /// machine does.
+    /// With a fault planted, the checker is to find the violation that follows, so the engine's own
+    /// assertion must not come first.
     fn answered_early(&self, early: &EarlyAnswer) {
         assert!(self.options.fault != MachineFault::Absent, "{early}");
     }

@@ -1,9 +1,9 @@
-//! Locking, whatever became of who held the lock before.
+//! Locking a mutex that may be poisoned.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks `mutex`, poisoned or not: a run that panicked is told of with what the machine still
-/// remembers.
+/// Locks `mutex`, poisoned or not: after a run that panicked the report still reads what the
+/// machine remembers.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

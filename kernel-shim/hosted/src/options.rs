@@ -97,8 +97,8 @@ pub struct MostWork {
 impl MostWork {
     /// What gathers with these limits promise.
     ///
-    /// Between two preemption points a gather frees at most a chunk of pages, the tables of a batch,
-    /// one table that found no batch, the batch pages themselves, and the next chunk.
+    /// Between two preemption points a gather frees at most a chunk of pages, the tables of a
+    /// batch, one table that found no batch, the batch pages themselves, and the next chunk.
     #[must_use]
     pub const fn promised_by(limits: &Limits) -> Self {
         let chunk = limits.free_chunk as u32 + 1;

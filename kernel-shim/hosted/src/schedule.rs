@@ -1,4 +1,4 @@
-//! Who runs: one coroutine a CPU, all on one thread, the next one chosen by the seed.
+//! Which CPU runs: one coroutine a CPU, all on one thread, the next one chosen by the seed.
 #![expect(unsafe_code, reason = "a coroutine finds its way out, and what it works on, by pointer")]
 
 use core::any::Any;
@@ -45,12 +45,13 @@ pub(crate) fn wait() {
     give_way();
 }
 
-/// Something was done: nobody is deadlocked.
+/// Something was done: the CPUs are not deadlocked.
 pub(crate) fn progress() {
     WAITS.set(0);
 }
 
-/// A step began or ended: nobody runs in a circle, which no deadlock is.
+/// A step began or ended: no CPU repeats the same thing for ever, which a count of waits would
+/// miss.
 pub(crate) fn step_done() {
     progress();
     TURNS.set(0);
@@ -191,8 +192,8 @@ impl Schedule {
             let result = result.unwrap_or_else(|panic| {
                 ON_RETURN.set(None);
                 MOST_TURNS.set(u64::MAX);
-                // Unwinding the others would run what they still have to do, with nobody to wait
-                // for: leave them, and their stacks, to which mail may point. They never run again.
+                // Unwinding the other coroutines would run what they still have to do, and wait for
+                // this one. Their stacks are leaked instead, since mail may point into them.
                 for task in self.tasks.drain(..) {
                     core::mem::forget(task.coroutine);
                 }

@@ -34,10 +34,10 @@ impl HostedMachine {
         lock(&self.shared.0).push(Shared { ctx_id, root, caches: Caches { mmu, watch } });
     }
 
-    /// The device reads or writes at an address of this context. The frame it reaches; none if the
-    /// page tables do not let it.
+    /// The device reads or writes at an address of this context. Returns the frame that it reaches,
+    /// or `None` if the page tables do not let it.
     ///
-    /// What it cannot reach it asks nobody for.
+    /// It raises no fault: what it cannot reach stays unreached.
     pub fn device_access(&self, ctx_id: CtxId, address: u64, access: UserAccess) -> Option<PhysFrame> {
         let checked = self.checked.as_ref()?;
         let memory =
@@ -84,7 +84,8 @@ impl HostedMachine {
         if lock(&self.shared.0).is_empty() {
             return;
         }
-        // Who calls the hook late has been late already.
+        // Other CPUs run here, at the last moment before the device forgets: a hook that is called
+        // too late has been too late by now.
         self.cross_between_steps();
         let mut spaces = lock(&self.shared.0);
         let Some(shared) = spaces.iter_mut().find(|shared| shared.ctx_id == ctx_id) else { return };

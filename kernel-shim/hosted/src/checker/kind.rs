@@ -23,8 +23,8 @@ pub enum ViolationKind {
     FreePageMapped,
     /// A table was freed although not all of its entries are empty.
     TableFreedInUse,
-    /// A table does not note that it uses a line in which an entry is something: nobody would find
-    /// that.
+    /// An entry that is not empty is in a line that its table is noted not to use: a walk would
+    /// pass it by.
     EntryNotNoted,
     /// A page is mapped by more or by fewer entries than its count says.
     CountsDisagree,

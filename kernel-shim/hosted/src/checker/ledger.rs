@@ -41,7 +41,8 @@ pub(crate) struct Holders {
     pages: Box<[AtomicU32]>,
     blocks: Box<[AtomicU32]>,
     gigabytes: AtomicU32,
-    /// Moves on whenever somebody wants to tell before from after.
+    /// Goes up by one whenever a call asks for a moment, so that what is cached before and after it
+    /// can be told apart.
     clock: AtomicU64,
 }
 
@@ -176,7 +177,7 @@ pub(crate) struct CpuWatch {
     /// What named a frame when it was freed: first frame named, how, and how many such entries
     /// there are still.
     stale: FxHashMap<(PhysFrame, Held), u32>,
-    /// What entered the caches since somebody asked, if anybody does.
+    /// What entered the caches since it was last taken, if a timeline wants it.
     fills: Option<Vec<(PhysFrame, Held)>>,
 }
 

@@ -161,8 +161,8 @@ impl HostedMachine {
         }
     }
 
-    /// One page must not be met through two sizes: SDM vol. 3A 4.10.2.3, 4.10.4.2. Whoever splits
-    /// it flushes in between.
+    /// A program must not use one page through two page sizes: SDM vol. 3A 4.10.2.3, 4.10.4.2. A
+    /// split flushes before it maps the page in the other size.
     ///
     /// Where the sizes lead to different memory, the larger is a page that was discarded and whose
     /// flush is still to come: that it goes before the call returns and before the page is freed is

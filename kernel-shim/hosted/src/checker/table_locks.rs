@@ -1,8 +1,8 @@
 //! Which table locks a CPU holds: rule G3, nothing is freed and no answer awaited under one.
 //!
-//! A lock does not say who holds it. But it changes hands only while somebody runs: if a CPU has
-//! asked for a lock, the lock is taken, and nobody else was seen to have it when they last stopped
-//! running, then it is this CPU's.
+//! A table lock is one byte and does not say which CPU holds it. But it changes hands only while a
+//! CPU runs, and one runs at a time. So if a CPU has asked for a lock, the lock is taken, and no
+//! other CPU was seen to hold it when that CPU last stopped running, then it is this CPU's.
 
 use core::sync::atomic::Ordering;
 

@@ -116,7 +116,7 @@ fn look_through(
 }
 
 impl HostedMachine {
-    /// A table is being freed: whatever is still in it is lost, or mapped for ever by whoever walks
+    /// A table is being freed: what is still in it is lost, or stays mapped for a CPU that walks
     /// it.
     pub(crate) fn check_freed_table(&self, checked: &Checked, table: PhysFrame) {
         if entries(self, table).any(|entry| entry != 0) {

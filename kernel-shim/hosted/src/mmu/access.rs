@@ -1,4 +1,4 @@
-//! An access through an MMU: what is asked, and what comes of it.
+//! An access through an MMU: what is tried, and how it ends.
 
 use x86_64::PhysAddr;
 use x86_64::structures::idt::PageFaultErrorCode;

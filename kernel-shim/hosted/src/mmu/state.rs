@@ -161,7 +161,7 @@ impl Mmu {
         }
     }
 
-    /// Lets one cached entry vanish: `pick` says which, of so many; none if there is none.
+    /// Lets one cached entry vanish: `pick` is told how many there are and says which.
     pub fn forget_one<W: FrameWatch>(&mut self, pick: impl FnOnce(usize) -> usize, watch: &mut W) {
         let (pages, tables) = (self.tlb_len(), self.structures_len());
         if pages + tables == 0 {

@@ -234,7 +234,7 @@ impl World {
             self.machine().begin_work_anew();
             self.note_done(index);
         }
-        // Whoever has nothing left to do stays lazily where it was.
+        // A CPU that has nothing left to do keeps its address space lazily.
         self.go_lazy(cpu);
     }
 
@@ -403,7 +403,7 @@ impl World {
             self.switch_away(cpu);
             return;
         }
-        // Said before it is done: whoever waits for the last program to leave counts this one.
+        // Noted before the switch: a CPU that waits for the last program to leave counts this one.
         *lock(&self.programs[cpu.index()]) = Running { process: Some(Arc::clone(&process)), is_lazy: false };
         self.kernel.switch_to(Some(&process.mm));
     }
