@@ -21,8 +21,8 @@ impl HostedMachine {
         schedule::progress();
         let choice = self.choices.bits();
         let here = self.cpu();
-        // A CPU without turns of its own answers requests on another's: it would come back as that
-        // one.
+        // A CPU without a coroutine answers requests on that of another CPU. It must not give way
+        // here: it would come back as the other one.
         let has_turns = here.has_turns.load(Ordering::Relaxed);
         let left = here.seams_to_preemption.load(Ordering::Relaxed);
         if left > 0 && has_turns {
@@ -31,7 +31,7 @@ impl HostedMachine {
                 return stay_away(PREEMPTED_TURNS);
             }
         }
-        // A page cleared is the commonest seam by far: one in eight is enough there.
+        // Most seams by far are cleared pages: one in eight of them is enough.
         let rarely = match seam {
             Seam::Cleared => choice & 0b111 != 0,
             Seam::Lock | Seam::Free | Seam::Allocate => false,
@@ -52,8 +52,8 @@ impl HostedMachine {
         }
     }
 
-    /// Code crosses a seam that protocols are made of: between two of their steps, each of which
-    /// others may look at.
+    /// Code crosses a seam between two steps of a protocol, where other CPUs may see the first step
+    /// without the second.
     pub(crate) fn cross_between_steps(&self) {
         if self.checked.is_none() {
             return;
@@ -82,7 +82,7 @@ impl HostedMachine {
             mmu.speculate(address, depth, &memory, watch);
             log_fills(checked, cpu.id, address.as_u64(), watch.take_fills(), Fill::Speculation);
             if self.options.adversary == Adversary::Forgetter && self.choices.one_in(8) {
-                // Which one goes matters little; a capacity bound displaces the same way.
+                // Everything goes. A capacity bound already makes single entries go.
                 mmu.forget_everything(watch);
             }
         }
@@ -93,7 +93,7 @@ impl HostedMachine {
     }
 }
 
-/// Turns for which a CPU is away that was told to be.
+/// For how many turns a CPU stays away that a sequence preempts.
 const PREEMPTED_TURNS: u64 = 48;
 
 fn stay_away(turns: u64) {

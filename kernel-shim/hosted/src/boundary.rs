@@ -166,8 +166,8 @@ impl Reached {
     }
 }
 
-/// The address space that each PCID of a CPU was last given to, by root table; PCID 0 is the
-/// kernel's own.
+/// Which address space had each PCID of a CPU last, named by its root table. PCID 0 is the
+/// kernel's.
 #[derive(Debug, Default)]
 pub(crate) struct PcidOwners([AtomicU64; 8]);
 

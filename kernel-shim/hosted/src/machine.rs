@@ -47,7 +47,7 @@ pub struct HostedMachine {
     pub(crate) reached: Reached,
     /// How often a CPU was chosen.
     turns: AtomicU64,
-    /// How often what is wrong on purpose has happened.
+    /// How often the planted fault has happened.
     faults: AtomicU64,
     /// A CPU goes on at a seam unless these bits of a choice are all 0.
     pub(crate) calm: u64,
@@ -199,7 +199,7 @@ impl HostedMachine {
         self.current.swap(cpu.number(), Ordering::Relaxed)
     }
 
-    /// Logs what happened on this CPU; its step.
+    /// Logs what happened on this CPU, and returns its step.
     pub(crate) fn log(&self, what: What) -> u64 {
         self.checked.as_ref().map_or(0, |checked| checked.log.add(self.current(), what))
     }
@@ -439,13 +439,13 @@ unsafe impl Machine for HostedMachine {
     }
 
     fn online_cpus(&self) -> OnlineCpus {
-        // A flusher asks when it has raised the generation and has not yet looked whom to tell.
+        // A flusher asks after it has raised the generation and before it reads the cpumask.
         self.cross_between_steps();
         if self.nr_cpus() == 1 { OnlineCpus::One } else { OnlineCpus::Many }
     }
 
     fn pcid_support(&self) -> PcidSupport {
-        // A switch asks when it has announced itself and read the generation.
+        // A switch asks after it has announced itself and read the generation.
         self.cross_between_steps();
         self.options.pcid
     }

@@ -5,7 +5,7 @@ use mmu_gather::tlb::PcidSupport;
 
 use crate::mmu::features::{Capacity, Features};
 
-/// Everything that decides what a machine does, but for what runs on it.
+/// Everything that decides what a machine does, except the work that runs on it.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// How many CPUs; 1 to 64.

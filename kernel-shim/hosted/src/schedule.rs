@@ -31,7 +31,7 @@ thread_local! {
     static MOST_TURNS: Cell<u64> = const { Cell::new(u64::MAX) };
 }
 
-/// So many waits in a row without anybody doing something else are a deadlock.
+/// So many waits in a row, while no CPU does anything else, are a deadlock.
 const MOST_WAITS: u64 = 20_000_000;
 
 /// As [`give_way`], for a CPU that waits for another.
@@ -226,7 +226,7 @@ mod tests {
             for number in 0..2 {
                 schedule.spawn(CpuId::new(number), || {
                     loop {
-                        // A seam, as a program crosses whose fault is answered by nothing.
+                        // As a program does whose fault is answered without a change.
                         progress();
                         give_way();
                     }

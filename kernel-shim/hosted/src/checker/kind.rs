@@ -48,7 +48,7 @@ pub enum ViolationKind {
     SlotIsOlder,
     /// A CPU has an address space in CR3 and is not in its cpumask.
     NotInCpumask,
-    /// A program wrote to a page of a file, and nobody knows that it is dirty.
+    /// A program wrote to a page of a file, and the kernel does not know that it is dirty.
     WriteLost,
     /// A program can write to a page of a file, unseen, that nothing maps any more.
     WritableThoughUnmapped,

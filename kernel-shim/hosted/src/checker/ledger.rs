@@ -1,4 +1,4 @@
-//! Holds what CPUs may still reach against what is free.
+//! Which frames are free, and which caches still name them.
 //!
 //! A frame is *stale on a CPU* when it was freed while the CPU's caches named it. That is a
 //! violation at once if the CPU can use the entry without running any more software: a page, while
@@ -77,7 +77,7 @@ impl Holders {
 }
 
 impl Ledger {
-    /// A checker for a machine of `nr_frames`.
+    /// The ledger of a machine of `nr_frames`.
     #[must_use]
     pub(crate) fn new(nr_frames: u64) -> Self {
         Self {
@@ -184,8 +184,8 @@ pub(crate) struct CpuWatch {
 impl CpuWatch {
     /// These entries, which are all that name a frame just freed, are stale from now on.
     ///
-    /// Some may be already: the frame was freed before and given out in between, or another part of
-    /// a large page was freed. Each still goes only once, so they are counted anew.
+    /// An entry may be stale already, because the frame was freed once before, or because another
+    /// part of its large page was. It still leaves the cache only once, so it is counted once.
     pub(crate) fn mark_stale(&mut self, entries: impl IntoIterator<Item = CachedEntry>) {
         let mut counts = FxHashMap::default();
         for entry in entries {

@@ -1,8 +1,8 @@
 //! Which map locks a CPU holds, and what the call that holds one may do meanwhile.
 //!
-//! The kernel says when it takes a map lock and when it drops it, and with it the most that the
-//! call does in between. Linux's munmap frees with the lock held for reading; a kernel that means
-//! to free after it drops the lock, as most do for what a call unmaps last, is held to that here.
+//! The kernel says when it takes a map lock, the most that the call does under it, and when it
+//! drops the lock. Linux's munmap frees under the lock, held for reading. A kernel that is to free
+//! after it has dropped the lock is held to that here.
 
 use core::sync::atomic::Ordering;
 
@@ -47,7 +47,7 @@ impl HostedMachine {
     pub(crate) fn note_early_free(&self, event: GatherEvent) {
         let frees_early = match event {
             GatherEvent::ForcedFlush | GatherEvent::TableFallback | GatherEvent::DirtyFlush => true,
-            // Said on the way from there to the free.
+            // These come between the announcement and the free.
             GatherEvent::NestedFlush | GatherEvent::LockDropped { .. } => return,
             _ => false,
         };

@@ -1,4 +1,4 @@
-//! What the kernel says as it goes, and the checks that each word of it calls for.
+//! What the kernel says as it goes (`Note`), and what is checked at each.
 
 use mmu_gather::GatherEvent;
 use mmu_gather::tlb::CpuId;
@@ -180,7 +180,7 @@ impl HostedMachine {
         }
     }
 
-    /// This CPU enters user mode, or has loaded CR3: what is stale here and now can be used is a
+    /// This CPU enters user mode, or has loaded CR3: a stale entry that it can use from now on is a
     /// violation.
     pub(crate) fn check_stale(&self) {
         let Some(checked) = &self.checked else { return };

@@ -14,8 +14,8 @@ use crate::schedule::GiveWay;
 #[derive(Debug, Default)]
 pub(crate) struct TableLocks {
     pub(crate) asked: Mutex<Vec<Asked>>,
-    /// A flush of dirty pages was announced, the stated exception of rule G3. Until no lock is held
-    /// any more.
+    /// Whether a flush of dirty pages was announced, the stated exception of rule G3. It holds
+    /// until the CPU holds no table lock.
     pub(crate) flushes_dirty_pages: AtomicBool,
 }
 

@@ -1,8 +1,8 @@
 //! What no CPU may still be able to do when a call returns.
 //!
-//! Looked at are the CPUs that run programs of the address space, and the caller if it does. Lazy
-//! CPUs and those elsewhere may keep what they have: they compare generations before they use it
-//! (rule T5, and the switch protocol).
+//! Checked are the CPUs that run programs of the address space, and the caller if it runs one. Lazy
+//! CPUs, and CPUs that run something else, may keep what they have cached: they compare generations
+//! before they use it (rule T5, and the switch protocol).
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::Laziness;
@@ -36,8 +36,8 @@ pub(crate) enum Promised {
     Gone,
     /// No program can use what was cached of them before this moment.
     ///
-    /// Rule G6 and the deferred flushes of reclaim: also where the call found nothing, because
-    /// another that has not flushed yet was faster.
+    /// Also where the call found empty entries, because another call was faster and has not flushed
+    /// yet: rule G6, and the deferred flushes of reclaim.
     Discarded(Moment),
     /// No program can do more than this there.
     AtMost(Protection),
@@ -83,7 +83,7 @@ impl HostedMachine {
                 continue;
             }
             let range = promise.range;
-            // A few look-ups, or a scan.
+            // Few pages are looked up one by one; for many, all entries are scanned.
             let is_empty = range.nr_pages() <= 16
                 && (range.start()..range.end())
                     .step_by(4096)
