@@ -19,7 +19,7 @@
 //! | reclaim, populate | pages taken by swap; areas filled without faults |
 //! | supply | memory pressure |
 //! | counters | what happened, each CPU for itself, for the report |
-//! | stage, drill, plan | the same work on any machine, so that what it counts can be compared |
+//! | work/ | the same work on any machine, so that what it counts can be compared |
 //!
 //! It allocates areas from the heap (`alloc`); the engine below it allocates nothing.
 #![no_std]
@@ -28,7 +28,6 @@
 extern crate alloc;
 
 mod counters;
-mod drill;
 mod embed;
 mod fault;
 mod fork;
@@ -40,17 +39,15 @@ mod machine;
 mod map_lock;
 mod mm;
 mod observed;
-pub mod plan;
 mod populate;
 mod protect;
 mod reclaim;
 mod remap;
-mod stage;
 mod supply;
 mod vma;
+mod work;
 
 pub use counters::{Counters, CpuCounters, Snapshot};
-pub use drill::{Failure, drill};
 pub use embed::{Embedder, EngineArea};
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
@@ -58,6 +55,6 @@ pub use kernel::{Config, Error, Kernel, Misbehaviour};
 pub use machine::{FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
-pub use stage::{PROGRAM_FILE, PROGRAM_START, Stage, program_area};
 pub use supply::Supply;
 pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};
+pub use work::{Failure, PROGRAM_FILE, PROGRAM_START, Stage, drill, plan, program_area};

@@ -18,14 +18,14 @@ use core::fmt;
 use mmu_gather::pagetable::VirtRange;
 
 use crate::counters::Snapshot;
-use crate::drill::{Failure, on_each};
 use crate::fault::UserAccess;
 use crate::kernel::{Error, Kernel};
 use crate::machine::Machine;
 use crate::mm::Mm;
 use crate::populate::PageContent;
-use crate::stage::{Stage, program_area};
 use crate::vma::{Area, AreaKind, Growth, Protection, Vma};
+use crate::work::drill::{Failure, on_each};
+use crate::work::stage::{Stage, program_area};
 
 /// Why a plan could not be built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

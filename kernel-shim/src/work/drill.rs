@@ -17,8 +17,8 @@ use crate::kernel::Error;
 use crate::machine::Machine;
 use crate::mm::Mm;
 use crate::populate::PageContent;
-use crate::stage::{Stage, program_area};
 use crate::vma::{Area, AreaKind, Protection, Vma};
+use crate::work::stage::{Stage, program_area};
 
 /// Fewer pages than are worth a full flush.
 const FEW: (u64, u64) = (0x10_0000_0000, 16);
