@@ -133,7 +133,7 @@ counters! {
     gap_flushes,
     /// Times a lazy CPU came back, had missed a flush, and dropped the whole context.
     caught_up,
-    /// Deferred flushes of reclaim that somebody found outstanding under a table lock.
+    /// Deferred flushes of reclaim found outstanding under a table lock.
     deferred_seen,
     /// Page tables wanted and not had.
     tables_refused,
@@ -184,7 +184,7 @@ impl Counters {
     }
 }
 
-/// Not with a plain store: an interrupt on this CPU counts, too.
+/// An atomic addition, not a load and a store: an interrupt on this CPU counts, too.
 fn add(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }

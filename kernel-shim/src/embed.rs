@@ -97,8 +97,8 @@ unsafe impl<M: Machine> PageTableFrameMapping for Embedder<M> {
     }
 }
 
-// SAFETY: a frame allocated as `Table` is in nobody else's hands and zeroed here; every frame has a
-// lock of its own, in its metadata, so locks on one path are distinct.
+// SAFETY: a frame allocated as `Table` belongs to no other user and is zeroed here; every frame has
+// a lock of its own, in its metadata, so locks on one path are distinct.
 unsafe impl<M: Machine> TableMemory for Embedder<M> {
     type Relax = M::Relax;
 
@@ -243,7 +243,7 @@ impl<M: Machine> Pages for Embedder<M> {
                 }
                 area.markers
             }
-            // A leaf is being split, under the map lock: not by somebody else.
+            // This call is splitting a leaf. No other does, under the same map lock.
             NonPresent::Migration { .. } | NonPresent::Other(_) => Fate::Keep,
         }
     }

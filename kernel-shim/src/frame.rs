@@ -1,4 +1,4 @@
-//! Frames: their metadata and who has them.
+//! Frames: their metadata, and the lists of those that are free.
 
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};

@@ -81,7 +81,7 @@ impl Default for Config {
 pub enum Misbehaviour {
     /// Nothing.
     Absent,
-    /// It frees pages when their entries are cleared, as half of the kernels looked at do.
+    /// It frees pages when their entries are cleared, before any flush.
     FreeBeforeFlush,
 }
 
@@ -373,7 +373,7 @@ impl<M: Machine> Kernel<M> {
                 core::mem::replace(&mut *active.lock(), mm.cloned())
             })
         });
-        // The last one out drops the structure, with interrupts on.
+        // The CPU that leaves last drops the structure, here, with interrupts on.
         drop(left);
     }
 
@@ -423,8 +423,8 @@ impl<M: Machine> Kernel<M> {
         (pages.into_iter().map(|kind| self.frames.count(kind)).sum(), tables)
     }
 
-    /// The areas can no longer be found: whoever owns the device frames they mapped does not wait
-    /// for us any more.
+    /// The areas can no longer be found, so the owner of the device frames that they mapped may use
+    /// those again.
     fn note_unlinked(&self, mm: &Mm<M>, areas: &[Vma]) {
         for vma in areas.iter().filter(|vma| vma.area.kind == AreaKind::Pfn) {
             self.note_unmapped(mm, vma.range);

@@ -29,8 +29,8 @@ impl<M: Machine> Kernel<M> {
     /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many
     /// pages of 4 KiB.
     ///
-    /// A 2 MiB page that nobody has written to goes whole, and leaves no place in swap: what it
-    /// holds is there again at the next fault. One that was written to stays.
+    /// A clean 2 MiB page goes whole and leaves no place in swap: it holds zeroes or its file, and
+    /// the next fault brings them back. A dirty one stays.
     ///
     /// The map locks are dropped before the flush, so other calls may come in between: they find
     /// entries cleared and not yet flushed, which is what
@@ -108,7 +108,7 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
-    /// Drops the 2 MiB page that `block` is, if it is one that nobody has written to: its first
+    /// Drops the 2 MiB page that `block` is, if it is clean: its first
     /// frame, to be freed after the flush.
     ///
     /// # Source
