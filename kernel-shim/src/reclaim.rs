@@ -29,8 +29,8 @@ impl<M: Machine> Kernel<M> {
     /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many
     /// pages of 4 KiB.
     ///
-    /// A clean 2 MiB page goes whole and leaves no place in swap: it holds zeroes or its file, and
-    /// the next fault brings them back. A dirty one stays.
+    /// A clean 2 MiB page goes whole and leaves no place in swap: it holds zeroes, which the next
+    /// fault brings back. A dirty one stays.
     ///
     /// The map locks are dropped before the flush, so other calls may come in between: they find
     /// entries cleared and not yet flushed, which is what
