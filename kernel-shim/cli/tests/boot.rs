@@ -1,8 +1,8 @@
 //! `teardown boot`, as far as it goes without an emulator, and with one where it is installed.
 
 use clap::Parser;
-use mmu_cli::boot::{BootArgs, BootError, boot};
-use mmu_cli::boot_report::BootReport;
+use mmu_cli::boot::report::BootReport;
+use mmu_cli::commands::boot::{BootArgs, BootError, boot};
 
 #[derive(Debug, Parser)]
 struct Line {

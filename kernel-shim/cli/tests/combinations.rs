@@ -4,9 +4,9 @@ use core::time::Duration;
 use std::sync::mpsc;
 use std::thread;
 
-use mmu_cli::layout::{Layout, PageState};
-use mmu_cli::report::Report;
-use mmu_cli::run::{RunOptions, run_layout};
+use mmu_cli::input::layout::{Layout, PageState};
+use mmu_cli::output::report::Report;
+use mmu_cli::run::teardown::{RunOptions, run_layout};
 
 const KINDS: [&str; 7] =
     ["anon", "heap", "stack", "file \"f\"", "shared \"m\"", "hugetlb \"h\"", "pfn \"d\""];

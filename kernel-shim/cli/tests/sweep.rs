@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use mmu_cli::bundled::LAYOUTS;
-use mmu_cli::layout::Layout;
+use mmu_cli::input::bundled::LAYOUTS;
+use mmu_cli::input::layout::Layout;
 use serde_json::Value;
 
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sweep.snapshot");

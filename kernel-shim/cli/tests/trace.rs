@@ -44,7 +44,7 @@ fn every_bundled_log_replays_without_a_violation_or_a_leak() {
     let report = json(&output);
     assert_clean(&report);
     let logs = report["layouts"].as_array().expect("one entry a log");
-    assert_eq!(logs.len(), mmu_cli::bundled::TRACES.len());
+    assert_eq!(logs.len(), mmu_cli::input::bundled::TRACES.len());
     for log in logs {
         assert!(log["pages"].as_u64().is_some_and(|pages| pages > 100), "{log}");
         assert!(log["tables"]["pte"].as_u64().is_some_and(|tables| tables > 0), "{log}");

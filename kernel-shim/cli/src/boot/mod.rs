@@ -1,0 +1,13 @@
+//! The bootable image in QEMU: built, started, listened to, and compared with the hosted machine.
+//!
+//! ```text
+//!  Layout ─▶ layout_plan (text for the image) ─┐
+//!  sources ─▶ image (cargo) ───────────────────┴─▶ emulator (QEMU, its lines and its end) ─▶ report
+//! ```
+//!
+//! What comes in is what the image is to do, what goes out a report with a verdict. `commands::boot` uses it.
+
+pub(crate) mod emulator;
+pub(crate) mod image;
+pub mod layout_plan;
+pub mod report;

@@ -1,0 +1,526 @@
+//! What a booted run found: the lines the image prints, put together and printed for a person or a program.
+
+use core::str::FromStr;
+use std::io;
+
+use mmu_kernel_shim::Snapshot;
+use serde::Serialize;
+
+use crate::boot::emulator::Ending;
+use crate::boot::layout_plan::LayoutPlan;
+use crate::commands::boot::{BootFault, Workload};
+use crate::output::escape::{escaped, label, write_json};
+use crate::output::report::{LayoutReport, Report};
+
+/// Everything a booted run found.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct BootReport {
+    /// As in the report of `run`: the drill and the layout are its rows.
+    #[serde(flatten)]
+    pub report: Report,
+    /// The emulator, in its own words.
+    pub emulator: String,
+    /// How it ran the CPUs: `tcg` or `kvm`.
+    pub accelerator: String,
+    /// CPUs of the machine.
+    pub cpus: u32,
+    /// Memory of the machine.
+    pub memory_mib: u64,
+    /// What the image was told to do.
+    pub workload: String,
+    /// What went wrong on purpose.
+    pub fault: Option<String>,
+    /// How the run ended, in one word or two.
+    pub ending: &'static str,
+    /// The parts of the workload.
+    pub phases: Vec<Phase>,
+    /// All of them together.
+    pub total: Total,
+    /// What things cost, in cycles of the emulator, not of hardware.
+    pub emulated_cycles: Vec<Cycles>,
+    /// What was counted here and on the hosted machine.
+    pub comparisons: Vec<Comparison>,
+    /// Base pages of the layout that memory held, and of all of it.
+    pub layout_pages: Option<(u64, u64)>,
+    #[serde(skip)]
+    counts: Vec<(String, Snapshot)>,
+    #[serde(skip)]
+    pcid: bool,
+    /// CPUs that have started, once the image has said so.
+    #[serde(skip)]
+    started: Option<u64>,
+    /// Whether it has said that all was well, and not only ended so.
+    #[serde(skip)]
+    passed: bool,
+    /// Whether it has come to the sums at the end.
+    #[serde(skip)]
+    summed_up: bool,
+    /// The last line, whatever it was.
+    #[serde(skip)]
+    last: Option<String>,
+    /// What the image printed that is none of the above.
+    #[serde(skip)]
+    console: Vec<String>,
+}
+
+/// One part of the workload.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Phase {
+    /// Its name.
+    pub name: String,
+    /// How long it took, by the emulated clock.
+    pub ms: u64,
+    /// Entries of pages cleared.
+    pub pages: u64,
+    /// Page tables freed.
+    pub tables: u64,
+    /// Times a CPU told others to flush, and waited.
+    pub shootdowns: u64,
+    /// Interrupts sent for that.
+    pub ipis: u64,
+    /// Page faults of programs, answered.
+    pub faults: u64,
+}
+
+/// The whole run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Total {
+    /// Entries of pages cleared.
+    pub pages: u64,
+    /// Page tables freed.
+    pub tables: u64,
+    /// Times a CPU told others to flush, and waited.
+    pub shootdowns: u64,
+    /// The shortest of them, in emulated cycles.
+    pub shootdown_cycles_least: u64,
+    /// The mean of them: under load, mostly waits for a core of the host.
+    pub shootdown_cycles_mean: u64,
+    /// Interrupts sent for that.
+    pub ipis: u64,
+    /// Flush requests for pages.
+    pub flushes_ranged: u64,
+    /// Flush requests for whole address spaces.
+    pub flushes_full: u64,
+    /// Processes that exited.
+    pub exits: u64,
+    /// Page faults of programs, answered.
+    pub faults: u64,
+    /// How long all took, by the emulated clock.
+    pub ms: u64,
+}
+
+/// What one thing cost.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Cycles {
+    /// What.
+    pub what: String,
+    /// The least, in emulated cycles.
+    pub least: u64,
+    /// The median.
+    pub median: u64,
+    /// How often it was measured.
+    pub times: u64,
+}
+
+/// The same work on two machines.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// Which work.
+    pub of: String,
+    /// How many counters were compared.
+    pub counters: usize,
+    /// Those that differ.
+    pub differences: Vec<Difference>,
+}
+
+/// A counter that differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// Which.
+    pub counter: &'static str,
+    /// On the hosted machine.
+    pub hosted: u64,
+    /// On the booted one.
+    pub booted: u64,
+}
+
+impl Comparison {
+    /// Compares every counter.
+    #[must_use]
+    pub fn of(name: &str, hosted: &Snapshot, booted: &Snapshot) -> Self {
+        let pairs = hosted.fields().into_iter().zip(booted.fields());
+        let differences = pairs
+            .filter(|((_, hosted), (_, booted))| hosted != booted)
+            .map(|((counter, hosted), (_, booted))| Difference { counter, hosted, booted })
+            .collect();
+        Self { of: name.to_owned(), counters: Snapshot::LEN, differences }
+    }
+}
+
+impl BootReport {
+    pub(crate) fn begin(
+        emulator: String,
+        accelerator: String,
+        cpus: u32,
+        memory_mib: u64,
+        workload: String,
+        fault: Option<String>,
+    ) -> Self {
+        let report = Report { checked: true, ..Report::default() };
+        let emulator = escaped(&emulator);
+        Self { report, emulator, accelerator, cpus, memory_mib, workload, fault, ..Self::default() }
+    }
+
+    /// Takes in one line of the image; returns what to show meanwhile, if it says how far it is.
+    pub(crate) fn line(&mut self, line: String) -> Option<String> {
+        // An emulator may print anything, and its lines go to a terminal.
+        let line = escaped(&line);
+        self.last = Some(line.clone());
+        let (kind, rest) = line.split_once(": ").unwrap_or((&line, ""));
+        match kind {
+            "progress" => return Some(rest.to_owned()),
+            "phase" => self.phases.push(Phase {
+                name: text(rest, "name").unwrap_or_default().to_owned(),
+                ms: number(rest, "ms"),
+                pages: number(rest, "pages"),
+                tables: number(rest, "tables"),
+                shootdowns: number(rest, "shootdowns"),
+                ipis: number(rest, "ipis"),
+                faults: number(rest, "faults"),
+            }),
+            "count" => self.counts.push((text(rest, "of").unwrap_or_default().to_owned(), snapshot(rest))),
+            "cycles" => self.emulated_cycles.push(Cycles {
+                what: rest.split_once("what=").map_or("", |(_, what)| what).to_owned(),
+                least: number(rest, "least"),
+                median: number(rest, "median"),
+                times: number(rest, "times"),
+            }),
+            "total" => self.total(rest),
+            "boot" if rest == "verdict Pass" => self.passed = true,
+            "boot" if text(rest, "cpus").is_some() => {
+                self.started = Some(number(rest, "cpus"));
+                self.pcid = text(rest, "pcid") == Some("true");
+            }
+            "boot" | "layout" => {}
+            "violation" => self.violation(rest),
+            _ => self.console.push(line),
+        }
+        None
+    }
+
+    fn total(&mut self, rest: &str) {
+        self.summed_up = true;
+        self.total = Total {
+            pages: number(rest, "pages"),
+            tables: number(rest, "tables"),
+            shootdowns: number(rest, "shootdowns"),
+            shootdown_cycles_least: number(rest, "shootdown_cycles_least"),
+            shootdown_cycles_mean: number(rest, "shootdown_cycles_mean"),
+            ipis: number(rest, "ipis"),
+            flushes_ranged: number(rest, "flushes_ranged"),
+            flushes_full: number(rest, "flushes_full"),
+            exits: number(rest, "exits"),
+            faults: number(rest, "faults"),
+            ms: number(rest, "ms"),
+        };
+        self.report.leaked_frames = number(rest, "lost_frames");
+        self.report.leaked_tables = number(rest, "lost_tables");
+        self.report.double_frees = number(rest, "double_frees");
+    }
+
+    fn violation(&mut self, rest: &str) {
+        // The story follows its first line, indented.
+        match (rest.starts_with(' '), self.report.stories.last_mut()) {
+            (true, Some(story)) => *story += &format!("{rest}\n"),
+            _ => {
+                self.report.violations += 1;
+                self.report.stories.push(format!("violation: {rest}\n"));
+            }
+        }
+    }
+
+    /// The run has ended like this.
+    pub(crate) fn ended(&mut self, ending: Ending) {
+        self.ending = match ending {
+            Ending::Pass => "pass",
+            Ending::Violation => "violation",
+            Ending::Usage => "usage",
+            Ending::Panic => "panic",
+            Ending::Exception => "exception",
+            Ending::Hang => "hang",
+            Ending::Reset => "reset",
+            Ending::TimedOut => "timeout",
+        };
+        let what = match ending {
+            Ending::Pass | Ending::Usage | Ending::TimedOut => return,
+            // It was told.
+            Ending::Violation if self.report.violations > 0 => return,
+            Ending::Violation => "a test of the image failed",
+            Ending::Panic => "the kernel panicked",
+            Ending::Exception => "the kernel took an exception",
+            Ending::Hang => "no CPU made progress; the state of each:",
+            Ending::Reset => "the machine was reset: a fault that its kernel could not even report",
+        };
+        self.report.violations += 1;
+        let console: String = self.console.iter().map(|line| format!("  {line}\n")).collect();
+        self.report.stories.push(format!("violation: {what}\n{console}"));
+    }
+
+    /// The last line of text that the image printed.
+    pub(crate) fn last_words(&self) -> String {
+        self.console.last().cloned().unwrap_or_default()
+    }
+
+    /// What the image said last, in words.
+    pub(crate) fn last_line(&self) -> String {
+        self.last
+            .as_ref()
+            .map_or_else(|| "it said nothing".to_owned(), |line| format!("it said last: {line}"))
+    }
+
+    /// What a run without a violation must have done or said, and did not: it would be taken for one of a good engine.
+    pub(crate) fn missing(&self, workload: Workload, fault: Option<BootFault>) -> Option<String> {
+        if self.last.is_none() {
+            return Some("the image said nothing".to_owned());
+        }
+        if self.ending != "pass" {
+            return None;
+        }
+        let Some(started) = self.started else {
+            return Some("the image did not say how many CPUs it started".to_owned());
+        };
+        if started != u64::from(self.cpus) {
+            return Some(format!("{} CPUs were asked for and {started} started", self.cpus));
+        }
+        let phases = workload.phases(fault);
+        let is_done = |name: &str| self.phases.iter().any(|phase| phase.name == name);
+        if let Some(missing) = phases.iter().find(|name| !is_done(name)) {
+            return Some(format!("the image did not do its part `{missing}`"));
+        }
+        let is_counted = |name: &str| self.counts.iter().any(|(of, _)| of == name);
+        if let Some(missing) = ["drill", "layout"].iter().find(|of| phases.contains(of) && !is_counted(of)) {
+            return Some(format!("the image did not say what its part `{missing}` counted"));
+        }
+        if !phases.is_empty() && !self.summed_up {
+            return Some("the image did not sum up what it had done".to_owned());
+        }
+        if self.cpus > 1 && workload.shoots_down() && self.total.shootdowns == 0 {
+            return Some("no CPU told another to flush".to_owned());
+        }
+        if !self.passed {
+            return Some("the image did not say its verdict".to_owned());
+        }
+        fault.map(|fault| format!("nobody noticed the fault {fault}, which was planted"))
+    }
+
+    pub(crate) const fn has_pcid(&self) -> bool {
+        self.pcid
+    }
+
+    pub(crate) fn counted(&self, of: &str) -> Option<Snapshot> {
+        self.counts.iter().find(|(name, _)| name == of).map(|(_, counted)| *counted)
+    }
+
+    /// The layout that was run, as a row of the report.
+    pub(crate) fn planned(&mut self, plan: &LayoutPlan) {
+        self.layout_pages = Some((plan.nr_planned, plan.nr_pages));
+        if let Some(counted) = self.counted("layout") {
+            self.row(&plan.name, plan.nr_areas, plan.nr_planned, &counted);
+        }
+    }
+
+    /// Takes in a comparison; that of the drill is a row of the report too.
+    pub(crate) fn compared(&mut self, comparison: Comparison) {
+        if comparison.of == "drill"
+            && let Some(counted) = self.counted("drill")
+        {
+            self.row("drill", 6, counted.leaves, &counted);
+        }
+        self.comparisons.push(comparison);
+    }
+
+    fn row(&mut self, name: &str, vmas: u64, pages: u64, counted: &Snapshot) {
+        let row = LayoutReport::between(name, vmas, pages, &Snapshot::default(), counted);
+        self.report.layouts.push(row);
+    }
+
+    /// Whether nothing was wrong, and both machines counted the same.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        let same = self.comparisons.iter().all(|comparison| comparison.differences.is_empty());
+        self.report.is_clean() && self.ending == "pass" && same
+    }
+
+    /// Writes the JSON form.
+    ///
+    /// # Errors
+    /// What `out` returns.
+    pub fn write_json(&self, mut out: impl io::Write) -> io::Result<()> {
+        write_json(&mut out, self)
+    }
+
+    /// Writes what was done, what it cost, how it compares, and then what `run` writes.
+    ///
+    /// # Errors
+    /// What `out` returns.
+    pub fn write_text(&self, mut out: impl io::Write) -> io::Result<()> {
+        let Self { emulator, accelerator, cpus, memory_mib, workload, .. } = self;
+        writeln!(out, "{cpus} CPUs, {memory_mib} MiB, workload {workload}, {emulator}, {accelerator}")?;
+        if let Some(fault) = &self.fault {
+            writeln!(out, "fault {fault}: a violation is what should follow")?;
+        }
+        if let Some((planned, all)) = self.layout_pages
+            && planned < all
+        {
+            writeln!(out, "memory holds {planned} of the layout's {all} pages; --memory gives it more")?;
+        }
+        self.write_phases(&mut out)?;
+        self.write_cycles(&mut out)?;
+        self.write_comparisons(&mut out)?;
+        writeln!(out)?;
+        if !self.report.layouts.is_empty() {
+            return self.report.write_text(out);
+        }
+        if self.report.stories.is_empty() {
+            // Of a self-test, say.
+            self.console.iter().try_for_each(|line| writeln!(out, "{line}"))?;
+        }
+        self.report.stories.iter().try_for_each(|story| write!(out, "{story}"))?;
+        let verdict = if self.is_clean() { "clean" } else { "NOT CLEAN" };
+        writeln!(out, "\n{verdict}: violations {}", self.report.violations)?;
+        out.flush()
+    }
+
+    fn write_phases(&self, out: &mut impl io::Write) -> io::Result<()> {
+        if self.phases.is_empty() {
+            return Ok(());
+        }
+        let columns = ["ms", "pages", "tables", "shootdowns", "IPIs", "faults"];
+        write!(out, "\n{:10}", "phase")?;
+        columns.iter().try_for_each(|column| write!(out, " {column:>10}"))?;
+        writeln!(out)?;
+        for Phase { name, ms, pages, tables, shootdowns, ipis, faults } in &self.phases {
+            write!(out, "{name:10}")?;
+            [ms, pages, tables, shootdowns, ipis, faults].iter().try_for_each(|n| write!(out, " {n:>10}"))?;
+            writeln!(out)?;
+        }
+        let Total { ms, pages, tables, shootdowns, ipis, faults, exits, .. } = &self.total;
+        if *pages > 0 {
+            write!(out, "{:10}", "total")?;
+            [ms, pages, tables, shootdowns, ipis, faults].iter().try_for_each(|n| write!(out, " {n:>10}"))?;
+            writeln!(out, "\n{exits} processes exited")?;
+        }
+        Ok(())
+    }
+
+    fn write_cycles(&self, out: &mut impl io::Write) -> io::Result<()> {
+        if self.emulated_cycles.is_empty() {
+            return Ok(());
+        }
+        writeln!(out, "\n{:52} {:>10} {:>10}", "emulated cycles (not those of hardware)", "least", "median")?;
+        for Cycles { what, least, median, .. } in &self.emulated_cycles {
+            writeln!(out, "{what:52} {least:>10} {median:>10}")?;
+        }
+        let Total { shootdowns, shootdown_cycles_least, shootdown_cycles_mean, .. } = self.total;
+        if shootdowns > 0 {
+            let what = "shootdown, over the whole run (least, mean)";
+            writeln!(out, "{what:52} {shootdown_cycles_least:>10} {shootdown_cycles_mean:>10}")?;
+        }
+        Ok(())
+    }
+
+    fn write_comparisons(&self, out: &mut impl io::Write) -> io::Result<()> {
+        for Comparison { of, counters, differences } in &self.comparisons {
+            let of = label(of);
+            if differences.is_empty() {
+                writeln!(out, "\n{of}: all {counters} counters are the same as on the hosted machine")?;
+                continue;
+            }
+            writeln!(out, "\n{of}: {} of {counters} counters differ", differences.len())?;
+            writeln!(out, "  {:24} {:>10} {:>10}", "", "hosted", "booted")?;
+            for Difference { counter, hosted, booted } in differences {
+                writeln!(out, "  {counter:24} {hosted:>10} {booted:>10}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value of `key` in words of the form `key=value`.
+fn text<'a>(words: &'a str, key: &str) -> Option<&'a str> {
+    words
+        .split_ascii_whitespace()
+        .filter_map(|word| word.split_once('='))
+        .find(|(k, _)| *k == key)
+        .map(|(_, v)| v)
+}
+
+/// The number that `key` has, or 0.
+fn number(words: &str, key: &str) -> u64 {
+    text(words, key).and_then(|value| u64::from_str(value).ok()).unwrap_or(0)
+}
+
+fn snapshot(words: &str) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    for (name, value) in words.split_ascii_whitespace().filter_map(|word| word.split_once('=')) {
+        if let (Some(field), Ok(value)) = (snapshot.field_mut(name), value.parse()) {
+            *field = value;
+        }
+    }
+    snapshot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(lines: &[&str]) -> BootReport {
+        let mut report = BootReport::begin("Q".into(), "tcg".into(), 4, 512, "full".into(), None);
+        for line in lines {
+            report.line((*line).to_owned());
+        }
+        report
+    }
+
+    #[test]
+    fn lines_become_numbers() {
+        let mut report = report(&[
+            "boot: cpus=4 free_mib=221 pcid=true invpcid=false",
+            "phase: name=churn ms=949 pages=163600 tables=4800 shootdowns=7 ipis=9 faults=123600",
+            "count: of=drill cpus=4 ipis_sent=92 leaves=2986",
+            "cycles: least=340 median=363 times=40 what=flush of one page, this CPU only",
+            "total: pages=439237 lost_frames=0 exits=464",
+        ]);
+        report.ended(Ending::Pass);
+        assert!(report.has_pcid() && report.is_clean());
+        assert_eq!((report.phases[0].pages, report.total.exits), (163_600, 464));
+        assert_eq!(report.emulated_cycles[0].what, "flush of one page, this CPU only");
+        let counted = report.counted("drill").expect("it was counted");
+        assert_eq!((counted.ipis_sent, counted.leaves), (92, 2986));
+        report.compared(Comparison::of("drill", &Snapshot { ipis_sent: 91, ..counted }, &counted));
+        assert!(!report.is_clean(), "a difference is not clean");
+        assert_eq!(
+            report.comparisons[0].differences,
+            [Difference { counter: "ipis_sent", hosted: 91, booted: 92 }]
+        );
+    }
+
+    #[test]
+    fn a_story_is_one_violation_however_many_lines_it_has() {
+        let mut report =
+            report(&["violation: a program read a frame that was freed", "violation:   cpu 2, address 0x10"]);
+        report.ended(Ending::Violation);
+        assert_eq!(report.report.violations, 1);
+        assert!(report.report.stories[0].ends_with("freed\n  cpu 2, address 0x10\n"));
+    }
+
+    #[test]
+    fn whatever_is_not_an_orderly_end_cannot_pass() {
+        for ending in [Ending::Violation, Ending::Panic, Ending::Exception, Ending::Hang, Ending::Reset] {
+            let mut report = report(&["total: pages=1", "cpu 0: in ring 0"]);
+            report.ended(ending);
+            assert!(!report.is_clean(), "{ending:?}");
+            assert!(report.report.stories[0].contains("cpu 0: in ring 0"), "{ending:?}");
+        }
+    }
+}

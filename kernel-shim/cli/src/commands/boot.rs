@@ -1,0 +1,437 @@
+//! `teardown boot`: the same kernel on emulated x86_64 hardware.
+
+use core::fmt;
+use core::sync::atomic::{AtomicU32, Ordering};
+use core::time::Duration;
+use std::io::{self, BufWriter};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use mmu_gather::tlb::PcidSupport;
+
+use crate::boot::emulator::{self, Ending, Machine};
+use crate::boot::image;
+use crate::boot::layout_plan::{LayoutPlan, count_drill_hosted};
+use crate::boot::report::{BootReport, Comparison};
+use crate::commands::options::Format;
+use crate::commands::outcome::{Failure, Verdict};
+use crate::input::layout::Layout;
+use crate::output::cleanup::Unfinished;
+use crate::output::progress::spinner;
+use crate::run::hosted_process::frames_needed;
+
+/// Memory without `--memory`, where no layout asks for more.
+const DEFAULT_MIB: u64 = 512;
+/// The least that the image boots with.
+const LEAST_MIB: u64 = 64;
+/// QEMU's PC has a hole below 4 GiB; up to here all memory lies side by side.
+const WHOLE_MIB: u64 = 3072;
+
+/// How long the emulator may take to say what it is.
+const VERSION_LIMIT: Duration = Duration::from_secs(20);
+
+/// What `teardown boot` is told.
+#[derive(Clone, Debug, Args)]
+pub struct BootArgs {
+    /// CPUs of the emulated machine, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: u32,
+    /// Its memory, as 256M or 2G. Default: 512M, or what the layout needs, up to 3G.
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub memory: Option<Mebibytes>,
+    /// What the image does. Default: full; with --layout: layout.
+    #[arg(long, value_enum)]
+    pub workload: Option<Workload>,
+    /// Something that goes wrong on purpose: the image must notice. All but the first need two CPUs; for --workload full,
+    /// short and threads, the second also for lazy.
+    #[arg(long, value_enum)]
+    pub fault: Option<BootFault>,
+    /// A layout to build and take down there, as many pages of it as memory holds.
+    #[arg(long, value_name = "FILE")]
+    pub layout: Option<PathBuf>,
+    /// The emulator.
+    #[arg(long, value_name = "PATH", default_value = "qemu-system-x86_64")]
+    pub qemu: PathBuf,
+    /// How it runs the CPUs.
+    #[arg(long, value_enum, default_value_t = Accelerator::Tcg)]
+    pub accel: Accelerator,
+    /// An image to boot instead of the one built from the sources.
+    #[arg(long, value_name = "PATH")]
+    pub image: Option<PathBuf>,
+    /// Seconds without progress after which the image prints what each CPU does, and ends; 0: never.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub watchdog: u64,
+    /// Seconds after which the emulator is ended, come what may; 1 to 86400.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300,
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// What the image does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Workload {
+    /// Everything below: more than 100,000 pages, 1,000 shootdowns and 100 exits on four CPUs.
+    Full,
+    /// The same, in a few seconds.
+    Short,
+    /// Threads use memory that another CPU takes away.
+    Threads,
+    /// Processes come and go on every CPU.
+    Churn,
+    /// CPUs stay with an address space without running it, while its pages and tables go.
+    Lazy,
+    /// A fixed piece of work, whose counts are compared with those of the hosted machine.
+    Drill,
+    /// What instructions, flushes and interrupts cost, in emulated cycles.
+    Measure,
+    /// The layout that --layout names, compared as well.
+    Layout,
+    /// The hardware half alone, without the kernel.
+    SelfTest,
+    /// Hangs, to show how that ends.
+    Hang,
+    /// Panics, to show how that ends.
+    Panic,
+}
+
+impl Workload {
+    /// The parts that the image must have done, in order, before a run without a violation means anything.
+    pub(crate) const fn phases(self, fault: Option<BootFault>) -> &'static [&'static str] {
+        match (self, fault) {
+            (Self::Full | Self::Short, None) => &["drill", "threads", "churn", "lazy", "measure"],
+            (Self::Full | Self::Short, Some(_)) => &["threads", "churn", "lazy", "measure"],
+            (Self::Threads, _) => &["threads"],
+            (Self::Churn, _) => &["churn"],
+            (Self::Lazy, _) => &["lazy"],
+            (Self::Drill, _) => &["drill"],
+            (Self::Measure, _) => &["measure"],
+            (Self::Layout, _) => &["layout"],
+            (Self::SelfTest | Self::Hang | Self::Panic, _) => &[],
+        }
+    }
+
+    /// Whether CPUs tell others to flush in any run of it, where there are others. Processes that come and go, each on one CPU, need
+    /// not, and without a kernel nobody does.
+    pub(crate) const fn shoots_down(self) -> bool {
+        !matches!(self, Self::Churn | Self::SelfTest | Self::Hang | Self::Panic)
+    }
+}
+
+/// What goes wrong on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BootFault {
+    /// A CPU that unmaps does not flush itself.
+    SkipLocalFlush,
+    /// A CPU that is told to flush does not.
+    SkipRemoteFlush,
+    /// Pages are freed when their entries are cleared.
+    FreeBeforeFlush,
+}
+
+impl BootFault {
+    /// Whether what it does harms a program there that looks. Where nobody reads what another CPU has taken away, or programs
+    /// only read, the image would end without a violation, and be taken for blind.
+    const fn shows_in(self, workload: Workload) -> bool {
+        match workload {
+            Workload::Full | Workload::Short | Workload::Threads => true,
+            Workload::Lazy => matches!(self, Self::SkipRemoteFlush),
+            _ => false,
+        }
+    }
+}
+
+/// How QEMU runs the CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accelerator {
+    /// In software, one host thread a CPU.
+    Tcg,
+    /// In hardware, by Linux's KVM.
+    Kvm,
+}
+
+/// A size of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mebibytes(pub u64);
+
+/// Why nothing was run, or nothing can be said of it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BootError {
+    /// There is no such emulator.
+    #[error(
+        "cannot find {}: install QEMU (Debian, Ubuntu: apt-get install --no-install-recommends qemu-system-x86; \
+         Fedora: dnf install qemu-system-x86-core), or name it with --qemu PATH",
+        .0.display()
+    )]
+    NoQemu(PathBuf),
+    /// The emulator refused to run.
+    #[error("the emulator: {0}")]
+    Qemu(String),
+    /// The source tree is gone.
+    #[error(
+        "the sources this command was built from are not at {}: build the image as kernel-shim/boot/README.md says, \
+         and name it with --image PATH",
+        .0.display()
+    )]
+    NoSources(PathBuf),
+    /// The image could not be built.
+    #[error("cannot build the image: {0}")]
+    Cargo(String),
+    /// What was named as the image is none.
+    #[error("{}: expected the file of an image, as kernel-shim/boot/README.md says how to build", .0.display())]
+    NoImage(PathBuf),
+    /// The time was over, and nobody knows what would have come.
+    #[error("the emulator did not end within {seconds} s (--timeout); {last}")]
+    TimedOut {
+        /// The time.
+        seconds: u64,
+        /// What it said last, in words.
+        last: String,
+    },
+    /// It ended as if all were well, and did not do or say what was asked for.
+    #[error("{0}: nothing can be said of the engine")]
+    Incomplete(String),
+    /// The image says what it cannot do.
+    #[error("the image: {0}")]
+    Image(String),
+    /// The options do not go together.
+    #[error("{0}")]
+    Usage(&'static str),
+    /// A file could not be read or written.
+    #[error("{}: {error}", path.display())]
+    File {
+        /// Its name.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// The layout is none.
+    #[error("{0}")]
+    Layout(#[from] crate::input::layout::LayoutError),
+    /// The hosted machine, asked for the same counts, could not give them.
+    #[error("the hosted machine: {0}")]
+    Hosted(String),
+    /// The report could not be written.
+    #[error("cannot write the report: {0}")]
+    Output(io::Error),
+}
+
+/// Builds the image if need be, boots it, and prints a report to standard output.
+pub(crate) fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {
+    run(args).map_err(|error| error.to_string())
+}
+
+fn run(args: &BootArgs) -> Result<Verdict, BootError> {
+    let report = boot(args)?;
+    let out = BufWriter::new(io::stdout().lock());
+    let written = match args.format {
+        Format::Text => report.write_text(out),
+        Format::Json => report.write_json(out),
+    };
+    written.map_err(BootError::Output)?;
+    Ok(if report.is_clean() { Verdict::Good } else { Verdict::Violation })
+}
+
+/// Builds the image if need be, boots it, and says what it came to.
+///
+/// # Errors
+/// [`BootError`].
+pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
+    args.check()?;
+    let layout = args.layout.as_deref().map(read_layout).transpose()?;
+    let memory_mib = args.memory.map_or_else(|| default_mib(layout.as_ref()), |memory| memory.0);
+    let plan = layout.map(|layout| LayoutPlan::new(&layout, usable_frames(memory_mib)));
+    let module = plan.as_ref().map(|plan| write_module(&plan.text)).transpose()?;
+    // The emulator first: without it there is no need to build.
+    let limit = Duration::from_secs(args.timeout);
+    let version = emulator::version(&args.qemu, limit.min(VERSION_LIMIT))?;
+    let image = args.image.clone().map_or_else(image::build, Ok)?;
+    if !image.is_file() {
+        return Err(BootError::NoImage(image));
+    }
+    let command_line = args.command_line();
+    let machine = Machine {
+        qemu: &args.qemu,
+        accelerator: args.accel,
+        nr_cpus: args.cpus,
+        memory_mib,
+        image: &image,
+        module: module.as_ref().map(Unfinished::path),
+        command_line: &command_line,
+    };
+    let mut report = BootReport::new(args, memory_mib, version);
+    let progress = spinner();
+    let ending = machine.run(limit, |line| {
+        if let Some(message) = report.line(line) {
+            progress.set_message(message);
+        }
+    });
+    progress.finish_and_clear();
+    let ending = ending?;
+    report.ended(ending);
+    match ending {
+        Ending::Usage => return Err(BootError::Image(report.last_words())),
+        Ending::TimedOut => {
+            return Err(BootError::TimedOut { seconds: args.timeout, last: report.last_line() });
+        }
+        _ => {}
+    }
+    if let Some(missing) = report.missing(args.workload(), args.fault) {
+        return Err(BootError::Incomplete(missing));
+    }
+    if let Some(plan) = &plan {
+        report.planned(plan);
+    }
+    compare(&mut report, args.cpus, plan.as_ref())?;
+    Ok(report)
+}
+
+/// Does on the hosted machine what the image has counted.
+fn compare(report: &mut BootReport, nr_cpus: u32, plan: Option<&LayoutPlan>) -> Result<(), BootError> {
+    let pcid = if report.has_pcid() { PcidSupport::On } else { PcidSupport::Off };
+    if let Some(booted) = report.counted("drill") {
+        let hosted = count_drill_hosted(nr_cpus, pcid).map_err(BootError::Hosted)?;
+        report.compared(Comparison::of("drill", &hosted, &booted));
+    }
+    if let (Some(booted), Some(plan)) = (report.counted("layout"), plan) {
+        let hosted = plan.count_hosted(nr_cpus, pcid).map_err(BootError::Hosted)?;
+        report.compared(Comparison::of(&plan.name, &hosted, &booted));
+    }
+    Ok(())
+}
+
+impl BootArgs {
+    fn workload(&self) -> Workload {
+        let default = if self.layout.is_some() { Workload::Layout } else { Workload::Full };
+        self.workload.unwrap_or(default)
+    }
+
+    fn check(&self) -> Result<(), BootError> {
+        let needs_two = matches!(self.fault, Some(BootFault::SkipRemoteFlush | BootFault::FreeBeforeFlush));
+        if needs_two && self.cpus < 2 {
+            return Err(BootError::Usage(
+                "this fault is harmless on one CPU: nobody runs at the wrong moment; use --cpus 2 or more",
+            ));
+        }
+        if self.memory.is_some_and(|memory| memory.0 < LEAST_MIB) {
+            return Err(BootError::Usage("the image needs 64M of memory at least"));
+        }
+        if self.fault.is_some_and(|fault| !fault.shows_in(self.workload())) {
+            return Err(BootError::Usage(
+                "nobody would notice this fault: faults show in --workload full, short and threads, skip-remote-flush in lazy, \
+                 too",
+            ));
+        }
+        match (self.workload(), &self.layout) {
+            (Workload::Layout, None) => Err(BootError::Usage("which layout? name it with --layout FILE")),
+            (Workload::Layout, Some(_)) | (_, None) => Ok(()),
+            (_, Some(_)) => Err(BootError::Usage("a layout is run by --workload layout, and by no other")),
+        }
+    }
+
+    fn command_line(&self) -> String {
+        let fault = self.fault.map_or_else(|| "none".to_owned(), |fault| fault.to_string());
+        format!("workload={} fault={fault} watchdog={}", self.workload(), self.watchdog)
+    }
+}
+
+/// The name on the command line, and in the image.
+fn name(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&name(self))
+    }
+}
+
+impl fmt::Display for BootFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&name(self))
+    }
+}
+
+impl BootReport {
+    fn new(args: &BootArgs, memory_mib: u64, emulator: String) -> Self {
+        Self::begin(
+            emulator,
+            name(&args.accel),
+            args.cpus,
+            memory_mib,
+            args.workload().to_string(),
+            args.fault.map(|fault| fault.to_string()),
+        )
+    }
+}
+
+/// Writes a plan into a file of its own, for QEMU to load; removed afterwards.
+fn write_module(text: &str) -> Result<Unfinished, BootError> {
+    static WRITTEN: AtomicU32 = AtomicU32::new(0);
+    let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("teardown-{}-{number}.plan", std::process::id()));
+    let module = Unfinished::new(&path);
+    std::fs::write(&path, text).map_err(|error| BootError::File { path, error })?;
+    Ok(module)
+}
+
+fn read_layout(path: &Path) -> Result<Layout, BootError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|error| BootError::File { path: path.to_owned(), error })?;
+    Ok(Layout::parse(&path.display().to_string(), &text)?)
+}
+
+fn parse_memory(text: &str) -> Result<Mebibytes, String> {
+    let (number, unit) = match text.strip_suffix(['G', 'g']) {
+        Some(number) => (number, 1024),
+        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
+    };
+    let number: Option<u64> = number.parse().ok();
+    let size = number.and_then(|number| number.checked_mul(unit)).filter(|size| *size <= 1 << 20);
+    size.map(Mebibytes).ok_or_else(|| "expected a size such as 256M or 2G".to_owned())
+}
+
+/// What a layout needs, up to what lies side by side.
+fn default_mib(layout: Option<&Layout>) -> u64 {
+    let needed = layout.map_or(0, |layout| frames_needed(layout) * 8 / 7 / 256 + 64);
+    needed.clamp(DEFAULT_MIB, WHOLE_MIB)
+}
+
+/// Frames that the image has left for the kernel: its heap takes an eighth, up to 256 MiB.
+const fn usable_frames(memory_mib: u64) -> u64 {
+    // Beyond the hole, the larger part counts.
+    let largest_mib = if memory_mib <= WHOLE_MIB {
+        memory_mib
+    } else if memory_mib > 2 * WHOLE_MIB {
+        memory_mib - WHOLE_MIB
+    } else {
+        WHOLE_MIB
+    };
+    let heap_mib = if memory_mib / 8 < 256 { memory_mib / 8 } else { 256 };
+    (largest_mib - heap_mib).saturating_sub(16) * 256
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_a_number_with_a_unit() {
+        assert_eq!(parse_memory("256M"), Ok(Mebibytes(256)));
+        assert_eq!(parse_memory("2G"), Ok(Mebibytes(2048)));
+        for text in ["", "M", "two", "1.5G", "99999999G"] {
+            assert!(parse_memory(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_frames_left_are_fewer_than_the_memory_and_never_all_of_it() {
+        for mib in [64, 256, 512, 3072, 4096, 8192] {
+            let frames = usable_frames(mib);
+            assert!(frames > 0 && frames < mib * 256 * 19 / 20, "{mib} MiB: {frames}");
+        }
+    }
+}

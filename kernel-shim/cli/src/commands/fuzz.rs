@@ -1,0 +1,166 @@
+//! `teardown fuzz`.
+
+use core::time::Duration;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::fuzz::campaign::{self, FuzzOptions, Fuzzed};
+use crate::fuzz::report::{fuzz_json, not_reached, summary, verdict_text};
+use crate::output::escape::escaped;
+use crate::output::file::OutputFile;
+use clap::Args;
+use mmu_hosted::Sequence;
+
+use crate::commands::options::{Fault, Format};
+use crate::commands::outcome::{Failure, Verdict, cannot_write, output_file};
+
+/// What `fuzz` is told.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct FuzzArgs {
+    /// Which sequences: the n-th is made from this and n, and another seed has none of them.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Stops after so many operations, over all jobs; whole sequences are run.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    ops: Option<u64>,
+    /// Stops after so many seconds. Default, without --ops: 60.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    time: Option<u64>,
+    /// Sequences run at the same time. With --ops alone, what is found does not depend on it.
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: u16,
+    /// CPUs of each machine, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
+    /// Operations in one sequence.
+    #[arg(long, value_name = "N", default_value_t = 160, value_parser = clap::value_parser!(u16).range(1..))]
+    length: u16,
+    /// Something the machine or the kernel does wrong, on purpose: to see it found.
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
+    /// Where the shortened failure is saved.
+    #[arg(short, long, value_name = "FILE", default_value = "failure.sequence")]
+    output: PathBuf,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
+    Fault::check(args.fault, args.cpus)?;
+    // What is found may have taken hours: where it is to go is opened first, and nothing is left there if nothing fails.
+    let file = Mutex::new(Some(output_file(&args.output)?));
+    let most_time = args.time.or(if args.ops.is_some() { None } else { Some(60) }).map(Duration::from_secs);
+    let options = FuzzOptions {
+        seed: args.seed,
+        nr_cpus: args.cpus,
+        most_ops: args.ops,
+        most_time,
+        length: usize::from(args.length),
+        jobs: usize::from(args.jobs),
+        trial: Fault::trial(args.fault),
+    };
+    let shows_progress = io::stderr().is_terminal();
+    let mut next = Duration::ZERO;
+    let progress = |fuzzed: &Fuzzed, time: Duration| {
+        if shows_progress && time >= next {
+            next = time + Duration::from_millis(200);
+            let _ = write!(io::stderr(), "\r\x1b[2K{}", summary(fuzzed, time));
+        }
+    };
+    let start = Instant::now();
+    // A sequence that does not come back has a thread that cannot be stopped: the process ends with it.
+    let stuck = |fuzzed: Fuzzed| {
+        let code = match finish(args, &file, &options, &fuzzed, start.elapsed(), shows_progress) {
+            Ok(_) => 1,
+            Err(failure) => {
+                let _ = writeln!(io::stderr(), "teardown: {failure}");
+                2
+            }
+        };
+        std::process::exit(code);
+    };
+    let fuzzed = with_quiet_panics(|| campaign::fuzz(&options, progress, stuck))
+        .map_err(|error| format!("cannot make a machine: {error}"))?;
+    finish(args, &file, &options, &fuzzed, start.elapsed(), shows_progress)
+}
+
+/// Saves what failed, and prints the report.
+fn finish(
+    args: &FuzzArgs,
+    file: &Mutex<Option<OutputFile>>,
+    options: &FuzzOptions,
+    fuzzed: &Fuzzed,
+    time: Duration,
+    shows_progress: bool,
+) -> Result<Verdict, Failure> {
+    if shows_progress {
+        let _ = write!(io::stderr(), "\r\x1b[2K");
+    }
+    Fault::check_happened(args.fault, fuzzed.faults, fuzzed.failure.is_none())?;
+    let saved = fuzzed.failure.as_ref().map(|failure| save(args, file, &failure.shrunk));
+    let report = match args.format {
+        Format::Text => text(args, fuzzed, time, saved),
+        Format::Json => format!("{:#}", fuzz_json(options, fuzzed, time)),
+    };
+    writeln!(io::stdout().lock(), "{report}").map_err(|error| format!("cannot write the report: {error}"))?;
+    Ok(if fuzzed.failure.is_none() { Verdict::Good } else { Verdict::Violation })
+}
+
+fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration, saved: Option<Saved>) -> String {
+    let mut lines = vec![summary(fuzzed, time)];
+    lines.extend(not_reached(fuzzed));
+    match &fuzzed.failure {
+        None => lines.push("clean".to_owned()),
+        Some(failure) => {
+            let place = match saved {
+                Some(Saved::InFile) => format!("saved as {}", escaped(&args.output.display().to_string())),
+                Some(Saved::OnStderr) | None => "not saved".to_owned(),
+            };
+            lines.push(format!(
+                "found after {} sequences; {} operations shrunk to {}, {place}",
+                failure.number + 1,
+                failure.found.steps.len(),
+                failure.shrunk.steps.len(),
+            ));
+            lines.push(verdict_text(&failure.shrunk, &failure.verdict));
+        }
+    }
+    lines.join("\n")
+}
+
+/// Where a sequence that fails was put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Saved {
+    InFile,
+    OnStderr,
+}
+
+/// Writes a sequence that fails, with what it takes to see it fail. It is not lost if the file cannot be written: it may have
+/// taken hours to find.
+fn save(args: &FuzzArgs, file: &Mutex<Option<OutputFile>>, sequence: &Sequence) -> Saved {
+    let fault = match args.fault {
+        Some(fault) => format!("# teardown replay --fault {} FILE\n", fault.word()),
+        None => String::new(),
+    };
+    let text = format!("{fault}{sequence}");
+    let file = file.lock().unwrap_or_else(PoisonError::into_inner).take();
+    // It is asked for once.
+    let Some(file) = file else { return Saved::InFile };
+    let written = file.write(|out| out.write_all(text.as_bytes()));
+    let Err(error) = written else { return Saved::InFile };
+    let failure = escaped(&cannot_write(&args.output, &error));
+    let _ = write!(io::stderr(), "teardown: {failure}; it was to hold\n{text}");
+    Saved::OnStderr
+}
+
+/// Runs `f`, in which a panic is a finding: told once with its sequence, not on the way.
+pub(crate) fn with_quiet_panics<R>(f: impl FnOnce() -> R) -> R {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = f();
+    std::panic::set_hook(before);
+    result
+}

@@ -1,0 +1,134 @@
+//! Flags of several commands: the machine of `run` and `trace`, the faults that they, `fuzz` and `replay` plant, how reports are
+//! printed.
+
+use std::io::{self, BufWriter, Write};
+
+use clap::{Args, ValueEnum};
+use mmu_gather::Limits;
+use mmu_hosted::{Checking, MachineFault, Trial};
+use mmu_kernel_shim::Misbehaviour;
+
+use crate::commands::outcome::{Failure, Verdict};
+use crate::output::report::Report;
+use crate::run::teardown::RunOptions;
+
+/// What `run` and `trace` do it on.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct MachineArgs {
+    /// CPUs of the machine, 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
+    /// Batch pages a gather may take, 0 to 19; 0 leaves it the eight slots on the stack.
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.batch_pages,
+          value_parser = clap::value_parser!(u16).range(0..=19))]
+    batch_pages: u16,
+    /// Whether software MMUs and the checker run.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    checker: Switch,
+    /// Something the machine or the kernel does wrong, on purpose: the checker, which must be on, must notice.
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
+    /// Decides every choice: the same seed does the same.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// How a report is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For a person.
+    Text,
+    /// For a program.
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Fault {
+    /// Invalidations do nothing.
+    SkipFlush,
+    /// Pages are freed when their entries are cleared.
+    FreeBeforeFlush,
+    /// One flush request in four is lost, and acknowledged; needs two CPUs.
+    DropIpi,
+}
+
+impl MachineArgs {
+    pub(crate) fn options(&self) -> Result<RunOptions, Failure> {
+        if self.fault.is_some() && self.checker == Switch::Off {
+            return Err("--fault with --checker off: nobody would look for what goes wrong".to_owned());
+        }
+        Fault::check(self.fault, self.cpus)?;
+        let Trial { fault, misbehaviour, .. } = Fault::trial(self.fault);
+        Ok(RunOptions {
+            nr_cpus: self.cpus,
+            seed: self.seed,
+            limits: Limits { batch_pages: self.batch_pages, ..Limits::DEFAULT },
+            checking: if self.checker == Switch::On { Checking::On } else { Checking::Off },
+            misbehaviour,
+            fault,
+            ..RunOptions::default()
+        })
+    }
+
+    /// Prints what was found.
+    pub(crate) fn print(&self, report: &Report) -> Result<Verdict, Failure> {
+        Fault::check_happened(self.fault, report.faults, report.is_clean())?;
+        let out = BufWriter::new(io::stdout().lock());
+        let written = match self.format {
+            Format::Text => report.write_text(out),
+            Format::Json => report.write_json(out),
+        };
+        written.map_err(|error| format!("cannot write the report: {error}"))?;
+        Ok(if report.is_clean() { Verdict::Good } else { Verdict::Violation })
+    }
+}
+
+impl Fault {
+    /// Its name on the command line.
+    pub(crate) fn word(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    /// Refuses a fault that cannot happen on so many CPUs: a run without a violation would be taken for a blind checker.
+    pub(crate) fn check(fault: Option<Self>, nr_cpus: u32) -> Result<(), Failure> {
+        if fault == Some(Self::DropIpi) && nr_cpus < 2 {
+            return Err("--fault drop-ipi: one CPU sends no flush requests; use --cpus 2 or more".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Refuses to call a run clean whose fault never happened; says so where it did and nothing was found.
+    pub(crate) fn check_happened(fault: Option<Self>, times: u64, is_clean: bool) -> Result<(), Failure> {
+        let Some(fault) = fault.filter(|_| is_clean) else { return Ok(()) };
+        let word = fault.word();
+        if times == 0 {
+            return Err(format!(
+                "--fault {word} never happened: this was too short, so nothing can be said of it"
+            ));
+        }
+        let counted = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+        let _ = writeln!(io::stderr(), "teardown: --fault {word} happened {counted}, and harmed nobody");
+        Ok(())
+    }
+
+    /// What a planted fault makes of a machine and its kernel.
+    pub(crate) fn trial(fault: Option<Self>) -> Trial {
+        match fault {
+            None => Trial::default(),
+            Some(Self::SkipFlush) => Trial { fault: MachineFault::SkipFlush, ..Trial::default() },
+            Some(Self::DropIpi) => Trial { fault: MachineFault::DropIpi, ..Trial::default() },
+            Some(Self::FreeBeforeFlush) => {
+                Trial { misbehaviour: Misbehaviour::FreeBeforeFlush, ..Trial::default() }
+            }
+        }
+    }
+}

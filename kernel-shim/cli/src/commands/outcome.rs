@@ -1,0 +1,32 @@
+//! How a command ends: with a verdict, or with one line that says why there is none.
+
+use std::io;
+use std::path::Path;
+
+use crate::output::file::OutputFile;
+
+/// What the process says when it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Everything held; exit code 0.
+    Good,
+    /// Something did not; exit code 1.
+    Violation,
+}
+
+/// One line for the person, exit code 2.
+pub(crate) type Failure = String;
+
+/// The text of a file, or why it cannot be had.
+pub(crate) fn read_text(path: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+}
+
+/// A place to write to, or why it is none.
+pub(crate) fn output_file(path: &Path) -> Result<OutputFile, Failure> {
+    OutputFile::create(path).map_err(|error| cannot_write(path, &error))
+}
+
+pub(crate) fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+    format!("cannot write {}: {error}", path.display())
+}

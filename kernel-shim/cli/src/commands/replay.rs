@@ -1,0 +1,74 @@
+//! `teardown replay`.
+
+use std::io::{self, BufWriter, IsTerminal, Write};
+use std::path::PathBuf;
+
+use crate::fuzz::report::{verdict_json, verdict_text};
+use crate::timeline::page::page;
+use crate::timeline::rows::Timeline;
+use crate::timeline::terminal::{Colour, Shown, explain};
+use clap::Args;
+use mmu_hosted::{Sequence, Telling, Trial, judge_in};
+
+use crate::commands::fuzz::with_quiet_panics;
+use crate::commands::options::{Fault, Format};
+use crate::commands::outcome::{Failure, Verdict, cannot_write, output_file, read_text};
+
+/// What `replay` is told.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ReplayArgs {
+    /// A saved sequence.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// What was wrong on purpose when it was found.
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
+    /// Draws what happened, a column a CPU, and says what went wrong. Shows what explains the violation; of a clean sequence, an
+    /// outline.
+    #[arg(long, conflicts_with = "format")]
+    explain: bool,
+    /// With --explain: every event.
+    #[arg(long, requires = "explain")]
+    all: bool,
+    /// Writes the same as one page for a browser, with nothing loaded from anywhere.
+    #[arg(long, value_name = "OUT")]
+    html: Option<PathBuf>,
+    /// How the verdict is printed.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
+    let name = args.file.display();
+    let text = read_text(&args.file)?;
+    let sequence = Sequence::parse(&text).map_err(|error| format!("{name}:{error}"))?;
+    let html = args.html.as_deref().map(|path| output_file(path).map(|file| (path, file))).transpose()?;
+    let telling = if args.explain || args.html.is_some() { Telling::All } else { Telling::Last };
+    let run = with_quiet_panics(|| judge_in(&sequence, Trial { telling, ..Fault::trial(args.fault) }))
+        .map_err(|error| format!("cannot make a machine: {error}"))?;
+    Fault::check_happened(args.fault, run.faults, run.verdict.is_clean())?;
+    let mut report = String::new();
+    if args.explain {
+        let shown = if args.all { Shown::All } else { Shown::WhatMatters };
+        report = explain(&Timeline::new(&sequence, &run), shown, colour());
+    }
+    if let Some((path, out)) = html {
+        let file = args.file.file_name().unwrap_or_default().to_string_lossy();
+        let page = page(&Timeline::new(&sequence, &run), &sequence, &run.verdict, &file);
+        out.write(|out| out.write_all(page.as_bytes())).map_err(|error| cannot_write(path, &error))?;
+    }
+    match args.format {
+        Format::Text => report.push_str(&verdict_text(&sequence, &run.verdict)),
+        Format::Json => report.push_str(&format!("{:#}", verdict_json(&sequence, &run.verdict))),
+    }
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = writeln!(out, "{report}").and_then(|()| out.flush());
+    written.map_err(|error| format!("cannot write the report: {error}"))?;
+    Ok(if run.verdict.is_clean() { Verdict::Good } else { Verdict::Violation })
+}
+
+/// Colour is for a person who has not said no to it (no-color.org).
+fn colour() -> Colour {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if io::stdout().is_terminal() && !refused { Colour::On } else { Colour::Off }
+}

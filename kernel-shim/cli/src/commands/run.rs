@@ -1,0 +1,62 @@
+//! `teardown run`: layouts are built as page tables, used, and taken down.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::commands::options::MachineArgs;
+use crate::commands::outcome::{Failure, Verdict, read_text};
+use crate::input::bundled::LAYOUTS;
+use crate::input::layout::Layout;
+use crate::input::live_process;
+use crate::output::escape::label;
+use crate::output::progress::progress_bar;
+use crate::output::report::Report;
+use crate::run::teardown::run_layout;
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RunArgs {
+    /// A layout file; may be given several times. Default: all that are bundled.
+    #[arg(long, value_name = "FILE")]
+    layout: Vec<PathBuf>,
+    /// A live process, captured first.
+    #[arg(long, value_name = "N")]
+    pid: Option<i32>,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+pub(crate) fn run(args: &RunArgs) -> Result<Verdict, Failure> {
+    // All input is read before anything runs.
+    let options = args.machine.options()?;
+    let layouts = layouts(args)?;
+    let mut report = Report::default();
+    let progress = progress_bar(layouts.len() as u64);
+    for layout in &layouts {
+        progress.set_message(label(&layout.name));
+        run_layout(layout, &options, &mut report).map_err(|error| error.to_string())?;
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    args.machine.print(&report)
+}
+
+fn layouts(args: &RunArgs) -> Result<Vec<Layout>, Failure> {
+    let mut layouts = Vec::new();
+    for path in &args.layout {
+        layouts.push(read_layout(path)?);
+    }
+    if let Some(pid) = args.pid {
+        layouts.push(live_process::capture(pid).map_err(|error| error.to_string())?);
+    }
+    if layouts.is_empty() {
+        for bundled in LAYOUTS {
+            layouts.push(Layout::parse(bundled.name, bundled.text).map_err(|error| error.to_string())?);
+        }
+    }
+    Ok(layouts)
+}
+
+fn read_layout(path: &Path) -> Result<Layout, Failure> {
+    Layout::parse(&path.display().to_string(), &read_text(path)?).map_err(|error| error.to_string())
+}

@@ -1,0 +1,313 @@
+//! `teardown sweep`: what batch sizes cost, and what else they change.
+
+use core::time::Duration;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::commands::options::Format;
+use crate::commands::outcome::{Failure, Verdict};
+use crate::input::bundled::LAYOUTS;
+use crate::input::layout::{Layout, LayoutError};
+use crate::output::file::OutputFile;
+use crate::output::progress::progress_bar;
+use crate::sweep::axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
+use crate::sweep::captured::Process;
+use crate::sweep::measure::{Plan, measure};
+use crate::sweep::report::SweepReport;
+
+/// What `teardown sweep` is told.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct SweepArgs {
+    /// Settings to compare: 8 (the slots on the stack), 9 to 510 slots of one page, PAGESxSLOTS such as 19x510 (the default of the
+    /// engine), unlimited, adaptive (as many as the pages need). Default: nine of them.
+    #[arg(long, value_name = "SETTING,..", value_delimiter = ',')]
+    pub batch: Vec<Batch>,
+    /// How many pages are torn down, such as 33,513,32Ki.
+    #[arg(long, value_name = "PAGES,..", value_delimiter = ',')]
+    pub size: Vec<NrPages>,
+    /// How they lie: dense (W1 of the benches), sparse (W3), areas (W4), huge (W5), shuffled (W6), or as in a real process that is
+    /// bundled, such as redis-server; of those, --size is their own.
+    #[arg(long, value_name = "SHAPE,..", value_delimiter = ',')]
+    pub shape: Vec<Arrangement>,
+    /// A layout file of a process, from `teardown capture`; as if named in --shape.
+    #[arg(long, value_name = "FILE")]
+    pub layout: Vec<PathBuf>,
+    /// CPUs that have the address space loaded, such as 1,2,8lazy6: eight, six of which are lazy. 1: no other is online.
+    #[arg(long, value_name = "CPUS,..", value_delimiter = ',')]
+    pub cpus: Vec<CpuMix>,
+    /// Most pages that a flush invalidates one by one, such as 0,33,never (never: it drops no context).
+    #[arg(long, value_name = "PAGES,..", value_delimiter = ',')]
+    pub ceiling: Vec<Ceiling>,
+    /// Which batch pages are refused: never, always, or N for every N-th.
+    #[arg(long, value_name = "WHICH,..", value_delimiter = ',')]
+    pub refuse: Vec<Refuse>,
+    /// Every value of every axis with every other: 2475 sets of conditions, which takes minutes.
+    #[arg(long, conflicts_with_all = ["size", "shape", "layout", "cpus", "ceiling", "refuse"])]
+    pub everything: bool,
+    /// Timed samples of each; 0: counts only, which are the same in every run.
+    #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(0..=1001))]
+    pub repeat: u32,
+    /// Stops timing after so many seconds, once there are three samples of each.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub time: u64,
+    /// What an interrupt to another CPU costs: a model, no measurement.
+    #[arg(long, value_name = "NS", default_value_t = 1000)]
+    pub ipi_ns: u32,
+    /// Writes a line for each setting and set of conditions.
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Writes everything for programs.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Writes a page with charts, and the answer in words.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// How the report is printed.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// Why a sweep did not come to an end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SweepError {
+    /// The machine's memory cannot be had.
+    #[error("{0}")]
+    Memory(io::Error),
+    /// A teardown freed something else than what was mapped.
+    #[error(
+        "batch {batch}, {conditions}: {} of {} pages and {} of {} tables were freed",
+        pages.0, pages.1, tables.0, tables.1
+    )]
+    Lost {
+        /// The setting.
+        batch: Batch,
+        /// The rest of it.
+        conditions: Conditions,
+        /// Freed, and mapped.
+        pages: (u64, u64),
+        /// Freed, and built.
+        tables: (u64, u64),
+    },
+    /// A file could not be written.
+    #[error("cannot write {}: {error}", path.display())]
+    File {
+        /// Its name.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// A layout could not be read.
+    #[error("cannot read {}: {error}", path.display())]
+    Read {
+        /// Its name.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// A file is no layout.
+    #[error("{0}")]
+    Layout(#[from] LayoutError),
+    /// Nothing was left to do.
+    #[error("the machine has not the frames for any of this: {0}")]
+    TooLarge(Conditions),
+    /// The report could not be written.
+    #[error("cannot write the report: {0}")]
+    Output(io::Error),
+}
+
+impl SweepArgs {
+    /// What these arguments ask for.
+    ///
+    /// # Errors
+    /// [`SweepError::Read`] and [`SweepError::Layout`].
+    pub(crate) fn plan(&self) -> Result<Plan, SweepError> {
+        let batches = if self.batch.is_empty() { Batch::ALL.to_vec() } else { unique(&self.batch) };
+        let mut shapes = unique(&self.shape);
+        let mut processes = Vec::new();
+        for path in &self.layout {
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| SweepError::Read { path: path.clone(), error })?;
+            let layout = Layout::parse(&path.display().to_string(), &text)?;
+            let name = name_for(path, &processes);
+            processes.push(Process { name, layout });
+            shapes.push(Arrangement::Process(name));
+        }
+        let nothing_named = self.size.is_empty()
+            && shapes.is_empty()
+            && self.cpus.is_empty()
+            && self.ceiling.is_empty()
+            && self.refuse.is_empty();
+        let mut conditions = if self.everything {
+            product(&Arrangement::ALL, &NrPages::ALL, &CpuMix::ALL, &Ceiling::ALL, &Refuse::ALL)
+        } else if nothing_named {
+            one_at_a_time()
+        } else {
+            let base = Conditions::BASE;
+            product(
+                &or(&shapes, base.shape),
+                &or(&self.size, base.size),
+                &or(&self.cpus, base.cpus),
+                &or(&self.ceiling, base.ceiling),
+                &or(&self.refuse, base.refuse),
+            )
+        };
+        for conditions in &mut conditions {
+            let Arrangement::Process(name) = conditions.shape else { continue };
+            if !processes.iter().any(|process| process.name == name) {
+                let bundled = LAYOUTS.iter().find(|bundled| bundled.name == name);
+                let text = bundled.map_or("", |bundled| bundled.text);
+                processes.push(Process { name, layout: Layout::parse(name, text)? });
+            }
+            let pages = processes.iter().find(|process| process.name == name).map(Process::nr_pages);
+            conditions.size = NrPages(pages.unwrap_or_default());
+        }
+        let conditions = unique(&conditions);
+        Ok(Plan {
+            batches,
+            conditions,
+            processes,
+            repeat: self.repeat,
+            patience: Duration::from_secs(self.time),
+        })
+    }
+}
+
+pub(crate) fn sweep_batches(args: &SweepArgs) -> Result<Verdict, Failure> {
+    let plan = args.plan().map_err(|error| error.to_string())?;
+    let progress = progress_bar(plan.steps());
+    let result = run(args, &plan, || progress.inc(1), || progress.finish_and_clear());
+    match result {
+        Ok(()) => Ok(Verdict::Good),
+        Err(error @ SweepError::Lost { .. }) => {
+            let _ = writeln!(io::stderr(), "teardown: {error}");
+            Ok(Verdict::Violation)
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Carries out the plan of `args`, writes the files that were asked for, and prints the report.
+///
+/// `step` is called as the work goes on, as often as [`Plan::steps`] says at the most, and `done` before anything is printed.
+///
+/// # Errors
+/// [`SweepError`]; of [`SweepError::Lost`] the exit code is 1, of all others 2.
+fn run(args: &SweepArgs, plan: &Plan, step: impl FnMut(), done: impl FnOnce()) -> Result<(), SweepError> {
+    let mut files = Vec::new();
+    for path in [&args.csv, &args.json, &args.html] {
+        files.push(path.as_deref().map(Target::create).transpose()?);
+    }
+    let found = measure(plan, step)?;
+    done();
+    if let (true, Some(first)) = (found.cells.is_empty(), found.left_out.first()) {
+        return Err(SweepError::TooLarge(*first));
+    }
+    let report = SweepReport::new(found, args.ipi_ns);
+    let [csv, json, html] = <[_; 3]>::try_from(files).unwrap_or_default();
+    if let Some(file) = csv {
+        file.write(|out| report.write_csv(out))?;
+    }
+    if let Some(file) = json {
+        file.write(|out| report.write_json(out))?;
+    }
+    if let Some(file) = html {
+        file.write(|out| report.write_html(out))?;
+    }
+    let out = BufWriter::new(io::stdout().lock());
+    let written = match args.format {
+        Format::Text => report.write_text(out),
+        Format::Json => report.write_json(out),
+    };
+    written.map_err(SweepError::Output)
+}
+
+/// A file to be written, and what it is called.
+struct Target<'p> {
+    path: &'p Path,
+    file: OutputFile,
+}
+
+impl<'p> Target<'p> {
+    fn create(path: &'p Path) -> Result<Self, SweepError> {
+        match OutputFile::create(path) {
+            Ok(file) => Ok(Self { path, file }),
+            Err(error) => Err(SweepError::File { path: path.to_path_buf(), error }),
+        }
+    }
+
+    fn write(self, content: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<(), SweepError> {
+        self.file.write(content).map_err(|error| SweepError::File { path: self.path.to_path_buf(), error })
+    }
+}
+
+/// A name for the layout in the file at `path`: its own, of letters that mean nothing in CSV and HTML, and no other's. It lives as
+/// long as the command, because conditions are copied about and name it.
+fn name_for(path: &Path, taken: &[Process]) -> &'static str {
+    let stem = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
+    let plain = |letter: char| letter.is_alphanumeric() || "-_.".contains(letter);
+    let stem: String = stem.chars().map(|letter| if plain(letter) { letter } else { '_' }).collect();
+    let mut name = stem.clone();
+    let mut number = 2;
+    while taken.iter().any(|process| process.name == name) {
+        name = format!("{stem}-{number}");
+        number += 1;
+    }
+    Box::leak(name.into_boxed_str())
+}
+
+fn or<T: Copy + PartialEq>(named: &[T], base: T) -> Vec<T> {
+    if named.is_empty() { vec![base] } else { unique(named) }
+}
+
+/// Each value once, where it came first.
+fn unique<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
+    let mut seen = Vec::new();
+    for value in values {
+        if !seen.contains(value) {
+            seen.push(*value);
+        }
+    }
+    seen
+}
+
+/// Of the bundled processes: many small areas, many tables, and 2 MiB leaves among the rest.
+const PROCESSES: [&str; 3] = ["postgres-backend", "chromium-renderer", "jvm-g1-thp"];
+
+/// The base, and from there each axis alone.
+fn one_at_a_time() -> Vec<Conditions> {
+    let base = Conditions::BASE;
+    let mut all = vec![base];
+    all.extend(Arrangement::ALL.map(|shape| Conditions { shape, ..base }));
+    all.extend(PROCESSES.map(|name| Conditions { shape: Arrangement::Process(name), ..base }));
+    all.extend(NrPages::ALL.map(|size| Conditions { size, ..base }));
+    all.extend(CpuMix::ALL.map(|cpus| Conditions { cpus, ..base }));
+    all.extend(Ceiling::ALL.map(|ceiling| Conditions { ceiling, ..base }));
+    all.extend(Refuse::ALL.map(|refuse| Conditions { refuse, ..base }));
+    unique(&all)
+}
+
+fn product(
+    shapes: &[Arrangement],
+    sizes: &[NrPages],
+    cpu_mixes: &[CpuMix],
+    ceilings: &[Ceiling],
+    refusals: &[Refuse],
+) -> Vec<Conditions> {
+    let mut all = Vec::new();
+    for shape in shapes {
+        for size in sizes {
+            for cpus in cpu_mixes {
+                for ceiling in ceilings {
+                    for refuse in refusals {
+                        let (shape, size, cpus) = (*shape, *size, *cpus);
+                        all.push(Conditions { shape, size, cpus, ceiling: *ceiling, refuse: *refuse });
+                    }
+                }
+            }
+        }
+    }
+    all
+}

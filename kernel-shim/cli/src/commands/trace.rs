@@ -1,0 +1,52 @@
+//! `teardown trace`: the memory calls of a recorded log are carried out.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::commands::options::MachineArgs;
+use crate::commands::outcome::{Failure, Verdict, read_text};
+use crate::input::bundled::TRACES;
+use crate::output::escape::label;
+use crate::output::progress::progress_bar;
+use crate::output::report::Report;
+use crate::trace::log::{TraceLog, run_trace};
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct TraceArgs {
+    /// A log; how to record one is in tests/traces/README.md. Default: all that are bundled.
+    #[arg(value_name = "FILE")]
+    log: Vec<PathBuf>,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+pub(crate) fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
+    // All input is read before anything runs.
+    let options = args.machine.options()?;
+    let logs = logs(args)?;
+    let mut report = Report::default();
+    let progress = progress_bar(logs.len() as u64);
+    for log in &logs {
+        progress.set_message(label(&log.name));
+        run_trace(log, &options, &mut report).map_err(|error| error.to_string())?;
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    args.machine.print(&report)
+}
+
+fn logs(args: &TraceArgs) -> Result<Vec<TraceLog>, Failure> {
+    let mut logs = Vec::new();
+    for path in &args.log {
+        let name = path.display().to_string();
+        logs.push(TraceLog::parse(&name, &read_text(path)?).map_err(|error| error.to_string())?);
+    }
+    if logs.is_empty() {
+        for bundled in TRACES {
+            let name = format!("{}.strace", bundled.name);
+            logs.push(TraceLog::parse(&name, bundled.text).map_err(|error| error.to_string())?);
+        }
+    }
+    Ok(logs)
+}

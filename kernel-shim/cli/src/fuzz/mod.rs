@@ -1,0 +1,12 @@
+//! Random sequences against the checker, several at a time, until one fails.
+//!
+//! ```text
+//!  FuzzOptions ─▶ campaign (jobs, each a thread; the failure, shrunk) ─▶ Fuzzed ─▶ report (text, JSON)
+//!                    └── job_watch (a job that does not come back is a finding)
+//! ```
+//!
+//! What comes in is a seed and limits, what goes out is what was covered, and the first failure. `commands::fuzz` uses it.
+
+pub(crate) mod campaign;
+mod job_watch;
+pub(crate) mod report;

@@ -1,0 +1,15 @@
+//! What the command writes.
+//!
+//! ```text
+//!  findings ─▶ report (a table, JSON) ─▶ escape (nothing a terminal would obey) ─▶ stdout
+//!  files    ─▶ file (there as a whole or not at all) ─▶ cleanup (what must not outlive the command)
+//!  long work ─▶ progress ─▶ stderr
+//! ```
+//!
+//! What comes in is what a run found, what goes out bytes for a person or a program. Every room may use this one; it uses none.
+
+pub(crate) mod cleanup;
+pub(crate) mod escape;
+pub(crate) mod file;
+pub(crate) mod progress;
+pub mod report;

@@ -1,0 +1,418 @@
+//! What a sweep does: each setting under each of its conditions, first counted, then timed in rounds.
+
+use core::cell::Cell;
+use core::ptr;
+use core::time::Duration;
+use std::time::Instant;
+
+use mmu_benches::memory::Memory;
+use mmu_benches::preempted::times_preempted;
+use mmu_benches::shape::{Shape, shuffle};
+use mmu_benches::space::Space;
+use mmu_gather::tlb::TlbEvent;
+use mmu_gather::{FreedPages, GatherEvent, Limits};
+use serde::Serialize;
+use x86_64::structures::paging::PhysFrame;
+
+use crate::commands::sweep::SweepError;
+use crate::sweep::axes::{Arrangement, Batch, Conditions, NrPages};
+use crate::sweep::captured::{Process, page_bytes};
+use crate::sweep::machine::{BatchPool, SweepMachine, Unwatched, Watch};
+
+/// What is to be compared, under which conditions, how often.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// The settings.
+    pub batches: Vec<Batch>,
+    /// Each setting is tried under each of these.
+    pub conditions: Vec<Conditions>,
+    /// The processes that conditions name.
+    pub processes: Vec<Process>,
+    /// Timed samples of each; none: only counts.
+    pub repeat: u32,
+    /// When this has passed, a third sample of each is the last.
+    pub patience: Duration,
+}
+
+/// One setting under one set of conditions.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Measured {
+    /// The setting.
+    pub batch: Batch,
+    /// What is the same for all settings it is compared with.
+    #[serde(flatten)]
+    pub conditions: Conditions,
+    /// The same in every run.
+    pub counts: Counts,
+    /// What this machine needed, if that was asked for.
+    pub measured: Option<Timing>,
+}
+
+/// What happened in one teardown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Counts {
+    /// Pages cleared and freed.
+    pub pages: u64,
+    /// Tables freed.
+    pub tables: u64,
+    /// Flushes asked for, forced ones and the one at the end.
+    pub flushes: u64,
+    /// Those that named more pages than the ceiling, so that each CPU told drops the whole context.
+    pub full_flushes: u64,
+    /// Flushes because the gather was full.
+    pub forced_flushes: u64,
+    /// Single pages invalidated, over all CPUs.
+    pub invlpgs: u64,
+    /// CR3 loads that drop a context, over all CPUs.
+    pub contexts_dropped: u64,
+    /// Interrupts sent.
+    pub ipis_sent: u64,
+    /// Interrupts not sent because the CPU was lazy.
+    pub ipis_avoided_lazy: u64,
+    /// Most batch pages lent at one time, that for tables included.
+    pub batch_pages_peak: u64,
+    /// Most bytes of pages and tables cleared or unhooked, and not freed yet.
+    pub bytes_unfreed_peak: u64,
+    /// Most pages and tables cleared, unhooked or freed between two preemption points.
+    pub longest_stretch: u64,
+}
+
+impl Counts {
+    /// Pages for each flush.
+    #[must_use]
+    pub(crate) fn pages_per_flush(&self) -> f64 {
+        self.pages as f64 / self.flushes.max(1) as f64
+    }
+
+    /// Interrupts for each 1000 pages.
+    #[must_use]
+    pub(crate) fn ipis_per_1000_pages(&self) -> f64 {
+        self.ipis_sent as f64 * 1000.0 / self.pages.max(1) as f64
+    }
+}
+
+/// Nanoseconds a page, from before munmap to after the last page is free.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Timing {
+    /// The middle sample.
+    pub ns_per_page_median: f64,
+    /// The least.
+    pub ns_per_page_min: f64,
+    /// How many there are.
+    pub samples: usize,
+}
+
+/// Everything that was found.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    /// All settings under all conditions; the settings of one set of conditions side by side.
+    pub cells: Vec<Measured>,
+    /// Conditions the machine has not the frames for.
+    pub left_out: Vec<Conditions>,
+    /// What reading the clock twice takes; taken off each sample.
+    pub clock_ns: f64,
+    /// Most bytes of stack from the call of munmap to something the kernel is asked for.
+    pub stack_bytes: usize,
+}
+
+/// Carries out `plan`; `step` is called as often as [`Plan::steps`] says, or less.
+///
+/// # Errors
+/// If memory cannot be had, or a page or table was not freed.
+pub(crate) fn measure(plan: &Plan, mut step: impl FnMut()) -> Result<Found, SweepError> {
+    let memory = Memory::map().map_err(SweepError::Memory)?;
+    let pool = BatchPool::default();
+    let mut rig = Rig { memory: &memory, pool: &pool, shapes: Vec::new() };
+    let mut found = Found { cells: Vec::new(), left_out: Vec::new(), clock_ns: clock_ns(), stack_bytes: 0 };
+    for conditions in &plan.conditions {
+        if !rig.prepare(plan, conditions) {
+            found.left_out.push(*conditions);
+            continue;
+        }
+        for batch in &plan.batches {
+            let (counts, stack_bytes) = rig.count(*batch, *conditions)?;
+            found.stack_bytes = found.stack_bytes.max(stack_bytes);
+            found.cells.push(Measured { batch: *batch, conditions: *conditions, counts, measured: None });
+            step();
+        }
+    }
+    let mut samples = vec![Vec::new(); found.cells.len()];
+    let mut order: Vec<usize> = (0..found.cells.len()).collect();
+    let start = Instant::now();
+    for round in 0..plan.repeat {
+        if round > 2 && start.elapsed() > plan.patience {
+            break;
+        }
+        // In a new order each time: whatever disturbs the machine disturbs all.
+        shuffle(&mut order);
+        for index in &order {
+            let cell = &found.cells[*index];
+            samples[*index].push(rig.time(cell.batch, cell.conditions, found.clock_ns)?);
+            step();
+        }
+    }
+    for (cell, samples) in found.cells.iter_mut().zip(samples) {
+        cell.measured = Timing::of(samples);
+    }
+    Ok(found)
+}
+
+impl Plan {
+    /// How many samples it takes, the counting ones included.
+    #[must_use]
+    pub(crate) fn steps(&self) -> u64 {
+        (self.batches.len() * self.conditions.len()) as u64 * u64::from(self.repeat + 1)
+    }
+}
+
+impl Timing {
+    fn of(mut samples: Vec<f64>) -> Option<Self> {
+        samples.sort_by(f64::total_cmp);
+        let ns_per_page_median = *samples.get(samples.len() / 2)?;
+        Some(Self { ns_per_page_median, ns_per_page_min: *samples.first()?, samples: samples.len() })
+    }
+}
+
+/// The memory, and the layouts that go into it.
+struct Rig<'m> {
+    memory: &'m Memory,
+    pool: &'m BatchPool,
+    shapes: Vec<((Arrangement, NrPages), Shape)>,
+}
+
+impl Rig<'_> {
+    /// Lays the pages out, once; says whether they fit.
+    fn prepare(&mut self, plan: &Plan, conditions: &Conditions) -> bool {
+        if self.shape(*conditions).is_some() {
+            return true;
+        }
+        let shape = match conditions.shape {
+            Arrangement::Process(name) => {
+                plan.processes.iter().find(|process| process.name == name).and_then(Process::shape)
+            }
+            arrangement => arrangement.shape(conditions.size),
+        };
+        let Some(shape) = shape else { return false };
+        self.shapes.push(((conditions.shape, conditions.size), shape));
+        true
+    }
+
+    fn shape(&self, conditions: Conditions) -> Option<&Shape> {
+        let wanted = (conditions.shape, conditions.size);
+        self.shapes.iter().find(|(key, _)| *key == wanted).map(|(_, shape)| shape)
+    }
+
+    fn count(&self, batch: Batch, conditions: Conditions) -> Result<(Counts, usize), SweepError> {
+        let tally = Tally { shape: self.shape(conditions), ..Tally::default() };
+        let machine = SweepMachine::new(self.memory, self.pool, conditions, tally);
+        let tally = machine.watch();
+        let mut counts = Counts::default();
+        self.tear_down(&machine, batch, conditions, |munmap| {
+            tally.begin();
+            munmap();
+            counts = tally.counts.get();
+        })?;
+        Ok((counts, tally.deepest.get()))
+    }
+
+    /// One sample: nanoseconds a page. Small layouts are torn down several times for it.
+    fn time(&self, batch: Batch, conditions: Conditions, clock_ns: f64) -> Result<f64, SweepError> {
+        let machine = SweepMachine::new(self.memory, self.pool, conditions, Unwatched);
+        let times = (256 / conditions.size.0).clamp(1, 64);
+        let mut tries = 0;
+        loop {
+            let before = times_preempted();
+            let mut elapsed = Duration::ZERO;
+            for _ in 0..times {
+                self.tear_down(&machine, batch, conditions, |munmap| {
+                    let start = Instant::now();
+                    munmap();
+                    elapsed += start.elapsed();
+                })?;
+            }
+            tries += 1;
+            if times_preempted() == before || tries == 4 {
+                let ns = elapsed.as_secs_f64() * 1e9 - clock_ns * times as f64;
+                return Ok(ns.max(0.0) / (times * conditions.size.0) as f64);
+            }
+        }
+    }
+
+    /// Builds the layout, has it torn down by what `measure` is given, and looks whether all of it is free.
+    fn tear_down<W: Watch>(
+        &self,
+        machine: &SweepMachine<'_, W>,
+        batch: Batch,
+        conditions: Conditions,
+        measure: impl FnOnce(&dyn Fn()),
+    ) -> Result<(), SweepError> {
+        let Some(shape) = self.shape(conditions) else { return Ok(()) };
+        let space = Space::without_stretches(machine.base(), shape);
+        let limits: Limits = batch.limits(shape.nr_leaves());
+        let free_before = self.memory.nr_free_tables();
+        machine.with_loaded(&space.mm, || measure(&|| machine.munmap(&space.mm, &limits, &shape.areas)));
+        let pages = self.memory.take_free_pages();
+        let tables = self.memory.nr_free_tables() - free_before;
+        if (pages, tables) == (shape.nr_leaves(), space.nr_tables()) {
+            return Ok(());
+        }
+        Err(SweepError::Lost {
+            batch,
+            conditions,
+            pages: (pages, shape.nr_leaves()),
+            tables: (tables, space.nr_tables()),
+        })
+    }
+}
+
+/// Counts what one teardown does.
+#[derive(Debug, Default)]
+struct Tally<'s> {
+    shape: Option<&'s Shape>,
+    counts: Cell<Counts>,
+    /// Cleared or unhooked, and not freed.
+    waiting_bytes: Cell<u64>,
+    batch_pages: Cell<u64>,
+    /// Done since the last preemption point.
+    stretch: Cell<u64>,
+    /// Where the stack was when the teardown began.
+    stack_start: Cell<usize>,
+    deepest: Cell<usize>,
+}
+
+impl Tally<'_> {
+    fn begin(&self) {
+        self.counts.set(Counts::default());
+        self.stretch.set(0);
+        self.stack_start.set(here());
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Counts)) {
+        let mut counts = self.counts.get();
+        change(&mut counts);
+        self.counts.set(counts);
+    }
+
+    /// So many pages or tables were dealt with in one go.
+    fn worked(&self, items: u64) {
+        let stretch = self.stretch.get() + items;
+        self.stretch.set(stretch);
+        self.update(|counts| counts.longest_stretch = counts.longest_stretch.max(stretch));
+    }
+
+    fn waits(&self, bytes: u64) {
+        let waiting = self.waiting_bytes.get() + bytes;
+        self.waiting_bytes.set(waiting);
+        self.update(|counts| counts.bytes_unfreed_peak = counts.bytes_unfreed_peak.max(waiting));
+    }
+
+    fn freed(&self, bytes: u64) {
+        self.waiting_bytes.set(self.waiting_bytes.get() - bytes);
+    }
+
+    fn page_bytes(&self, frame: PhysFrame) -> u64 {
+        self.shape.map_or(0, |shape| page_bytes(shape, frame.start_address().as_u64()))
+    }
+
+    fn note_depth(&self) {
+        self.deepest.set(self.deepest.get().max(self.stack_start.get().saturating_sub(here())));
+    }
+}
+
+/// About where the stack is.
+#[inline(always)]
+fn here() -> usize {
+    let local = 0usize;
+    core::hint::black_box(ptr::from_ref(&local)).addr()
+}
+
+impl Watch for Tally<'_> {
+    fn gather(&self, event: GatherEvent) {
+        self.note_depth();
+        match event {
+            GatherEvent::ForcedFlush => self.update(|counts| counts.forced_flushes += 1),
+            GatherEvent::LockDropped { leaves } => {
+                self.worked(u64::from(leaves));
+            }
+            GatherEvent::TableUnhooked(_) => {
+                self.update(|counts| counts.tables += 1);
+                self.waits(4096);
+                self.worked(1);
+            }
+            _ => {}
+        }
+    }
+
+    fn page_cleared(&self, frame: PhysFrame) {
+        self.note_depth();
+        self.update(|counts| counts.pages += 1);
+        self.waits(self.page_bytes(frame));
+    }
+
+    fn tlb(&self, event: TlbEvent) {
+        self.note_depth();
+        match event {
+            TlbEvent::Requested { pages, .. } => self.update(|counts| {
+                counts.flushes += 1;
+                counts.full_flushes += u64::from(pages.is_none());
+            }),
+            TlbEvent::IpisSent(sent) => self.update(|counts| counts.ipis_sent += u64::from(sent)),
+            TlbEvent::IpisSaved { lazy, .. } => {
+                self.update(|counts| counts.ipis_avoided_lazy += u64::from(lazy));
+            }
+            _ => {}
+        }
+    }
+
+    fn invlpg(&self) {
+        self.note_depth();
+        self.update(|counts| counts.invlpgs += 1);
+    }
+
+    fn context_dropped(&self) {
+        self.note_depth();
+        self.update(|counts| counts.contexts_dropped += 1);
+    }
+
+    fn batch_taken(&self) {
+        self.note_depth();
+        let lent = self.batch_pages.get() + 1;
+        self.batch_pages.set(lent);
+        self.update(|counts| counts.batch_pages_peak = counts.batch_pages_peak.max(lent));
+    }
+
+    fn batch_returned(&self) {
+        self.batch_pages.set(self.batch_pages.get() - 1);
+    }
+
+    fn pages_freed(&self, pages: FreedPages<'_>) {
+        self.note_depth();
+        for run in pages.iter() {
+            self.freed(u64::from(run.nr_pages) * self.page_bytes(run.frame));
+        }
+        self.worked(pages.iter().map(|run| u64::from(run.nr_pages)).sum());
+    }
+
+    fn tables_freed(&self, tables: &[PhysFrame]) {
+        self.note_depth();
+        self.freed(tables.len() as u64 * 4096);
+        self.worked(tables.len() as u64);
+    }
+
+    fn preemption_point(&self) {
+        self.note_depth();
+        self.stretch.set(0);
+    }
+}
+
+/// What the clock itself adds to a sample: the middle of many empty ones.
+fn clock_ns() -> f64 {
+    let mut samples: Vec<u128> = (0..1001)
+        .map(|_| {
+            let start = Instant::now();
+            start.elapsed().as_nanos()
+        })
+        .collect();
+    samples.sort_unstable();
+    samples[samples.len() / 2] as f64
+}

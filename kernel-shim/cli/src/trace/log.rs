@@ -1,0 +1,203 @@
+//! Replaying a recorded history: what a real program asked of its address spaces, on the hosted kernel.
+//!
+//! The calls are carried out in the order of the log (`replay`), each on the address space of its process (`space`): `mmap` over
+//! what was there, `munmap`, `mremap` in place and elsewhere, `brk`, `madvise`, `mprotect`; threads share an address space, a
+//! child of `vfork` borrows its parent's, one of `fork` gets a copy whose pages are shared until written, `execve` moves a stack
+//! and leaves the old address space, and the last one out takes it down.
+//!
+//! What a log does not hold is made up, from the seed:
+//!
+//! - **pages**: each thread uses a few pages before each call, a few of those that the call is about, and a few of what it just
+//!   mapped; threads on the other CPUs use as many between them while the call runs. So far fewer pages are there than when
+//!   the program ran, and more CPUs know each of them;
+//! - **areas from before**: the program itself, its interpreter and its vdso appear when a call first names them; each program has
+//!   a stack. Where a later call is given their place, they go;
+//! - **files**: two mappings show the same file only if one replaces part of the other, or a fork made the second.
+//!
+//! `MADV_FREE` and `MADV_REMOVE` drop pages as `MADV_DONTNEED` does; `MADV_DONTFORK` is kept; guard pages are
+//! put into private areas; other advice is counted only.
+
+use core::time::Duration;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mmu_hosted::{Checking, Found, HostedKernel, HostedMachine, MachineFault, Options};
+use mmu_kernel_shim::{Config, Misbehaviour};
+
+use crate::input::strace::{MemoryCall, Trace, TraceError, TraceEvent};
+use crate::output::report::{LayoutReport, LogReport, Lost, Report};
+use crate::run::teardown::{RunOptions, boot};
+use crate::trace::kernel::Host;
+use crate::trace::threads::{FRAMES_PER_CALL, Refused, Replay};
+
+/// A log, ready to be replayed.
+#[derive(Clone, Debug)]
+pub(crate) struct TraceLog {
+    /// What the report calls it.
+    pub name: String,
+    /// What errors call it: usually the path.
+    pub source: String,
+    trace: Trace,
+}
+
+/// Why a log was not replayed to its end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum ReplayError {
+    /// The kernel refused a call of the log.
+    #[error("{log}:{line}: expected {call} to succeed as it did in the log, but {source}")]
+    Refused {
+        /// The log.
+        log: String,
+        /// The line of the call.
+        line: usize,
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        source: mmu_kernel_shim::Error,
+    },
+    /// The kernel could not even start.
+    #[error("{log}: cannot start the machine: {source}")]
+    Boot {
+        /// The log.
+        log: String,
+        /// What the kernel said.
+        source: mmu_kernel_shim::Error,
+    },
+    /// The host refused memory.
+    #[error("cannot reserve memory for the machine: {0}")]
+    Memory(#[from] std::io::Error),
+}
+
+impl TraceLog {
+    /// Reads a log. The report calls it by the file name in `source` without folder and ending.
+    ///
+    /// # Errors
+    /// As for [`Trace::parse`].
+    pub(crate) fn parse(source: &str, text: &str) -> Result<Self, TraceError> {
+        let trace = Trace::parse(source, text)?;
+        let stem = std::path::Path::new(source).file_stem();
+        let name = stem.map_or_else(|| source.to_owned(), |stem| stem.to_string_lossy().into_owned());
+        Ok(Self { name, source: source.to_owned(), trace })
+    }
+}
+
+/// Replays a log, once checked and once timed, and adds what was found to `report`.
+///
+/// # Errors
+/// [`ReplayError`]; nothing is added then.
+pub(crate) fn run_trace(
+    log: &TraceLog,
+    options: &RunOptions,
+    report: &mut Report,
+) -> Result<(), ReplayError> {
+    let timed = run_pass(log, options, Checking::Off)?;
+    let ns_per_page = match timed.report.pages {
+        0 => 0.0,
+        pages => timed.teardown.as_nanos() as f64 / pages as f64,
+    };
+    let mut outcome = match options.checking {
+        Checking::On => {
+            report.checked = true;
+            let outcome = run_pass(log, options, Checking::On)?;
+            report.add_faults(&outcome.kernel);
+            outcome
+        }
+        Checking::Off => timed,
+    };
+    outcome.report.ns_per_page = ns_per_page;
+    report.add(outcome.report, &outcome.found, outcome.lost);
+    Ok(())
+}
+
+/// What one pass came to.
+struct Outcome {
+    kernel: Arc<HostedKernel>,
+    report: LayoutReport,
+    teardown: Duration,
+    found: Found,
+    lost: Lost,
+}
+
+fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<Outcome, ReplayError> {
+    let machine = HostedMachine::new(Options {
+        checking,
+        fault: if checking == Checking::On { options.fault } else { MachineFault::Absent },
+        ..Options::new(options.nr_cpus, frames_needed(&log.trace), options.seed)
+    })?;
+    let config = Config {
+        limits: options.limits,
+        batches: options.batches,
+        misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::Absent },
+        ..Config::default()
+    };
+    let boot_error = |source| ReplayError::Boot { log: log.source.clone(), source };
+    let kernel = Arc::new(boot(machine, config).map_err(boot_error)?);
+    let before = kernel.counters().snapshot();
+    let events: Rc<[TraceEvent]> = log.trace.events.as_slice().into();
+    let replay = Rc::new(Replay::new(Host::new(Arc::clone(&kernel)), events).map_err(boot_error)?);
+    match checking {
+        Checking::On => replay.run_interleaved(),
+        Checking::Off => replay.run_in_order(),
+    }
+    if let Some(refused) = replay.refused() {
+        return Err(refused_call(log, refused));
+    }
+    let after = kernel.counters().snapshot();
+    kernel.drop_caches();
+    let (frames, tables) = kernel.lost();
+    let double_frees = kernel.counters().snapshot().double_frees;
+    // One slot a page: a log asks for no large ones.
+    let pages = after.released_slots - before.released_slots;
+    Ok(Outcome {
+        report: LayoutReport {
+            log: Some(log_report(&log.trace, &replay)),
+            ..LayoutReport::between(&log.name, replay.host.areas.get(), pages, &before, &after)
+        },
+        teardown: replay.host.teardown.get(),
+        found: kernel.machine().violations(),
+        lost: Lost { frames, tables, double_frees },
+        kernel,
+    })
+}
+
+/// What became of the calls.
+fn log_report(trace: &Trace, replay: &Replay) -> LogReport {
+    LogReport {
+        calls: trace.events.len() as u64,
+        threads: replay.nr_threads.get().into(),
+        address_spaces: replay.nr_spaces.get(),
+        assumed_areas: replay.host.assumed_areas.get(),
+        ignored_advice: replay.host.ignored_advice.get(),
+        failed: trace.nr_failed,
+        unfinished: trace.nr_unfinished,
+        dropped: trace.dropped.clone(),
+        dropped_thread_calls: trace.nr_orphaned,
+        dropped_threads: trace.nr_orphaned_threads,
+    }
+}
+
+/// Frames for the most pages that a replay can have at once.
+fn frames_needed(trace: &Trace) -> u64 {
+    let copies = trace.events.iter().filter(|event| matches!(event.call, MemoryCall::Clone { .. })).count();
+    Options::RESERVED_FRAMES + 16_384 + trace.events.len() as u64 * FRAMES_PER_CALL + copies as u64 * 1024
+}
+
+fn refused_call(log: &TraceLog, refused: Refused) -> ReplayError {
+    let last = log.trace.events.len().saturating_sub(1);
+    let event = log.trace.events.get(refused.event.min(last));
+    let call = match event.map(|event| &event.call) {
+        _ if refused.event > last => "the end of all programs",
+        Some(MemoryCall::Mmap { .. }) => "mmap",
+        Some(MemoryCall::Munmap { .. }) => "munmap",
+        Some(MemoryCall::Mremap { .. }) => "mremap",
+        Some(MemoryCall::Brk { .. }) => "brk",
+        Some(MemoryCall::Madvise { .. }) => "madvise",
+        Some(MemoryCall::Mprotect { .. }) => "mprotect",
+        Some(MemoryCall::Clone { .. }) => "clone",
+        Some(MemoryCall::Exec) => "execve",
+        Some(MemoryCall::Exit | MemoryCall::ExitGroup) | None => "exit",
+    };
+    let line = event.map_or(0, |event| event.line);
+    ReplayError::Refused { log: log.source.clone(), line, call, source: refused.error }
+}
