@@ -1,8 +1,9 @@
 //! `teardown boot`, as far as it goes without an emulator, and with one where it is installed.
 
 use clap::Parser;
+use mmu_cli::boot::error::BootError;
 use mmu_cli::boot::report::BootReport;
-use mmu_cli::commands::boot::{BootArgs, BootError, boot};
+use mmu_cli::commands::boot::{BootArgs, boot};
 
 #[derive(Debug, Parser)]
 struct Line {

@@ -9,7 +9,8 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Instant;
 
-use crate::commands::boot::{Accelerator, BootError};
+use crate::boot::error::BootError;
+use crate::boot::options::Accelerator;
 use crate::output::cleanup::Group;
 
 /// A machine to be emulated.

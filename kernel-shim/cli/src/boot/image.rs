@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::commands::boot::BootError;
+use crate::boot::error::BootError;
 
 /// What names the image in the messages of cargo.
 const PACKAGE: &str = "mmu-boot";

@@ -8,6 +8,8 @@
 //! What comes in is what the image is to do, what goes out a report with a verdict. `commands::boot` uses it.
 
 pub(crate) mod emulator;
+pub mod error;
 pub(crate) mod image;
 pub mod layout_plan;
+pub(crate) mod options;
 pub mod report;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::boot::emulator::Ending;
 use crate::boot::layout_plan::LayoutPlan;
-use crate::commands::boot::{BootFault, Workload};
+use crate::boot::options::{BootFault, Workload};
 use crate::output::escape::{escaped, label, write_json};
 use crate::output::report::{LayoutReport, Report};
 

@@ -1,17 +1,18 @@
 //! `teardown boot`: the same kernel on emulated x86_64 hardware.
 
-use core::fmt;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use mmu_gather::tlb::PcidSupport;
 
 use crate::boot::emulator::{self, Ending, Machine};
+use crate::boot::error::BootError;
 use crate::boot::image;
 use crate::boot::layout_plan::{LayoutPlan, count_drill_hosted};
+use crate::boot::options::{Accelerator, BootFault, Mebibytes, Workload, name, parse_memory};
 use crate::boot::report::{BootReport, Comparison};
 use crate::commands::options::Format;
 use crate::commands::outcome::{Failure, Verdict};
@@ -70,155 +71,6 @@ pub struct BootArgs {
     pub format: Format,
 }
 
-/// What the image does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Workload {
-    /// Everything below: more than 100,000 pages, 1,000 shootdowns and 100 exits on four CPUs.
-    Full,
-    /// The same, in a few seconds.
-    Short,
-    /// Threads use memory that another CPU takes away.
-    Threads,
-    /// Processes come and go on every CPU.
-    Churn,
-    /// CPUs stay with an address space without running it, while its pages and tables go.
-    Lazy,
-    /// A fixed piece of work, whose counts are compared with those of the hosted machine.
-    Drill,
-    /// What instructions, flushes and interrupts cost, in emulated cycles.
-    Measure,
-    /// The layout that --layout names, compared as well.
-    Layout,
-    /// The hardware half alone, without the kernel.
-    SelfTest,
-    /// Hangs, to show how that ends.
-    Hang,
-    /// Panics, to show how that ends.
-    Panic,
-}
-
-impl Workload {
-    /// The parts that the image must have done, in order, before a run without a violation means anything.
-    pub(crate) const fn phases(self, fault: Option<BootFault>) -> &'static [&'static str] {
-        match (self, fault) {
-            (Self::Full | Self::Short, None) => &["drill", "threads", "churn", "lazy", "measure"],
-            (Self::Full | Self::Short, Some(_)) => &["threads", "churn", "lazy", "measure"],
-            (Self::Threads, _) => &["threads"],
-            (Self::Churn, _) => &["churn"],
-            (Self::Lazy, _) => &["lazy"],
-            (Self::Drill, _) => &["drill"],
-            (Self::Measure, _) => &["measure"],
-            (Self::Layout, _) => &["layout"],
-            (Self::SelfTest | Self::Hang | Self::Panic, _) => &[],
-        }
-    }
-
-    /// Whether CPUs tell others to flush in any run of it, where there are others. Processes that come and go, each on one CPU, need
-    /// not, and without a kernel nobody does.
-    pub(crate) const fn shoots_down(self) -> bool {
-        !matches!(self, Self::Churn | Self::SelfTest | Self::Hang | Self::Panic)
-    }
-}
-
-/// What goes wrong on purpose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BootFault {
-    /// A CPU that unmaps does not flush itself.
-    SkipLocalFlush,
-    /// A CPU that is told to flush does not.
-    SkipRemoteFlush,
-    /// Pages are freed when their entries are cleared.
-    FreeBeforeFlush,
-}
-
-impl BootFault {
-    /// Whether what it does harms a program there that looks. Where nobody reads what another CPU has taken away, or programs
-    /// only read, the image would end without a violation, and be taken for blind.
-    const fn shows_in(self, workload: Workload) -> bool {
-        match workload {
-            Workload::Full | Workload::Short | Workload::Threads => true,
-            Workload::Lazy => matches!(self, Self::SkipRemoteFlush),
-            _ => false,
-        }
-    }
-}
-
-/// How QEMU runs the CPUs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Accelerator {
-    /// In software, one host thread a CPU.
-    Tcg,
-    /// In hardware, by Linux's KVM.
-    Kvm,
-}
-
-/// A size of memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mebibytes(pub u64);
-
-/// Why nothing was run, or nothing can be said of it.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BootError {
-    /// There is no such emulator.
-    #[error(
-        "cannot find {}: install QEMU (Debian, Ubuntu: apt-get install --no-install-recommends qemu-system-x86; \
-         Fedora: dnf install qemu-system-x86-core), or name it with --qemu PATH",
-        .0.display()
-    )]
-    NoQemu(PathBuf),
-    /// The emulator refused to run.
-    #[error("the emulator: {0}")]
-    Qemu(String),
-    /// The source tree is gone.
-    #[error(
-        "the sources this command was built from are not at {}: build the image as kernel-shim/boot/README.md says, \
-         and name it with --image PATH",
-        .0.display()
-    )]
-    NoSources(PathBuf),
-    /// The image could not be built.
-    #[error("cannot build the image: {0}")]
-    Cargo(String),
-    /// What was named as the image is none.
-    #[error("{}: expected the file of an image, as kernel-shim/boot/README.md says how to build", .0.display())]
-    NoImage(PathBuf),
-    /// The time was over, and nobody knows what would have come.
-    #[error("the emulator did not end within {seconds} s (--timeout); {last}")]
-    TimedOut {
-        /// The time.
-        seconds: u64,
-        /// What it said last, in words.
-        last: String,
-    },
-    /// It ended as if all were well, and did not do or say what was asked for.
-    #[error("{0}: nothing can be said of the engine")]
-    Incomplete(String),
-    /// The image says what it cannot do.
-    #[error("the image: {0}")]
-    Image(String),
-    /// The options do not go together.
-    #[error("{0}")]
-    Usage(&'static str),
-    /// A file could not be read or written.
-    #[error("{}: {error}", path.display())]
-    File {
-        /// Its name.
-        path: PathBuf,
-        /// What the host said.
-        error: io::Error,
-    },
-    /// The layout is none.
-    #[error("{0}")]
-    Layout(#[from] crate::input::layout::LayoutError),
-    /// The hosted machine, asked for the same counts, could not give them.
-    #[error("the hosted machine: {0}")]
-    Hosted(String),
-    /// The report could not be written.
-    #[error("cannot write the report: {0}")]
-    Output(io::Error),
-}
-
 /// Builds the image if need be, boots it, and prints a report to standard output.
 pub(crate) fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {
     run(args).map_err(|error| error.to_string())
@@ -262,7 +114,14 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
         module: module.as_ref().map(Unfinished::path),
         command_line: &command_line,
     };
-    let mut report = BootReport::new(args, memory_mib, version);
+    let mut report = BootReport::begin(
+        version,
+        name(&args.accel),
+        args.cpus,
+        memory_mib,
+        args.workload().to_string(),
+        args.fault.map(|fault| fault.to_string()),
+    );
     let progress = spinner();
     let ending = machine.run(limit, |line| {
         if let Some(message) = report.line(line) {
@@ -338,36 +197,6 @@ impl BootArgs {
     }
 }
 
-/// The name on the command line, and in the image.
-fn name(value: &impl ValueEnum) -> String {
-    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
-}
-
-impl fmt::Display for Workload {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&name(self))
-    }
-}
-
-impl fmt::Display for BootFault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&name(self))
-    }
-}
-
-impl BootReport {
-    fn new(args: &BootArgs, memory_mib: u64, emulator: String) -> Self {
-        Self::begin(
-            emulator,
-            name(&args.accel),
-            args.cpus,
-            memory_mib,
-            args.workload().to_string(),
-            args.fault.map(|fault| fault.to_string()),
-        )
-    }
-}
-
 /// Writes a plan into a file of its own, for QEMU to load; removed afterwards.
 fn write_module(text: &str) -> Result<Unfinished, BootError> {
     static WRITTEN: AtomicU32 = AtomicU32::new(0);
@@ -382,16 +211,6 @@ fn read_layout(path: &Path) -> Result<Layout, BootError> {
     let text =
         std::fs::read_to_string(path).map_err(|error| BootError::File { path: path.to_owned(), error })?;
     Ok(Layout::parse(&path.display().to_string(), &text)?)
-}
-
-fn parse_memory(text: &str) -> Result<Mebibytes, String> {
-    let (number, unit) = match text.strip_suffix(['G', 'g']) {
-        Some(number) => (number, 1024),
-        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
-    };
-    let number: Option<u64> = number.parse().ok();
-    let size = number.and_then(|number| number.checked_mul(unit)).filter(|size| *size <= 1 << 20);
-    size.map(Mebibytes).ok_or_else(|| "expected a size such as 256M or 2G".to_owned())
 }
 
 /// What a layout needs, up to what lies side by side.
@@ -417,15 +236,6 @@ const fn usable_frames(memory_mib: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_a_number_with_a_unit() {
-        assert_eq!(parse_memory("256M"), Ok(Mebibytes(256)));
-        assert_eq!(parse_memory("2G"), Ok(Mebibytes(2048)));
-        for text in ["", "M", "two", "1.5G", "99999999G"] {
-            assert!(parse_memory(text).is_err(), "{text:?}");
-        }
-    }
 
     #[test]
     fn the_frames_left_are_fewer_than_the_memory_and_never_all_of_it() {

@@ -7,9 +7,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::fuzz::campaign::{self, FuzzOptions, Fuzzed};
-use crate::fuzz::report::{fuzz_json, not_reached, summary, verdict_text};
+use crate::fuzz::panics::with_quiet_panics;
+use crate::fuzz::report::{fuzz_json, not_reached, summary};
 use crate::output::escape::escaped;
 use crate::output::file::OutputFile;
+use crate::output::verdict::verdict_text;
 use clap::Args;
 use mmu_hosted::Sequence;
 
@@ -154,13 +156,4 @@ fn save(args: &FuzzArgs, file: &Mutex<Option<OutputFile>>, sequence: &Sequence) 
     let failure = escaped(&cannot_write(&args.output, &error));
     let _ = write!(io::stderr(), "teardown: {failure}; it was to hold\n{text}");
     Saved::OnStderr
-}
-
-/// Runs `f`, in which a panic is a finding: told once with its sequence, not on the way.
-pub(crate) fn with_quiet_panics<R>(f: impl FnOnce() -> R) -> R {
-    let before = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
-    let result = f();
-    std::panic::set_hook(before);
-    result
 }

@@ -3,16 +3,16 @@
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::PathBuf;
 
-use crate::fuzz::report::{verdict_json, verdict_text};
+use crate::output::verdict::{verdict_json, verdict_text};
 use crate::timeline::page::page;
 use crate::timeline::rows::Timeline;
 use crate::timeline::terminal::{Colour, Shown, explain};
 use clap::Args;
 use mmu_hosted::{Sequence, Telling, Trial, judge_in};
 
-use crate::commands::fuzz::with_quiet_panics;
 use crate::commands::options::{Fault, Format};
 use crate::commands::outcome::{Failure, Verdict, cannot_write, output_file, read_text};
+use crate::fuzz::panics::with_quiet_panics;
 
 /// What `replay` is told.
 #[derive(Clone, Debug, Args)]

@@ -15,7 +15,7 @@ use crate::output::file::OutputFile;
 use crate::output::progress::progress_bar;
 use crate::sweep::axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
 use crate::sweep::captured::Process;
-use crate::sweep::measure::{Plan, measure};
+use crate::sweep::measure::{MeasureError, Plan, measure};
 use crate::sweep::report::SweepReport;
 
 /// What `teardown sweep` is told.
@@ -73,24 +73,9 @@ pub(crate) struct SweepArgs {
 /// Why a sweep did not come to an end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SweepError {
-    /// The machine's memory cannot be had.
+    /// It could not be measured.
     #[error("{0}")]
-    Memory(io::Error),
-    /// A teardown freed something else than what was mapped.
-    #[error(
-        "batch {batch}, {conditions}: {} of {} pages and {} of {} tables were freed",
-        pages.0, pages.1, tables.0, tables.1
-    )]
-    Lost {
-        /// The setting.
-        batch: Batch,
-        /// The rest of it.
-        conditions: Conditions,
-        /// Freed, and mapped.
-        pages: (u64, u64),
-        /// Freed, and built.
-        tables: (u64, u64),
-    },
+    Measure(#[from] MeasureError),
     /// A file could not be written.
     #[error("cannot write {}: {error}", path.display())]
     File {
@@ -181,7 +166,7 @@ pub(crate) fn sweep_batches(args: &SweepArgs) -> Result<Verdict, Failure> {
     let result = run(args, &plan, || progress.inc(1), || progress.finish_and_clear());
     match result {
         Ok(()) => Ok(Verdict::Good),
-        Err(error @ SweepError::Lost { .. }) => {
+        Err(error @ SweepError::Measure(MeasureError::Lost { .. })) => {
             let _ = writeln!(io::stderr(), "teardown: {error}");
             Ok(Verdict::Violation)
         }
@@ -194,7 +179,7 @@ pub(crate) fn sweep_batches(args: &SweepArgs) -> Result<Verdict, Failure> {
 /// `step` is called as the work goes on, as often as [`Plan::steps`] says at the most, and `done` before anything is printed.
 ///
 /// # Errors
-/// [`SweepError`]; of [`SweepError::Lost`] the exit code is 1, of all others 2.
+/// [`SweepError`]; of [`MeasureError::Lost`] the exit code is 1, of all others 2.
 fn run(args: &SweepArgs, plan: &Plan, step: impl FnMut(), done: impl FnOnce()) -> Result<(), SweepError> {
     let mut files = Vec::new();
     for path in [&args.csv, &args.json, &args.html] {

@@ -31,6 +31,16 @@ pub(crate) fn escaped_lines(text: &str) -> String {
     text.lines().map(escaped).collect::<Vec<_>>().join("\n")
 }
 
+/// The rest of a line as an error shows it: short, and never nothing.
+pub(crate) fn shown(rest: &str) -> String {
+    const SHOWN_CHARS: usize = 60;
+    match rest.char_indices().nth(SHOWN_CHARS) {
+        _ if rest.is_empty() => "the end of the line".to_owned(),
+        None => format!("`{}`", escaped(rest)),
+        Some((cut, _)) => format!("`{}...`", escaped(&rest[..cut])),
+    }
+}
+
 /// Writes a value as one line of JSON. Control characters that JSON allows as they are, are escaped as well.
 ///
 /// # Errors

@@ -8,8 +8,10 @@
 //!
 //! What comes in is what a run found, what goes out bytes for a person or a program. Every room may use this one; it uses none.
 
+pub(crate) mod bytes;
 pub(crate) mod cleanup;
 pub(crate) mod escape;
 pub(crate) mod file;
 pub(crate) mod progress;
 pub mod report;
+pub(crate) mod verdict;

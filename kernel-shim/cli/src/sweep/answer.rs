@@ -2,9 +2,9 @@
 
 use serde::Serialize;
 
+use crate::output::bytes::bytes;
 use crate::sweep::axes::{Batch, Conditions};
 use crate::sweep::measure::Measured;
-use crate::sweep::report::bytes;
 
 /// A setting counts as cheap if it costs, on average, no more than this many times the cheapest.
 const GOOD_ENOUGH: f64 = 1.05;

@@ -2,7 +2,7 @@
 
 use core::fmt::Write as _;
 
-use crate::sweep::report::bytes;
+use crate::output::bytes::bytes;
 
 /// Series that look different; more begin again, with hollow marks.
 pub(crate) const STYLES: usize = 8;

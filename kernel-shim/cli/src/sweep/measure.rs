@@ -3,6 +3,7 @@
 use core::cell::Cell;
 use core::ptr;
 use core::time::Duration;
+use std::io;
 use std::time::Instant;
 
 use mmu_benches::memory::Memory;
@@ -14,10 +15,32 @@ use mmu_gather::{FreedPages, GatherEvent, Limits};
 use serde::Serialize;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::commands::sweep::SweepError;
 use crate::sweep::axes::{Arrangement, Batch, Conditions, NrPages};
 use crate::sweep::captured::{Process, page_bytes};
 use crate::sweep::machine::{BatchPool, SweepMachine, Unwatched, Watch};
+
+/// Why nothing could be measured.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MeasureError {
+    /// The machine's memory cannot be had.
+    #[error("{0}")]
+    Memory(io::Error),
+    /// A teardown freed something else than what was mapped.
+    #[error(
+        "batch {batch}, {conditions}: {} of {} pages and {} of {} tables were freed",
+        pages.0, pages.1, tables.0, tables.1
+    )]
+    Lost {
+        /// The setting.
+        batch: Batch,
+        /// The rest of it.
+        conditions: Conditions,
+        /// Freed, and mapped.
+        pages: (u64, u64),
+        /// Freed, and built.
+        tables: (u64, u64),
+    },
+}
 
 /// What is to be compared, under which conditions, how often.
 #[derive(Clone, Debug)]
@@ -119,8 +142,8 @@ pub(crate) struct Found {
 ///
 /// # Errors
 /// If memory cannot be had, or a page or table was not freed.
-pub(crate) fn measure(plan: &Plan, mut step: impl FnMut()) -> Result<Found, SweepError> {
-    let memory = Memory::map().map_err(SweepError::Memory)?;
+pub(crate) fn measure(plan: &Plan, mut step: impl FnMut()) -> Result<Found, MeasureError> {
+    let memory = Memory::map().map_err(MeasureError::Memory)?;
     let pool = BatchPool::default();
     let mut rig = Rig { memory: &memory, pool: &pool, shapes: Vec::new() };
     let mut found = Found { cells: Vec::new(), left_out: Vec::new(), clock_ns: clock_ns(), stack_bytes: 0 };
@@ -202,7 +225,7 @@ impl Rig<'_> {
         self.shapes.iter().find(|(key, _)| *key == wanted).map(|(_, shape)| shape)
     }
 
-    fn count(&self, batch: Batch, conditions: Conditions) -> Result<(Counts, usize), SweepError> {
+    fn count(&self, batch: Batch, conditions: Conditions) -> Result<(Counts, usize), MeasureError> {
         let tally = Tally { shape: self.shape(conditions), ..Tally::default() };
         let machine = SweepMachine::new(self.memory, self.pool, conditions, tally);
         let tally = machine.watch();
@@ -216,7 +239,7 @@ impl Rig<'_> {
     }
 
     /// One sample: nanoseconds a page. Small layouts are torn down several times for it.
-    fn time(&self, batch: Batch, conditions: Conditions, clock_ns: f64) -> Result<f64, SweepError> {
+    fn time(&self, batch: Batch, conditions: Conditions, clock_ns: f64) -> Result<f64, MeasureError> {
         let machine = SweepMachine::new(self.memory, self.pool, conditions, Unwatched);
         let times = (256 / conditions.size.0).clamp(1, 64);
         let mut tries = 0;
@@ -245,7 +268,7 @@ impl Rig<'_> {
         batch: Batch,
         conditions: Conditions,
         measure: impl FnOnce(&dyn Fn()),
-    ) -> Result<(), SweepError> {
+    ) -> Result<(), MeasureError> {
         let Some(shape) = self.shape(conditions) else { return Ok(()) };
         let space = Space::without_stretches(machine.base(), shape);
         let limits: Limits = batch.limits(shape.nr_leaves());
@@ -256,7 +279,7 @@ impl Rig<'_> {
         if (pages, tables) == (shape.nr_leaves(), space.nr_tables()) {
             return Ok(());
         }
-        Err(SweepError::Lost {
+        Err(MeasureError::Lost {
             batch,
             conditions,
             pages: (pages, shape.nr_leaves()),

@@ -2,11 +2,12 @@
 
 use std::io;
 
+use crate::output::bytes::bytes;
 use crate::sweep::answer::modelled_ns;
 use crate::sweep::axes::{Arrangement, Batch, Conditions};
 use crate::sweep::chart::{Chart, Place, STYLES, Series, Unit, key};
 use crate::sweep::measure::Measured;
-use crate::sweep::report::{COLUMNS, SweepReport, bytes};
+use crate::sweep::report::{COLUMNS, SweepReport};
 
 const STYLE: &str = include_str!("page.css");
 const X_NAME: &str = "batch setting (slots)";

@@ -4,6 +4,7 @@ use std::io;
 
 use serde::Serialize;
 
+use crate::output::bytes::bytes;
 use crate::sweep::answer::{Answer, groups, modelled_ns};
 use crate::sweep::axes::Conditions;
 use crate::sweep::machine::{CPU_BYTES, FRAME_BYTES, GATHER_BYTES, MM_BYTES, TABLE_BYTES};
@@ -255,13 +256,3 @@ pub(crate) const COLUMNS: [Column; 19] = [
     ("bytes_unfreed_peak", |cell| cell.counts.bytes_unfreed_peak.to_string()),
     ("longest_stretch_pages", |cell| cell.counts.longest_stretch.to_string()),
 ];
-
-/// A number of bytes, for people.
-pub(crate) fn bytes(bytes: u64) -> String {
-    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
-    let Some((shift, unit)) = units.into_iter().find(|(shift, _)| bytes >= 1 << shift) else {
-        return format!("{bytes} B");
-    };
-    let value = bytes as f64 / (1u64 << shift) as f64;
-    if value < 9.95 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") }
-}

@@ -4,7 +4,7 @@ use core::fmt::{self, Write};
 
 use mmu_hosted::{Detail, Sequence, Verdict, What};
 
-use crate::fuzz::report::verdict_text;
+use crate::output::verdict::verdict_text;
 use crate::timeline::explanation::{Sentence, story};
 use crate::timeline::phrases::call;
 use crate::timeline::rows::{Mark, Row, Timeline};

@@ -3,11 +3,11 @@
 use mmu_gather::GatherEvent;
 use mmu_gather::tlb::TlbEvent;
 use mmu_hosted::watch::Use;
-use mmu_hosted::{Detail, Event, Fill, Sequence, What};
+use mmu_hosted::{Detail, Event, Fill, Kept, Sequence, What};
 use mmu_kernel_shim::FrameRole;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::timeline::rows::{Names, kept};
+use crate::timeline::names::Names;
 
 fn hex(frame: PhysFrame) -> String {
     format!("{:x}", frame.start_address())
@@ -18,6 +18,14 @@ const fn role_word(role: FrameRole) -> &'static str {
         FrameRole::Page => "frame",
         FrameRole::Block => "2 MiB block",
         FrameRole::Table => "table",
+    }
+}
+
+/// What a CR3 load does to what is cached, in one word.
+const fn kept(kept: Kept) -> &'static str {
+    match kept {
+        Kept::Yes => "keep",
+        Kept::No => "flush",
     }
 }
 
@@ -109,7 +117,7 @@ pub(crate) fn long(event: &Event, names: &Names, sequence: &Sequence) -> String 
             "CR3 = {:#x} ({}), PCID {pcid}: what is cached under it is {}",
             root.start_address(),
             names.root(root),
-            if keeps == mmu_hosted::Kept::Yes { "kept" } else { "dropped" }
+            if keeps == Kept::Yes { "kept" } else { "dropped" }
         ),
         what => what.to_string(),
     }

@@ -10,7 +10,7 @@ use mmu_hosted::{Checking, Choices, HostedKernel, Touched, touch};
 use mmu_kernel_shim::{Error, FaultError, UserAccess};
 
 use crate::input::layout::PAGE_BYTES;
-use crate::trace::space::Space;
+use crate::run::hosted_process::HostedMm;
 
 /// Pages that are used of a range which a call has just mapped, or is about to take away or change.
 pub(crate) const RANGE_TOUCHES: u64 = 64;
@@ -58,29 +58,24 @@ impl Host {
     }
 
     /// The program on this CPU uses the first pages of `range`.
-    pub(crate) fn touch_start_of(&self, space: &Space, range: VirtRange) -> Result<(), Error> {
+    pub(crate) fn touch_start_of(&self, mm: &HostedMm, range: VirtRange) -> Result<(), Error> {
         for page in 0..range.nr_pages().min(RANGE_TOUCHES) {
-            self.touch(space, range.start() + page * PAGE_BYTES)?;
+            self.touch(mm, range.start() + page * PAGE_BYTES)?;
         }
         Ok(())
     }
 
-    /// The program on this CPU uses a page that it may have used before.
-    pub(crate) fn touch_warm(&self, space: &Space) -> Result<(), Error> {
-        space.warm_page(self.choices()).map_or(Ok(()), |page| self.touch(space, page))
-    }
-
     /// The program on this CPU uses a page. If it may not, it gets its signal and goes on.
-    pub(crate) fn touch(&self, space: &Space, address: u64) -> Result<(), Error> {
+    pub(crate) fn touch(&self, mm: &HostedMm, address: u64) -> Result<(), Error> {
         let kernel = &self.kernel;
         let access = if self.choices().one_in(2) { UserAccess::Read } else { UserAccess::Write };
         let signal = match kernel.machine().options().checking {
-            Checking::On => match touch(kernel, &space.mm, address, access) {
+            Checking::On => match touch(kernel, mm, address, access) {
                 Touched::Reached => None,
                 Touched::Signal(signal) => Some(signal),
             },
             // Nothing is cached there, so every use is as good as a fault.
-            Checking::Off => kernel.handle_fault(&space.mm, address, access).err(),
+            Checking::Off => kernel.handle_fault(mm, address, access).err(),
         };
         if signal == Some(FaultError::NoMemory) { Err(Error::NoMemory) } else { Ok(()) }
     }

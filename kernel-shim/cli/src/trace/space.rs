@@ -81,8 +81,13 @@ impl Space {
         Ok(Self { mm, users: Cell::new(1), known: RefCell::new(known) })
     }
 
+    /// The program on this CPU uses a page that it may have used before.
+    pub(crate) fn touch_warm(&self, host: &Host) -> Result<(), Error> {
+        self.warm_page(host.choices()).map_or(Ok(()), |page| host.touch(&self.mm, page))
+    }
+
     /// A page that a thread may be about to use; now and then it is gone already.
-    pub(crate) fn warm_page(&self, choices: &Choices) -> Option<u64> {
+    fn warm_page(&self, choices: &Choices) -> Option<u64> {
         let known = self.known.borrow();
         let range = known.warm.get(choices.pick(known.warm.len()))?;
         // Programs use what is near: most pages that are touched at all are at the start of their area.

@@ -194,11 +194,11 @@ impl Replay {
         self.touches_left.set(OTHER_TOUCHES);
         space.assume_for(&self.host, call)?;
         for _ in 0..OWN_TOUCHES {
-            self.host.touch_warm(&space)?;
+            space.touch_warm(&self.host)?;
         }
         if let Some(range) = space.range_of(call) {
             *self.focus.borrow_mut() = Some((Rc::clone(&space), range));
-            self.host.touch_start_of(&space, range)?;
+            self.host.touch_start_of(&space.mm, range)?;
             self.host.kernel.machine().point_at(range.start());
         }
         for _ in 0..CHANCES {
@@ -214,7 +214,7 @@ impl Replay {
         if let (Ok(()), MemoryCall::Mmap { range, .. }) = (result, call)
             && let Ok(range) = VirtRange::new(range.start, range.end)
         {
-            self.host.touch_start_of(&space, range)?;
+            self.host.touch_start_of(&space.mm, range)?;
         }
         result
     }
@@ -318,9 +318,9 @@ impl Replay {
         let result = match focus {
             Some((focused, range)) if Rc::ptr_eq(&focused, &space) && choices.one_in(2) => {
                 let page = choices.below(range.nr_pages().min(RANGE_TOUCHES));
-                self.host.touch(&space, range.start() + page * PAGE_BYTES)
+                self.host.touch(&space.mm, range.start() + page * PAGE_BYTES)
             }
-            _ => self.host.touch_warm(&space),
+            _ => space.touch_warm(&self.host),
         };
         if let Err(error) = result {
             self.refused.set(Some(Refused { event: self.next.get(), error }));

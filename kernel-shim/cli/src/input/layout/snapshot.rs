@@ -15,8 +15,6 @@
 
 use core::fmt;
 
-use crate::input::layout::text::LayoutError;
-
 /// Bytes in one base page of x86_64.
 pub const PAGE_BYTES: u64 = 4096;
 
@@ -167,33 +165,6 @@ pub struct Totals {
 }
 
 impl Layout {
-    /// Reads the text form; `source` is the name errors carry, usually the file's.
-    ///
-    /// # Errors
-    ///
-    /// Whatever the text does wrong, as one [`LayoutError`] that names the source, the line and what was expected.
-    pub fn parse(source: &str, text: &str) -> Result<Self, LayoutError> {
-        crate::input::layout::text::parse(source, text)
-    }
-
-    /// Writes the text form, which [`Layout::parse`] reads back unchanged.
-    ///
-    /// # Errors
-    ///
-    /// Only what `writer` returns.
-    pub fn write_to(&self, mut writer: impl std::io::Write) -> std::io::Result<()> {
-        write!(writer, "{self}")
-    }
-
-    /// Repeats the checks of [`Layout::parse`] on a layout built by hand.
-    ///
-    /// # Errors
-    ///
-    /// The first broken promise of the module documentation; the line in it is the one the text form would have.
-    pub fn check(&self) -> Result<(), LayoutError> {
-        Self::parse(&self.name, &self.to_string()).map(drop)
-    }
-
     /// Adds up what the runs hold.
     #[must_use]
     pub fn totals(&self) -> Totals {
@@ -313,13 +284,6 @@ impl Totals {
     #[must_use]
     pub const fn nr_resident(&self) -> u64 {
         self.nr_anon + self.nr_file + self.nr_huge
-    }
-}
-
-impl fmt::Display for Layout {
-    /// The text form.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        crate::input::layout::text::write(self, f)
     }
 }
 

@@ -3,10 +3,10 @@
 use core::fmt;
 use core::str::Lines;
 
-use crate::input::layout::{
+use crate::input::layout::snapshot::{
     HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END, VmaKind,
 };
-use crate::output::escape::escaped;
+use crate::output::escape::shown;
 
 /// First line of every file. A later format gets a later number.
 const HEADER: &str = "mmu-gather layout 1";
@@ -125,28 +125,54 @@ pub enum LayoutProblem {
     },
 }
 
-/// Reads the text form.
-pub(crate) fn parse(source_name: &str, text: &str) -> Result<Layout, LayoutError> {
-    let mut parser = Parser { lines: text.lines(), line: 0 };
-    parser.layout().map_err(|problem| LayoutError {
-        source_name: source_name.to_owned(),
-        line: parser.line.max(1),
-        problem,
-    })
+impl Layout {
+    /// Reads the text form; `source` is the name errors carry, usually the file's.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the text does wrong, as one [`LayoutError`] that names the source, the line and what was expected.
+    pub fn parse(source: &str, text: &str) -> Result<Self, LayoutError> {
+        let mut parser = Parser { lines: text.lines(), line: 0 };
+        parser.layout().map_err(|problem| LayoutError {
+            source_name: source.to_owned(),
+            line: parser.line.max(1),
+            problem,
+        })
+    }
+
+    /// Writes the text form, which [`Layout::parse`] reads back unchanged.
+    ///
+    /// # Errors
+    ///
+    /// Only what `writer` returns.
+    pub fn write_to(&self, mut writer: impl std::io::Write) -> std::io::Result<()> {
+        write!(writer, "{self}")
+    }
+
+    /// Repeats the checks of [`Layout::parse`] on a layout built by hand.
+    ///
+    /// # Errors
+    ///
+    /// The first broken promise of the module documentation; the line in it is the one the text form would have.
+    pub fn check(&self) -> Result<(), LayoutError> {
+        Self::parse(&self.name, &self.to_string()).map(drop)
+    }
 }
 
-/// Writes the text form.
-pub(crate) fn write(layout: &Layout, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    writeln!(f, "{HEADER}")?;
-    writeln!(f, "name {}", Quoted(&layout.name))?;
-    writeln!(f, "command {}", Quoted(&layout.command))?;
-    writeln!(f, "kernel {}", Quoted(&layout.kernel))?;
-    writeln!(f, "threads {}", layout.nr_threads)?;
-    writeln!(f, "tables {}", layout.nr_tables)?;
-    for vma in &layout.vmas {
-        write_vma(vma, f)?;
+impl fmt::Display for Layout {
+    /// The text form.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{HEADER}")?;
+        writeln!(f, "name {}", Quoted(&self.name))?;
+        writeln!(f, "command {}", Quoted(&self.command))?;
+        writeln!(f, "kernel {}", Quoted(&self.kernel))?;
+        writeln!(f, "threads {}", self.nr_threads)?;
+        writeln!(f, "tables {}", self.nr_tables)?;
+        for vma in &self.vmas {
+            write_vma(vma, f)?;
+        }
+        writeln!(f, "end {}", Trailer::of(self))
     }
-    writeln!(f, "end {}", Trailer::of(layout))
 }
 
 fn write_vma(vma: &LayoutVma, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -235,16 +261,6 @@ impl fmt::Display for Quoted<'_> {
             }
         }
         write!(f, "\"")
-    }
-}
-
-/// The rest of a line as an error shows it: short, and never nothing.
-pub(crate) fn shown(rest: &str) -> String {
-    const SHOWN_CHARS: usize = 60;
-    match rest.char_indices().nth(SHOWN_CHARS) {
-        _ if rest.is_empty() => "the end of the line".to_owned(),
-        None => format!("`{}`", escaped(rest)),
-        Some((cut, _)) => format!("`{}...`", escaped(&rest[..cut])),
     }
 }
 

@@ -1,0 +1,10 @@
+//! A panic of the engine or the kernel under test is a finding, and is told once.
+
+/// Runs `f`, in which a panic is a finding: told once with its sequence, not on the way.
+pub(crate) fn with_quiet_panics<R>(f: impl FnOnce() -> R) -> R {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = f();
+    std::panic::set_hook(before);
+    result
+}
