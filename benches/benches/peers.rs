@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p mmu-benches --bench peers` prints it; `-- --test` runs every row once on small sizes; `-- --quick` takes
 //! fewer rounds; `-- --variants` adds what the same costs under other conditions; `-- --engine W1,W5` has only the floors and the
-//! engine, on these workloads.
+//! engine, on these workloads; `-- --calls` has only the calls of few pages.
 
 use core::time::Duration;
 
@@ -27,6 +27,10 @@ fn main() {
     } else {
         (Size::for_this_machine(), 21, Duration::from_secs(25))
     };
+    if has("--calls") {
+        let memory = Memory::new();
+        return calls_table(&Sampler::new(&memory), size, rounds, patience / 4);
+    }
     let mut entries = Entry::MAIN.to_vec();
     if has("--variants") || has("--test") {
         entries.extend(Entry::VARIANTS);
@@ -49,6 +53,7 @@ fn main() {
     for (name, cells) in linux {
         println!("| {name} | {} |", cells.join(" | "));
     }
+    calls_table(&sampler, size, rounds, patience / 4);
     flush_table(&memory, size, rounds.min(5));
     println!("\nMedian of the ratios to the plain floor, round by round\n");
     print_table(&entries, &columns, |series, column| series.ratio_to(row(column, Entry::PLAIN)?));
@@ -106,6 +111,30 @@ fn linux_rows(size: Size, rounds: u32) -> Vec<(&'static str, Vec<String>)> {
     Way::ALL.map(|way| (way.name(), shapes.iter().map(|shape| cell(way, shape)).collect())).into()
 }
 
+/// Calls of few pages: what one costs, and the ratio to the same written out by hand.
+fn calls_table(sampler: &Sampler<'_>, size: Size, rounds: u32, patience: Duration) {
+    let mut names = Vec::new();
+    let columns: Vec<Column> = Workload::CALLS
+        .iter()
+        .map(|workload| {
+            let shape = workload.shape(size);
+            let series = measure(sampler, &shape, &Entry::CALLS, rounds, patience);
+            let pages = shape.leaves.len() / shape.areas.len();
+            names.push(pages.to_string());
+            #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+            let pages = pages as f64;
+            let a_call = |series: Series| Series(series.0.iter().map(|a_page| a_page * pages).collect());
+            Entry::CALLS.into_iter().zip(series.into_iter().map(a_call)).collect()
+        })
+        .collect();
+    println!("\nMedian ns for a call of so many pages, in a table that stays\n");
+    print_cells(&names, &Entry::CALLS, &columns, |series, _| series.median());
+    println!("\nMedian of the ratios to the same by hand, round by round\n");
+    print_cells(&names, &Entry::CALLS, &columns, |series, column| {
+        series.ratio_to(row(column, Entry::Protocol)?)
+    });
+}
+
 /// The same where a flush costs something: one other CPU runs the program, and takes a microsecond to interrupt.
 fn flush_table(memory: &Memory, size: Size, rounds: u32) {
     println!(
@@ -139,7 +168,15 @@ fn row(column: &Column, entry: Entry) -> Option<&Series> {
 }
 
 fn print_table(entries: &[Entry], columns: &[Column], value: impl Fn(&Series, &Column) -> Option<f64>) {
-    let names: Vec<&str> = Workload::ALL.iter().map(|workload| workload.name()).collect();
+    print_cells(&Workload::ALL.map(|workload| workload.name().into()), entries, columns, value);
+}
+
+fn print_cells(
+    names: &[String],
+    entries: &[Entry],
+    columns: &[Column],
+    value: impl Fn(&Series, &Column) -> Option<f64>,
+) {
     println!("| | {} |", names.join(" | "));
     println!("| --- |{}", " ---: |".repeat(names.len()));
     for entry in entries {
