@@ -11,11 +11,11 @@ use std::time::Instant;
 
 use crate::boot::error::BootError;
 use crate::boot::options::Accelerator;
-use crate::output::cleanup::Group;
+use crate::output::cleanup::ChildGroup;
 
 /// A machine to be emulated.
 #[derive(Debug)]
-pub(crate) struct Machine<'a> {
+pub(crate) struct Emulator<'a> {
     pub(crate) qemu: &'a Path,
     pub(crate) accelerator: Accelerator,
     pub(crate) nr_cpus: u32,
@@ -49,7 +49,7 @@ pub(crate) enum Ending {
 }
 
 impl Ending {
-    const fn of_status(status: i32) -> Option<Self> {
+    const fn from_exit_status(status: i32) -> Option<Self> {
         Some(match status {
             33 => Self::Pass,
             35 => Self::Violation,
@@ -63,7 +63,7 @@ impl Ending {
     }
 }
 
-impl Machine<'_> {
+impl Emulator<'_> {
     fn command(&self) -> Command {
         let mut command = Command::new(self.qemu);
         let accelerator = match self.accelerator {
@@ -131,22 +131,22 @@ impl Machine<'_> {
         if let Some(killed) = complaints.lines().find(|line| line.contains("terminating on signal")) {
             return Err(BootError::Qemu(killed.to_owned()));
         }
-        status.code().and_then(Ending::of_status).ok_or_else(|| {
+        status.code().and_then(Ending::from_exit_status).ok_or_else(|| {
             let words = complaints.lines().collect::<Vec<_>>().join("; ");
             BootError::Qemu(if words.is_empty() { status.to_string() } else { words })
         })
     }
 }
 
-fn spawn(qemu: &Path, command: &mut Command) -> Result<Group, BootError> {
-    Group::spawn(command).map_err(|error| match error.kind() {
+fn spawn(qemu: &Path, command: &mut Command) -> Result<ChildGroup, BootError> {
+    ChildGroup::spawn(command).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => BootError::NoQemu(qemu.to_owned()),
         _ => BootError::Qemu(format!("cannot run {}: {error}", qemu.display())),
     })
 }
 
 /// Waits for a child, not longer than until `end`.
-fn wait_until(running: &mut Group, end: Instant) -> Result<Option<ExitStatus>, BootError> {
+fn wait_until(running: &mut ChildGroup, end: Instant) -> Result<Option<ExitStatus>, BootError> {
     loop {
         let status = running.child.try_wait().map_err(|error| BootError::Qemu(error.to_string()))?;
         if status.is_some() || Instant::now() >= end {
@@ -172,7 +172,7 @@ fn rest_of(pipe: Option<impl Read + Send + 'static>) -> impl FnOnce() -> String 
 ///
 /// # Errors
 /// [`BootError`] if it cannot be run, or says nothing for `limit`.
-pub(crate) fn version(qemu: &Path, limit: Duration) -> Result<String, BootError> {
+pub(crate) fn emulator_version(qemu: &Path, limit: Duration) -> Result<String, BootError> {
     let mut command = Command::new(qemu);
     command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut running = spawn(qemu, &mut command)?;

@@ -12,7 +12,7 @@ use crate::boot::error::BootError;
 const PACKAGE: &str = "mmu-boot";
 
 /// Builds the image from the source tree that this command was built from, if it is not up to date, and returns where it is.
-pub(crate) fn build() -> Result<PathBuf, BootError> {
+pub(crate) fn build_image() -> Result<PathBuf, BootError> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     if !root.join("kernel-shim/boot/image.toml").is_file() {
         return Err(BootError::NoSources(root));

@@ -99,24 +99,24 @@ impl Planner {
         };
         let backing = self.backing(vma);
         let grows = if vma.kind == VmaKind::Stack { " grows" } else { "" };
-        self.line(format_args!("area {:x}-{:x} {rights} {backing}{grows}", vma.start, vma.end));
+        self.write_line(format_args!("area {:x}-{:x} {rights} {backing}{grows}", vma.start, vma.end));
         let mut nr_dirty = if vma.sharing == Sharing::Shared { vma.nr_dirty.unwrap_or(0) } else { 0 };
         for run in &vma.runs {
             let start = vma.address_of(run);
             let nr_pages = self.affordable(run.state, run.nr_pages);
             let written = if run.state == PageState::File { nr_dirty.min(nr_pages) } else { 0 };
             nr_dirty -= written;
-            self.fill(start, written, PageContent::FileDirty);
-            self.fill(start + written * PAGE_BYTES, nr_pages - written, content_of(run.state));
+            self.write_fill(start, written, PageContent::FileDirty);
+            self.write_fill(start + written * PAGE_BYTES, nr_pages - written, content_of(run.state));
         }
     }
 
-    fn fill(&mut self, start: u64, nr_pages: u64, content: PageContent) {
+    fn write_fill(&mut self, start: u64, nr_pages: u64, content: PageContent) {
         if nr_pages == 0 {
             return;
         }
         let end = start + nr_pages * PAGE_BYTES;
-        self.line(format_args!("fill {start:x}-{end:x} {}", content.word()));
+        self.write_line(format_args!("fill {start:x}-{end:x} {}", content.word()));
         if content != PageContent::Swap {
             self.nr_planned += nr_pages;
         }
@@ -152,7 +152,7 @@ impl Planner {
         }
     }
 
-    fn line(&mut self, line: core::fmt::Arguments<'_>) {
+    fn write_line(&mut self, line: core::fmt::Arguments<'_>) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.text, "{line}");
     }

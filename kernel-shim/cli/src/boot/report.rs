@@ -147,7 +147,7 @@ pub struct Difference {
 impl Comparison {
     /// Compares every counter.
     #[must_use]
-    pub fn of(name: &str, hosted: &Snapshot, booted: &Snapshot) -> Self {
+    pub fn between(name: &str, hosted: &Snapshot, booted: &Snapshot) -> Self {
         let pairs = hosted.fields().into_iter().zip(booted.fields());
         let differences = pairs
             .filter(|((_, hosted), (_, booted))| hosted != booted)
@@ -158,7 +158,7 @@ impl Comparison {
 }
 
 impl BootReport {
-    pub(crate) fn begin(
+    pub(crate) fn new(
         emulator: String,
         accelerator: String,
         cpus: u32,
@@ -172,7 +172,7 @@ impl BootReport {
     }
 
     /// Takes in one line of the image; returns what to show meanwhile, if it says how far it is.
-    pub(crate) fn line(&mut self, line: String) -> Option<String> {
+    pub(crate) fn take_line(&mut self, line: String) -> Option<String> {
         // An emulator may print anything, and its lines go to a terminal.
         let line = escaped(&line);
         self.last = Some(line.clone());
@@ -195,20 +195,20 @@ impl BootReport {
                 median: number(rest, "median"),
                 times: number(rest, "times"),
             }),
-            "total" => self.total(rest),
+            "total" => self.take_total(rest),
             "boot" if rest == "verdict Pass" => self.passed = true,
             "boot" if text(rest, "cpus").is_some() => {
                 self.started = Some(number(rest, "cpus"));
                 self.pcid = text(rest, "pcid") == Some("true");
             }
             "boot" | "layout" => {}
-            "violation" => self.violation(rest),
+            "violation" => self.take_violation(rest),
             _ => self.console.push(line),
         }
         None
     }
 
-    fn total(&mut self, rest: &str) {
+    fn take_total(&mut self, rest: &str) {
         self.summed_up = true;
         self.total = Total {
             pages: number(rest, "pages"),
@@ -228,19 +228,19 @@ impl BootReport {
         self.report.double_frees = number(rest, "double_frees");
     }
 
-    fn violation(&mut self, rest: &str) {
+    fn take_violation(&mut self, rest: &str) {
         // The story follows its first line, indented.
-        match (rest.starts_with(' '), self.report.stories.last_mut()) {
+        match (rest.starts_with(' '), self.report.told_violations.last_mut()) {
             (true, Some(story)) => *story += &format!("{rest}\n"),
             _ => {
                 self.report.violations += 1;
-                self.report.stories.push(format!("violation: {rest}\n"));
+                self.report.told_violations.push(format!("violation: {rest}\n"));
             }
         }
     }
 
     /// The run has ended like this.
-    pub(crate) fn ended(&mut self, ending: Ending) {
+    pub(crate) fn set_ending(&mut self, ending: Ending) {
         self.ending = match ending {
             Ending::Pass => "pass",
             Ending::Violation => "violation",
@@ -263,7 +263,7 @@ impl BootReport {
         };
         self.report.violations += 1;
         let console: String = self.console.iter().map(|line| format!("  {line}\n")).collect();
-        self.report.stories.push(format!("violation: {what}\n{console}"));
+        self.report.told_violations.push(format!("violation: {what}\n{console}"));
     }
 
     /// The last line of text that the image printed.
@@ -317,29 +317,29 @@ impl BootReport {
         self.pcid
     }
 
-    pub(crate) fn counted(&self, of: &str) -> Option<Snapshot> {
+    pub(crate) fn counters_of(&self, of: &str) -> Option<Snapshot> {
         self.counts.iter().find(|(name, _)| name == of).map(|(_, counted)| *counted)
     }
 
     /// The layout that was run, as a row of the report.
-    pub(crate) fn planned(&mut self, plan: &LayoutPlan) {
+    pub(crate) fn add_layout(&mut self, plan: &LayoutPlan) {
         self.layout_pages = Some((plan.nr_planned, plan.nr_pages));
-        if let Some(counted) = self.counted("layout") {
-            self.row(&plan.name, plan.nr_areas, plan.nr_planned, &counted);
+        if let Some(counted) = self.counters_of("layout") {
+            self.add_row(&plan.name, plan.nr_areas, plan.nr_planned, &counted);
         }
     }
 
     /// Takes in a comparison; that of the drill is a row of the report too.
-    pub(crate) fn compared(&mut self, comparison: Comparison) {
+    pub(crate) fn add_comparison(&mut self, comparison: Comparison) {
         if comparison.of == "drill"
-            && let Some(counted) = self.counted("drill")
+            && let Some(counted) = self.counters_of("drill")
         {
-            self.row("drill", 6, counted.leaves, &counted);
+            self.add_row("drill", 6, counted.leaves, &counted);
         }
         self.comparisons.push(comparison);
     }
 
-    fn row(&mut self, name: &str, vmas: u64, pages: u64, counted: &Snapshot) {
+    fn add_row(&mut self, name: &str, vmas: u64, pages: u64, counted: &Snapshot) {
         let row = LayoutReport::between(name, vmas, pages, &Snapshot::default(), counted);
         self.report.layouts.push(row);
     }
@@ -381,11 +381,11 @@ impl BootReport {
         if !self.report.layouts.is_empty() {
             return self.report.write_text(out);
         }
-        if self.report.stories.is_empty() {
+        if self.report.told_violations.is_empty() {
             // Of a self-test, say.
             self.console.iter().try_for_each(|line| writeln!(out, "{line}"))?;
         }
-        self.report.stories.iter().try_for_each(|story| write!(out, "{story}"))?;
+        self.report.told_violations.iter().try_for_each(|story| write!(out, "{story}"))?;
         let verdict = if self.is_clean() { "clean" } else { "NOT CLEAN" };
         writeln!(out, "\n{verdict}: violations {}", self.report.violations)?;
         out.flush()
@@ -475,9 +475,9 @@ mod tests {
     use super::*;
 
     fn report(lines: &[&str]) -> BootReport {
-        let mut report = BootReport::begin("Q".into(), "tcg".into(), 4, 512, "full".into(), None);
+        let mut report = BootReport::new("Q".into(), "tcg".into(), 4, 512, "full".into(), None);
         for line in lines {
-            report.line((*line).to_owned());
+            report.take_line((*line).to_owned());
         }
         report
     }
@@ -491,13 +491,13 @@ mod tests {
             "cycles: least=340 median=363 times=40 what=flush of one page, this CPU only",
             "total: pages=439237 lost_frames=0 exits=464",
         ]);
-        report.ended(Ending::Pass);
+        report.set_ending(Ending::Pass);
         assert!(report.has_pcid() && report.is_clean());
         assert_eq!((report.phases[0].pages, report.total.exits), (163_600, 464));
         assert_eq!(report.emulated_cycles[0].what, "flush of one page, this CPU only");
-        let counted = report.counted("drill").expect("it was counted");
+        let counted = report.counters_of("drill").expect("it was counted");
         assert_eq!((counted.ipis_sent, counted.leaves), (92, 2986));
-        report.compared(Comparison::of("drill", &Snapshot { ipis_sent: 91, ..counted }, &counted));
+        report.add_comparison(Comparison::between("drill", &Snapshot { ipis_sent: 91, ..counted }, &counted));
         assert!(!report.is_clean(), "a difference is not clean");
         assert_eq!(
             report.comparisons[0].differences,
@@ -509,18 +509,18 @@ mod tests {
     fn a_story_is_one_violation_however_many_lines_it_has() {
         let mut report =
             report(&["violation: a program read a frame that was freed", "violation:   cpu 2, address 0x10"]);
-        report.ended(Ending::Violation);
+        report.set_ending(Ending::Violation);
         assert_eq!(report.report.violations, 1);
-        assert!(report.report.stories[0].ends_with("freed\n  cpu 2, address 0x10\n"));
+        assert!(report.report.told_violations[0].ends_with("freed\n  cpu 2, address 0x10\n"));
     }
 
     #[test]
     fn whatever_is_not_an_orderly_end_cannot_pass() {
         for ending in [Ending::Violation, Ending::Panic, Ending::Exception, Ending::Hang, Ending::Reset] {
             let mut report = report(&["total: pages=1", "cpu 0: in ring 0"]);
-            report.ended(ending);
+            report.set_ending(ending);
             assert!(!report.is_clean(), "{ending:?}");
-            assert!(report.report.stories[0].contains("cpu 0: in ring 0"), "{ending:?}");
+            assert!(report.report.told_violations[0].contains("cpu 0: in ring 0"), "{ending:?}");
         }
     }
 }

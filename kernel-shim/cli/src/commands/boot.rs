@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use mmu_gather::tlb::PcidSupport;
 
-use crate::boot::emulator::{self, Ending, Machine};
+use crate::boot::emulator::{Emulator, Ending, emulator_version};
 use crate::boot::error::BootError;
-use crate::boot::image;
+use crate::boot::image::build_image;
 use crate::boot::layout_plan::{LayoutPlan, count_drill_hosted};
 use crate::boot::options::{Accelerator, BootFault, Mebibytes, Workload, name, parse_memory};
 use crate::boot::report::{BootReport, Comparison};
 use crate::commands::options::Format;
-use crate::commands::outcome::{Failure, Verdict};
+use crate::commands::outcome::{CommandError, CommandVerdict};
 use crate::input::layout::Layout;
-use crate::output::cleanup::Unfinished;
+use crate::output::cleanup::UnfinishedFile;
 use crate::output::progress::spinner;
 use crate::run::hosted_process::frames_needed;
 
@@ -72,11 +72,11 @@ pub struct BootArgs {
 }
 
 /// Builds the image if need be, boots it, and prints a report to standard output.
-pub(crate) fn boot_image(args: &BootArgs) -> Result<Verdict, Failure> {
-    run(args).map_err(|error| error.to_string())
+pub(crate) fn execute(args: &BootArgs) -> Result<CommandVerdict, CommandError> {
+    boot_and_report(args).map_err(|error| error.to_string())
 }
 
-fn run(args: &BootArgs) -> Result<Verdict, BootError> {
+fn boot_and_report(args: &BootArgs) -> Result<CommandVerdict, BootError> {
     let report = boot(args)?;
     let out = BufWriter::new(io::stdout().lock());
     let written = match args.format {
@@ -84,7 +84,7 @@ fn run(args: &BootArgs) -> Result<Verdict, BootError> {
         Format::Json => report.write_json(out),
     };
     written.map_err(BootError::Output)?;
-    Ok(if report.is_clean() { Verdict::Good } else { Verdict::Violation })
+    Ok(if report.is_clean() { CommandVerdict::Good } else { CommandVerdict::Violation })
 }
 
 /// Builds the image if need be, boots it, and says what it came to.
@@ -99,22 +99,22 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
     let module = plan.as_ref().map(|plan| write_module(&plan.text)).transpose()?;
     // The emulator first: without it there is no need to build.
     let limit = Duration::from_secs(args.timeout);
-    let version = emulator::version(&args.qemu, limit.min(VERSION_LIMIT))?;
-    let image = args.image.clone().map_or_else(image::build, Ok)?;
+    let version = emulator_version(&args.qemu, limit.min(VERSION_LIMIT))?;
+    let image = args.image.clone().map_or_else(build_image, Ok)?;
     if !image.is_file() {
         return Err(BootError::NoImage(image));
     }
     let command_line = args.command_line();
-    let machine = Machine {
+    let emulator = Emulator {
         qemu: &args.qemu,
         accelerator: args.accel,
         nr_cpus: args.cpus,
         memory_mib,
         image: &image,
-        module: module.as_ref().map(Unfinished::path),
+        module: module.as_ref().map(UnfinishedFile::path),
         command_line: &command_line,
     };
-    let mut report = BootReport::begin(
+    let mut report = BootReport::new(
         version,
         name(&args.accel),
         args.cpus,
@@ -123,14 +123,14 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
         args.fault.map(|fault| fault.to_string()),
     );
     let progress = spinner();
-    let ending = machine.run(limit, |line| {
-        if let Some(message) = report.line(line) {
+    let ending = emulator.run(limit, |line| {
+        if let Some(message) = report.take_line(line) {
             progress.set_message(message);
         }
     });
     progress.finish_and_clear();
     let ending = ending?;
-    report.ended(ending);
+    report.set_ending(ending);
     match ending {
         Ending::Usage => return Err(BootError::Image(report.last_words())),
         Ending::TimedOut => {
@@ -142,7 +142,7 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
         return Err(BootError::Incomplete(missing));
     }
     if let Some(plan) = &plan {
-        report.planned(plan);
+        report.add_layout(plan);
     }
     compare(&mut report, args.cpus, plan.as_ref())?;
     Ok(report)
@@ -151,13 +151,13 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
 /// Does on the hosted machine what the image has counted.
 fn compare(report: &mut BootReport, nr_cpus: u32, plan: Option<&LayoutPlan>) -> Result<(), BootError> {
     let pcid = if report.has_pcid() { PcidSupport::On } else { PcidSupport::Off };
-    if let Some(booted) = report.counted("drill") {
+    if let Some(booted) = report.counters_of("drill") {
         let hosted = count_drill_hosted(nr_cpus, pcid).map_err(BootError::Hosted)?;
-        report.compared(Comparison::of("drill", &hosted, &booted));
+        report.add_comparison(Comparison::between("drill", &hosted, &booted));
     }
-    if let (Some(booted), Some(plan)) = (report.counted("layout"), plan) {
+    if let (Some(booted), Some(plan)) = (report.counters_of("layout"), plan) {
         let hosted = plan.count_hosted(nr_cpus, pcid).map_err(BootError::Hosted)?;
-        report.compared(Comparison::of(&plan.name, &hosted, &booted));
+        report.add_comparison(Comparison::between(&plan.name, &hosted, &booted));
     }
     Ok(())
 }
@@ -198,11 +198,11 @@ impl BootArgs {
 }
 
 /// Writes a plan into a file of its own, for QEMU to load; removed afterwards.
-fn write_module(text: &str) -> Result<Unfinished, BootError> {
+fn write_module(text: &str) -> Result<UnfinishedFile, BootError> {
     static WRITTEN: AtomicU32 = AtomicU32::new(0);
     let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
     let path = std::env::temp_dir().join(format!("teardown-{}-{number}.plan", std::process::id()));
-    let module = Unfinished::new(&path);
+    let module = UnfinishedFile::new(&path);
     std::fs::write(&path, text).map_err(|error| BootError::File { path, error })?;
     Ok(module)
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::commands::outcome::{Failure, Verdict, cannot_write, output_file};
+use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file};
 use crate::input::live_process;
 
 #[derive(Clone, Debug, Args)]
@@ -18,7 +18,7 @@ pub(crate) struct CaptureArgs {
     output: Option<PathBuf>,
 }
 
-pub(crate) fn capture_layout(args: &CaptureArgs) -> Result<Verdict, Failure> {
+pub(crate) fn execute(args: &CaptureArgs) -> Result<CommandVerdict, CommandError> {
     let file = args.output.as_deref().map(|path| output_file(path).map(|file| (path, file))).transpose()?;
     let layout = live_process::capture(args.pid).map_err(|error| error.to_string())?;
     match file {
@@ -31,5 +31,5 @@ pub(crate) fn capture_layout(args: &CaptureArgs) -> Result<Verdict, Failure> {
             file.write(|out| layout.write_to(out)).map_err(|error| cannot_write(path, &error))?;
         }
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }

@@ -16,7 +16,7 @@ use clap::Args;
 use mmu_hosted::Sequence;
 
 use crate::commands::options::{Fault, Format};
-use crate::commands::outcome::{Failure, Verdict, cannot_write, output_file};
+use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file};
 
 /// What `fuzz` is told.
 #[derive(Clone, Debug, Args)]
@@ -50,7 +50,7 @@ pub(crate) struct FuzzArgs {
     format: Format,
 }
 
-pub(crate) fn fuzz(args: &FuzzArgs) -> Result<Verdict, Failure> {
+pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
     Fault::check(args.fault, args.cpus)?;
     // What is found may have taken hours: where it is to go is opened first, and nothing is left there if nothing fails.
     let file = Mutex::new(Some(output_file(&args.output)?));
@@ -97,7 +97,7 @@ fn finish(
     fuzzed: &Fuzzed,
     time: Duration,
     shows_progress: bool,
-) -> Result<Verdict, Failure> {
+) -> Result<CommandVerdict, CommandError> {
     if shows_progress {
         let _ = write!(io::stderr(), "\r\x1b[2K");
     }
@@ -108,7 +108,7 @@ fn finish(
         Format::Json => format!("{:#}", fuzz_json(options, fuzzed, time)),
     };
     writeln!(io::stdout().lock(), "{report}").map_err(|error| format!("cannot write the report: {error}"))?;
-    Ok(if fuzzed.failure.is_none() { Verdict::Good } else { Verdict::Violation })
+    Ok(if fuzzed.failure.is_none() { CommandVerdict::Good } else { CommandVerdict::Violation })
 }
 
 fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration, saved: Option<Saved>) -> String {

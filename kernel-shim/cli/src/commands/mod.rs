@@ -29,7 +29,7 @@ use crate::output::escape::{escaped, escaped_lines};
 use boot::BootArgs;
 use capture::CaptureArgs;
 use fuzz::FuzzArgs;
-use outcome::Verdict;
+use outcome::CommandVerdict;
 use replay::ReplayArgs;
 use run::RunArgs;
 use sweep::SweepArgs;
@@ -87,14 +87,14 @@ enum Command {
 pub fn run_command_line() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
-        None => run::run(&cli.run),
-        Some(Command::Run(args)) => run::run(args),
-        Some(Command::Capture(args)) => capture::capture_layout(args),
-        Some(Command::Trace(args)) => trace::trace(args),
-        Some(Command::Boot(args)) => boot::boot_image(args),
-        Some(Command::Fuzz(args)) => fuzz::fuzz(args),
-        Some(Command::Replay(args)) => replay::replay(args),
-        Some(Command::Sweep(args)) => sweep::sweep_batches(args),
+        None => run::execute(&cli.run),
+        Some(Command::Run(args)) => run::execute(args),
+        Some(Command::Capture(args)) => capture::execute(args),
+        Some(Command::Trace(args)) => trace::execute(args),
+        Some(Command::Boot(args)) => boot::execute(args),
+        Some(Command::Fuzz(args)) => fuzz::execute(args),
+        Some(Command::Replay(args)) => replay::execute(args),
+        Some(Command::Sweep(args)) => sweep::execute(args),
     };
     // Names of files, and words of them. Of what the compiler said every line is its own.
     let result = result.map_err(|failure| match cli.command {
@@ -102,8 +102,8 @@ pub fn run_command_line() -> ExitCode {
         _ => escaped(&failure),
     });
     match result {
-        Ok(Verdict::Good) => ExitCode::SUCCESS,
-        Ok(Verdict::Violation) => ExitCode::from(1),
+        Ok(CommandVerdict::Good) => ExitCode::SUCCESS,
+        Ok(CommandVerdict::Violation) => ExitCode::from(1),
         Err(failure) => {
             // If even this cannot be written, the exit code still tells.
             let _ = writeln!(io::stderr(), "teardown: {failure}");

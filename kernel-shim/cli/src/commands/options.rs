@@ -8,7 +8,7 @@ use mmu_gather::Limits;
 use mmu_hosted::{Checking, MachineFault, Trial};
 use mmu_kernel_shim::Misbehaviour;
 
-use crate::commands::outcome::{Failure, Verdict};
+use crate::commands::outcome::{CommandError, CommandVerdict};
 use crate::output::report::Report;
 use crate::run::teardown::RunOptions;
 
@@ -62,7 +62,7 @@ pub(crate) enum Fault {
 }
 
 impl MachineArgs {
-    pub(crate) fn options(&self) -> Result<RunOptions, Failure> {
+    pub(crate) fn options(&self) -> Result<RunOptions, CommandError> {
         if self.fault.is_some() && self.checker == Switch::Off {
             return Err("--fault with --checker off: nobody would look for what goes wrong".to_owned());
         }
@@ -80,7 +80,7 @@ impl MachineArgs {
     }
 
     /// Prints what was found.
-    pub(crate) fn print(&self, report: &Report) -> Result<Verdict, Failure> {
+    pub(crate) fn print(&self, report: &Report) -> Result<CommandVerdict, CommandError> {
         Fault::check_happened(self.fault, report.faults, report.is_clean())?;
         let out = BufWriter::new(io::stdout().lock());
         let written = match self.format {
@@ -88,7 +88,7 @@ impl MachineArgs {
             Format::Json => report.write_json(out),
         };
         written.map_err(|error| format!("cannot write the report: {error}"))?;
-        Ok(if report.is_clean() { Verdict::Good } else { Verdict::Violation })
+        Ok(if report.is_clean() { CommandVerdict::Good } else { CommandVerdict::Violation })
     }
 }
 
@@ -99,7 +99,7 @@ impl Fault {
     }
 
     /// Refuses a fault that cannot happen on so many CPUs: a run without a violation would be taken for a blind checker.
-    pub(crate) fn check(fault: Option<Self>, nr_cpus: u32) -> Result<(), Failure> {
+    pub(crate) fn check(fault: Option<Self>, nr_cpus: u32) -> Result<(), CommandError> {
         if fault == Some(Self::DropIpi) && nr_cpus < 2 {
             return Err("--fault drop-ipi: one CPU sends no flush requests; use --cpus 2 or more".to_owned());
         }
@@ -107,7 +107,11 @@ impl Fault {
     }
 
     /// Refuses to call a run clean whose fault never happened; says so where it did and nothing was found.
-    pub(crate) fn check_happened(fault: Option<Self>, times: u64, is_clean: bool) -> Result<(), Failure> {
+    pub(crate) fn check_happened(
+        fault: Option<Self>,
+        times: u64,
+        is_clean: bool,
+    ) -> Result<(), CommandError> {
         let Some(fault) = fault.filter(|_| is_clean) else { return Ok(()) };
         let word = fault.word();
         if times == 0 {

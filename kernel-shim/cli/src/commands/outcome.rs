@@ -7,7 +7,7 @@ use crate::output::file::OutputFile;
 
 /// What the process says when it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum CommandVerdict {
     /// Everything held; exit code 0.
     Good,
     /// Something did not; exit code 1.
@@ -15,18 +15,18 @@ pub(crate) enum Verdict {
 }
 
 /// One line for the person, exit code 2.
-pub(crate) type Failure = String;
+pub(crate) type CommandError = String;
 
 /// The text of a file, or why it cannot be had.
-pub(crate) fn read_text(path: &Path) -> Result<String, Failure> {
+pub(crate) fn read_text(path: &Path) -> Result<String, CommandError> {
     std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
 }
 
 /// A place to write to, or why it is none.
-pub(crate) fn output_file(path: &Path) -> Result<OutputFile, Failure> {
+pub(crate) fn output_file(path: &Path) -> Result<OutputFile, CommandError> {
     OutputFile::create(path).map_err(|error| cannot_write(path, &error))
 }
 
-pub(crate) fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+pub(crate) fn cannot_write(path: &Path, error: &io::Error) -> CommandError {
     format!("cannot write {}: {error}", path.display())
 }

@@ -4,14 +4,14 @@ use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::PathBuf;
 
 use crate::output::verdict::{verdict_json, verdict_text};
-use crate::timeline::page::page;
+use crate::timeline::page::html_page;
 use crate::timeline::rows::Timeline;
-use crate::timeline::terminal::{Colour, Shown, explain};
+use crate::timeline::terminal::{Colour, WhichRows, draw_on_terminal};
 use clap::Args;
 use mmu_hosted::{Sequence, Telling, Trial, judge_in};
 
 use crate::commands::options::{Fault, Format};
-use crate::commands::outcome::{Failure, Verdict, cannot_write, output_file, read_text};
+use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file, read_text};
 use crate::fuzz::panics::with_quiet_panics;
 
 /// What `replay` is told.
@@ -38,7 +38,7 @@ pub(crate) struct ReplayArgs {
     format: Format,
 }
 
-pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
+pub(crate) fn execute(args: &ReplayArgs) -> Result<CommandVerdict, CommandError> {
     let name = args.file.display();
     let text = read_text(&args.file)?;
     let sequence = Sequence::parse(&text).map_err(|error| format!("{name}:{error}"))?;
@@ -49,12 +49,12 @@ pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
     Fault::check_happened(args.fault, run.faults, run.verdict.is_clean())?;
     let mut report = String::new();
     if args.explain {
-        let shown = if args.all { Shown::All } else { Shown::WhatMatters };
-        report = explain(&Timeline::new(&sequence, &run), shown, colour());
+        let shown = if args.all { WhichRows::All } else { WhichRows::WhatMatters };
+        report = draw_on_terminal(&Timeline::from_run(&sequence, &run), shown, colour());
     }
     if let Some((path, out)) = html {
         let file = args.file.file_name().unwrap_or_default().to_string_lossy();
-        let page = page(&Timeline::new(&sequence, &run), &sequence, &run.verdict, &file);
+        let page = html_page(&Timeline::from_run(&sequence, &run), &sequence, &run.verdict, &file);
         out.write(|out| out.write_all(page.as_bytes())).map_err(|error| cannot_write(path, &error))?;
     }
     match args.format {
@@ -64,7 +64,7 @@ pub(crate) fn replay(args: &ReplayArgs) -> Result<Verdict, Failure> {
     let mut out = BufWriter::new(io::stdout().lock());
     let written = writeln!(out, "{report}").and_then(|()| out.flush());
     written.map_err(|error| format!("cannot write the report: {error}"))?;
-    Ok(if run.verdict.is_clean() { Verdict::Good } else { Verdict::Violation })
+    Ok(if run.verdict.is_clean() { CommandVerdict::Good } else { CommandVerdict::Violation })
 }
 
 /// Colour is for a person who has not said no to it (no-color.org).

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::commands::options::MachineArgs;
-use crate::commands::outcome::{Failure, Verdict, read_text};
+use crate::commands::outcome::{CommandError, CommandVerdict, read_text};
 use crate::input::bundled::LAYOUTS;
 use crate::input::layout::Layout;
 use crate::input::live_process;
@@ -26,7 +26,7 @@ pub(crate) struct RunArgs {
     machine: MachineArgs,
 }
 
-pub(crate) fn run(args: &RunArgs) -> Result<Verdict, Failure> {
+pub(crate) fn execute(args: &RunArgs) -> Result<CommandVerdict, CommandError> {
     // All input is read before anything runs.
     let options = args.machine.options()?;
     let layouts = layouts(args)?;
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Verdict, Failure> {
     args.machine.print(&report)
 }
 
-fn layouts(args: &RunArgs) -> Result<Vec<Layout>, Failure> {
+fn layouts(args: &RunArgs) -> Result<Vec<Layout>, CommandError> {
     let mut layouts = Vec::new();
     for path in &args.layout {
         layouts.push(read_layout(path)?);
@@ -57,6 +57,6 @@ fn layouts(args: &RunArgs) -> Result<Vec<Layout>, Failure> {
     Ok(layouts)
 }
 
-fn read_layout(path: &Path) -> Result<Layout, Failure> {
+fn read_layout(path: &Path) -> Result<Layout, CommandError> {
     Layout::parse(&path.display().to_string(), &read_text(path)?).map_err(|error| error.to_string())
 }

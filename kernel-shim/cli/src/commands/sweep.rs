@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::commands::options::Format;
-use crate::commands::outcome::{Failure, Verdict};
+use crate::commands::outcome::{CommandError, CommandVerdict};
 use crate::input::bundled::LAYOUTS;
 use crate::input::layout::{Layout, LayoutError};
 use crate::output::file::OutputFile;
 use crate::output::progress::progress_bar;
 use crate::sweep::axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
-use crate::sweep::captured::Process;
-use crate::sweep::measure::{MeasureError, Plan, measure};
+use crate::sweep::captured_process::CapturedProcess;
+use crate::sweep::measure::{MeasureError, SweepPlan, measure};
 use crate::sweep::report::SweepReport;
 
 /// What `teardown sweep` is told.
@@ -108,7 +108,7 @@ impl SweepArgs {
     ///
     /// # Errors
     /// [`SweepError::Read`] and [`SweepError::Layout`].
-    pub(crate) fn plan(&self) -> Result<Plan, SweepError> {
+    pub(crate) fn plan(&self) -> Result<SweepPlan, SweepError> {
         let batches = if self.batch.is_empty() { Batch::ALL.to_vec() } else { unique(&self.batch) };
         let mut shapes = unique(&self.shape);
         let mut processes = Vec::new();
@@ -117,7 +117,7 @@ impl SweepArgs {
                 .map_err(|error| SweepError::Read { path: path.clone(), error })?;
             let layout = Layout::parse(&path.display().to_string(), &text)?;
             let name = name_for(path, &processes);
-            processes.push(Process { name, layout });
+            processes.push(CapturedProcess { name, layout });
             shapes.push(Arrangement::Process(name));
         }
         let nothing_named = self.size.is_empty()
@@ -132,11 +132,11 @@ impl SweepArgs {
         } else {
             let base = Conditions::BASE;
             product(
-                &or(&shapes, base.shape),
-                &or(&self.size, base.size),
-                &or(&self.cpus, base.cpus),
-                &or(&self.ceiling, base.ceiling),
-                &or(&self.refuse, base.refuse),
+                &named_or_base(&shapes, base.shape),
+                &named_or_base(&self.size, base.size),
+                &named_or_base(&self.cpus, base.cpus),
+                &named_or_base(&self.ceiling, base.ceiling),
+                &named_or_base(&self.refuse, base.refuse),
             )
         };
         for conditions in &mut conditions {
@@ -144,13 +144,13 @@ impl SweepArgs {
             if !processes.iter().any(|process| process.name == name) {
                 let bundled = LAYOUTS.iter().find(|bundled| bundled.name == name);
                 let text = bundled.map_or("", |bundled| bundled.text);
-                processes.push(Process { name, layout: Layout::parse(name, text)? });
+                processes.push(CapturedProcess { name, layout: Layout::parse(name, text)? });
             }
-            let pages = processes.iter().find(|process| process.name == name).map(Process::nr_pages);
+            let pages = processes.iter().find(|process| process.name == name).map(CapturedProcess::nr_pages);
             conditions.size = NrPages(pages.unwrap_or_default());
         }
         let conditions = unique(&conditions);
-        Ok(Plan {
+        Ok(SweepPlan {
             batches,
             conditions,
             processes,
@@ -160,15 +160,15 @@ impl SweepArgs {
     }
 }
 
-pub(crate) fn sweep_batches(args: &SweepArgs) -> Result<Verdict, Failure> {
+pub(crate) fn execute(args: &SweepArgs) -> Result<CommandVerdict, CommandError> {
     let plan = args.plan().map_err(|error| error.to_string())?;
     let progress = progress_bar(plan.steps());
-    let result = run(args, &plan, || progress.inc(1), || progress.finish_and_clear());
+    let result = sweep_and_report(args, &plan, || progress.inc(1), || progress.finish_and_clear());
     match result {
-        Ok(()) => Ok(Verdict::Good),
+        Ok(()) => Ok(CommandVerdict::Good),
         Err(error @ SweepError::Measure(MeasureError::Lost { .. })) => {
             let _ = writeln!(io::stderr(), "teardown: {error}");
-            Ok(Verdict::Violation)
+            Ok(CommandVerdict::Violation)
         }
         Err(error) => Err(error.to_string()),
     }
@@ -176,14 +176,19 @@ pub(crate) fn sweep_batches(args: &SweepArgs) -> Result<Verdict, Failure> {
 
 /// Carries out the plan of `args`, writes the files that were asked for, and prints the report.
 ///
-/// `step` is called as the work goes on, as often as [`Plan::steps`] says at the most, and `done` before anything is printed.
+/// `step` is called as the work goes on, as often as [`SweepPlan::steps`] says at the most, and `done` before anything is printed.
 ///
 /// # Errors
 /// [`SweepError`]; of [`MeasureError::Lost`] the exit code is 1, of all others 2.
-fn run(args: &SweepArgs, plan: &Plan, step: impl FnMut(), done: impl FnOnce()) -> Result<(), SweepError> {
+fn sweep_and_report(
+    args: &SweepArgs,
+    plan: &SweepPlan,
+    step: impl FnMut(),
+    done: impl FnOnce(),
+) -> Result<(), SweepError> {
     let mut files = Vec::new();
     for path in [&args.csv, &args.json, &args.html] {
-        files.push(path.as_deref().map(Target::create).transpose()?);
+        files.push(path.as_deref().map(NamedFile::create).transpose()?);
     }
     let found = measure(plan, step)?;
     done();
@@ -210,12 +215,12 @@ fn run(args: &SweepArgs, plan: &Plan, step: impl FnMut(), done: impl FnOnce()) -
 }
 
 /// A file to be written, and what it is called.
-struct Target<'p> {
+struct NamedFile<'p> {
     path: &'p Path,
     file: OutputFile,
 }
 
-impl<'p> Target<'p> {
+impl<'p> NamedFile<'p> {
     fn create(path: &'p Path) -> Result<Self, SweepError> {
         match OutputFile::create(path) {
             Ok(file) => Ok(Self { path, file }),
@@ -230,7 +235,7 @@ impl<'p> Target<'p> {
 
 /// A name for the layout in the file at `path`: its own, of letters that mean nothing in CSV and HTML, and no other's. It lives as
 /// long as the command, because conditions are copied about and name it.
-fn name_for(path: &Path, taken: &[Process]) -> &'static str {
+fn name_for(path: &Path, taken: &[CapturedProcess]) -> &'static str {
     let stem = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
     let plain = |letter: char| letter.is_alphanumeric() || "-_.".contains(letter);
     let stem: String = stem.chars().map(|letter| if plain(letter) { letter } else { '_' }).collect();
@@ -243,7 +248,7 @@ fn name_for(path: &Path, taken: &[Process]) -> &'static str {
     Box::leak(name.into_boxed_str())
 }
 
-fn or<T: Copy + PartialEq>(named: &[T], base: T) -> Vec<T> {
+fn named_or_base<T: Copy + PartialEq>(named: &[T], base: T) -> Vec<T> {
     if named.is_empty() { vec![base] } else { unique(named) }
 }
 

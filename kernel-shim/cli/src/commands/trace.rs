@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::commands::options::MachineArgs;
-use crate::commands::outcome::{Failure, Verdict, read_text};
+use crate::commands::outcome::{CommandError, CommandVerdict, read_text};
 use crate::input::bundled::TRACES;
 use crate::output::escape::label;
 use crate::output::progress::progress_bar;
 use crate::output::report::Report;
-use crate::trace::log::{TraceLog, run_trace};
+use crate::trace::log::{TraceLog, run_log};
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct TraceArgs {
@@ -21,7 +21,7 @@ pub(crate) struct TraceArgs {
     machine: MachineArgs,
 }
 
-pub(crate) fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
+pub(crate) fn execute(args: &TraceArgs) -> Result<CommandVerdict, CommandError> {
     // All input is read before anything runs.
     let options = args.machine.options()?;
     let logs = logs(args)?;
@@ -29,14 +29,14 @@ pub(crate) fn trace(args: &TraceArgs) -> Result<Verdict, Failure> {
     let progress = progress_bar(logs.len() as u64);
     for log in &logs {
         progress.set_message(label(&log.name));
-        run_trace(log, &options, &mut report).map_err(|error| error.to_string())?;
+        run_log(log, &options, &mut report).map_err(|error| error.to_string())?;
         progress.inc(1);
     }
     progress.finish_and_clear();
     args.machine.print(&report)
 }
 
-fn logs(args: &TraceArgs) -> Result<Vec<TraceLog>, Failure> {
+fn logs(args: &TraceArgs) -> Result<Vec<TraceLog>, CommandError> {
     let mut logs = Vec::new();
     for path in &args.log {
         let name = path.display().to_string();

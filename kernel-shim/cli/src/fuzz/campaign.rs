@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use crate::fuzz::job_watch::Watch;
+use crate::fuzz::job_watch::JobWatch;
 use mmu_hosted::{
     Boundaries, Boundary, Choices, Op, Run, Sequence, Trial, Verdict, generate, judge_in, shrink,
 };
@@ -47,12 +47,12 @@ pub(crate) struct Fuzzed {
     /// What was covered.
     pub coverage: Coverage,
     /// The first failure, if there was one.
-    pub failure: Option<Failure>,
+    pub failure: Option<FailedSequence>,
 }
 
 /// A sequence that fails.
 #[derive(Clone, Debug)]
-pub(crate) struct Failure {
+pub(crate) struct FailedSequence {
     /// Its number, from 0.
     pub number: u64,
     /// As found.
@@ -107,9 +107,9 @@ impl Coverage {
 }
 
 /// What the jobs share.
-struct Shared<'a, P> {
+struct Campaign<'a, P> {
     options: &'a FuzzOptions,
-    watch: Watch,
+    watch: JobWatch,
     start: Instant,
     /// Number of the next sequence.
     next: AtomicU64,
@@ -123,7 +123,7 @@ struct Shared<'a, P> {
 struct State<P> {
     fuzzed: Fuzzed,
     /// As found, until it has been made short.
-    failure: Option<Failure>,
+    failure: Option<FailedSequence>,
     progress: P,
 }
 
@@ -145,9 +145,9 @@ pub(crate) fn fuzz(
 ) -> io::Result<Fuzzed> {
     let length = options.length.max(1) as u64;
     let jobs = options.jobs.max(1);
-    let shared = Shared {
+    let shared = Campaign {
         options,
-        watch: Watch::new(jobs),
+        watch: JobWatch::new(jobs),
         start: Instant::now(),
         next: AtomicU64::new(0),
         failed: AtomicU64::new(u64::MAX),
@@ -168,7 +168,7 @@ pub(crate) fn fuzz(
 }
 
 /// Runs all jobs to their end, and makes what failed short.
-fn run_all<P: FnMut(&Fuzzed, Duration) + Send>(shared: &Shared<'_, P>, jobs: usize) -> io::Result<()> {
+fn run_all<P: FnMut(&Fuzzed, Duration) + Send>(shared: &Campaign<'_, P>, jobs: usize) -> io::Result<()> {
     thread::scope(|scope| {
         let jobs: Vec<_> = (0..jobs)
             .map(|job| thread::Builder::new().spawn_scoped(scope, move || work(shared, job)))
@@ -179,18 +179,18 @@ fn run_all<P: FnMut(&Fuzzed, Duration) + Send>(shared: &Shared<'_, P>, jobs: usi
         }
         io::Result::Ok(())
     })?;
-    let Some(Failure { number, found, verdict, .. }) = lock(&shared.state).failure.clone() else {
+    let Some(FailedSequence { number, found, verdict, .. }) = lock(&shared.state).failure.clone() else {
         return Ok(());
     };
     shared.watch.begin(0, number, &found);
     let (shrunk, verdict) = shrink(&found, shared.options.trial, verdict)?;
     shared.watch.end(0);
-    lock(&shared.state).failure = Some(Failure { number, found, shrunk, verdict });
+    lock(&shared.state).failure = Some(FailedSequence { number, found, shrunk, verdict });
     Ok(())
 }
 
 /// Looks once a second whether a sequence does not come back.
-fn look_after<P>(shared: &Shared<'_, P>, is_done: mpsc::Receiver<()>, stuck: &impl Fn(Fuzzed)) {
+fn look_after<P>(shared: &Campaign<'_, P>, is_done: mpsc::Receiver<()>, stuck: &impl Fn(Fuzzed)) {
     let options = shared.options;
     // Longer sequences on more CPUs take longer.
     let size = u64::try_from(options.length).unwrap_or(u64::MAX).saturating_mul(u64::from(options.nr_cpus));
@@ -203,7 +203,7 @@ fn look_after<P>(shared: &Shared<'_, P>, is_done: mpsc::Receiver<()>, stuck: &im
         let words = format!(
             "a call does not end: CPUs took no turns, and the sequence did not come back in {most} s"
         );
-        let failure = state.failure.take().unwrap_or_else(|| Failure {
+        let failure = state.failure.take().unwrap_or_else(|| FailedSequence {
             number,
             shrunk: found.clone(),
             found,
@@ -215,7 +215,7 @@ fn look_after<P>(shared: &Shared<'_, P>, is_done: mpsc::Receiver<()>, stuck: &im
 }
 
 /// One job.
-fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Shared<'_, P>, job: usize) -> io::Result<()> {
+fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Campaign<'_, P>, job: usize) -> io::Result<()> {
     let options = shared.options;
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
@@ -239,7 +239,8 @@ fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Shared<'_, P>, job: usize) -> io::
         if !verdict.is_clean() {
             shared.failed.fetch_min(number, Ordering::Relaxed);
             if failure.as_ref().is_none_or(|first| number < first.number) {
-                *failure = Some(Failure { number, shrunk: sequence.clone(), found: sequence, verdict });
+                *failure =
+                    Some(FailedSequence { number, shrunk: sequence.clone(), found: sequence, verdict });
             }
         }
     }

@@ -9,7 +9,7 @@ use mmu_hosted::Sequence;
 
 /// What each job is at.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct JobWatch {
     jobs: Box<[Mutex<Job>]>,
 }
 
@@ -25,7 +25,7 @@ struct Job {
 #[derive(Debug)]
 pub(crate) struct Looks(Vec<(u64, u64)>);
 
-impl Watch {
+impl JobWatch {
     /// Nothing runs yet.
     pub(crate) fn new(jobs: usize) -> Self {
         Self { jobs: (0..jobs).map(|_| Mutex::default()).collect() }
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn only_a_job_that_stays_at_one_sequence_is_stuck() {
-        let watch = Watch::new(3);
+        let watch = JobWatch::new(3);
         let mut looks = watch.looks();
         let sequence = generate(1, 2, 3);
         watch.begin(1, 40, &sequence);

@@ -14,7 +14,7 @@ use procfs::{KernelVersion, ProcError};
 use crate::input::layout::{
     HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageState, Prot, Sharing, USER_END, VmaKind,
 };
-use crate::input::pagemap::{self, Area};
+use crate::input::pagemap::{self, SmapsArea};
 
 /// How often a process that keeps changing its areas is tried.
 const TRIES: u32 = 8;
@@ -116,14 +116,14 @@ fn vma(pagemap: &File, map: &MemoryMap) -> io::Result<LayoutVma> {
     };
     let nr_swapped = pages(&["Swap"]).unwrap_or(0);
     let huge = ["AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"];
-    let area = Area {
+    let area = SmapsArea {
         start,
         end,
         nr_huge_leaves: huge.iter().filter_map(|field| pages(&[field])).sum::<u64>() / HUGE_PAGES,
         nr_used: pages(&["Rss"]).unwrap_or(0) + nr_swapped,
     };
     let kind = kind(map);
-    let mut runs = pagemap::runs(pagemap, area)?;
+    let mut runs = pagemap::mapped_runs(pagemap, area)?;
     // Markers, such as those of MADV_GUARD_INSTALL, look like swap. They name no place to give back.
     runs.retain(|run| run.state != PageState::Swap || nr_swapped > 0);
     for run in &mut runs {

@@ -12,7 +12,7 @@ use crate::input::layout::{HUGE_PAGES, PAGE_BYTES, PageRun, PageState};
 
 /// The part of an address space to look at.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Area {
+pub(crate) struct SmapsArea {
     /// First byte, page-aligned.
     pub(crate) start: u64,
     /// First byte after it, page-aligned.
@@ -28,7 +28,7 @@ pub(crate) struct Area {
 /// # Errors
 ///
 /// What the kernel answered, `ESRCH` once the process has ended.
-pub(crate) fn runs(pagemap: &File, area: Area) -> io::Result<Vec<PageRun>> {
+pub(crate) fn mapped_runs(pagemap: &File, area: SmapsArea) -> io::Result<Vec<PageRun>> {
     match scan(pagemap, area) {
         // Kernels before 6.7: the file has no ioctl.
         Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => read(pagemap, area),
@@ -77,7 +77,7 @@ const IS_HUGE: u64 = 1 << 6;
 /// # Source
 ///
 /// Linux: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/fs.h.
-fn scan(pagemap: &File, area: Area) -> io::Result<Vec<PageRun>> {
+fn scan(pagemap: &File, area: SmapsArea) -> io::Result<Vec<PageRun>> {
     const REGIONS_PER_CALL: usize = 1024;
     let mut regions = [Region::default(); REGIONS_PER_CALL];
     let mut runs = Vec::new();
@@ -138,7 +138,7 @@ fn state(categories: u64) -> Option<PageState> {
 /// # Source
 ///
 /// Linux: Documentation/admin-guide/mm/pagemap.rst.
-fn read(pagemap: &File, area: Area) -> io::Result<Vec<PageRun>> {
+fn read(pagemap: &File, area: SmapsArea) -> io::Result<Vec<PageRun>> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const FILE: u64 = 1 << 61;
@@ -176,7 +176,7 @@ fn read(pagemap: &File, area: Area) -> io::Result<Vec<PageRun>> {
 }
 
 /// Turns the first aligned blocks of 512 pages into 2 MiB leaves, until `area` has as many as it should.
-fn with_huge_leaves(small: &[PageRun], area: Area) -> Vec<PageRun> {
+fn with_huge_leaves(small: &[PageRun], area: SmapsArea) -> Vec<PageRun> {
     let mut left = area.nr_huge_leaves;
     let mut runs = Vec::new();
     let base = area.start / PAGE_BYTES;
@@ -211,7 +211,7 @@ fn with_huge_leaves(small: &[PageRun], area: Area) -> Vec<PageRun> {
 }
 
 /// Appends the pages of `bytes`, to the last run where they continue it.
-fn push(runs: &mut Vec<PageRun>, area: Area, bytes: core::ops::Range<u64>, state: PageState) {
+fn push(runs: &mut Vec<PageRun>, area: SmapsArea, bytes: core::ops::Range<u64>, state: PageState) {
     let first_page = (bytes.start - area.start) / PAGE_BYTES;
     let nr_pages = (bytes.end - bytes.start) / PAGE_BYTES;
     match runs.last_mut() {
@@ -236,14 +236,15 @@ mod tests {
     }
 
     /// Memory of which only the pages [`TOUCHED`] are touched, and the area of its pages.
-    fn touched() -> (Vec<u8>, Area) {
+    fn touched() -> (Vec<u8>, SmapsArea) {
         let mut bytes = vec![0_u8; (NR_PAGES + 1) * 4096];
         let start = (bytes.as_ptr().addr() as u64).next_multiple_of(PAGE_BYTES);
         let first = usize::try_from(start).expect("64-bit") - bytes.as_ptr().addr();
         for page in TOUCHED {
             bytes[first + page * 4096] = 1;
         }
-        let area = Area { start, end: start + NR_PAGES as u64 * PAGE_BYTES, nr_huge_leaves: 0, nr_used: 3 };
+        let area =
+            SmapsArea { start, end: start + NR_PAGES as u64 * PAGE_BYTES, nr_huge_leaves: 0, nr_used: 3 };
         (bytes, area)
     }
 
@@ -277,7 +278,8 @@ mod tests {
     fn many_small_runs_are_each_found_once() {
         let bytes = vec![0_u8; (NR_PAGES + 1) * 4096];
         let start = (bytes.as_ptr().addr() as u64).next_multiple_of(PAGE_BYTES);
-        let area = Area { start, end: start + NR_PAGES as u64 * PAGE_BYTES, nr_huge_leaves: 0, nr_used: 1 };
+        let area =
+            SmapsArea { start, end: start + NR_PAGES as u64 * PAGE_BYTES, nr_huge_leaves: 0, nr_used: 1 };
         let mut bytes = bytes;
         for touched in [600, 700, 1500, 2500] {
             for page in 0..touched {
@@ -292,7 +294,7 @@ mod tests {
 
     #[test]
     fn an_area_nobody_touched_is_not_read() {
-        let area = Area { start: 1 << 20, end: 1 << 46, nr_huge_leaves: 0, nr_used: 0 };
+        let area = SmapsArea { start: 1 << 20, end: 1 << 46, nr_huge_leaves: 0, nr_used: 0 };
         assert_eq!(read(&own_pagemap(), area).expect("nothing is read"), []);
     }
 
@@ -300,7 +302,7 @@ mod tests {
     fn guessed_huge_leaves_are_aligned_and_no_more_than_stated() {
         // The area starts 4 pages below a 2 MiB boundary.
         let start = (4 << 20) - 4 * PAGE_BYTES;
-        let area = Area { start, end: start + (8 << 20), nr_huge_leaves: 1, nr_used: 1 };
+        let area = SmapsArea { start, end: start + (8 << 20), nr_huge_leaves: 1, nr_used: 1 };
         let guessed = with_huge_leaves(&[run(0, 1100, PageState::Anon)], area);
         assert_eq!(
             guessed,

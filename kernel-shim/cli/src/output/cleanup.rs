@@ -38,7 +38,7 @@ extern "C" fn clear_away(signal: libc::c_int) {
         }
     }
     for file in &FILES {
-        // ORDERING: pairs with the exchange in `Unfinished::new`: the name is whole.
+        // ORDERING: pairs with the exchange in `UnfinishedFile::new`: the name is whole.
         let name = file.load(Ordering::Acquire);
         if !name.is_null() {
             // SAFETY: unlink is async-signal-safe; the name is a string of C that is never freed.
@@ -73,12 +73,12 @@ fn listen() {
 /// A child in a process group of its own, which is killed with all that it has started when this is dropped, and when this process
 /// ends.
 #[derive(Debug)]
-pub(crate) struct Group {
+pub(crate) struct ChildGroup {
     pub(crate) child: Child,
     slot: Option<&'static AtomicI32>,
 }
 
-impl Group {
+impl ChildGroup {
     pub(crate) fn spawn(command: &mut Command) -> io::Result<Self> {
         listen();
         command.process_group(0);
@@ -97,7 +97,7 @@ impl Group {
     }
 }
 
-impl Drop for Group {
+impl Drop for ChildGroup {
     fn drop(&mut self) {
         // One that was waited for has given its number back.
         if let Ok(None) = self.child.try_wait()
@@ -115,12 +115,12 @@ impl Drop for Group {
 
 /// A file that goes when this is dropped, or when this process ends.
 #[derive(Debug)]
-pub(crate) struct Unfinished {
+pub(crate) struct UnfinishedFile {
     path: PathBuf,
     slot: Option<&'static AtomicPtr<c_char>>,
 }
 
-impl Unfinished {
+impl UnfinishedFile {
     /// Notes that the file at `path`, which may not be there yet, is to go.
     pub(crate) fn new(path: &Path) -> Self {
         listen();
@@ -138,7 +138,7 @@ impl Unfinished {
     }
 }
 
-impl Drop for Unfinished {
+impl Drop for UnfinishedFile {
     fn drop(&mut self) {
         // It may have got another name by now, which is not this one's concern.
         let _ = std::fs::remove_file(&self.path);

@@ -32,7 +32,7 @@ pub(crate) fn escaped_lines(text: &str) -> String {
 }
 
 /// The rest of a line as an error shows it: short, and never nothing.
-pub(crate) fn shown(rest: &str) -> String {
+pub(crate) fn excerpt(rest: &str) -> String {
     const SHOWN_CHARS: usize = 60;
     match rest.char_indices().nth(SHOWN_CHARS) {
         _ if rest.is_empty() => "the end of the line".to_owned(),

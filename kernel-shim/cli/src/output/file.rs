@@ -7,13 +7,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use crate::output::cleanup::Unfinished;
+use crate::output::cleanup::UnfinishedFile;
 
 /// A place that can be written to.
 #[derive(Debug)]
 pub(crate) struct OutputFile {
     file: File,
-    becomes: Option<(Unfinished, PathBuf)>,
+    becomes: Option<(UnfinishedFile, PathBuf)>,
 }
 
 impl OutputFile {
@@ -35,7 +35,7 @@ impl OutputFile {
         };
         let mut temporary = whole.clone().into_os_string();
         temporary.push(format!(".{}.part", std::process::id()));
-        let temporary = Unfinished::new(Path::new(&temporary));
+        let temporary = UnfinishedFile::new(Path::new(&temporary));
         let file = File::create(temporary.path())?;
         if let Some(there) = there {
             file.set_permissions(there.permissions())?;

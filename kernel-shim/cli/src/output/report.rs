@@ -25,7 +25,7 @@ pub struct Report {
     /// Frames freed twice, or freed while still mapped.
     pub double_frees: u64,
     /// The first violations of each layout, told in full; not part of the JSON.
-    pub stories: Vec<String>,
+    pub told_violations: Vec<String>,
     /// How often what is wrong on purpose has happened.
     pub faults: u64,
     /// Whether the checker ran.
@@ -225,7 +225,7 @@ impl Report {
     /// Adds one address space, and what its checker said.
     pub fn add(&mut self, layout: LayoutReport, found: &Found, lost: Lost) {
         for violation in &found.told {
-            self.stories.push(format!("{}: {violation}", label(&layout.name)));
+            self.told_violations.push(format!("{}: {violation}", label(&layout.name)));
         }
         self.layouts.push(layout);
         self.violations += found.count;
@@ -302,7 +302,7 @@ impl Report {
                 writeln!(out, "{}", log.note(&label(&layout.name)))?;
             }
         }
-        for story in &self.stories {
+        for story in &self.told_violations {
             write!(out, "\n{story}")?;
         }
         writeln!(

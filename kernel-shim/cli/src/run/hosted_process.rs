@@ -14,7 +14,7 @@ pub type HostedMm = Mm<Arc<HostedMachine>>;
 
 /// A process whose memory looks like a layout.
 #[derive(Debug)]
-pub struct Process {
+pub struct HostedProcess {
     /// Its address space.
     pub mm: Arc<HostedMm>,
     /// Its areas, in order.
@@ -62,7 +62,7 @@ pub fn frames_needed(layout: &Layout) -> u64 {
     Options::RESERVED_FRAMES + pages + tables + 8192
 }
 
-impl Process {
+impl HostedProcess {
     /// Builds `layout` in `kernel`.
     ///
     /// # Errors
@@ -85,7 +85,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn add_area(&mut self, process: &mut Process, vma: &LayoutVma) -> Result<(), BuildError> {
+    fn add_area(&mut self, process: &mut HostedProcess, vma: &LayoutVma) -> Result<(), BuildError> {
         let range = self.range(vma.start, vma.end)?;
         let area = Area {
             kind: self.kind(vma),

@@ -16,7 +16,7 @@ use mmu_kernel_shim::{Area, Config, Kernel, Machine, Misbehaviour, Seam, Supply,
 
 use crate::input::layout::Layout;
 use crate::output::report::{LayoutReport, Lost, Report};
-use crate::run::hosted_process::{BuildError, HostedMm, Process, frames_needed};
+use crate::run::hosted_process::{BuildError, HostedMm, HostedProcess, frames_needed};
 
 /// How layouts are run.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +83,7 @@ pub fn run_layout(layout: &Layout, options: &RunOptions, report: &mut Report) ->
 
 /// What one pass came to.
 #[derive(Clone, Debug)]
-struct Outcome {
+struct PassResult {
     report: LayoutReport,
     teardown: Duration,
     found: mmu_hosted::Found,
@@ -95,7 +95,7 @@ struct Pass {
     name: String,
     nr_pages: u64,
     kernel: Arc<HostedKernel>,
-    process: Arc<Process>,
+    process: Arc<HostedProcess>,
     /// Another process, which CPUs switch to now and then.
     bystander: Arc<HostedMm>,
     seed: u64,
@@ -119,12 +119,12 @@ impl Pass {
             ..Config::default()
         };
         let error = |source| BuildError::Kernel { name: layout.name.clone(), start: 0, end: 0, source };
-        let kernel = boot(machine, config).map_err(error)?;
+        let kernel = boot_hosted(machine, config).map_err(error)?;
         let bystander = kernel.new_mm().map_err(error)?;
         if let Ok(range) = VirtRange::new(BYSTANDER, BYSTANDER + BYSTANDER_PAGES * 4096) {
             kernel.mmap(&bystander, Vma { range, area: Area::anon() }).map_err(error)?;
         }
-        let process = Process::build(&kernel, layout)?;
+        let process = HostedProcess::build(&kernel, layout)?;
         Ok(Self {
             name: layout.name.clone(),
             nr_pages: layout.totals().nr_present(),
@@ -135,7 +135,7 @@ impl Pass {
         })
     }
 
-    fn run(self) -> Outcome {
+    fn run(self) -> PassResult {
         let before = self.kernel.counters().snapshot();
         let teardown = match self.kernel.machine().options().checking {
             Checking::On => self.run_checked(),
@@ -156,14 +156,14 @@ impl Pass {
             &after,
         );
         let found = kernel.machine().violations();
-        Outcome { report, teardown, found, lost: Lost { frames, tables, double_frees } }
+        PassResult { report, teardown, found, lost: Lost { frames, tables, double_frees } }
     }
 
     /// CPU 0 takes the process down while programs on the other CPUs use it.
     fn run_checked(&self) -> Duration {
         let machine = Arc::clone(self.kernel.machine());
         let nr_cpus = machine.nr_cpus();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(Programs {
             kernel: Arc::clone(&self.kernel),
             process: Arc::clone(&self.process),
             bystander: Arc::clone(&self.bystander),
@@ -238,7 +238,7 @@ impl Pass {
 ///
 /// # Errors
 /// If the machine has no frame for the kernel's root table.
-pub fn boot(machine: HostedMachine, config: Config) -> Result<HostedKernel, mmu_kernel_shim::Error> {
+pub fn boot_hosted(machine: HostedMachine, config: Config) -> Result<HostedKernel, mmu_kernel_shim::Error> {
     let machine = Arc::new(machine);
     let kernel = Kernel::boot(Arc::clone(&machine), config)?;
     for number in 0..machine.nr_cpus() {
@@ -248,15 +248,15 @@ pub fn boot(machine: HostedMachine, config: Config) -> Result<HostedKernel, mmu_
 }
 
 /// What the programs on all CPUs share.
-struct Shared {
+struct Programs {
     kernel: Arc<HostedKernel>,
-    process: Arc<Process>,
+    process: Arc<HostedProcess>,
     bystander: Arc<HostedMm>,
     stop: AtomicBool,
     parked: AtomicU32,
 }
 
-impl Shared {
+impl Programs {
     /// A program: touches memory, now and then gives its CPU to a kernel thread or to another process.
     fn program(&self) {
         let (kernel, machine) = (&self.kernel, self.kernel.machine());
@@ -310,7 +310,7 @@ struct Teardown<'a> {
 }
 
 impl<'a> Teardown<'a> {
-    fn plan(process: &Process, seed: u64, arena: &'a Bump) -> Self {
+    fn plan(process: &HostedProcess, seed: u64, arena: &'a Bump) -> Self {
         let choices = Choices::new(seed);
         let mut munmaps = bumpalo::collections::Vec::new_in(arena);
         for area in &process.areas {
@@ -331,7 +331,7 @@ impl<'a> Teardown<'a> {
         Self { munmaps }
     }
 
-    fn run(&self, kernel: &HostedKernel, process: &Process, time: &mut Duration, between: impl Fn()) {
+    fn run(&self, kernel: &HostedKernel, process: &HostedProcess, time: &mut Duration, between: impl Fn()) {
         for range in &self.munmaps {
             kernel.machine().point_at(range.start());
             let start = Instant::now();

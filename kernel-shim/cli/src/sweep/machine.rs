@@ -35,7 +35,7 @@ pub(crate) const FRAME_BYTES: usize = size_of::<mmu_benches::memory::Frame>();
 pub(crate) const TABLE_BYTES: usize = size_of::<TableLock<spin::Spin>>() + size_of::<UsedLines>();
 
 /// Somebody who is told what happens. Two of these are called for each page.
-pub(crate) trait Watch {
+pub(crate) trait Watcher {
     fn gather(&self, _event: GatherEvent) {}
     fn page_cleared(&self, _frame: PhysFrame) {}
     fn tlb(&self, _event: TlbEvent) {}
@@ -52,7 +52,7 @@ pub(crate) trait Watch {
 #[derive(Debug)]
 pub(crate) struct Unwatched;
 
-impl Watch for Unwatched {}
+impl Watcher for Unwatched {}
 
 /// Batch pages, kept for the next gather, so that no sample pays for the host's memory.
 #[derive(Debug, Default)]
@@ -87,7 +87,7 @@ pub(crate) struct SweepMachine<'m, W> {
     watch: W,
 }
 
-impl<'m, W: Watch> SweepMachine<'m, W> {
+impl<'m, W: Watcher> SweepMachine<'m, W> {
     pub(crate) fn new(memory: &'m Memory, pool: &'m BatchPool, conditions: Conditions, watch: W) -> Self {
         let total = conditions.cpus.total;
         let online = if total == 1 { OnlineCpus::One } else { OnlineCpus::Many };
@@ -139,7 +139,7 @@ impl<'m, W: Watch> SweepMachine<'m, W> {
 }
 
 // SAFETY: the frames, their locks and the free list are those of `base`, which answers for them.
-unsafe impl<W: Watch> TableMemory for SweepMachine<'_, W> {
+unsafe impl<W: Watcher> TableMemory for SweepMachine<'_, W> {
     type Relax = spin::Spin;
 
     #[inline]
@@ -166,7 +166,7 @@ unsafe impl<W: Watch> TableMemory for SweepMachine<'_, W> {
 }
 
 // SAFETY: as `base` does it.
-unsafe impl<W: Watch> PageTableFrameMapping for SweepMachine<'_, W> {
+unsafe impl<W: Watcher> PageTableFrameMapping for SweepMachine<'_, W> {
     #[inline]
     fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
         self.base.frame_to_pointer(frame)
@@ -175,7 +175,7 @@ unsafe impl<W: Watch> PageTableFrameMapping for SweepMachine<'_, W> {
 
 // SAFETY: the CPUs are those of `base`, which answers for them. Only what is watched, and what must name this machine for it to be
 // watched, is done here: `flush_others` as `base` does it; there are no translations to drop.
-unsafe impl<W: Watch> Cpus for SweepMachine<'_, W> {
+unsafe impl<W: Watcher> Cpus for SweepMachine<'_, W> {
     type Bits = Bits;
 
     #[inline]
@@ -235,7 +235,7 @@ unsafe impl<W: Watch> Cpus for SweepMachine<'_, W> {
     }
 }
 
-impl<W: Watch> Pages for SweepMachine<'_, W> {
+impl<W: Watcher> Pages for SweepMachine<'_, W> {
     type Area = ();
 
     #[inline]

@@ -16,8 +16,8 @@ use serde::Serialize;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::sweep::axes::{Arrangement, Batch, Conditions, NrPages};
-use crate::sweep::captured::{Process, page_bytes};
-use crate::sweep::machine::{BatchPool, SweepMachine, Unwatched, Watch};
+use crate::sweep::captured_process::{CapturedProcess, page_bytes};
+use crate::sweep::machine::{BatchPool, SweepMachine, Unwatched, Watcher};
 
 /// Why nothing could be measured.
 #[derive(Debug, thiserror::Error)]
@@ -44,13 +44,13 @@ pub(crate) enum MeasureError {
 
 /// What is to be compared, under which conditions, how often.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct SweepPlan {
     /// The settings.
     pub batches: Vec<Batch>,
     /// Each setting is tried under each of these.
     pub conditions: Vec<Conditions>,
     /// The processes that conditions name.
-    pub processes: Vec<Process>,
+    pub processes: Vec<CapturedProcess>,
     /// Timed samples of each; none: only counts.
     pub repeat: u32,
     /// When this has passed, a third sample of each is the last.
@@ -127,7 +127,7 @@ pub(crate) struct Timing {
 
 /// Everything that was found.
 #[derive(Clone, Debug)]
-pub(crate) struct Found {
+pub(crate) struct Measurements {
     /// All settings under all conditions; the settings of one set of conditions side by side.
     pub cells: Vec<Measured>,
     /// Conditions the machine has not the frames for.
@@ -138,15 +138,16 @@ pub(crate) struct Found {
     pub stack_bytes: usize,
 }
 
-/// Carries out `plan`; `step` is called as often as [`Plan::steps`] says, or less.
+/// Carries out `plan`; `step` is called as often as [`SweepPlan::steps`] says, or less.
 ///
 /// # Errors
 /// If memory cannot be had, or a page or table was not freed.
-pub(crate) fn measure(plan: &Plan, mut step: impl FnMut()) -> Result<Found, MeasureError> {
+pub(crate) fn measure(plan: &SweepPlan, mut step: impl FnMut()) -> Result<Measurements, MeasureError> {
     let memory = Memory::map().map_err(MeasureError::Memory)?;
     let pool = BatchPool::default();
     let mut rig = Rig { memory: &memory, pool: &pool, shapes: Vec::new() };
-    let mut found = Found { cells: Vec::new(), left_out: Vec::new(), clock_ns: clock_ns(), stack_bytes: 0 };
+    let mut found =
+        Measurements { cells: Vec::new(), left_out: Vec::new(), clock_ns: clock_ns(), stack_bytes: 0 };
     for conditions in &plan.conditions {
         if !rig.prepare(plan, conditions) {
             found.left_out.push(*conditions);
@@ -175,12 +176,12 @@ pub(crate) fn measure(plan: &Plan, mut step: impl FnMut()) -> Result<Found, Meas
         }
     }
     for (cell, samples) in found.cells.iter_mut().zip(samples) {
-        cell.measured = Timing::of(samples);
+        cell.measured = Timing::from_samples(samples);
     }
     Ok(found)
 }
 
-impl Plan {
+impl SweepPlan {
     /// How many samples it takes, the counting ones included.
     #[must_use]
     pub(crate) fn steps(&self) -> u64 {
@@ -189,7 +190,7 @@ impl Plan {
 }
 
 impl Timing {
-    fn of(mut samples: Vec<f64>) -> Option<Self> {
+    fn from_samples(mut samples: Vec<f64>) -> Option<Self> {
         samples.sort_by(f64::total_cmp);
         let ns_per_page_median = *samples.get(samples.len() / 2)?;
         Some(Self { ns_per_page_median, ns_per_page_min: *samples.first()?, samples: samples.len() })
@@ -205,13 +206,13 @@ struct Rig<'m> {
 
 impl Rig<'_> {
     /// Lays the pages out, once; says whether they fit.
-    fn prepare(&mut self, plan: &Plan, conditions: &Conditions) -> bool {
+    fn prepare(&mut self, plan: &SweepPlan, conditions: &Conditions) -> bool {
         if self.shape(*conditions).is_some() {
             return true;
         }
         let shape = match conditions.shape {
             Arrangement::Process(name) => {
-                plan.processes.iter().find(|process| process.name == name).and_then(Process::shape)
+                plan.processes.iter().find(|process| process.name == name).and_then(CapturedProcess::shape)
             }
             arrangement => arrangement.shape(conditions.size),
         };
@@ -262,7 +263,7 @@ impl Rig<'_> {
     }
 
     /// Builds the layout, has it torn down by what `measure` is given, and looks whether all of it is free.
-    fn tear_down<W: Watch>(
+    fn tear_down<W: Watcher>(
         &self,
         machine: &SweepMachine<'_, W>,
         batch: Batch,
@@ -349,7 +350,7 @@ fn here() -> usize {
     core::hint::black_box(ptr::from_ref(&local)).addr()
 }
 
-impl Watch for Tally<'_> {
+impl Watcher for Tally<'_> {
     fn gather(&self, event: GatherEvent) {
         self.note_depth();
         match event {

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!  axes (what is varied) ─▶ measure (count each, then time in rounds) ─▶ report (text, CSV, JSON) ─▶ page (HTML, with chart)
-//!  captured (a process)       └── machine (that of the benches)             └── answer (which setting to take)
+//!  captured_process     └── machine (that of the benches)             └── answer (which setting to take)
 //! ```
 //!
 //! What comes in is settings and conditions, what goes out a table with an answer. `commands::sweep` uses it.
 
 mod answer;
 pub(crate) mod axes;
-pub(crate) mod captured;
+pub(crate) mod captured_process;
 mod chart;
 mod machine;
 pub(crate) mod measure;

@@ -8,7 +8,7 @@ use crate::output::bytes::bytes;
 use crate::sweep::answer::{Answer, groups, modelled_ns};
 use crate::sweep::axes::Conditions;
 use crate::sweep::machine::{CPU_BYTES, FRAME_BYTES, GATHER_BYTES, MM_BYTES, TABLE_BYTES};
-use crate::sweep::measure::{Found, Measured};
+use crate::sweep::measure::{Measured, Measurements};
 
 /// Everything a sweep has to say.
 #[derive(Clone, Debug, Serialize)]
@@ -24,7 +24,7 @@ pub(crate) struct SweepReport {
     /// What was taken off every sample, in nanoseconds.
     pub(crate) clock_ns: f64,
     /// What the engine needs, whatever the setting.
-    pub(crate) memory: Memory,
+    pub(crate) memory: EngineMemory,
 }
 
 /// Costs that no hosted machine can measure.
@@ -36,7 +36,7 @@ pub(crate) struct Model {
 
 /// Bytes.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(crate) struct Memory {
+pub(crate) struct EngineMemory {
     /// One gather, on the stack of whoever unmaps.
     pub(crate) gather: usize,
     /// From the call of munmap down to the deepest call of the kernel's; as compiled.
@@ -52,14 +52,14 @@ pub(crate) struct Memory {
 }
 
 impl SweepReport {
-    pub(crate) fn new(found: Found, ipi_ns: u32) -> Self {
+    pub(crate) fn new(found: Measurements, ipi_ns: u32) -> Self {
         Self {
             answer: Answer::new(&found.cells, ipi_ns),
             cells: found.cells,
             left_out: found.left_out,
             model: Model { ipi_ns },
             clock_ns: found.clock_ns,
-            memory: Memory {
+            memory: EngineMemory {
                 gather: GATHER_BYTES,
                 stack: found.stack_bytes,
                 cpu: CPU_BYTES,
@@ -72,7 +72,7 @@ impl SweepReport {
 
     /// The same on one line each, in words.
     pub(crate) fn memory_words(&self) -> [String; 4] {
-        let Memory { gather, stack, cpu, mm, table, frame } = self.memory;
+        let EngineMemory { gather, stack, cpu, mm, table, frame } = self.memory;
         [
             format!(
                 "a gather: {gather} bytes on the stack; about {stack} with all calls down to the kernel's own"

@@ -4,15 +4,15 @@ use mmu_gather::tlb::TlbEvent;
 use mmu_hosted::{Detail, Run, Sequence, Verdict, Violation, What};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::timeline::focus::focus_on;
+use crate::timeline::focus::mark_what_matters;
 use crate::timeline::names::Names;
-use crate::timeline::phrases::{long, short};
+use crate::timeline::phrases::{long_phrase, short_phrase};
 use crate::timeline::rows::{Focus, Mark, Row, Timeline, has_address};
 
 impl Timeline {
     /// The timeline of a run of `sequence` that was told to remember all.
     #[must_use]
-    pub(crate) fn new(sequence: &Sequence, run: &Run) -> Self {
+    pub(crate) fn from_run(sequence: &Sequence, run: &Run) -> Self {
         let nr_cpus = usize::try_from(sequence.nr_cpus).unwrap_or(64);
         let mut names = Names::new(nr_cpus);
         let mut rows: Vec<Row> = Vec::with_capacity(run.events.len());
@@ -30,8 +30,8 @@ impl Timeline {
                 at: event.step,
                 cpu,
                 mark: mark(event.what),
-                short: short(event.what, &names, sequence),
-                long: long(event, &names, sequence),
+                short: short_phrase(event.what, &names, sequence),
+                long: long_phrase(event, &names, sequence),
                 call: names.call_on(cpu),
                 matters: false,
                 partner: None,
@@ -80,7 +80,7 @@ impl Timeline {
         if let Some(focus) = &timeline.focus {
             timeline.rows[focus.row].mm = focus.root.map(|_| focus.mm.clone());
         }
-        focus_on(&mut timeline, sequence);
+        mark_what_matters(&mut timeline, sequence);
         timeline
     }
 

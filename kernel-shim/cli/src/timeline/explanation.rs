@@ -37,36 +37,36 @@ impl fmt::Display for Sentence {
 
 /// The sentences, in the order of time; one if nothing is wrong at an address.
 #[must_use]
-pub(crate) fn story(timeline: &Timeline) -> Vec<Sentence> {
+pub(crate) fn explanation(timeline: &Timeline) -> Vec<Sentence> {
     let Some(focus) = &timeline.focus else {
         return vec![Sentence::new("No violation at an address was found: this is an outline of the run.")];
     };
-    let teller = Teller { focus, rows: &timeline.rows[..=focus.row] };
-    let mut told = vec![teller.finding()];
+    let explainer = Explainer { focus, rows: &timeline.rows[..=focus.row] };
+    let mut told = vec![explainer.finding()];
     if has_address(focus.violation.kind) {
-        let filled = teller.filled();
-        told.extend(filled.map(|at| teller.tell_fill(at)));
-        let cleared = teller.cleared(filled.unwrap_or(0));
-        told.push(teller.tell_clearing(cleared));
-        let raised = teller.raised(cleared.or(filled).unwrap_or(0));
-        told.extend(teller.tell_generation(raised));
-        told.extend(raised.map(|at| teller.tell_requests(at)));
-        told.extend(teller.tell_freeing());
+        let filled = explainer.filled();
+        told.extend(filled.map(|at| explainer.tell_fill(at)));
+        let cleared = explainer.cleared(filled.unwrap_or(0));
+        told.push(explainer.tell_clearing(cleared));
+        let raised = explainer.raised(cleared.or(filled).unwrap_or(0));
+        told.extend(explainer.tell_generation(raised));
+        told.extend(raised.map(|at| explainer.tell_requests(at)));
+        told.extend(explainer.tell_freeing());
     } else {
-        told.extend(teller.tell_last_write());
-        told.extend(teller.cleared(0).map(|at| teller.tell_clearing(Some(at))));
+        told.extend(explainer.tell_last_write());
+        told.extend(explainer.cleared(0).map(|at| explainer.tell_clearing(Some(at))));
     }
     told.push(Sentence::new(rule(focus.violation.kind)));
     told
 }
 
-struct Teller<'a> {
+struct Explainer<'a> {
     focus: &'a Focus,
     /// Up to the violation.
     rows: &'a [Row],
 }
 
-impl Teller<'_> {
+impl Explainer<'_> {
     /// The CPU whose caches are stale.
     fn here(&self) -> usize {
         self.focus.violation.cpu.index()

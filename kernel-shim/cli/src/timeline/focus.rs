@@ -13,7 +13,7 @@ use crate::timeline::rows::{Focus, Row, Timeline, has_address};
 const MOST_LOADS: usize = 6;
 
 /// Marks the rows that matter.
-pub(crate) fn focus_on(timeline: &mut Timeline, sequence: &Sequence) {
+pub(crate) fn mark_what_matters(timeline: &mut Timeline, sequence: &Sequence) {
     let matters = match &timeline.focus {
         Some(focus) => Seeker { focus, rows: &timeline.rows, sequence }.seek(),
         None => timeline.rows.iter().map(|row| is_outline(row, sequence)).collect(),

@@ -5,8 +5,8 @@ use core::fmt::{self, Write};
 use mmu_hosted::{Detail, Sequence, Verdict, What};
 
 use crate::output::verdict::verdict_text;
-use crate::timeline::explanation::{Sentence, story};
-use crate::timeline::phrases::call;
+use crate::timeline::explanation::{Sentence, explanation};
+use crate::timeline::phrases::call_text;
 use crate::timeline::rows::{Mark, Row, Timeline};
 
 /// Rows beside those that matter, the last before the violation: a browser has to lay them out.
@@ -17,7 +17,7 @@ const SCRIPT: &str = include_str!("page.js");
 
 /// The page.
 #[must_use]
-pub(crate) fn page(timeline: &Timeline, sequence: &Sequence, verdict: &Verdict, name: &str) -> String {
+pub(crate) fn html_page(timeline: &Timeline, sequence: &Sequence, verdict: &Verdict, name: &str) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
     let _ = write_page(&mut out, timeline, sequence, verdict, name);
@@ -62,7 +62,7 @@ fn write_page(
     )?;
     writeln!(out, "<p class=\"where\">{}</p>\n</header>\n<main>", Safe(&place(timeline, sequence, name)))?;
     writeln!(out, "<section>\n<h2>What happened</h2>\n<ol class=\"words\">")?;
-    for sentence in story(timeline) {
+    for sentence in explanation(timeline) {
         writeln!(out, "<li>{}</li>", linked(&sentence))?;
     }
     writeln!(out, "</ol>\n</section>")?;
@@ -207,7 +207,7 @@ impl Lanes<'_> {
             Safe(&row.long)
         )?;
         if let Some(step) = row.call {
-            write!(out, " data-step=\"{step}\" data-call=\"{}\"", Safe(&call(self.sequence, step)))?;
+            write!(out, " data-step=\"{step}\" data-call=\"{}\"", Safe(&call_text(self.sequence, step)))?;
         }
         if let Some(mm) = &row.mm {
             write!(out, " data-mm=\"{}\"", Safe(mm))?;

@@ -30,13 +30,13 @@ const fn kept(kept: Kept) -> &'static str {
 }
 
 /// The text of a step, without its CPU.
-pub(crate) fn call(sequence: &Sequence, step: usize) -> String {
+pub(crate) fn call_text(sequence: &Sequence, step: usize) -> String {
     let text = sequence.steps.get(step).map(ToString::to_string).unwrap_or_default();
     text.split_once(' ').map(|(_, op)| op.to_owned()).unwrap_or_default()
 }
 
 /// In few words; addresses are hexadecimal.
-pub(crate) fn short(what: What, names: &Names, sequence: &Sequence) -> String {
+pub(crate) fn short_phrase(what: What, names: &Names, sequence: &Sequence) -> String {
     match what {
         What::Allocated(frame, role) => format!("{} {} given out", role_word(role), hex(frame)),
         What::Freed(frame, role) => format!("{} {} freed", role_word(role), hex(frame)),
@@ -55,7 +55,7 @@ pub(crate) fn short(what: What, names: &Names, sequence: &Sequence) -> String {
 
 fn short_detail(detail: Detail, names: &Names, sequence: &Sequence) -> String {
     match detail {
-        Detail::Began(step, _) => call(sequence, step),
+        Detail::Began(step, _) => call_text(sequence, step),
         Detail::Ended(_) => "done".to_owned(),
         Detail::Filled(address, frame, held, fill) => {
             let why = if fill == Fill::Speculation { "speculates: " } else { "" };
@@ -109,10 +109,10 @@ fn short_gather(event: GatherEvent) -> String {
 }
 
 /// In a sentence.
-pub(crate) fn long(event: &Event, names: &Names, sequence: &Sequence) -> String {
+pub(crate) fn long_phrase(event: &Event, names: &Names, sequence: &Sequence) -> String {
     match event.what {
-        What::Detail(Detail::Began(step, _)) => format!("begins: {}", call(sequence, step)),
-        What::Detail(Detail::Ended(step)) => format!("done: {}", call(sequence, step)),
+        What::Detail(Detail::Began(step, _)) => format!("begins: {}", call_text(sequence, step)),
+        What::Detail(Detail::Ended(step)) => format!("done: {}", call_text(sequence, step)),
         What::LoadedCr3(root, pcid, keeps) => format!(
             "CR3 = {:#x} ({}), PCID {pcid}: what is cached under it is {}",
             root.start_address(),

@@ -4,7 +4,7 @@ use core::fmt::{self, Write};
 
 use mmu_hosted::{Detail, What};
 
-use crate::timeline::explanation::story;
+use crate::timeline::explanation::explanation;
 use crate::timeline::rows::{Mark, Row, Timeline};
 
 /// Characters in a line.
@@ -16,7 +16,7 @@ const NARROWEST: usize = 16;
 
 /// Which rows are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Shown {
+pub(crate) enum WhichRows {
     /// Those that explain the violation; without one, the outline.
     WhatMatters,
     /// All.
@@ -34,7 +34,7 @@ pub(crate) enum Colour {
 
 /// Draws the timeline, and says below it what happened.
 #[must_use]
-pub(crate) fn explain(timeline: &Timeline, shown: Shown, colour: Colour) -> String {
+pub(crate) fn draw_on_terminal(timeline: &Timeline, shown: WhichRows, colour: Colour) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
     let _ = draw(&mut out, timeline, shown, colour);
@@ -47,8 +47,8 @@ struct Line<'a> {
     text: String,
 }
 
-fn draw(out: &mut String, timeline: &Timeline, shown: Shown, colour: Colour) -> fmt::Result {
-    let is_shown = |row: &Row| shown == Shown::All || row.matters;
+fn draw(out: &mut String, timeline: &Timeline, shown: WhichRows, colour: Colour) -> fmt::Result {
+    let is_shown = |row: &Row| shown == WhichRows::All || row.matters;
     let mut cpus: Vec<usize> = timeline.rows.iter().filter(|row| is_shown(row)).map(|row| row.cpu).collect();
     cpus.sort_unstable();
     cpus.dedup();
@@ -69,23 +69,23 @@ fn draw(out: &mut String, timeline: &Timeline, shown: Shown, colour: Colour) -> 
     }
     let nr_shown = timeline.rows.iter().filter(|row| is_shown(row)).count();
     writeln!(out)?;
-    for (number, sentence) in story(timeline).iter().enumerate() {
+    for (number, sentence) in explanation(timeline).iter().enumerate() {
         paragraph(out, &format!("{}. ", number + 1), &sentence.text)?;
     }
     match shown {
-        Shown::All => writeln!(out, "{nr_shown} events"),
-        Shown::WhatMatters => {
+        WhichRows::All => writeln!(out, "{nr_shown} events"),
+        WhichRows::WhatMatters => {
             writeln!(out, "{nr_shown} of {} events; --all draws the others too", timeline.rows.len())
         }
     }
 }
 
 /// The rows that are drawn; in an outline, entries cleared one after the other by one CPU become one line.
-fn lines<'a>(timeline: &'a Timeline, is_shown: impl Fn(&Row) -> bool, shown: Shown) -> Vec<Line<'a>> {
+fn lines<'a>(timeline: &'a Timeline, is_shown: impl Fn(&Row) -> bool, shown: WhichRows) -> Vec<Line<'a>> {
     let mut lines: Vec<Line<'a>> = Vec::new();
     let mut alike = 1;
     for row in timeline.rows.iter().filter(|row| is_shown(row)) {
-        let joins = shown == Shown::WhatMatters
+        let joins = shown == WhichRows::WhatMatters
             && timeline.focus.is_none()
             && matches!(row.what, What::Detail(Detail::Cleared(..)))
             && lines.last().is_some_and(|line| {

@@ -17,8 +17,8 @@ pub(crate) const RANGE_TOUCHES: u64 = 64;
 
 /// What all address spaces of one replay share.
 #[derive(Debug)]
-pub(crate) struct Host {
-    pub(crate) kernel: Arc<HostedKernel>,
+pub(crate) struct TraceKernel {
+    pub(crate) hosted: Arc<HostedKernel>,
     /// Files that were given a number.
     files: Cell<u32>,
     pub(crate) areas: Cell<u64>,
@@ -28,10 +28,10 @@ pub(crate) struct Host {
     pub(crate) teardown: Cell<Duration>,
 }
 
-impl Host {
-    pub(crate) const fn new(kernel: Arc<HostedKernel>) -> Self {
+impl TraceKernel {
+    pub(crate) const fn new(hosted: Arc<HostedKernel>) -> Self {
         Self {
-            kernel,
+            hosted,
             files: Cell::new(0),
             areas: Cell::new(0),
             assumed_areas: Cell::new(0),
@@ -41,7 +41,7 @@ impl Host {
     }
 
     pub(crate) fn choices(&self) -> &Choices {
-        self.kernel.machine().choices()
+        self.hosted.machine().choices()
     }
 
     /// Runs a call that gives memory up, and counts its time.
@@ -67,7 +67,7 @@ impl Host {
 
     /// The program on this CPU uses a page. If it may not, it gets its signal and goes on.
     pub(crate) fn touch(&self, mm: &HostedMm, address: u64) -> Result<(), Error> {
-        let kernel = &self.kernel;
+        let kernel = &self.hosted;
         let access = if self.choices().one_in(2) { UserAccess::Read } else { UserAccess::Write };
         let signal = match kernel.machine().options().checking {
             Checking::On => match touch(kernel, mm, address, access) {

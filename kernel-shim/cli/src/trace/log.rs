@@ -26,9 +26,9 @@ use mmu_kernel_shim::{Config, Misbehaviour};
 
 use crate::input::strace::{MemoryCall, Trace, TraceError, TraceEvent};
 use crate::output::report::{LayoutReport, LogReport, Lost, Report};
-use crate::run::teardown::{RunOptions, boot};
-use crate::trace::kernel::Host;
-use crate::trace::threads::{FRAMES_PER_CALL, Refused, Replay};
+use crate::run::teardown::{RunOptions, boot_hosted};
+use crate::trace::kernel::TraceKernel;
+use crate::trace::threads::{FRAMES_PER_CALL, LogRun, Refused};
 
 /// A log, ready to be replayed.
 #[derive(Clone, Debug)]
@@ -43,7 +43,7 @@ pub(crate) struct TraceLog {
 /// Why a log was not replayed to its end.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum ReplayError {
+pub(crate) enum TraceRunError {
     /// The kernel refused a call of the log.
     #[error("{log}:{line}: expected {call} to succeed as it did in the log, but {source}")]
     Refused {
@@ -85,12 +85,12 @@ impl TraceLog {
 /// Replays a log, once checked and once timed, and adds what was found to `report`.
 ///
 /// # Errors
-/// [`ReplayError`]; nothing is added then.
-pub(crate) fn run_trace(
+/// [`TraceRunError`]; nothing is added then.
+pub(crate) fn run_log(
     log: &TraceLog,
     options: &RunOptions,
     report: &mut Report,
-) -> Result<(), ReplayError> {
+) -> Result<(), TraceRunError> {
     let timed = run_pass(log, options, Checking::Off)?;
     let ns_per_page = match timed.report.pages {
         0 => 0.0,
@@ -111,7 +111,7 @@ pub(crate) fn run_trace(
 }
 
 /// What one pass came to.
-struct Outcome {
+struct PassResult {
     kernel: Arc<HostedKernel>,
     report: LayoutReport,
     teardown: Duration,
@@ -119,7 +119,7 @@ struct Outcome {
     lost: Lost,
 }
 
-fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<Outcome, ReplayError> {
+fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<PassResult, TraceRunError> {
     let machine = HostedMachine::new(Options {
         checking,
         fault: if checking == Checking::On { options.fault } else { MachineFault::Absent },
@@ -131,16 +131,16 @@ fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<
         misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::Absent },
         ..Config::default()
     };
-    let boot_error = |source| ReplayError::Boot { log: log.source.clone(), source };
-    let kernel = Arc::new(boot(machine, config).map_err(boot_error)?);
+    let boot_error = |source| TraceRunError::Boot { log: log.source.clone(), source };
+    let kernel = Arc::new(boot_hosted(machine, config).map_err(boot_error)?);
     let before = kernel.counters().snapshot();
     let events: Rc<[TraceEvent]> = log.trace.events.as_slice().into();
-    let replay = Rc::new(Replay::new(Host::new(Arc::clone(&kernel)), events).map_err(boot_error)?);
+    let log_run = Rc::new(LogRun::new(TraceKernel::new(Arc::clone(&kernel)), events).map_err(boot_error)?);
     match checking {
-        Checking::On => replay.run_interleaved(),
-        Checking::Off => replay.run_in_order(),
+        Checking::On => log_run.run_interleaved(),
+        Checking::Off => log_run.run_in_order(),
     }
-    if let Some(refused) = replay.refused() {
+    if let Some(refused) = log_run.refused() {
         return Err(refused_call(log, refused));
     }
     let after = kernel.counters().snapshot();
@@ -149,12 +149,12 @@ fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<
     let double_frees = kernel.counters().snapshot().double_frees;
     // One slot a page: a log asks for no large ones.
     let pages = after.released_slots - before.released_slots;
-    Ok(Outcome {
+    Ok(PassResult {
         report: LayoutReport {
-            log: Some(log_report(&log.trace, &replay)),
-            ..LayoutReport::between(&log.name, replay.host.areas.get(), pages, &before, &after)
+            log: Some(log_report(&log.trace, &log_run)),
+            ..LayoutReport::between(&log.name, log_run.kernel.areas.get(), pages, &before, &after)
         },
-        teardown: replay.host.teardown.get(),
+        teardown: log_run.kernel.teardown.get(),
         found: kernel.machine().violations(),
         lost: Lost { frames, tables, double_frees },
         kernel,
@@ -162,13 +162,13 @@ fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<
 }
 
 /// What became of the calls.
-fn log_report(trace: &Trace, replay: &Replay) -> LogReport {
+fn log_report(trace: &Trace, log_run: &LogRun) -> LogReport {
     LogReport {
         calls: trace.events.len() as u64,
-        threads: replay.nr_threads.get().into(),
-        address_spaces: replay.nr_spaces.get(),
-        assumed_areas: replay.host.assumed_areas.get(),
-        ignored_advice: replay.host.ignored_advice.get(),
+        threads: log_run.nr_threads.get().into(),
+        address_spaces: log_run.nr_spaces.get(),
+        assumed_areas: log_run.kernel.assumed_areas.get(),
+        ignored_advice: log_run.kernel.ignored_advice.get(),
         failed: trace.nr_failed,
         unfinished: trace.nr_unfinished,
         dropped: trace.dropped.clone(),
@@ -183,7 +183,7 @@ fn frames_needed(trace: &Trace) -> u64 {
     Options::RESERVED_FRAMES + 16_384 + trace.events.len() as u64 * FRAMES_PER_CALL + copies as u64 * 1024
 }
 
-fn refused_call(log: &TraceLog, refused: Refused) -> ReplayError {
+fn refused_call(log: &TraceLog, refused: Refused) -> TraceRunError {
     let last = log.trace.events.len().saturating_sub(1);
     let event = log.trace.events.get(refused.event.min(last));
     let call = match event.map(|event| &event.call) {
@@ -199,5 +199,5 @@ fn refused_call(log: &TraceLog, refused: Refused) -> ReplayError {
         Some(MemoryCall::Exit | MemoryCall::ExitGroup) | None => "exit",
     };
     let line = event.map_or(0, |event| event.line);
-    ReplayError::Refused { log: log.source.clone(), line, call, source: refused.error }
+    TraceRunError::Refused { log: log.source.clone(), line, call, source: refused.error }
 }

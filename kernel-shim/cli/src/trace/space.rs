@@ -11,11 +11,11 @@ use mmu_kernel_shim::{Area, AreaKind, Error, Growth, Kernel, PageContent, Protec
 use crate::input::layout::{PAGE_BYTES, Prot, Sharing};
 use crate::input::strace::{Advice, Backing, MemoryCall, OldRange, Placement};
 use crate::run::hosted_process::HostedMm;
-use crate::trace::kernel::Host;
+use crate::trace::kernel::TraceKernel;
 
 /// An address space, and what a replay must know of it that the kernel does not.
 #[derive(Debug)]
-pub(crate) struct Space {
+pub(crate) struct TraceSpace {
     pub(crate) mm: Arc<HostedMm>,
     /// Threads that run in it.
     pub(crate) users: Cell<u32>,
@@ -47,20 +47,20 @@ const STACK_ROOM: u64 = 8 << 20;
 /// How many ranges are remembered as warm.
 const WARM_RANGES: usize = 48;
 
-impl Space {
+impl TraceSpace {
     /// The address space of a program that exec starts: a stack, moved to its place.
-    pub(crate) fn new(host: &Host) -> Result<Self, Error> {
-        let mm = host.kernel.new_mm()?;
+    pub(crate) fn new(kernel: &TraceKernel) -> Result<Self, Error> {
+        let mm = kernel.hosted.new_mm()?;
         let stack = VirtRange::new(STACK_TOP - STACK_PAGES * PAGE_BYTES, STACK_TOP)
             .map_err(|_| Error::NotUserSpace(STACK_TOP))?;
         let area = Area { growth: Growth::Down, ..Area::anon() };
-        host.kernel.mmap(&mm, Vma { range: stack, area })?;
-        host.kernel.populate(&mm, stack, PageContent::Anon)?;
+        kernel.hosted.mmap(&mm, Vma { range: stack, area })?;
+        kernel.hosted.populate(&mm, stack, PageContent::Anon)?;
         // Half of the moves are short: the two places overlap, and the tables between must stay.
-        let most = if host.choices().one_in(2) { STACK_PAGES } else { STACK_SHIFT_PAGES };
-        let shift = (1 + host.choices().below(most)) * PAGE_BYTES;
-        host.kernel.move_stack(&mm, stack, shift)?;
-        host.areas.set(host.areas.get() + 1);
+        let most = if kernel.choices().one_in(2) { STACK_PAGES } else { STACK_SHIFT_PAGES };
+        let shift = (1 + kernel.choices().below(most)) * PAGE_BYTES;
+        kernel.hosted.move_stack(&mm, stack, shift)?;
+        kernel.areas.set(kernel.areas.get() + 1);
 
         let mut known = Known::default();
         if let Ok(room) = VirtRange::new(stack.end() - shift - STACK_ROOM, stack.end() - shift) {
@@ -74,16 +74,16 @@ impl Space {
     }
 
     /// A copy for a forked child.
-    pub(crate) fn fork(&self, host: &Host) -> Result<Self, Error> {
+    pub(crate) fn fork(&self, kernel: &TraceKernel) -> Result<Self, Error> {
         let known = self.known.borrow().clone();
-        let mm = host.kernel.fork(&self.mm, known.not_inherited.iter().map(|vma| vma.range))?;
-        host.areas.set(host.areas.get() + mm.nr_vmas() as u64);
+        let mm = kernel.hosted.fork(&self.mm, known.not_inherited.iter().map(|vma| vma.range))?;
+        kernel.areas.set(kernel.areas.get() + mm.nr_vmas() as u64);
         Ok(Self { mm, users: Cell::new(1), known: RefCell::new(known) })
     }
 
     /// The program on this CPU uses a page that it may have used before.
-    pub(crate) fn touch_warm(&self, host: &Host) -> Result<(), Error> {
-        self.warm_page(host.choices()).map_or(Ok(()), |page| host.touch(&self.mm, page))
+    pub(crate) fn touch_warm(&self, kernel: &TraceKernel) -> Result<(), Error> {
+        self.warm_page(kernel.choices()).map_or(Ok(()), |page| kernel.touch(&self.mm, page))
     }
 
     /// A page that a thread may be about to use; now and then it is gone already.
@@ -110,13 +110,13 @@ impl Space {
     }
 
     /// Adds the areas that a call shows to have been there before, although no call of the log made them.
-    pub(crate) fn assume_for(&self, host: &Host, call: &MemoryCall) -> Result<(), Error> {
+    pub(crate) fn assume_for(&self, kernel: &TraceKernel, call: &MemoryCall) -> Result<(), Error> {
         match call {
             // These fail where nothing is mapped; munmap and MAP_FIXED do not.
             MemoryCall::Madvise { range, .. } | MemoryCall::Mprotect { range, .. } => {
-                self.assume(host, range)
+                self.assume(kernel, range)
             }
-            MemoryCall::Mremap { from, .. } => self.assume(host, from),
+            MemoryCall::Mremap { from, .. } => self.assume(kernel, from),
             _ => Ok(()),
         }
     }
@@ -125,13 +125,13 @@ impl Space {
     ///
     /// # Errors
     /// What the kernel says if it refuses.
-    pub(crate) fn apply(&self, host: &Host, call: &MemoryCall) -> Result<(), Error> {
+    pub(crate) fn apply(&self, kernel: &TraceKernel, call: &MemoryCall) -> Result<(), Error> {
         match call {
             MemoryCall::Mmap { range, prot, sharing, backing, placement, other_flags } => {
                 let Some(range) = whole(range) else { return Ok(()) };
                 let grows = other_flags.iter().any(|flag| flag == "MAP_GROWSDOWN");
                 let area = Area {
-                    kind: self.kind(host, range, *sharing, *backing, *placement),
+                    kind: self.kind(kernel, range, *sharing, *backing, *placement),
                     protection: protection(*prot),
                     growth: if grows { Growth::Down } else { Growth::Fixed },
                     file_base: match backing {
@@ -140,57 +140,56 @@ impl Space {
                     },
                 };
                 if *placement == Placement::Replace {
-                    self.munmap(host, range)?;
+                    self.munmap(kernel, range)?;
                 }
-                self.mmap(host, range, area)
+                self.mmap(kernel, range, area)
             }
-            MemoryCall::Munmap { range } => whole(range).map_or(Ok(()), |range| self.munmap(host, range)),
-            MemoryCall::Mremap { from, to, old_range } => self.mremap(host, from, to, *old_range),
-            MemoryCall::Brk { end } => self.brk(host, *end),
+            MemoryCall::Munmap { range } => whole(range).map_or(Ok(()), |range| self.munmap(kernel, range)),
+            MemoryCall::Mremap { from, to, old_range } => self.mremap(kernel, from, to, *old_range),
+            MemoryCall::Brk { end } => self.brk(kernel, *end),
             MemoryCall::Madvise { range, advice } => {
-                whole(range).map_or(Ok(()), |range| self.madvise(host, range, advice))
+                whole(range).map_or(Ok(()), |range| self.madvise(kernel, range, advice))
             }
-            MemoryCall::Mprotect { range, prot } => {
-                whole(range).map_or(Ok(()), |range| host.kernel.mprotect(&self.mm, range, protection(*prot)))
-            }
+            MemoryCall::Mprotect { range, prot } => whole(range)
+                .map_or(Ok(()), |range| kernel.hosted.mprotect(&self.mm, range, protection(*prot))),
             MemoryCall::Clone { .. } | MemoryCall::Exec | MemoryCall::Exit | MemoryCall::ExitGroup => Ok(()),
         }
     }
 
     /// Maps an area where the log says that nothing was.
-    fn mmap(&self, host: &Host, range: VirtRange, area: Area) -> Result<(), Error> {
-        self.drop_assumed(host, range)?;
-        host.kernel.mmap(&self.mm, Vma { range, area })?;
-        host.areas.set(host.areas.get() + 1);
-        self.warm_up(host, range);
+    fn mmap(&self, kernel: &TraceKernel, range: VirtRange, area: Area) -> Result<(), Error> {
+        self.drop_assumed(kernel, range)?;
+        kernel.hosted.mmap(&self.mm, Vma { range, area })?;
+        kernel.areas.set(kernel.areas.get() + 1);
+        self.warm_up(kernel, range);
         Ok(())
     }
 
-    fn munmap(&self, host: &Host, range: VirtRange) -> Result<(), Error> {
+    fn munmap(&self, kernel: &TraceKernel, range: VirtRange) -> Result<(), Error> {
         let mut known = self.known.borrow_mut();
         known.assumed.detach(range);
         known.not_inherited.detach(range);
         drop(known);
-        host.timed(|| host.kernel.munmap(&self.mm, range))
+        kernel.timed(|| kernel.hosted.munmap(&self.mm, range))
     }
 
     fn mremap(
         &self,
-        host: &Host,
+        kernel: &TraceKernel,
         from: &Range<u64>,
         to: &Range<u64>,
         old_range: OldRange,
     ) -> Result<(), Error> {
         let Some(to) = whole(to) else { return Ok(()) };
-        let Some(from) = whole(from) else { return self.map_again(host, from.start, to) };
+        let Some(from) = whole(from) else { return self.map_again(kernel, from.start, to) };
         if from.start() == to.start() {
             return match (VirtRange::new(from.end(), to.end()), VirtRange::new(to.end(), from.end())) {
                 (Ok(more), _) => {
-                    self.drop_assumed(host, more)?;
-                    self.warm_up(host, more);
-                    host.kernel.resize(&self.mm, more.start(), more.end())
+                    self.drop_assumed(kernel, more)?;
+                    self.warm_up(kernel, more);
+                    kernel.hosted.resize(&self.mm, more.start(), more.end())
                 }
-                (_, Ok(less)) => self.munmap(host, less),
+                (_, Ok(less)) => self.munmap(kernel, less),
                 _ => Ok(()),
             };
         }
@@ -202,52 +201,52 @@ impl Space {
             let start = to.start() + (part.start() - from.start());
             let end =
                 if part.end() == from.end() { to.end() } else { (start + part.len_bytes()).min(to.end()) };
-            host.timed(|| match VirtRange::new(start, end) {
-                Ok(place) => host.kernel.mremap(&self.mm, part, place),
+            kernel.timed(|| match VirtRange::new(start, end) {
+                Ok(place) => kernel.hosted.mremap(&self.mm, part, place),
                 // It shrank by more than this part.
-                Err(_) => host.kernel.munmap(&self.mm, part),
+                Err(_) => kernel.hosted.munmap(&self.mm, part),
             })?;
             if old_range == OldRange::KeptEmpty {
-                host.kernel.mmap(&self.mm, Vma { range: part, area: vma.area })?;
+                kernel.hosted.mmap(&self.mm, Vma { range: part, area: vma.area })?;
             }
         }
-        self.warm_up(host, to);
+        self.warm_up(kernel, to);
         Ok(())
     }
 
     /// Maps the shared area at `start` a second time: mremap(2) with an old length of 0.
-    fn map_again(&self, host: &Host, start: u64, to: VirtRange) -> Result<(), Error> {
+    fn map_again(&self, kernel: &TraceKernel, start: u64, to: VirtRange) -> Result<(), Error> {
         let vma = self.mm.vmas().find(start).copied().ok_or(Error::NoArea(start))?;
         let shift = (start >> 12).wrapping_sub(to.start() >> 12);
         let area = Area { file_base: vma.area.file_base.wrapping_add(shift), ..vma.area };
-        self.munmap(host, to)?;
-        self.mmap(host, to, area)
+        self.munmap(kernel, to)?;
+        self.mmap(kernel, to, area)
     }
 
-    fn brk(&self, host: &Host, end: u64) -> Result<(), Error> {
+    fn brk(&self, kernel: &TraceKernel, end: u64) -> Result<(), Error> {
         let before = self.known.borrow_mut().break_end.replace(end);
         // The first call of a program asks where its heap starts.
         let Some(before) = before else { return Ok(()) };
         if let Some(less) = whole(&(page_up(end)..page_up(before))) {
-            return self.munmap(host, less);
+            return self.munmap(kernel, less);
         }
         let Some(more) = whole(&(page_up(before)..page_up(end))) else { return Ok(()) };
         let below = self.mm.vmas().find(more.start() - PAGE_BYTES).copied();
         if below.is_none_or(|vma| vma.area != Area::anon() || vma.range.end() != more.start()) {
-            return self.mmap(host, more, Area::anon());
+            return self.mmap(kernel, more, Area::anon());
         }
-        self.drop_assumed(host, more)?;
-        self.warm_up(host, more);
-        host.kernel.resize(&self.mm, more.start(), more.end())
+        self.drop_assumed(kernel, more)?;
+        self.warm_up(kernel, more);
+        kernel.hosted.resize(&self.mm, more.start(), more.end())
     }
 
-    fn madvise(&self, host: &Host, range: VirtRange, advice: &Advice) -> Result<(), Error> {
+    fn madvise(&self, kernel: &TraceKernel, range: VirtRange, advice: &Advice) -> Result<(), Error> {
         match advice {
             Advice::DontNeed | Advice::Free | Advice::Remove => {
-                return host.timed(|| host.kernel.madvise_dontneed(&self.mm, range));
+                return kernel.timed(|| kernel.hosted.madvise_dontneed(&self.mm, range));
             }
-            Advice::GuardInstall => return self.in_private_areas(host, range, Kernel::guard_install),
-            Advice::GuardRemove => return self.in_private_areas(host, range, Kernel::guard_remove),
+            Advice::GuardInstall => return self.in_private_areas(kernel, range, Kernel::guard_install),
+            Advice::GuardRemove => return self.in_private_areas(kernel, range, Kernel::guard_remove),
             Advice::DontFork => {
                 let mut known = self.known.borrow_mut();
                 known.not_inherited.detach(range);
@@ -257,9 +256,9 @@ impl Space {
                 self.known.borrow_mut().not_inherited.detach(range);
             }
             // The thread touches them before and after, as it does with every range.
-            Advice::PopulateRead | Advice::PopulateWrite => self.warm_up(host, range),
+            Advice::PopulateRead | Advice::PopulateWrite => self.warm_up(kernel, range),
             Advice::PageOut | Advice::HugePage | Advice::NoHugePage | Advice::Other(_) => {
-                host.ignored_advice.set(host.ignored_advice.get() + 1);
+                kernel.ignored_advice.set(kernel.ignored_advice.get() + 1);
             }
         }
         Ok(())
@@ -268,7 +267,7 @@ impl Space {
     /// Guards are kept in private areas only; Linux has them in shared ones too, since 6.15.
     fn in_private_areas(
         &self,
-        host: &Host,
+        kernel: &TraceKernel,
         range: VirtRange,
         call: fn(&HostedKernel, &HostedMm, VirtRange) -> Result<(), Error>,
     ) -> Result<(), Error> {
@@ -276,10 +275,10 @@ impl Space {
             let Some(part) = vma.range.intersect(range) else { continue };
             match vma.area.kind {
                 AreaKind::Anon | AreaKind::FilePrivate(_) => {
-                    host.timed(|| call(&host.kernel, &self.mm, part))?
+                    kernel.timed(|| call(&kernel.hosted, &self.mm, part))?
                 }
                 AreaKind::FileShared(_) | AreaKind::Pfn => {
-                    host.ignored_advice.set(host.ignored_advice.get() + 1)
+                    kernel.ignored_advice.set(kernel.ignored_advice.get() + 1)
                 }
             }
         }
@@ -287,7 +286,7 @@ impl Space {
     }
 
     /// Adds areas wherever nothing is mapped in `range`.
-    fn assume(&self, host: &Host, range: &Range<u64>) -> Result<(), Error> {
+    fn assume(&self, kernel: &TraceKernel, range: &Range<u64>) -> Result<(), Error> {
         let areas = self.mm.vmas();
         let mut address = range.start;
         while address < range.end {
@@ -298,9 +297,9 @@ impl Space {
             }
             let end = next.map_or(range.end, |next| next.start().min(range.end));
             let Some(gap) = whole(&(address..end)) else { return Ok(()) };
-            let area = Area { kind: AreaKind::FilePrivate(host.new_file()), ..Area::anon() };
-            self.mmap(host, gap, area)?;
-            host.assumed_areas.set(host.assumed_areas.get() + 1);
+            let area = Area { kind: AreaKind::FilePrivate(kernel.new_file()), ..Area::anon() };
+            self.mmap(kernel, gap, area)?;
+            kernel.assumed_areas.set(kernel.assumed_areas.get() + 1);
             let _free = self.known.borrow_mut().assumed.insert(Vma { range: gap, area });
             address = end;
         }
@@ -308,14 +307,14 @@ impl Space {
     }
 
     /// Something else lies in `range` according to the log: what was only assumed to be there goes.
-    fn drop_assumed(&self, host: &Host, range: VirtRange) -> Result<(), Error> {
+    fn drop_assumed(&self, kernel: &TraceKernel, range: VirtRange) -> Result<(), Error> {
         let wrong = self.known.borrow_mut().assumed.detach(range);
-        wrong.iter().try_for_each(|vma| host.kernel.munmap(&self.mm, vma.range))
+        wrong.iter().try_for_each(|vma| kernel.hosted.munmap(&self.mm, vma.range))
     }
 
     fn kind(
         &self,
-        host: &Host,
+        kernel: &TraceKernel,
         range: VirtRange,
         sharing: Sharing,
         backing: Backing,
@@ -331,18 +330,18 @@ impl Space {
             (Backing::File { .. }, Sharing::Private, Some(AreaKind::FilePrivate(file))) => {
                 AreaKind::FilePrivate(file)
             }
-            (Backing::File { .. }, Sharing::Private, _) => AreaKind::FilePrivate(host.new_file()),
-            (_, Sharing::Shared, _) => AreaKind::FileShared(host.new_file()),
+            (Backing::File { .. }, Sharing::Private, _) => AreaKind::FilePrivate(kernel.new_file()),
+            (_, Sharing::Shared, _) => AreaKind::FileShared(kernel.new_file()),
         }
     }
 
     /// Programs will look at `range`.
-    fn warm_up(&self, host: &Host, range: VirtRange) {
+    fn warm_up(&self, kernel: &TraceKernel, range: VirtRange) {
         let mut known = self.known.borrow_mut();
         if known.warm.len() < WARM_RANGES {
             known.warm.push(range);
         } else {
-            let place = host.choices().pick(WARM_RANGES);
+            let place = kernel.choices().pick(WARM_RANGES);
             known.warm[place] = range;
         }
     }

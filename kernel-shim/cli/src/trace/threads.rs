@@ -16,8 +16,8 @@ use mmu_kernel_shim::{Error, Machine};
 
 use crate::input::layout::PAGE_BYTES;
 use crate::input::strace::{ChildMemory, MemoryCall, TraceEvent};
-use crate::trace::kernel::{Host, RANGE_TOUCHES};
-use crate::trace::space::Space;
+use crate::trace::kernel::{RANGE_TOUCHES, TraceKernel};
+use crate::trace::space::TraceSpace;
 
 /// Pages that a thread uses before each of its calls.
 const OWN_TOUCHES: u64 = 8;
@@ -30,8 +30,8 @@ const CHANCES: u64 = 48;
 pub(crate) const FRAMES_PER_CALL: u64 = 256;
 
 /// A replay under way, shared by all CPUs. No borrow of its cells is held while a CPU may give way.
-pub(crate) struct Replay {
-    pub(crate) host: Host,
+pub(crate) struct LogRun {
+    pub(crate) kernel: TraceKernel,
     events: Rc<[TraceEvent]>,
     /// The first event not yet begun.
     next: Cell<usize>,
@@ -40,9 +40,9 @@ pub(crate) struct Replay {
     pub(crate) nr_threads: Cell<u32>,
     pub(crate) nr_spaces: Cell<u64>,
     /// By CPU: the address space whose programs run there. `None`: it is lazy.
-    running: RefCell<Vec<Option<Rc<Space>>>>,
+    running: RefCell<Vec<Option<Rc<TraceSpace>>>>,
     /// What the call in progress is about; other threads look there.
-    focus: RefCell<Option<(Rc<Space>, VirtRange)>>,
+    focus: RefCell<Option<(Rc<TraceSpace>, VirtRange)>>,
     touches_left: Cell<u32>,
     refused: Cell<Option<Refused>>,
 }
@@ -57,7 +57,7 @@ enum Turn {
 #[derive(Clone)]
 struct Thread {
     cpu: CpuId,
-    space: Rc<Space>,
+    space: Rc<TraceSpace>,
     /// The child that has borrowed its address space.
     waits_for: Option<u32>,
 }
@@ -71,7 +71,7 @@ pub(crate) struct Refused {
 }
 
 /// What a CPU can do next.
-enum Step {
+enum NextStep {
     /// Carry out this event.
     Event(usize),
     /// The log is over: end this thread.
@@ -82,15 +82,15 @@ enum Step {
     Done,
 }
 
-impl Replay {
+impl LogRun {
     /// A replay of `events`, whose first thread is there and has just executed its program.
-    pub(crate) fn new(host: Host, events: Rc<[TraceEvent]>) -> Result<Self, Error> {
-        let nr_cpus = host.kernel.machine().nr_cpus() as usize;
+    pub(crate) fn new(kernel: TraceKernel, events: Rc<[TraceEvent]>) -> Result<Self, Error> {
+        let nr_cpus = kernel.hosted.machine().nr_cpus() as usize;
         let first = events.first().map_or(0, |event| event.thread);
         let has_executed = events.first().is_some_and(|event| event.call == MemoryCall::Exec);
-        let space = Space::new(&host)?;
-        let replay = Self {
-            host,
+        let space = TraceSpace::new(&kernel)?;
+        let log_run = Self {
+            kernel,
             events,
             next: Cell::new(usize::from(has_executed)),
             turn: Cell::new(Turn::Free),
@@ -102,21 +102,21 @@ impl Replay {
             touches_left: Cell::new(0),
             refused: Cell::new(None),
         };
-        replay.start_thread(first, Rc::new(space));
-        Ok(replay)
+        log_run.start_thread(first, Rc::new(space));
+        Ok(log_run)
     }
 
     /// Carries everything out, with the CPUs interleaved at every seam.
     pub(crate) fn run_interleaved(self: &Rc<Self>) {
-        let machine = Arc::clone(self.host.kernel.machine());
+        let machine = Arc::clone(self.kernel.hosted.machine());
         let mut schedule = Schedule::new();
         for number in 0..machine.nr_cpus() {
-            let replay = Rc::clone(self);
+            let log_run = Rc::clone(self);
             schedule.spawn(CpuId::new(number), move || {
-                while replay.step(CpuId::new(number)) {
+                while log_run.step(CpuId::new(number)) {
                     give_way();
                 }
-                replay.host.kernel.switch_to(None);
+                log_run.kernel.hosted.switch_to(None);
             });
         }
         machine.run(schedule);
@@ -133,7 +133,7 @@ impl Replay {
             }
         }
         for number in 0..machine.nr_cpus() {
-            machine.on_cpu(CpuId::new(number), || self.host.kernel.switch_to(None));
+            machine.on_cpu(CpuId::new(number), || self.kernel.hosted.switch_to(None));
         }
     }
 
@@ -145,13 +145,13 @@ impl Replay {
     /// One turn of a CPU. Whether there is more to do.
     fn step(&self, cpu: CpuId) -> bool {
         match self.take_step(cpu) {
-            Step::Done => return false,
-            Step::Idle => self.use_memory(cpu),
-            Step::Event(index) => {
-                let result = self.carry_out(cpu, index);
+            NextStep::Done => return false,
+            NextStep::Idle => self.use_memory(cpu),
+            NextStep::Event(index) => {
+                let result = self.make_call(cpu, index);
                 self.turn_is_over(index, result);
             }
-            Step::End(thread) => {
+            NextStep::End(thread) => {
                 let result = self.end_thread(cpu, thread);
                 self.turn_is_over(self.events.len(), result);
             }
@@ -159,21 +159,21 @@ impl Replay {
         true
     }
 
-    fn take_step(&self, cpu: CpuId) -> Step {
+    fn take_step(&self, cpu: CpuId) -> NextStep {
         let threads = self.threads.borrow();
         let index = self.next.get();
         let event = self.events.get(index);
         let thread = event.map(|event| event.thread).or_else(|| threads.keys().next().copied());
         let Some(thread) = thread.filter(|_| self.refused.get().is_none()) else {
-            return if self.turn.get() == Turn::Free { Step::Done } else { Step::Idle };
+            return if self.turn.get() == Turn::Free { NextStep::Done } else { NextStep::Idle };
         };
         // An event of a thread that is gone is anybody's.
         let is_ours = threads.get(&thread).is_none_or(|thread| thread.cpu == cpu);
         if self.turn.get() == Turn::Taken || !is_ours {
-            return Step::Idle;
+            return NextStep::Idle;
         }
         self.turn.set(Turn::Taken);
-        if event.is_some() { Step::Event(index) } else { Step::End(thread) }
+        if event.is_some() { NextStep::Event(index) } else { NextStep::End(thread) }
     }
 
     fn turn_is_over(&self, index: usize, result: Result<(), Error>) {
@@ -185,21 +185,21 @@ impl Replay {
     }
 
     /// Carries out one event on the CPU of its thread.
-    fn carry_out(&self, cpu: CpuId, index: usize) -> Result<(), Error> {
+    fn make_call(&self, cpu: CpuId, index: usize) -> Result<(), Error> {
         let TraceEvent { thread: number, call, .. } = &self.events[index];
         // Only a thread that was replaced by one of the same number is not there.
         let Some(thread) = self.threads.borrow().get(number).cloned() else { return Ok(()) };
         let space = thread.space;
         self.run_in(cpu, &space);
         self.touches_left.set(OTHER_TOUCHES);
-        space.assume_for(&self.host, call)?;
+        space.assume_for(&self.kernel, call)?;
         for _ in 0..OWN_TOUCHES {
-            space.touch_warm(&self.host)?;
+            space.touch_warm(&self.kernel)?;
         }
         if let Some(range) = space.range_of(call) {
             *self.focus.borrow_mut() = Some((Rc::clone(&space), range));
-            self.host.touch_start_of(&space.mm, range)?;
-            self.host.kernel.machine().point_at(range.start());
+            self.kernel.touch_start_of(&space.mm, range)?;
+            self.kernel.hosted.machine().point_at(range.start());
         }
         for _ in 0..CHANCES {
             self.let_others_run(cpu);
@@ -208,13 +208,13 @@ impl Replay {
             MemoryCall::Clone { child, memory } => self.clone_thread(cpu, *number, *child, *memory, &space),
             MemoryCall::Exec => self.exec(cpu, *number, &space),
             MemoryCall::Exit | MemoryCall::ExitGroup => self.end_thread(cpu, *number),
-            _ => space.apply(&self.host, call),
+            _ => space.apply(&self.kernel, call),
         };
         *self.focus.borrow_mut() = None;
         if let (Ok(()), MemoryCall::Mmap { range, .. }) = (result, call)
             && let Ok(range) = VirtRange::new(range.start, range.end)
         {
-            self.host.touch_start_of(&space.mm, range)?;
+            self.kernel.touch_start_of(&space.mm, range)?;
         }
         result
     }
@@ -225,13 +225,13 @@ impl Replay {
         parent: u32,
         child: u32,
         memory: ChildMemory,
-        space: &Rc<Space>,
+        space: &Rc<TraceSpace>,
     ) -> Result<(), Error> {
         // A number that is in use again: the log lost the end of its thread.
         self.end_thread(cpu, child)?;
         match memory {
             ChildMemory::Copied => {
-                let copy = Rc::new(space.fork(&self.host)?);
+                let copy = Rc::new(space.fork(&self.kernel)?);
                 self.nr_spaces.set(self.nr_spaces.get() + 1);
                 self.start_thread(child, copy);
             }
@@ -249,18 +249,18 @@ impl Replay {
     }
 
     /// The thread leaves its address space for the one of a new program.
-    fn exec(&self, cpu: CpuId, number: u32, old: &Rc<Space>) -> Result<(), Error> {
-        let new = Rc::new(Space::new(&self.host)?);
+    fn exec(&self, cpu: CpuId, number: u32, old: &Rc<TraceSpace>) -> Result<(), Error> {
+        let new = Rc::new(TraceSpace::new(&self.kernel)?);
         self.nr_spaces.set(self.nr_spaces.get() + 1);
         if let Some(thread) = self.threads.borrow_mut().get_mut(&number) {
             thread.space = Rc::clone(&new);
         }
         self.release_parent(number);
         self.run_in(cpu, &new);
-        self.leave(cpu, old)
+        self.leave_space(cpu, old)
     }
 
-    fn start_thread(&self, number: u32, space: Rc<Space>) {
+    fn start_thread(&self, number: u32, space: Rc<TraceSpace>) {
         let cpu = CpuId::new(self.nr_threads.get() % self.machine().nr_cpus());
         self.nr_threads.set(self.nr_threads.get() + 1);
         self.threads.borrow_mut().insert(number, Thread { cpu, space, waits_for: None });
@@ -270,7 +270,7 @@ impl Replay {
     fn end_thread(&self, cpu: CpuId, number: u32) -> Result<(), Error> {
         let Some(thread) = self.threads.borrow_mut().remove(&number) else { return Ok(()) };
         self.release_parent(number);
-        self.leave(cpu, &thread.space)
+        self.leave_space(cpu, &thread.space)
     }
 
     /// A child has given back the address space that it borrowed.
@@ -282,7 +282,7 @@ impl Replay {
     }
 
     /// One thread less runs in `space`; the last one takes it down.
-    fn leave(&self, cpu: CpuId, space: &Rc<Space>) -> Result<(), Error> {
+    fn leave_space(&self, cpu: CpuId, space: &Rc<TraceSpace>) -> Result<(), Error> {
         space.users.set(space.users.get() - 1);
         if space.users.get() > 0 {
             return Ok(());
@@ -295,12 +295,12 @@ impl Replay {
         while self.running.borrow().iter().flatten().any(|running| Rc::ptr_eq(running, space)) {
             self.let_others_run(cpu);
         }
-        self.host.timed(|| self.host.kernel.exit(&space.mm))
+        self.kernel.timed(|| self.kernel.hosted.exit(&space.mm))
     }
 
     /// What a CPU does that has no call to carry out.
     fn use_memory(&self, cpu: CpuId) {
-        let choices = self.host.choices();
+        let choices = self.kernel.choices();
         let next = {
             let threads = self.threads.borrow();
             let able = |thread: &&Thread| thread.cpu == cpu && thread.waits_for.is_none();
@@ -318,9 +318,9 @@ impl Replay {
         let result = match focus {
             Some((focused, range)) if Rc::ptr_eq(&focused, &space) && choices.one_in(2) => {
                 let page = choices.below(range.nr_pages().min(RANGE_TOUCHES));
-                self.host.touch(&space.mm, range.start() + page * PAGE_BYTES)
+                self.kernel.touch(&space.mm, range.start() + page * PAGE_BYTES)
             }
-            _ => space.touch_warm(&self.host),
+            _ => space.touch_warm(&self.kernel),
         };
         if let Err(error) = result {
             self.refused.set(Some(Refused { event: self.next.get(), error }));
@@ -337,34 +337,34 @@ impl Replay {
         }
     }
 
-    fn running_on(&self, cpu: CpuId) -> Option<Rc<Space>> {
+    fn running_on(&self, cpu: CpuId) -> Option<Rc<TraceSpace>> {
         self.running.borrow()[cpu.index()].clone()
     }
 
     /// Programs of `space` run on this CPU from now on.
-    fn run_in(&self, cpu: CpuId, space: &Rc<Space>) {
+    fn run_in(&self, cpu: CpuId, space: &Rc<TraceSpace>) {
         if self.running_on(cpu).is_some_and(|running| Rc::ptr_eq(&running, space)) {
             return;
         }
         // Before the switch: nobody may find the address space unused while this CPU is on its way there.
         self.running.borrow_mut()[cpu.index()] = Some(Rc::clone(space));
-        self.host.kernel.switch_to(Some(&space.mm));
+        self.kernel.hosted.switch_to(Some(&space.mm));
     }
 
     fn go_lazy(&self, cpu: CpuId) {
         if self.running_on(cpu).is_some() {
-            self.host.kernel.go_lazy();
+            self.kernel.hosted.go_lazy();
             self.running.borrow_mut()[cpu.index()] = None;
         }
     }
 
     fn machine(&self) -> &HostedMachine {
-        self.host.kernel.machine()
+        self.kernel.hosted.machine()
     }
 }
 
-impl core::fmt::Debug for Replay {
+impl core::fmt::Debug for LogRun {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Replay").field("next", &self.next.get()).finish_non_exhaustive()
+        f.debug_struct("LogRun").field("next", &self.next.get()).finish_non_exhaustive()
     }
 }

@@ -6,7 +6,7 @@ use core::str::Lines;
 use crate::input::layout::snapshot::{
     HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END, VmaKind,
 };
-use crate::output::escape::shown;
+use crate::output::escape::excerpt;
 
 /// First line of every file. A later format gets a later number.
 const HEADER: &str = "mmu-gather layout 1";
@@ -30,7 +30,7 @@ pub struct LayoutError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutProblem {
     /// Something else stands where a word of the format belongs.
-    #[error("expected {expected}, found {}", shown(found))]
+    #[error("expected {expected}, found {}", excerpt(found))]
     Expected {
         /// What belongs there.
         expected: &'static str,
@@ -171,7 +171,7 @@ impl fmt::Display for Layout {
         for vma in &self.vmas {
             write_vma(vma, f)?;
         }
-        writeln!(f, "end {}", Trailer::of(self))
+        writeln!(f, "end {}", Trailer::from_layout(self))
     }
 }
 
@@ -228,7 +228,7 @@ struct Trailer {
 }
 
 impl Trailer {
-    fn of(layout: &Layout) -> Self {
+    fn from_layout(layout: &Layout) -> Self {
         let mut trailer = Self { nr_vmas: 0, nr_runs: 0, nr_pages: 0 };
         for vma in &layout.vmas {
             trailer.nr_vmas += 1;
@@ -290,7 +290,7 @@ impl<'a> Parser<'a> {
                 let previous_end = layout.vmas.last().map_or(0, |vma| vma.end);
                 layout.vmas.push(words.vma(previous_end)?);
             } else if words.eat("end") {
-                let counted = Trailer::of(&layout);
+                let counted = Trailer::from_layout(&layout);
                 words.trailer()?.check(&counted)?;
                 return self.nothing_follows().map(|()| layout);
             } else if let Some(vma) = layout.vmas.last_mut() {

@@ -4,7 +4,7 @@ use core::ops::Range;
 use std::collections::BTreeMap;
 
 use crate::input::layout::snapshot::{Prot, Sharing};
-use crate::output::escape::shown;
+use crate::output::escape::excerpt;
 
 /// What a log holds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -193,7 +193,7 @@ pub struct TraceError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TraceProblem {
     /// Something else stands where a part of a line belongs.
-    #[error("expected {expected}, found {}", shown(found))]
+    #[error("expected {expected}, found {}", excerpt(found))]
     Expected {
         /// What belongs there.
         expected: &'static str,

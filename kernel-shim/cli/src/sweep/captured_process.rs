@@ -10,14 +10,14 @@ const BLOCK_BYTES: u64 = HUGE_PAGES * PAGE_BYTES;
 
 /// A captured process.
 #[derive(Clone, Debug)]
-pub(crate) struct Process {
+pub(crate) struct CapturedProcess {
     /// Its name; it stays in memory as long as the command runs.
     pub name: &'static str,
     /// What it had mapped.
     pub layout: Layout,
 }
 
-impl Process {
+impl CapturedProcess {
     /// Leaves with a frame to give back: pages of memory and of files, 4 KiB or 2 MiB. What is left out needs no batch: the page of
     /// zeroes, frames of devices, places in swap.
     #[must_use]
