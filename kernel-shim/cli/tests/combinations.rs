@@ -6,7 +6,8 @@ use std::thread;
 
 use mmu_cli::input::layout::{Layout, PageState};
 use mmu_cli::output::report::Report;
-use mmu_cli::run::teardown::{RunOptions, run_layout};
+use mmu_cli::run::pass::RunOptions;
+use mmu_cli::run::teardown::run_layout;
 
 const KINDS: [&str; 7] =
     ["anon", "heap", "stack", "file \"f\"", "shared \"m\"", "hugetlb \"h\"", "pfn \"d\""];

@@ -1,14 +1,8 @@
 //! `teardown replay --explain` and `--html` as a person meets them.
 
-use std::process::{Command, Output};
+mod common;
 
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
+use common::{stdout as text, teardown};
 
 /// Two programs use a page, one takes it away.
 const DISCARD: &str = "\

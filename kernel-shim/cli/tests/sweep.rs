@@ -1,5 +1,7 @@
 //! The command `teardown sweep` as a person meets it: flags, files, errors; and counts that are the same in every run.
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -9,15 +11,9 @@ use mmu_cli::input::bundled::LAYOUTS;
 use mmu_cli::input::layout::Layout;
 use serde_json::Value;
 
+use common::{stderr, teardown};
+
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sweep.snapshot");
-
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
 
 fn sweep(args: &[&str]) -> Output {
     let output = teardown(&[&["sweep"], args].concat());

@@ -1,33 +1,18 @@
 //! The command `teardown trace` as a person meets it: reports, exit codes, errors.
 
+mod common;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use serde_json::Value;
+
+use common::{assert_clean, json, stderr, stdout, teardown};
 
 /// Small logs of several threads, of several processes, with forks, with calls that wait for one another.
 const SMALL: [&str; 4] = ["redis-bgsave", "rustc-hello", "python-numpy", "sort-parallel"];
 
 fn log(name: &str) -> String {
     format!("{}/../../tests/traces/{name}.strace", env!("CARGO_MANIFEST_DIR"))
-}
-
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).expect("the report is JSON")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn assert_clean(report: &Value) {
-    for count in ["violations", "leaked_frames", "leaked_tables", "double_frees"] {
-        assert_eq!(report[count], 0, "{count} in {report}");
-    }
 }
 
 /// A file in a folder that goes with the test.
@@ -59,7 +44,7 @@ fn every_planted_fault_is_found_and_told() {
     for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
         let output = teardown(&["trace", &log("redis-bgsave"), "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let text = stdout(&output);
         for word in
             ["redis-bgsave: violation: ", "CPU ", " address 0x", " frame 0x", "through its ", "NOT CLEAN"]
         {

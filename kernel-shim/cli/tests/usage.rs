@@ -1,25 +1,17 @@
 //! Words on the command line that would do nothing, or harm: they are refused, and nothing is lost.
 
+mod common;
+
 use core::time::Duration;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Instant;
+
+use common::{stderr, stdout, teardown};
 
 const SMALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/layouts/redis-swapped.layout");
 const LOG: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/traces/gcc-hello.strace");
-
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 #[test]
 fn a_flag_that_would_do_nothing_is_refused() {

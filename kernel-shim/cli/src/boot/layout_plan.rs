@@ -2,14 +2,14 @@
 //! what both count.
 
 use core::fmt::Write;
-use std::collections::HashMap;
 
 use mmu_gather::tlb::PcidSupport;
 use mmu_hosted::{HostedMachine, HostedStage, Options};
-use mmu_kernel_shim::{Config, PageContent, Snapshot, Stage, drill, plan};
+use mmu_kernel_shim::{AreaKind, Config, PageContent, Protection, Snapshot, Stage, drill, plan};
 
-use crate::input::layout::{HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageState, Sharing, VmaKind};
+use crate::input::layout::{HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageState, VmaKind};
 use crate::run::hosted_process::frames_needed;
+use crate::run::kernel_terms::{DirtyPages, FileNumbers, page_content, protection};
 
 /// Frames that the drill needs, with some to spare.
 const DRILL_FRAMES: u64 = 16_384;
@@ -40,7 +40,7 @@ impl LayoutPlan {
         let overhead = frames_needed(layout) - totals.nr_resident() - totals.nr_zero - totals.nr_swap;
         let mut planner = Planner {
             text: String::new(),
-            files: HashMap::new(),
+            files: FileNumbers::default(),
             frames_left: nr_frames.saturating_sub(overhead),
             nr_planned: 0,
         };
@@ -85,29 +85,33 @@ fn hosted(nr_cpus: u32, nr_frames: u64, pcid: PcidSupport) -> Result<HostedStage
 /// A plan being written.
 struct Planner {
     text: String,
-    files: HashMap<String, u32>,
+    files: FileNumbers,
     frames_left: u64,
     nr_planned: u64,
 }
 
 impl Planner {
     fn add_area(&mut self, vma: &LayoutVma) {
-        let rights = match (vma.prot.read || vma.prot.exec, vma.prot.write) {
-            (_, true) => "w",
-            (true, false) => "r",
-            (false, false) => "-",
+        let rights = match protection(vma.prot) {
+            Protection::Write => "w",
+            Protection::Read => "r",
+            Protection::Nothing => "-",
         };
-        let backing = self.backing(vma);
+        let backing = match self.files.area_kind(vma) {
+            AreaKind::Anon => "anon".to_owned(),
+            AreaKind::Pfn => "pfn".to_owned(),
+            AreaKind::FilePrivate(file) => format!("private:{file}"),
+            AreaKind::FileShared(file) => format!("shared:{file}"),
+        };
         let grows = if vma.kind == VmaKind::Stack { " grows" } else { "" };
         self.write_line(format_args!("area {:x}-{:x} {rights} {backing}{grows}", vma.start, vma.end));
-        let mut nr_dirty = if vma.sharing == Sharing::Shared { vma.nr_dirty.unwrap_or(0) } else { 0 };
+        let mut dirty = DirtyPages::of_area(vma);
         for run in &vma.runs {
             let start = vma.address_of(run);
             let nr_pages = self.affordable(run.state, run.nr_pages);
-            let written = if run.state == PageState::File { nr_dirty.min(nr_pages) } else { 0 };
-            nr_dirty -= written;
-            self.write_fill(start, written, PageContent::FileDirty);
-            self.write_fill(start + written * PAGE_BYTES, nr_pages - written, content_of(run.state));
+            let nr_dirty = dirty.take(run.state, nr_pages);
+            self.write_fill(start, nr_dirty, PageContent::FileDirty);
+            self.write_fill(start + nr_dirty * PAGE_BYTES, nr_pages - nr_dirty, page_content(run.state));
         }
     }
 
@@ -137,37 +141,9 @@ impl Planner {
         nr_pages
     }
 
-    fn backing(&mut self, vma: &LayoutVma) -> String {
-        let name = match &vma.kind {
-            VmaKind::Anon | VmaKind::Heap | VmaKind::Stack => return "anon".to_owned(),
-            VmaKind::Pfn(_) => return "pfn".to_owned(),
-            VmaKind::File(name) | VmaKind::Shared(name) | VmaKind::HugeTlb(name) => name,
-        };
-        // At most one id an area, far below 2^32.
-        let next = u32::try_from(self.files.len()).unwrap_or(u32::MAX - 1);
-        let file = *self.files.entry(name.clone()).or_insert(next);
-        match vma.sharing {
-            Sharing::Private => format!("private:{file}"),
-            Sharing::Shared => format!("shared:{file}"),
-        }
-    }
-
     fn write_line(&mut self, line: core::fmt::Arguments<'_>) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.text, "{line}");
-    }
-}
-
-const fn content_of(state: PageState) -> PageContent {
-    match state {
-        PageState::Anon => PageContent::Anon,
-        PageState::File => PageContent::File,
-        PageState::Zero => PageContent::Zero,
-        PageState::Pfn => PageContent::Pfn,
-        PageState::AnonHuge => PageContent::AnonBlock,
-        PageState::FileHuge => PageContent::FileBlock,
-        PageState::ZeroHuge => PageContent::ZeroBlock,
-        PageState::Swap => PageContent::Swap,
     }
 }
 

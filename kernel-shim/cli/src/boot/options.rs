@@ -56,6 +56,7 @@ impl Workload {
 
 /// What goes wrong on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[expect(clippy::enum_variant_names, reason = "the words on the command line")]
 pub enum BootFault {
     /// A CPU that unmaps does not flush itself.
     SkipLocalFlush,

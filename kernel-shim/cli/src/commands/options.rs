@@ -9,8 +9,10 @@ use mmu_hosted::{Checking, MachineFault, Trial};
 use mmu_kernel_shim::Misbehaviour;
 
 use crate::commands::outcome::{CommandError, CommandVerdict};
+use crate::output::escape::label;
+use crate::output::progress::progress_bar;
 use crate::output::report::Report;
-use crate::run::teardown::RunOptions;
+use crate::run::pass::RunOptions;
 
 /// What `run` and `trace` do it on.
 #[derive(Clone, Debug, Args)]
@@ -79,8 +81,25 @@ impl MachineArgs {
         })
     }
 
-    /// Prints what was found.
-    pub(crate) fn print(&self, report: &Report) -> Result<CommandVerdict, CommandError> {
+    /// Has `work` done for each of `inputs`, under a progress bar that shows its name, and prints what was found.
+    pub(crate) fn run_each<T>(
+        &self,
+        inputs: &[T],
+        name: impl Fn(&T) -> &str,
+        mut work: impl FnMut(&T, &mut Report) -> Result<(), CommandError>,
+    ) -> Result<CommandVerdict, CommandError> {
+        let mut report = Report::default();
+        let progress = progress_bar(inputs.len() as u64);
+        for input in inputs {
+            progress.set_message(label(name(input)));
+            work(input, &mut report)?;
+            progress.inc(1);
+        }
+        progress.finish_and_clear();
+        self.print(&report)
+    }
+
+    fn print(&self, report: &Report) -> Result<CommandVerdict, CommandError> {
         Fault::check_happened(self.fault, report.faults, report.is_clean())?;
         let out = BufWriter::new(io::stdout().lock());
         let written = match self.format {

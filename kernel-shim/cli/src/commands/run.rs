@@ -9,9 +9,6 @@ use crate::commands::outcome::{CommandError, CommandVerdict, read_text};
 use crate::input::bundled::LAYOUTS;
 use crate::input::layout::Layout;
 use crate::input::live_process;
-use crate::output::escape::label;
-use crate::output::progress::progress_bar;
-use crate::output::report::Report;
 use crate::run::teardown::run_layout;
 
 #[derive(Clone, Debug, Args)]
@@ -30,15 +27,11 @@ pub(crate) fn execute(args: &RunArgs) -> Result<CommandVerdict, CommandError> {
     // All input is read before anything runs.
     let options = args.machine.options()?;
     let layouts = layouts(args)?;
-    let mut report = Report::default();
-    let progress = progress_bar(layouts.len() as u64);
-    for layout in &layouts {
-        progress.set_message(label(&layout.name));
-        run_layout(layout, &options, &mut report).map_err(|error| error.to_string())?;
-        progress.inc(1);
-    }
-    progress.finish_and_clear();
-    args.machine.print(&report)
+    args.machine.run_each(
+        &layouts,
+        |layout| &layout.name,
+        |layout, report| run_layout(layout, &options, report).map_err(|error| error.to_string()),
+    )
 }
 
 fn layouts(args: &RunArgs) -> Result<Vec<Layout>, CommandError> {

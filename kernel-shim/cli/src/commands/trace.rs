@@ -7,9 +7,6 @@ use clap::Args;
 use crate::commands::options::MachineArgs;
 use crate::commands::outcome::{CommandError, CommandVerdict, read_text};
 use crate::input::bundled::TRACES;
-use crate::output::escape::label;
-use crate::output::progress::progress_bar;
-use crate::output::report::Report;
 use crate::trace::log::{TraceLog, run_log};
 
 #[derive(Clone, Debug, Args)]
@@ -25,15 +22,11 @@ pub(crate) fn execute(args: &TraceArgs) -> Result<CommandVerdict, CommandError> 
     // All input is read before anything runs.
     let options = args.machine.options()?;
     let logs = logs(args)?;
-    let mut report = Report::default();
-    let progress = progress_bar(logs.len() as u64);
-    for log in &logs {
-        progress.set_message(label(&log.name));
-        run_log(log, &options, &mut report).map_err(|error| error.to_string())?;
-        progress.inc(1);
-    }
-    progress.finish_and_clear();
-    args.machine.print(&report)
+    args.machine.run_each(
+        &logs,
+        |log| &log.name,
+        |log, report| run_log(log, &options, report).map_err(|error| error.to_string()),
+    )
 }
 
 fn logs(args: &TraceArgs) -> Result<Vec<TraceLog>, CommandError> {

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use mmu_hosted::{Found, HostedKernel};
-use mmu_kernel_shim::{Misbehaviour, Snapshot};
+use mmu_hosted::Found;
+use mmu_kernel_shim::Snapshot;
 use serde::Serialize;
 
 use crate::output::escape::{label, write_json};
@@ -214,14 +214,6 @@ impl LayoutReport {
 }
 
 impl Report {
-    /// Counts what a kernel and its machine did wrong on purpose.
-    pub fn add_faults(&mut self, kernel: &HostedKernel) {
-        self.faults += match kernel.config().misbehaviour {
-            Misbehaviour::Absent => kernel.machine().nr_faults(),
-            Misbehaviour::FreeBeforeFlush => kernel.counters().snapshot().leaves,
-        };
-    }
-
     /// Adds one address space, and what its checker said.
     pub fn add(&mut self, layout: LayoutReport, found: &Found, lost: Lost) {
         for violation in &found.told {

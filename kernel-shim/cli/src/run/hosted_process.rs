@@ -1,20 +1,20 @@
 //! A process on the hosted machine, built from a layout.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_hosted::{HostedKernel, HostedMachine, Options};
-use mmu_kernel_shim::{Area, AreaKind, Growth, Mm, PageContent, Protection, Vma};
+use mmu_kernel_shim::{Area, Growth, Mm, PageContent, Vma};
 
-use crate::input::layout::{Layout, LayoutVma, PAGE_BYTES, PageState, Sharing, VmaKind};
+use crate::input::layout::{Layout, LayoutVma, PAGE_BYTES, VmaKind};
+use crate::run::kernel_terms::{DirtyPages, FileNumbers, page_content, protection};
 
 /// An address space of the hosted kernel.
-pub type HostedMm = Mm<Arc<HostedMachine>>;
+pub(crate) type HostedMm = Mm<Arc<HostedMachine>>;
 
 /// A process whose memory looks like a layout.
 #[derive(Debug)]
-pub struct HostedProcess {
+pub(crate) struct HostedProcess {
     /// Its address space.
     pub mm: Arc<HostedMm>,
     /// Its areas, in order.
@@ -54,7 +54,7 @@ pub enum BuildError {
 
 /// Frames a machine needs for a layout: its pages, its tables, and some to fault in.
 #[must_use]
-pub fn frames_needed(layout: &Layout) -> u64 {
+pub(crate) fn frames_needed(layout: &Layout) -> u64 {
     let totals = layout.totals();
     let pages = totals.nr_resident() + totals.nr_zero + totals.nr_swap;
     // A table a run at most, and its parents; a run of n pages needs n/512 more.
@@ -67,8 +67,8 @@ impl HostedProcess {
     ///
     /// # Errors
     /// [`BuildError`].
-    pub fn build(kernel: &HostedKernel, layout: &Layout) -> Result<Self, BuildError> {
-        let mut builder = Builder { kernel, layout, files: HashMap::new() };
+    pub(crate) fn build(kernel: &HostedKernel, layout: &Layout) -> Result<Self, BuildError> {
+        let mut builder = Builder { kernel, layout, files: FileNumbers::default() };
         let mm = kernel.new_mm().map_err(|source| builder.kernel_error(0, 0, source))?;
         let mut process = Self { mm, areas: Vec::new(), mapped: Vec::new() };
         for vma in &layout.vmas {
@@ -81,19 +81,15 @@ impl HostedProcess {
 struct Builder<'a> {
     kernel: &'a HostedKernel,
     layout: &'a Layout,
-    files: HashMap<String, u32>,
+    files: FileNumbers,
 }
 
 impl Builder<'_> {
     fn add_area(&mut self, process: &mut HostedProcess, vma: &LayoutVma) -> Result<(), BuildError> {
         let range = self.range(vma.start, vma.end)?;
         let area = Area {
-            kind: self.kind(vma),
-            protection: match (vma.prot.read || vma.prot.exec, vma.prot.write) {
-                (_, true) => Protection::Write,
-                (true, false) => Protection::Read,
-                (false, false) => Protection::Nothing,
-            },
+            kind: self.files.area_kind(vma),
+            protection: protection(vma.prot),
             growth: if vma.kind == VmaKind::Stack { Growth::Down } else { Growth::Fixed },
             // Each mapping of a file begins at a place of its own: the layout does not say where.
             file_base: 0,
@@ -101,22 +97,11 @@ impl Builder<'_> {
         let map = self.kernel.mmap(&process.mm, Vma { range, area });
         map.map_err(|source| self.kernel_error(vma.start, vma.end, source))?;
         process.areas.push(range);
-        let mut dirty = if vma.sharing == Sharing::Shared { vma.nr_dirty.unwrap_or(0) } else { 0 };
+        let mut dirty = DirtyPages::of_area(vma);
         for run in &vma.runs {
             let start = vma.address_of(run);
-            let content = match run.state {
-                PageState::Anon => PageContent::Anon,
-                PageState::File => PageContent::File,
-                PageState::Zero => PageContent::Zero,
-                PageState::Pfn => PageContent::Pfn,
-                PageState::AnonHuge => PageContent::AnonBlock,
-                PageState::FileHuge => PageContent::FileBlock,
-                PageState::ZeroHuge => PageContent::ZeroBlock,
-                PageState::Swap => PageContent::Swap,
-            };
-            let written = if run.state == PageState::File { dirty.min(run.nr_pages) } else { 0 };
-            dirty -= written;
-            let parts = [(0, written, PageContent::FileDirty), (written, run.nr_pages, content)];
+            let (nr_dirty, content) = (dirty.take(run.state, run.nr_pages), page_content(run.state));
+            let parts = [(0, nr_dirty, PageContent::FileDirty), (nr_dirty, run.nr_pages, content)];
             for (from, to, content) in parts.into_iter().filter(|(from, to, _)| from < to) {
                 let part = self.range(start + from * PAGE_BYTES, start + to * PAGE_BYTES)?;
                 let filled = self.kernel.populate(&process.mm, part, content);
@@ -125,21 +110,6 @@ impl Builder<'_> {
             process.mapped.push(self.range(start, start + run.nr_pages * PAGE_BYTES)?);
         }
         Ok(())
-    }
-
-    fn kind(&mut self, vma: &LayoutVma) -> AreaKind {
-        let name = match &vma.kind {
-            VmaKind::Anon | VmaKind::Heap | VmaKind::Stack => return AreaKind::Anon,
-            VmaKind::Pfn(_) => return AreaKind::Pfn,
-            VmaKind::File(name) | VmaKind::Shared(name) | VmaKind::HugeTlb(name) => name,
-        };
-        // At most one id an area, far below 2^32.
-        let next = u32::try_from(self.files.len()).unwrap_or(u32::MAX);
-        let file = *self.files.entry(name.clone()).or_insert(next);
-        match vma.sharing {
-            Sharing::Private => AreaKind::FilePrivate(file),
-            Sharing::Shared => AreaKind::FileShared(file),
-        }
     }
 
     fn range(&self, start: u64, end: u64) -> Result<VirtRange, BuildError> {

@@ -6,50 +6,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bumpalo::Bump;
-use mmu_gather::Limits;
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{
-    Checking, Choices, HostedKernel, HostedMachine, MachineFault, Options, Schedule, give_way, touch,
-};
-use mmu_kernel_shim::{Area, Config, Kernel, Machine, Misbehaviour, Seam, Supply, UserAccess, Vma};
+use mmu_hosted::{Checking, Choices, HostedKernel, HostedMachine, Schedule, give_way, touch};
+use mmu_kernel_shim::{Area, Machine, Seam, UserAccess, Vma};
 
 use crate::input::layout::Layout;
-use crate::output::report::{LayoutReport, Lost, Report};
+use crate::output::report::{LayoutReport, Report};
 use crate::run::hosted_process::{BuildError, HostedMm, HostedProcess, frames_needed};
-
-/// How layouts are run.
-#[derive(Clone, Copy, Debug)]
-pub struct RunOptions {
-    /// CPUs of the machine, 1 to 64.
-    pub nr_cpus: u32,
-    /// Decides the order of the munmaps, what programs touch, and how CPUs interleave.
-    pub seed: u64,
-    /// Capacities of every gather.
-    pub limits: Limits,
-    /// Whether gathers get batch pages.
-    pub batches: Supply,
-    /// Whether the checked pass runs; the timed one always does.
-    pub checking: Checking,
-    /// What the kernel does wrong, on purpose.
-    pub misbehaviour: Misbehaviour,
-    /// What the machine does wrong, on purpose.
-    pub fault: MachineFault,
-}
-
-impl Default for RunOptions {
-    fn default() -> Self {
-        Self {
-            nr_cpus: 4,
-            seed: 1,
-            limits: Limits::DEFAULT,
-            batches: Supply::Always,
-            checking: Checking::On,
-            misbehaviour: Misbehaviour::Absent,
-            fault: MachineFault::Absent,
-        }
-    }
-}
+use crate::run::pass::{PassResult, RunOptions, boot_hosted, run_passes};
 
 /// Touches by each CPU before the teardown begins.
 const TOUCHES: u64 = 4000;
@@ -61,33 +26,7 @@ const MUNMAPPED: u64 = 6;
 /// # Errors
 /// [`BuildError`] if it cannot be built.
 pub fn run_layout(layout: &Layout, options: &RunOptions, report: &mut Report) -> Result<(), BuildError> {
-    let timed = Pass::new(layout, options, Checking::Off)?.run();
-    let mut pass = match options.checking {
-        Checking::On => {
-            report.checked = true;
-            let pass = Pass::new(layout, options, Checking::On)?;
-            let kernel = Arc::clone(&pass.kernel);
-            let outcome = pass.run();
-            report.add_faults(&kernel);
-            outcome
-        }
-        Checking::Off => timed.clone(),
-    };
-    let pages = pass.report.pages;
-    if pages > 0 {
-        pass.report.ns_per_page = timed.teardown.as_nanos() as f64 / pages as f64;
-    }
-    report.add(pass.report, &pass.found, pass.lost);
-    Ok(())
-}
-
-/// What one pass came to.
-#[derive(Clone, Debug)]
-struct PassResult {
-    report: LayoutReport,
-    teardown: Duration,
-    found: mmu_hosted::Found,
-    lost: Lost,
+    run_passes(options, report, |checking| Ok(Pass::new(layout, options, checking)?.run()))
 }
 
 /// One machine, one process, one teardown.
@@ -107,19 +46,9 @@ const BYSTANDER_PAGES: u64 = 64;
 
 impl Pass {
     fn new(layout: &Layout, options: &RunOptions, checking: Checking) -> Result<Self, BuildError> {
-        let machine = HostedMachine::new(Options {
-            checking,
-            fault: if checking == Checking::On { options.fault } else { MachineFault::Absent },
-            ..Options::new(options.nr_cpus, frames_needed(layout), options.seed)
-        })?;
-        let config = Config {
-            limits: options.limits,
-            batches: options.batches,
-            misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::Absent },
-            ..Config::default()
-        };
+        let machine = HostedMachine::new(options.machine(checking, frames_needed(layout)))?;
         let error = |source| BuildError::Kernel { name: layout.name.clone(), start: 0, end: 0, source };
-        let kernel = boot_hosted(machine, config).map_err(error)?;
+        let kernel = boot_hosted(machine, options.config(checking)).map_err(error)?;
         let bystander = kernel.new_mm().map_err(error)?;
         if let Ok(range) = VirtRange::new(BYSTANDER, BYSTANDER + BYSTANDER_PAGES * 4096) {
             kernel.mmap(&bystander, Vma { range, area: Area::anon() }).map_err(error)?;
@@ -142,12 +71,8 @@ impl Pass {
             Checking::Off => self.run_timed(),
         };
         let after = self.kernel.counters().snapshot();
-        let kernel = &self.kernel;
         // The bystander's own teardown is not part of the report.
-        let _gone = kernel.exit(&self.bystander);
-        kernel.drop_caches();
-        let (frames, tables) = kernel.lost();
-        let double_frees = kernel.counters().snapshot().double_frees;
+        let _gone = self.kernel.exit(&self.bystander);
         let report = LayoutReport::between(
             &self.name,
             self.process.areas.len() as u64,
@@ -155,8 +80,7 @@ impl Pass {
             &before,
             &after,
         );
-        let found = kernel.machine().violations();
-        PassResult { report, teardown, found, lost: Lost { frames, tables, double_frees } }
+        PassResult::from_kernel(&self.kernel, report, teardown)
     }
 
     /// CPU 0 takes the process down while programs on the other CPUs use it.
@@ -232,19 +156,6 @@ impl Pass {
         }
         time
     }
-}
-
-/// Boots a kernel on a hosted machine and starts every CPU.
-///
-/// # Errors
-/// If the machine has no frame for the kernel's root table.
-pub fn boot_hosted(machine: HostedMachine, config: Config) -> Result<HostedKernel, mmu_kernel_shim::Error> {
-    let machine = Arc::new(machine);
-    let kernel = Kernel::boot(Arc::clone(&machine), config)?;
-    for number in 0..machine.nr_cpus() {
-        machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
-    }
-    Ok(kernel)
 }
 
 /// What the programs on all CPUs share.

@@ -17,16 +17,14 @@
 //! `MADV_FREE` and `MADV_REMOVE` drop pages as `MADV_DONTNEED` does; `MADV_DONTFORK` is kept; guard pages are
 //! put into private areas; other advice is counted only.
 
-use core::time::Duration;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mmu_hosted::{Checking, Found, HostedKernel, HostedMachine, MachineFault, Options};
-use mmu_kernel_shim::{Config, Misbehaviour};
+use mmu_hosted::{Checking, HostedMachine, Options};
 
 use crate::input::strace::{MemoryCall, Trace, TraceError, TraceEvent};
-use crate::output::report::{LayoutReport, LogReport, Lost, Report};
-use crate::run::teardown::{RunOptions, boot_hosted};
+use crate::output::report::{LayoutReport, LogReport, Report};
+use crate::run::pass::{PassResult, RunOptions, boot_hosted, run_passes};
 use crate::trace::kernel::TraceKernel;
 use crate::trace::threads::{FRAMES_PER_CALL, LogRun, Refused};
 
@@ -91,48 +89,13 @@ pub(crate) fn run_log(
     options: &RunOptions,
     report: &mut Report,
 ) -> Result<(), TraceRunError> {
-    let timed = run_pass(log, options, Checking::Off)?;
-    let ns_per_page = match timed.report.pages {
-        0 => 0.0,
-        pages => timed.teardown.as_nanos() as f64 / pages as f64,
-    };
-    let mut outcome = match options.checking {
-        Checking::On => {
-            report.checked = true;
-            let outcome = run_pass(log, options, Checking::On)?;
-            report.add_faults(&outcome.kernel);
-            outcome
-        }
-        Checking::Off => timed,
-    };
-    outcome.report.ns_per_page = ns_per_page;
-    report.add(outcome.report, &outcome.found, outcome.lost);
-    Ok(())
-}
-
-/// What one pass came to.
-struct PassResult {
-    kernel: Arc<HostedKernel>,
-    report: LayoutReport,
-    teardown: Duration,
-    found: Found,
-    lost: Lost,
+    run_passes(options, report, |checking| run_pass(log, options, checking))
 }
 
 fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<PassResult, TraceRunError> {
-    let machine = HostedMachine::new(Options {
-        checking,
-        fault: if checking == Checking::On { options.fault } else { MachineFault::Absent },
-        ..Options::new(options.nr_cpus, frames_needed(&log.trace), options.seed)
-    })?;
-    let config = Config {
-        limits: options.limits,
-        batches: options.batches,
-        misbehaviour: if checking == Checking::On { options.misbehaviour } else { Misbehaviour::Absent },
-        ..Config::default()
-    };
+    let machine = HostedMachine::new(options.machine(checking, frames_needed(&log.trace)))?;
     let boot_error = |source| TraceRunError::Boot { log: log.source.clone(), source };
-    let kernel = Arc::new(boot_hosted(machine, config).map_err(boot_error)?);
+    let kernel = Arc::new(boot_hosted(machine, options.config(checking)).map_err(boot_error)?);
     let before = kernel.counters().snapshot();
     let events: Rc<[TraceEvent]> = log.trace.events.as_slice().into();
     let log_run = Rc::new(LogRun::new(TraceKernel::new(Arc::clone(&kernel)), events).map_err(boot_error)?);
@@ -144,21 +107,13 @@ fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<
         return Err(refused_call(log, refused));
     }
     let after = kernel.counters().snapshot();
-    kernel.drop_caches();
-    let (frames, tables) = kernel.lost();
-    let double_frees = kernel.counters().snapshot().double_frees;
     // One slot a page: a log asks for no large ones.
     let pages = after.released_slots - before.released_slots;
-    Ok(PassResult {
-        report: LayoutReport {
-            log: Some(log_report(&log.trace, &log_run)),
-            ..LayoutReport::between(&log.name, log_run.kernel.areas.get(), pages, &before, &after)
-        },
-        teardown: log_run.kernel.teardown.get(),
-        found: kernel.machine().violations(),
-        lost: Lost { frames, tables, double_frees },
-        kernel,
-    })
+    let report = LayoutReport {
+        log: Some(log_report(&log.trace, &log_run)),
+        ..LayoutReport::between(&log.name, log_run.kernel.areas.get(), pages, &before, &after)
+    };
+    Ok(PassResult::from_kernel(&kernel, report, log_run.kernel.teardown.get()))
 }
 
 /// What became of the calls.

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_hosted::{Choices, HostedKernel};
-use mmu_kernel_shim::{Area, AreaKind, Error, Growth, Kernel, PageContent, Protection, Vma, VmaTree};
+use mmu_kernel_shim::{Area, AreaKind, Error, Growth, Kernel, PageContent, Vma, VmaTree};
 
-use crate::input::layout::{PAGE_BYTES, Prot, Sharing};
+use crate::input::layout::{PAGE_BYTES, Sharing};
 use crate::input::strace::{Advice, Backing, MemoryCall, OldRange, Placement};
 use crate::run::hosted_process::HostedMm;
+use crate::run::kernel_terms::protection;
 use crate::trace::kernel::TraceKernel;
 
 /// An address space, and what a replay must know of it that the kernel does not.
@@ -344,15 +345,6 @@ impl TraceSpace {
             let place = kernel.choices().pick(WARM_RANGES);
             known.warm[place] = range;
         }
-    }
-}
-
-/// What a program may do with an area, as far as this kernel tells rights apart.
-const fn protection(prot: Prot) -> Protection {
-    match (prot.read || prot.exec, prot.write) {
-        (_, true) => Protection::Write,
-        (true, false) => Protection::Read,
-        (false, false) => Protection::Nothing,
     }
 }
 

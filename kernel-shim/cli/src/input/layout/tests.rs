@@ -1,33 +1,21 @@
 //! The layout format against every bundled layout, against damaged ones, and against made-up ones.
 
-use std::path::Path;
-
 use proptest::prelude::*;
 
+use crate::input::bundled::LAYOUTS;
 use crate::input::layout::{
     HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, Prot, Sharing, USER_END, VmaKind,
 };
 
-/// Name and text of each bundled layout.
-fn bundled() -> Vec<(String, String)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/layouts");
-    let mut files = std::fs::read_dir(&folder)
-        .expect("the bundled layouts are part of the repository")
-        .map(|entry| entry.expect("a readable folder").path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "layout"))
-        .map(|path| {
-            let text = std::fs::read_to_string(&path).expect("a bundled layout is text");
-            (path.file_name().expect("a file has a name").to_string_lossy().into_owned(), text)
-        })
-        .collect::<Vec<_>>();
-    files.sort();
-    files
+/// File name and text of each bundled layout.
+fn bundled() -> Vec<(String, &'static str)> {
+    LAYOUTS.iter().map(|bundled| (format!("{}.layout", bundled.name), bundled.text)).collect()
 }
 
 fn parsed() -> impl Iterator<Item = Layout> {
     bundled()
         .into_iter()
-        .map(|(name, text)| Layout::parse(&name, &text).unwrap_or_else(|error| panic!("{error}")))
+        .map(|(name, text)| Layout::parse(&name, text).unwrap_or_else(|error| panic!("{error}")))
 }
 
 #[test]
@@ -35,7 +23,7 @@ fn every_bundled_layout_round_trips_byte_for_byte() {
     let files = bundled();
     assert!(files.len() >= 10, "only {} bundled layouts", files.len());
     for (name, text) in files {
-        let layout = Layout::parse(&name, &text).unwrap_or_else(|error| panic!("{error}"));
+        let layout = Layout::parse(&name, text).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(format!("{}.layout", layout.name), name);
         assert!(layout.to_string() == text, "{name} is written otherwise than it was read");
     }
@@ -323,7 +311,7 @@ proptest! {
         damages in prop::collection::vec(damage(), 1..4),
     ) {
         let files = bundled();
-        let mut text = files[which.index(files.len())].1.clone();
+        let mut text = files[which.index(files.len())].1.to_owned();
         for damage in damages {
             text = damage.apply(&text);
         }

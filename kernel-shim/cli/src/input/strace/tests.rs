@@ -2,27 +2,16 @@
 
 use core::ops::Range;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use proptest::prelude::*;
 
+use crate::input::bundled::TRACES;
 use crate::input::layout::{Prot, Sharing};
 use crate::input::strace::{Advice, Backing, ChildMemory, MemoryCall, OldRange, Placement, Trace};
 
-/// Name and text of each bundled log.
-fn bundled() -> Vec<(String, String)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/traces");
-    let mut files = std::fs::read_dir(&folder)
-        .expect("the bundled logs are part of the repository")
-        .map(|entry| entry.expect("a readable folder").path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "strace"))
-        .map(|path| {
-            let text = std::fs::read_to_string(&path).expect("strace escapes what is not text");
-            (path.file_name().expect("a file has a name").to_string_lossy().into_owned(), text)
-        })
-        .collect::<Vec<_>>();
-    files.sort();
-    files
+/// File name and text of each bundled log.
+fn bundled() -> Vec<(String, &'static str)> {
+    TRACES.iter().map(|bundled| (format!("{}.strace", bundled.name), bundled.text)).collect()
 }
 
 fn parse(text: &str) -> Trace {
@@ -38,7 +27,7 @@ fn every_bundled_log_is_read_whole() {
     let files = bundled();
     assert!(files.len() >= 4, "only {} bundled logs", files.len());
     for (name, text) in files {
-        let trace = Trace::parse(&name, &text).unwrap_or_else(|error| panic!("{error}"));
+        let trace = Trace::parse(&name, text).unwrap_or_else(|error| panic!("{error}"));
         assert!(trace.events.len() > 30, "{name}: {trace:?}");
         assert_eq!((trace.nr_orphaned, trace.nr_other), (0, 0), "{name}");
     }
@@ -58,7 +47,7 @@ fn no_range_is_handed_out_while_it_is_still_mapped() {
     for (name, text) in bundled() {
         let mut spaces = vec![Vec::<Range<u64>>::new()];
         let mut space_of_thread = BTreeMap::new();
-        for event in parse(&text).events {
+        for event in parse(text).events {
             let space = *space_of_thread.entry(event.thread).or_insert(0);
             match event.call {
                 MemoryCall::Mmap { range, placement, .. } => {
@@ -93,7 +82,7 @@ fn no_range_is_handed_out_while_it_is_still_mapped() {
 fn every_thread_ends_at_most_once_and_does_nothing_afterwards() {
     for (name, text) in bundled() {
         let mut ended = BTreeMap::new();
-        for event in parse(&text).events {
+        for event in parse(text).events {
             assert_eq!(
                 ended.get(&event.thread),
                 None,
