@@ -454,8 +454,8 @@ fn the_memory_tables_of_the_readme_are_what_a_sweep_finds() {
     let text = String::from_utf8_lossy(&text).into_owned();
     let mut settings = 0;
     for words in text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()) {
-        // A row: setting, bar, ten numbers of which the last is the batch pages, bytes, unit, stretch, bar, two dashes.
-        let [batch, "|", _, flushes, _, _, _, _, _, _, batch_pages, bytes, unit, _, "|", "-", "|", "-"] =
+        // A row: setting, bar, pages, tables, flushes, seven numbers, batch pages, bytes, unit, stretch, bar, two dashes.
+        let [batch, "|", _, _, flushes, _, _, _, _, _, _, _, batch_pages, bytes, unit, _, "|", "-", "|", "-"] =
             words[..]
         else {
             continue;

@@ -11,6 +11,7 @@ use crate::boot::layout_plan::LayoutPlan;
 use crate::boot::options::{BootFault, Workload};
 use crate::output::escape::{escaped, label, write_json};
 use crate::output::report::{LayoutReport, Report};
+use crate::output::table::{Column, Group, write_table};
 
 /// Everything a booted run found.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -395,20 +396,24 @@ impl BootReport {
         if self.phases.is_empty() {
             return Ok(());
         }
-        let columns = ["ms", "pages", "tables", "shootdowns", "IPIs", "faults"];
-        write!(out, "\n{:10}", "phase")?;
-        columns.iter().try_for_each(|column| write!(out, " {column:>10}"))?;
+        let columns = vec![
+            Column::words("phase", |phase: &Phase| phase.name.clone()),
+            Column::numbers("ms", |phase| phase.ms.to_string()),
+            Column::numbers("pages", |phase| phase.pages.to_string()),
+            Column::numbers("tables", |phase| phase.tables.to_string()),
+            Column::numbers("shootdowns", |phase| phase.shootdowns.to_string()),
+            Column::numbers("IPIs", |phase| phase.ipis.to_string()),
+            Column::numbers("page faults", |phase| phase.faults.to_string()),
+        ];
+        let Total { ms, pages, tables, shootdowns, ipis, faults, exits, .. } = self.total;
+        let total = (pages > 0).then(|| {
+            let name = "total".to_owned();
+            Phase { name, ms, pages, tables, shootdowns, ipis, faults }
+        });
         writeln!(out)?;
-        for Phase { name, ms, pages, tables, shootdowns, ipis, faults } in &self.phases {
-            write!(out, "{name:10}")?;
-            [ms, pages, tables, shootdowns, ipis, faults].iter().try_for_each(|n| write!(out, " {n:>10}"))?;
-            writeln!(out)?;
-        }
-        let Total { ms, pages, tables, shootdowns, ipis, faults, exits, .. } = &self.total;
-        if *pages > 0 {
-            write!(out, "{:10}", "total")?;
-            [ms, pages, tables, shootdowns, ipis, faults].iter().try_for_each(|n| write!(out, " {n:>10}"))?;
-            writeln!(out, "\n{exits} processes exited")?;
+        write_table(out, &[Group::new("", columns)], "", self.phases.iter().chain(&total))?;
+        if total.is_some() {
+            writeln!(out, "{exits} {} exited", if exits == 1 { "process" } else { "processes" })?;
         }
         Ok(())
     }
@@ -417,14 +422,19 @@ impl BootReport {
         if self.emulated_cycles.is_empty() {
             return Ok(());
         }
-        writeln!(out, "\n{:52} {:>10} {:>10}", "emulated cycles (not those of hardware)", "least", "median")?;
-        for Cycles { what, least, median, .. } in &self.emulated_cycles {
-            writeln!(out, "{what:52} {least:>10} {median:>10}")?;
-        }
+        let columns = vec![
+            Column::words("emulated cycles (not those of hardware)", |cost: &Cycles| cost.what.clone()),
+            Column::numbers("least", |cost| cost.least.to_string()),
+            Column::numbers("median", |cost| cost.median.to_string()),
+        ];
+        writeln!(out)?;
+        write_table(out, &[Group::new("", columns)], "", &self.emulated_cycles)?;
         let Total { shootdowns, shootdown_cycles_least, shootdown_cycles_mean, .. } = self.total;
         if shootdowns > 0 {
-            let what = "shootdown, over the whole run (least, mean)";
-            writeln!(out, "{what:52} {shootdown_cycles_least:>10} {shootdown_cycles_mean:>10}")?;
+            writeln!(
+                out,
+                "a shootdown, over the whole run: least {shootdown_cycles_least}, mean {shootdown_cycles_mean}"
+            )?;
         }
         Ok(())
     }
@@ -437,10 +447,12 @@ impl BootReport {
                 continue;
             }
             writeln!(out, "\n{of}: {} of {counters} counters differ", differences.len())?;
-            writeln!(out, "  {:24} {:>10} {:>10}", "", "hosted", "booted")?;
-            for Difference { counter, hosted, booted } in differences {
-                writeln!(out, "  {counter:24} {hosted:>10} {booted:>10}")?;
-            }
+            let columns = vec![
+                Column::words("counter", |one: &Difference| one.counter.to_owned()),
+                Column::numbers("hosted", |one| one.hosted.to_string()),
+                Column::numbers("booted", |one| one.booted.to_string()),
+            ];
+            write_table(out, &[Group::new("", columns)], "", differences)?;
         }
         Ok(())
     }

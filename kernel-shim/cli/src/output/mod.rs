@@ -1,7 +1,7 @@
 //! What the command writes.
 //!
 //! ```text
-//!  findings ─▶ report (a table, JSON) ─▶ escape (nothing a terminal would obey) ─▶ stdout
+//!  findings ─▶ report, table, verdict  ─▶ escape (nothing a terminal would obey) ─▶ stdout
 //!  files    ─▶ file (there as a whole or not at all) ─▶ cleanup (what must not outlive the command)
 //!  long work ─▶ progress ─▶ stderr
 //! ```
@@ -14,4 +14,5 @@ pub(crate) mod escape;
 pub(crate) mod file;
 pub(crate) mod progress;
 pub mod report;
+pub(crate) mod table;
 pub(crate) mod verdict;

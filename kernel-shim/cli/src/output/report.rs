@@ -8,6 +8,7 @@ use mmu_kernel_shim::Snapshot;
 use serde::Serialize;
 
 use crate::output::escape::{label, write_json};
+use crate::output::table::{Column, Group, write_table};
 
 /// Everything a run found.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -245,50 +246,8 @@ impl Report {
     /// # Errors
     /// What `out` returns.
     pub fn write_text(&self, mut out: impl io::Write) -> io::Result<()> {
-        let width = self.layouts.iter().map(|layout| label(&layout.name).chars().count()).max();
-        let width = width.unwrap_or(0).max(6);
-        writeln!(
-            out,
-            "{:width$} {:>6} {:>9}  {:>18}  {:>7} {:>6}  {:>20}  {:>13}  {:>11} {:>5} {:>7}",
-            "",
-            "",
-            "",
-            "tables freed",
-            "batch",
-            "forced",
-            "flush requests",
-            "IPIs",
-            "max waiting",
-            "max/",
-            "ns/"
-        )?;
-        writeln!(
-            out,
-            "{:width$} {:>6} {:>9}  {:>8} {:>4} {:>4}  {:>7} {:>6}  {:>7} {:>5} {:>6}  {:>6} {:>6}  {:>5} {:>5} {:>5} {:>7}",
-            "layout",
-            "VMAs",
-            "pages",
-            "pte",
-            "pmd",
-            "pud",
-            "pages",
-            "flush",
-            "ranged",
-            "full",
-            "skip",
-            "sent",
-            "saved",
-            "pages",
-            "tabs",
-            "lock",
-            "page"
-        )?;
-        for layout in &self.layouts {
-            row(&mut out, width, layout)?;
-        }
-        if self.layouts.len() > 1 {
-            row(&mut out, width, &self.total())?;
-        }
+        let total = (self.layouts.len() > 1).then(|| self.total());
+        write_table(&mut out, &columns(), "  ", self.layouts.iter().chain(&total))?;
         for layout in &self.layouts {
             if let Some(log) = &layout.log {
                 writeln!(out, "{}", log.note(&label(&layout.name)))?;
@@ -375,25 +334,52 @@ impl Report {
     }
 }
 
-fn row(out: &mut impl io::Write, width: usize, layout: &LayoutReport) -> io::Result<()> {
-    let name = label(&layout.name);
-    let LayoutReport { vmas, pages, tables, batches, forced_flushes, flushes, ipis, .. } = layout;
-    writeln!(
-        out,
-        "{name:width$} {vmas:>6} {pages:>9}  {:>8} {:>4} {:>4}  {batches:>7} {forced_flushes:>6}  {:>7} {:>5} {:>6}  {:>6} {:>6}  {:>5} {:>5} {:>5} {:>7.2}",
-        tables.pte,
-        tables.pmd,
-        tables.pud,
-        flushes.ranged,
-        flushes.full,
-        flushes.skipped,
-        ipis.sent,
-        ipis.saved,
-        layout.max_deferred_pages,
-        layout.max_deferred_tables,
-        layout.max_pages_per_lock,
-        layout.ns_per_page,
-    )
+/// The columns of the table.
+fn columns() -> Vec<Group<LayoutReport>> {
+    vec![
+        Group::new(
+            "",
+            vec![
+                Column::words("layout", |row: &LayoutReport| label(&row.name)),
+                Column::numbers("VMAs", |row| row.vmas.to_string()),
+                Column::numbers("pages", |row| row.pages.to_string()),
+            ],
+        ),
+        Group::new(
+            "tables freed",
+            vec![
+                Column::numbers("PTE", |row| row.tables.pte.to_string()),
+                Column::numbers("PMD", |row| row.tables.pmd.to_string()),
+                Column::numbers("PUD", |row| row.tables.pud.to_string()),
+            ],
+        ),
+        Group::new("batch pages", vec![Column::numbers("taken", |row| row.batches.to_string())]),
+        Group::new(
+            "flushes",
+            vec![
+                Column::numbers("ranged", |row| row.flushes.ranged.to_string()),
+                Column::numbers("full", |row| row.flushes.full.to_string()),
+                Column::numbers("forced", |row| row.forced_flushes.to_string()),
+                Column::numbers("skipped", |row| row.flushes.skipped.to_string()),
+            ],
+        ),
+        Group::new(
+            "IPIs",
+            vec![
+                Column::numbers("sent", |row| row.ipis.sent.to_string()),
+                Column::numbers("saved", |row| row.ipis.saved.to_string()),
+            ],
+        ),
+        Group::new(
+            "most waiting",
+            vec![
+                Column::numbers("pages", |row| row.max_deferred_pages.to_string()),
+                Column::numbers("tables", |row| row.max_deferred_tables.to_string()),
+            ],
+        ),
+        Group::new("most pages", vec![Column::numbers("per lock", |row| row.max_pages_per_lock.to_string())]),
+        Group::new("", vec![Column::numbers("ns/page", |row| format!("{:.2}", row.ns_per_page))]),
+    ]
 }
 
 /// What was lost or given back twice.

@@ -11,6 +11,7 @@ mod answer;
 pub(crate) mod axes;
 pub(crate) mod captured_process;
 mod chart;
+mod columns;
 mod machine;
 pub(crate) mod measure;
 mod page;

@@ -6,8 +6,9 @@ use crate::output::bytes::bytes;
 use crate::sweep::answer::modelled_ns;
 use crate::sweep::axes::{Arrangement, Batch, Conditions};
 use crate::sweep::chart::{Chart, Place, STYLES, Series, Unit, key};
+use crate::sweep::columns::COLUMNS;
 use crate::sweep::measure::Measured;
-use crate::sweep::report::{COLUMNS, SweepReport};
+use crate::sweep::report::SweepReport;
 
 const STYLE: &str = include_str!("page.css");
 const X_NAME: &str = "batch setting (slots)";
@@ -376,8 +377,8 @@ impl SweepReport {
             "<h2>All numbers</h2>\n<details><summary>{} rows</summary>\n<div class=\"wide rows\"><table><thead><tr>",
             self.cells.len()
         )?;
-        for (name, _) in COLUMNS {
-            write!(out, "<th>{}</th>", name.replace('_', " "))?;
+        for column in &COLUMNS {
+            write!(out, "<th>{}</th>", column.name.replace('_', " "))?;
         }
         writeln!(
             out,
@@ -385,8 +386,8 @@ impl SweepReport {
         )?;
         for cell in &self.cells {
             write!(out, "<tr>")?;
-            for (_, column) in COLUMNS {
-                write!(out, "<td>{}</td>", column(cell))?;
+            for column in &COLUMNS {
+                write!(out, "<td>{}</td>", (column.value)(cell))?;
             }
             let ns = |ns: Option<f64>| ns.map_or_else(String::new, |ns| format!("{ns:.2}"));
             let measured = ns(cell.measured.map(|timing| timing.ns_per_page_median));

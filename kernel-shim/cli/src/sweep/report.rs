@@ -4,9 +4,10 @@ use std::io;
 
 use serde::Serialize;
 
-use crate::output::bytes::bytes;
+use crate::output::table::write_table;
 use crate::sweep::answer::{Answer, groups, modelled_ns};
 use crate::sweep::axes::Conditions;
+use crate::sweep::columns::{COLUMNS, text_columns};
 use crate::sweep::machine::{CPU_BYTES, FRAME_BYTES, GATHER_BYTES, MM_BYTES, TABLE_BYTES};
 use crate::sweep::measure::{Measured, Measurements};
 
@@ -104,14 +105,14 @@ impl SweepReport {
     }
 
     pub(crate) fn write_csv(&self, mut out: impl io::Write) -> io::Result<()> {
-        let header: Vec<&str> = COLUMNS.iter().map(|(name, _)| *name).collect();
+        let header: Vec<&str> = COLUMNS.iter().map(|column| column.name).collect();
         writeln!(
             out,
             "{},measured_ns_per_page_median,measured_ns_per_page_min,measured_samples,modelled_ipi_ns,modelled_ns_per_page",
             header.join(",")
         )?;
         for cell in &self.cells {
-            let mut row: Vec<String> = COLUMNS.iter().map(|(_, column)| column(cell)).collect();
+            let mut row: Vec<String> = COLUMNS.iter().map(|column| (column.value)(cell)).collect();
             if let Some(timing) = cell.measured {
                 row.push(format!("{:.3}", timing.ns_per_page_median));
                 row.push(format!("{:.3}", timing.ns_per_page_min));
@@ -164,95 +165,7 @@ impl SweepReport {
     fn write_group(&self, out: &mut impl io::Write, group: &[Measured]) -> io::Result<()> {
         let Some(first) = group.first() else { return Ok(()) };
         writeln!(out, "{}", first.conditions)?;
-        writeln!(
-            out,
-            "{:>10} | {:<95} | {:>8} | {:>9}",
-            "", "counts: the same every run", "measured", "modelled"
-        )?;
-        writeln!(
-            out,
-            "{:>10} | {:>9} {:>7} {:>7} {:>7} {:>9} {:>7} {:>7} {:>7} {:>6} {:>9} {:>7} | {:>8} | {:>9}",
-            "batch",
-            "pages/",
-            "flushes",
-            "forced",
-            "full",
-            "INVLPGs",
-            "contexts",
-            "IPIs",
-            "lazy",
-            "batch",
-            "unfreed",
-            "longest",
-            "ns/page",
-            format!("+IPI {}", self.model.ipi_ns),
-        )?;
-        writeln!(
-            out,
-            "{:>10} | {:>9} {:>7} {:>7} {:>7} {:>9} {:>7} {:>7} {:>7} {:>6} {:>9} {:>7} | {:>8} | {:>9}",
-            "",
-            "flush",
-            "",
-            "",
-            "",
-            "",
-            "dropped",
-            "sent",
-            "spared",
-            "pages",
-            "at peak",
-            "stretch",
-            "median",
-            "ns/page"
-        )?;
-        for cell in group {
-            let counts = &cell.counts;
-            let ns = |ns: Option<f64>| ns.map_or_else(|| String::from("-"), |ns| format!("{ns:.2}"));
-            writeln!(
-                out,
-                "{:>10} | {:>9.1} {:>7} {:>7} {:>7} {:>9} {:>7} {:>7} {:>7} {:>6} {:>9} {:>7} | {:>8} | {:>9}",
-                cell.batch.to_string(),
-                counts.pages_per_flush(),
-                counts.flushes,
-                counts.forced_flushes,
-                counts.full_flushes,
-                counts.invlpgs,
-                counts.contexts_dropped,
-                counts.ipis_sent,
-                counts.ipis_avoided_lazy,
-                counts.batch_pages_peak,
-                bytes(counts.bytes_unfreed_peak),
-                counts.longest_stretch,
-                ns(cell.measured.map(|timing| timing.ns_per_page_median)),
-                ns(modelled_ns(cell, self.model.ipi_ns)),
-            )?;
-        }
+        write_table(out, &text_columns(self.model.ipi_ns), " | ", group)?;
         writeln!(out)
     }
 }
-
-/// A name, and what stands there.
-type Column = (&'static str, fn(&Measured) -> String);
-
-/// The columns that are the same in every run; also those of the table on the page.
-pub(crate) const COLUMNS: [Column; 19] = [
-    ("batch", |cell| cell.batch.to_string()),
-    ("shape", |cell| cell.conditions.shape.to_string()),
-    ("size_pages", |cell| cell.conditions.size.0.to_string()),
-    ("cpus", |cell| cell.conditions.cpus.to_string()),
-    ("ceiling_pages", |cell| cell.conditions.ceiling.to_string()),
-    ("refuse", |cell| cell.conditions.refuse.to_string()),
-    ("pages", |cell| cell.counts.pages.to_string()),
-    ("tables", |cell| cell.counts.tables.to_string()),
-    ("flushes", |cell| cell.counts.flushes.to_string()),
-    ("pages_per_flush", |cell| format!("{:.2}", cell.counts.pages_per_flush())),
-    ("full_flushes", |cell| cell.counts.full_flushes.to_string()),
-    ("forced_flushes", |cell| cell.counts.forced_flushes.to_string()),
-    ("invlpgs", |cell| cell.counts.invlpgs.to_string()),
-    ("contexts_dropped", |cell| cell.counts.contexts_dropped.to_string()),
-    ("ipis_sent", |cell| cell.counts.ipis_sent.to_string()),
-    ("ipis_avoided_lazy", |cell| cell.counts.ipis_avoided_lazy.to_string()),
-    ("batch_pages_peak", |cell| cell.counts.batch_pages_peak.to_string()),
-    ("bytes_unfreed_peak", |cell| cell.counts.bytes_unfreed_peak.to_string()),
-    ("longest_stretch_pages", |cell| cell.counts.longest_stretch.to_string()),
-];
