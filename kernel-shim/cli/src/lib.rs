@@ -1,14 +1,16 @@
-//! The command `teardown`: snapshots of real address spaces, recorded system calls, and what is done with them.
+//! The command `teardown`: snapshots of real address spaces, recorded system calls, and what is
+//! done with them.
 //!
 //! ```text
-//!                          commands        one file a command: its flags, and what it does with them
-//!     ┌────────┬────────┬─────┴────┬──────────┬─────────┐
-//!    run     trace    sweep      boot       fuzz    timeline     one room a job
-//!     └────────┴────────┴─────┬────┴──────────┴─────────┘
-//!                        input   output    what is read: layouts, logs │ what is written: reports, files
+//!                   commands                      one file a command: its flags, what it does
+//!     ┌───────┬───────┬──┴────┬───────┬────────┐
+//!    run    trace   sweep   boot    fuzz   timeline                          one room a job
+//!     └───────┴───────┴──┬────┴───────┴────────┘
+//!                  input, output                  layouts and logs are read, reports written
 //! ```
 //!
-//! Arrows point down. `trace` runs on the machine that `run` boots, and `boot` compares with it.
+//! Arrows point down. `trace` runs its passes as `run` does, `boot` compares with what `run` would
+//! build, and `input` escapes the words of its errors as `output` does.
 
 #![deny(unsafe_code)]
 

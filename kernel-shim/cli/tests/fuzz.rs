@@ -42,7 +42,7 @@ fn the_summary_counts_the_boundaries_and_names_those_not_reached() {
     let text = text(&output);
     let (summary, missed) = text.split_once('\n').expect("two lines");
     assert!(summary.contains(" of 36 boundaries"), "{text}");
-    assert!(missed.starts_with("not reached: "), "{text}");
+    assert!(missed.starts_with("boundaries not reached: "), "{text}");
     assert!(missed.contains("generation gap"), "{text}");
 }
 

@@ -60,7 +60,7 @@ fn the_timeline_of_a_violation_shows_who_cached_cleared_asked_and_freed() {
     // What happens at other addresses does not explain it.
     assert!(!drawn.contains("uses 40001000"), "{text}");
     let words = &text[drawn.len()..];
-    assert!(words.contains("came to hold that at step "), "{text}");
+    assert!(words.contains("cached that at step "), "{text}");
     assert!(words.contains("raised the generation of m1 to 1 at step "), "{text}");
     assert!(words.contains("Rule G"), "{text}");
     assert!(text.ends_with("NOT CLEAN\n"), "{text}");

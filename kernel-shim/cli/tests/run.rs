@@ -149,7 +149,8 @@ fn a_captured_layout_reads_back() {
     assert_eq!(leftovers, 1, "a temporary file was left");
 }
 
-/// Once, a name could print a line of its own, a verdict for example, and a long one ended the command with a panic.
+/// Once, a name could print a line of its own, a verdict for example, and a long one ended the
+/// command with a panic.
 #[test]
 fn text_of_an_input_is_shown_on_one_line_and_obeyed_by_no_terminal() {
     let folder = tempfile::tempdir().expect("a folder");

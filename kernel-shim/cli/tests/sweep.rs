@@ -1,4 +1,5 @@
-//! The command `teardown sweep` as a person meets it: flags, files, errors; and counts that are the same in every run.
+//! The command `teardown sweep` as a person meets it: flags, files, errors; and counts that are the
+//! same in every run.
 
 mod common;
 
@@ -295,7 +296,8 @@ fn the_page_needs_nothing_else_and_names_axes_and_units() {
     ] {
         assert!(page.contains(words), "no {words:?} in the page");
     }
-    // Two views, by size and by CPUs; in each, a line differs from the next in colour, dash and mark.
+    // Two views, by size and by CPUs; in each, a line differs from the next in colour, dash and
+    // mark.
     assert_eq!(page.matches("class=\"view\"").count(), 2);
     for style in [
         "c0\"><path class=\"line\" stroke-dasharray=\"\"",
@@ -454,7 +456,8 @@ fn the_memory_tables_of_the_readme_are_what_a_sweep_finds() {
     let text = String::from_utf8_lossy(&text).into_owned();
     let mut settings = 0;
     for words in text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()) {
-        // A row: setting, bar, pages, tables, flushes, seven numbers, batch pages, bytes, unit, stretch, bar, two dashes.
+        // A row: setting, bar, pages, tables, flushes, seven numbers, batch pages, bytes, unit,
+        // stretch, bar, two dashes.
         let [batch, "|", _, _, flushes, _, _, _, _, _, _, _, batch_pages, bytes, unit, _, "|", "-", "|", "-"] =
             words[..]
         else {

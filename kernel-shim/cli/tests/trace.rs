@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use common::{assert_clean, json, stderr, stdout, teardown};
 
-/// Small logs of several threads, of several processes, with forks, with calls that wait for one another.
+/// Small logs of several threads, of several processes, with forks, with calls that wait for one
+/// another.
 const SMALL: [&str; 4] = ["redis-bgsave", "rustc-hello", "python-numpy", "sort-parallel"];
 
 fn log(name: &str) -> String {
@@ -151,7 +152,8 @@ fn a_call_that_cannot_have_succeeded_is_an_error_at_its_line() {
 #[test]
 fn what_was_only_assumed_to_be_there_gives_way() {
     let folder = tempfile::tempdir().expect("a folder");
-    // The program's own area; a stack's place; a shared mapping made twice; moves over areas that are neighbours here.
+    // The program's own area; a stack's place; a shared mapping made twice; moves over areas that
+    // are neighbours here.
     let text = "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n\
                 7 mprotect(0x555555554000, 8192, PROT_READ) = 0\n\
                 7 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x555555555000\n\
@@ -182,7 +184,7 @@ fn what_was_only_assumed_to_be_there_gives_way() {
         assert_clean(&json(&output));
     }
     let text = String::from_utf8(teardown(&["trace", path]).stdout).expect("UTF-8");
-    assert!(text.contains("odd: 22 calls, 3 threads, 3 address spaces; 1 areas assumed"), "{text}");
+    assert!(text.contains("odd: 22 calls, 3 threads, 3 address spaces; 1 area assumed"), "{text}");
 }
 
 #[test]
@@ -212,7 +214,7 @@ fn guard_pages_of_a_log_are_put_in_place_where_memory_is_private() {
     assert_clean(&guarded);
     // The shared half of it.
     let text = String::from_utf8(replayed(&path, "text").stdout).expect("UTF-8");
-    assert!(text.contains("1 madvise calls without effect on pages"), "{text}");
+    assert!(text.contains("1 madvise call without effect on pages"), "{text}");
     // Programs get fewer pages where they are refused.
     let free = json(&replayed(&log("MADV_MERGEABLE"), "json"));
     let pages = |report: &Value| report["layouts"][0]["pages"].as_u64().expect("a count");
@@ -243,7 +245,7 @@ fn what_is_not_replayed_is_counted_by_name_and_said_with_the_verdict() {
     assert_eq!((&log["dropped_thread_calls"], &log["dropped_threads"]), (&3.into(), &2.into()));
     assert!(
         verdict.starts_with(
-            "clean but for what was not replayed (1 shmat, 1 shmdt, 3 calls of 2 threads that the log does not start): "
+            "clean except for the calls that were not made (1 shmat, 1 shmdt, 3 calls of 2 threads that the log does not start): "
         ),
         "{verdict}"
     );
@@ -265,7 +267,8 @@ fn calls_by_their_older_and_newer_names_are_replayed() {
     }
 }
 
-/// Once, the address space of the thread that had the number before was never taken down, and the engine was blamed.
+/// Once, the address space of the thread that had the number before was never taken down, and the
+/// engine was blamed.
 #[test]
 fn a_thread_that_starts_itself_or_one_that_runs_is_bad_input() {
     let folder = tempfile::tempdir().expect("a folder");

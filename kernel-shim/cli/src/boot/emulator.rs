@@ -93,16 +93,18 @@ impl Emulator<'_> {
         command
     }
 
-    /// Runs it to its end, or for `limit`, and hands every line it prints to `line`.
+    /// Runs QEMU until it ends, or for `limit`, and hands every line that the image prints to
+    /// `line`.
     ///
     /// # Errors
-    /// [`BootError`] if it cannot be run, is killed by somebody, or ends with a status that the image does not have.
+    /// [`BootError`] if QEMU cannot be run, is killed by somebody, or ends with an unknown status.
     pub(crate) fn run(&self, limit: Duration, mut line: impl FnMut(String)) -> Result<Ending, BootError> {
         let mut running = spawn(self.qemu, &mut self.command())?;
         let (sender, lines) = mpsc::channel();
         let console = running.child.stdout.take();
         thread::spawn(move || {
-            // What is no text is shown as well as can be; a console that cannot be read is at its end.
+            // Bytes that are not text are shown as well as possible. A console that cannot be read
+            // has ended.
             for bytes in
                 console.into_iter().flat_map(|console| BufReader::new(console).split(b'\n').flatten())
             {
@@ -127,7 +129,8 @@ impl Emulator<'_> {
         if let Some(signal) = status.signal() {
             return Err(BootError::Qemu(format!("killed by signal {signal}")));
         }
-        // It takes SIGTERM and the like for a wish to end, and then ends as after a reset, but for these words.
+        // On SIGTERM and the like QEMU ends with the status of a reset; only these words tell the
+        // two apart.
         if let Some(killed) = complaints.lines().find(|line| line.contains("terminating on signal")) {
             return Err(BootError::Qemu(killed.to_owned()));
         }
@@ -156,7 +159,8 @@ fn wait_until(running: &mut ChildGroup, end: Instant) -> Result<Option<ExitStatu
     }
 }
 
-/// Reads all of a pipe meanwhile. The text is what came until shortly after it is asked for: a child may have left the pipe to others.
+/// Reads a pipe in a thread of its own. The function returned gives what was read, and waits only
+/// shortly for the end of the pipe: a process that the child has started may hold it open.
 fn rest_of(pipe: Option<impl Read + Send + 'static>) -> impl FnOnce() -> String {
     const PATIENCE: Duration = Duration::from_secs(1);
     let (sender, text) = mpsc::channel();
@@ -171,7 +175,7 @@ fn rest_of(pipe: Option<impl Read + Send + 'static>) -> impl FnOnce() -> String 
 /// The first line of `qemu --version`.
 ///
 /// # Errors
-/// [`BootError`] if it cannot be run, or says nothing for `limit`.
+/// [`BootError`] if QEMU cannot be run, or does not end within `limit`.
 pub(crate) fn emulator_version(qemu: &Path, limit: Duration) -> Result<String, BootError> {
     let mut command = Command::new(qemu);
     command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());

@@ -1,25 +1,25 @@
-//! Why nothing was booted, or nothing can be said of what was.
+//! Why nothing was booted, or why a run says nothing about the engine.
 
 use std::io;
 use std::path::PathBuf;
 
 use crate::input::layout::LayoutError;
 
-/// Why nothing was run, or nothing can be said of it.
+/// Why nothing was booted, or why a run says nothing about the engine.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BootError {
-    /// There is no such emulator.
+    /// QEMU was not found.
     #[error(
         "cannot find {}: install QEMU (Debian, Ubuntu: apt-get install --no-install-recommends qemu-system-x86; \
          Fedora: dnf install qemu-system-x86-core), or name it with --qemu PATH",
         .0.display()
     )]
     NoQemu(PathBuf),
-    /// The emulator refused to run.
-    #[error("the emulator: {0}")]
+    /// QEMU refused to run.
+    #[error("QEMU: {0}")]
     Qemu(String),
-    /// The source tree is gone.
+    /// The source tree that the image is built from is gone.
     #[error(
         "the sources this command was built from are not at {}: build the image as kernel-shim/boot/README.md says, \
          and name it with --image PATH",
@@ -29,21 +29,21 @@ pub enum BootError {
     /// The image could not be built.
     #[error("cannot build the image: {0}")]
     Cargo(String),
-    /// What was named as the image is none.
-    #[error("{}: expected the file of an image, as kernel-shim/boot/README.md says how to build", .0.display())]
+    /// The path of --image is not a file.
+    #[error("{}: expected an image file; kernel-shim/boot/README.md says how to build one", .0.display())]
     NoImage(PathBuf),
-    /// The time was over, and nobody knows what would have come.
-    #[error("the emulator did not end within {seconds} s (--timeout); {last}")]
+    /// QEMU was killed at the time limit, before the run had a verdict.
+    #[error("QEMU did not end within {seconds} s (--timeout); {last}")]
     TimedOut {
-        /// The time.
+        /// The limit.
         seconds: u64,
-        /// What it said last, in words.
+        /// What the image printed last, in words.
         last: String,
     },
-    /// It ended as if all were well, and did not do or say what was asked for.
-    #[error("{0}: nothing can be said of the engine")]
+    /// The run ended as if all were well, but the image did not do or print all that was asked for.
+    #[error("{0}, so this run says nothing about the engine")]
     Incomplete(String),
-    /// The image says what it cannot do.
+    /// The image refused what the command line asks for.
     #[error("the image: {0}")]
     Image(String),
     /// The options do not go together.
@@ -57,10 +57,10 @@ pub enum BootError {
         /// What the host said.
         error: io::Error,
     },
-    /// The layout is none.
+    /// The file of --layout is not a layout.
     #[error("{0}")]
     Layout(#[from] LayoutError),
-    /// The hosted machine, asked for the same counts, could not give them.
+    /// The same work failed on the hosted machine, with whose counters the image is compared.
     #[error("the hosted machine: {0}")]
     Hosted(String),
     /// The report could not be written.

@@ -11,7 +11,8 @@ use crate::boot::error::BootError;
 /// What names the image in the messages of cargo.
 const PACKAGE: &str = "mmu-boot";
 
-/// Builds the image from the source tree that this command was built from, if it is not up to date, and returns where it is.
+/// Builds the image from the source tree that this command was built from, if it is not up to date,
+/// and returns where it is.
 pub(crate) fn build_image() -> Result<PathBuf, BootError> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     if !root.join("kernel-shim/boot/image.toml").is_file() {

@@ -1,5 +1,5 @@
-//! A layout as a plan that any machine can build, cut to the memory there is; and the same work on the hosted machine, to compare
-//! what both count.
+//! A layout as a plan that any machine can build, cut to the memory there is; and the same work on
+//! the hosted machine, to compare what both count.
 
 use core::fmt::Write;
 
@@ -36,7 +36,7 @@ impl LayoutPlan {
     #[must_use]
     pub fn new(layout: &Layout, nr_frames: u64) -> Self {
         let totals = layout.totals();
-        // What is not for pages: tables, and some to fault in.
+        // Frames that are not for these pages: those of tables, and some for page faults.
         let overhead = frames_needed(layout) - totals.nr_resident() - totals.nr_zero - totals.nr_swap;
         let mut planner = Planner {
             text: String::new(),
@@ -126,7 +126,7 @@ impl Planner {
         }
     }
 
-    /// How many of `nr_pages` pages in this state memory still holds; what they take is taken.
+    /// How many of `nr_pages` pages in this state still fit into memory; takes their frames.
     fn affordable(&mut self, state: PageState, nr_pages: u64) -> u64 {
         let step = if state.is_huge() { HUGE_PAGES } else { 1 };
         let takes_frames = match state {

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!  Layout ─▶ layout_plan (text for the image) ─┐
-//!  sources ─▶ image (cargo) ───────────────────┴─▶ emulator (QEMU, its lines and its end) ─▶ report
+//!  sources ─▶ image (cargo) ───────────────────┴─▶ emulator (QEMU, what it prints) ─▶ report
 //! ```
 //!
-//! What comes in is what the image is to do, what goes out a report with a verdict. `commands::boot` uses it.
+//! What comes in is what the image is to do, what goes out a report with a verdict.
+//! `commands::boot` uses it.
 
 pub(crate) mod emulator;
 pub mod error;

@@ -4,35 +4,37 @@ use core::fmt;
 
 use clap::ValueEnum;
 
-/// What the image does.
+/// What the image runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Workload {
-    /// Everything below: more than 100,000 pages, 1,000 shootdowns and 100 exits on four CPUs.
+    /// drill, threads, churn, lazy and measure, one after the other: more than 100,000 pages, 1,000
+    /// shootdowns and 100 exits on four CPUs.
     Full,
-    /// The same, in a few seconds.
+    /// The parts of full, in a few seconds.
     Short,
-    /// Threads use memory that another CPU takes away.
+    /// Threads use memory while another CPU unmaps it.
     Threads,
-    /// Processes come and go on every CPU.
+    /// Processes start and exit on every CPU.
     Churn,
-    /// CPUs stay with an address space without running it, while its pages and tables go.
+    /// CPUs keep an address space loaded without running it, while its pages and tables are freed.
     Lazy,
-    /// A fixed piece of work, whose counts are compared with those of the hosted machine.
+    /// A fixed sequence of calls, whose counters are compared with those of the hosted machine.
     Drill,
-    /// What instructions, flushes and interrupts cost, in emulated cycles.
+    /// Measures instructions, flushes and interrupts, in emulated cycles.
     Measure,
-    /// The layout that --layout names, compared as well.
+    /// Builds and tears down the layout of --layout; counters are compared as in drill.
     Layout,
-    /// The hardware half alone, without the kernel.
+    /// Tests the hardware part of the image alone, without the kernel.
     SelfTest,
-    /// Hangs, to show how that ends.
+    /// Hangs on purpose, to show what is reported then.
     Hang,
-    /// Panics, to show how that ends.
+    /// Panics on purpose, to show what is reported then.
     Panic,
 }
 
 impl Workload {
-    /// The parts that the image must have done, in order, before a run without a violation means anything.
+    /// The parts that the image must have run, in order, for a run without a violation to mean
+    /// anything.
     pub(crate) const fn phases(self, fault: Option<BootFault>) -> &'static [&'static str] {
         match (self, fault) {
             (Self::Full | Self::Short, None) => &["drill", "threads", "churn", "lazy", "measure"],
@@ -47,28 +49,29 @@ impl Workload {
         }
     }
 
-    /// Whether CPUs tell others to flush in any run of it, where there are others. Processes that come and go, each on one CPU, need
-    /// not, and without a kernel nobody does.
+    /// Whether, with several CPUs, each run of this workload makes a CPU tell others to flush.
+    /// Processes that stay on one CPU each do not, and without a kernel there are no flushes.
     pub(crate) const fn shoots_down(self) -> bool {
         !matches!(self, Self::Churn | Self::SelfTest | Self::Hang | Self::Panic)
     }
 }
 
-/// What goes wrong on purpose.
+/// A fault that is planted in the kernel of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[expect(clippy::enum_variant_names, reason = "the words on the command line")]
 pub enum BootFault {
-    /// A CPU that unmaps does not flush itself.
+    /// The CPU that unmaps does not flush its own TLB.
     SkipLocalFlush,
     /// A CPU that is told to flush does not.
     SkipRemoteFlush,
-    /// Pages are freed when their entries are cleared.
+    /// Pages are freed as soon as their entries are cleared, before any flush.
     FreeBeforeFlush,
 }
 
 impl BootFault {
-    /// Whether what it does harms a program there that looks. Where nobody reads what another CPU has taken away, or programs
-    /// only read, the image would end without a violation, and be taken for blind.
+    /// Whether a program of this workload notices what the fault does. Where no program reads what
+    /// another CPU has taken away, or programs only read, the image would end without a violation,
+    /// and would be taken for blind.
     pub(crate) const fn shows_in(self, workload: Workload) -> bool {
         match workload {
             Workload::Full | Workload::Short | Workload::Threads => true,
@@ -81,9 +84,9 @@ impl BootFault {
 /// How QEMU runs the CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Accelerator {
-    /// In software, one host thread a CPU.
+    /// In software, with a host thread for each CPU.
     Tcg,
-    /// In hardware, by Linux's KVM.
+    /// On the CPUs of the host, through Linux's KVM.
     Kvm,
 }
 
@@ -91,7 +94,7 @@ pub enum Accelerator {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mebibytes(pub u64);
 
-/// The name on the command line, and in the image.
+/// The word of the command line, which is also the word of the image.
 pub(crate) fn name(value: &impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }

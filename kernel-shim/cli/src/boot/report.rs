@@ -1,4 +1,5 @@
-//! What a booted run found: the lines the image prints, put together and printed for a person or a program.
+//! What a booted run found: the lines the image prints, put together and printed for a person or a
+//! program.
 
 use core::str::FromStr;
 use std::io;
@@ -12,6 +13,7 @@ use crate::boot::options::{BootFault, Workload};
 use crate::output::escape::{escaped, label, write_json};
 use crate::output::report::{LayoutReport, Report};
 use crate::output::table::{Column, Group, write_table};
+use crate::output::words::counted;
 
 /// Everything a booted run found.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -29,7 +31,7 @@ pub struct BootReport {
     pub memory_mib: u64,
     /// What the image was told to do.
     pub workload: String,
-    /// What went wrong on purpose.
+    /// The fault that was planted.
     pub fault: Option<String>,
     /// How the run ended, in one word or two.
     pub ending: &'static str,
@@ -47,13 +49,13 @@ pub struct BootReport {
     counts: Vec<(String, Snapshot)>,
     #[serde(skip)]
     pcid: bool,
-    /// CPUs that have started, once the image has said so.
+    /// CPUs that have started, once the image has printed it.
     #[serde(skip)]
     started: Option<u64>,
-    /// Whether it has said that all was well, and not only ended so.
+    /// Whether the image has printed that all was well, besides ending with that status.
     #[serde(skip)]
     passed: bool,
-    /// Whether it has come to the sums at the end.
+    /// Whether the image has printed its totals.
     #[serde(skip)]
     summed_up: bool,
     /// The last line, whatever it was.
@@ -230,7 +232,7 @@ impl BootReport {
     }
 
     fn take_violation(&mut self, rest: &str) {
-        // The story follows its first line, indented.
+        // The details of a violation follow its first line, indented.
         match (rest.starts_with(' '), self.report.told_violations.last_mut()) {
             (true, Some(story)) => *story += &format!("{rest}\n"),
             _ => {
@@ -254,13 +256,13 @@ impl BootReport {
         };
         let what = match ending {
             Ending::Pass | Ending::Usage | Ending::TimedOut => return,
-            // It was told.
+            // The image has printed it.
             Ending::Violation if self.report.violations > 0 => return,
             Ending::Violation => "a test of the image failed",
             Ending::Panic => "the kernel panicked",
             Ending::Exception => "the kernel took an exception",
             Ending::Hang => "no CPU made progress; the state of each:",
-            Ending::Reset => "the machine was reset: a fault that its kernel could not even report",
+            Ending::Reset => "the machine was reset by a fault that its kernel could not report",
         };
         self.report.violations += 1;
         let console: String = self.console.iter().map(|line| format!("  {line}\n")).collect();
@@ -274,44 +276,47 @@ impl BootReport {
 
     /// What the image said last, in words.
     pub(crate) fn last_line(&self) -> String {
-        self.last
-            .as_ref()
-            .map_or_else(|| "it said nothing".to_owned(), |line| format!("it said last: {line}"))
+        self.last.as_ref().map_or_else(
+            || "the image printed nothing".to_owned(),
+            |line| format!("the last line of the image was: {line}"),
+        )
     }
 
-    /// What a run without a violation must have done or said, and did not: it would be taken for one of a good engine.
+    /// What the image should have done or printed in a run without a violation, and did not. Such a
+    /// run would otherwise pass for one of a good engine.
     pub(crate) fn missing(&self, workload: Workload, fault: Option<BootFault>) -> Option<String> {
         if self.last.is_none() {
-            return Some("the image said nothing".to_owned());
+            return Some("the image printed nothing".to_owned());
         }
         if self.ending != "pass" {
             return None;
         }
         let Some(started) = self.started else {
-            return Some("the image did not say how many CPUs it started".to_owned());
+            return Some("the image did not print how many CPUs it started".to_owned());
         };
         if started != u64::from(self.cpus) {
-            return Some(format!("{} CPUs were asked for and {started} started", self.cpus));
+            let asked = counted(self.cpus.into(), "CPU was", "CPUs were");
+            return Some(format!("{asked} asked for and {started} started"));
         }
         let phases = workload.phases(fault);
         let is_done = |name: &str| self.phases.iter().any(|phase| phase.name == name);
         if let Some(missing) = phases.iter().find(|name| !is_done(name)) {
-            return Some(format!("the image did not do its part `{missing}`"));
+            return Some(format!("the image did not run its part `{missing}`"));
         }
         let is_counted = |name: &str| self.counts.iter().any(|(of, _)| of == name);
         if let Some(missing) = ["drill", "layout"].iter().find(|of| phases.contains(of) && !is_counted(of)) {
-            return Some(format!("the image did not say what its part `{missing}` counted"));
+            return Some(format!("the image did not print the counters of its part `{missing}`"));
         }
         if !phases.is_empty() && !self.summed_up {
-            return Some("the image did not sum up what it had done".to_owned());
+            return Some("the image did not print its totals".to_owned());
         }
         if self.cpus > 1 && workload.shoots_down() && self.total.shootdowns == 0 {
             return Some("no CPU told another to flush".to_owned());
         }
         if !self.passed {
-            return Some("the image did not say its verdict".to_owned());
+            return Some("the image did not print a verdict".to_owned());
         }
-        fault.map(|fault| format!("nobody noticed the fault {fault}, which was planted"))
+        fault.map(|fault| format!("the planted fault {fault} was not noticed"))
     }
 
     pub(crate) const fn has_pcid(&self) -> bool {
@@ -366,9 +371,10 @@ impl BootReport {
     /// What `out` returns.
     pub fn write_text(&self, mut out: impl io::Write) -> io::Result<()> {
         let Self { emulator, accelerator, cpus, memory_mib, workload, .. } = self;
-        writeln!(out, "{cpus} CPUs, {memory_mib} MiB, workload {workload}, {emulator}, {accelerator}")?;
+        let cpus = counted(u64::from(*cpus), "CPU", "CPUs");
+        writeln!(out, "{cpus}, {memory_mib} MiB, workload {workload}, {emulator}, {accelerator}")?;
         if let Some(fault) = &self.fault {
-            writeln!(out, "fault {fault}: a violation is what should follow")?;
+            writeln!(out, "the fault {fault} is planted: a violation should follow")?;
         }
         if let Some((planned, all)) = self.layout_pages
             && planned < all
@@ -383,7 +389,7 @@ impl BootReport {
             return self.report.write_text(out);
         }
         if self.report.told_violations.is_empty() {
-            // Of a self-test, say.
+            // The results of a self-test, for example.
             self.console.iter().try_for_each(|line| writeln!(out, "{line}"))?;
         }
         self.report.told_violations.iter().try_for_each(|story| write!(out, "{story}"))?;
@@ -413,7 +419,7 @@ impl BootReport {
         writeln!(out)?;
         write_table(out, &[Group::new("", columns)], "", self.phases.iter().chain(&total))?;
         if total.is_some() {
-            writeln!(out, "{exits} {} exited", if exits == 1 { "process" } else { "processes" })?;
+            writeln!(out, "{} exited", counted(exits, "process", "processes"))?;
         }
         Ok(())
     }

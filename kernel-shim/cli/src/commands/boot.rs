@@ -25,48 +25,51 @@ use crate::run::hosted_process::frames_needed;
 const DEFAULT_MIB: u64 = 512;
 /// The least that the image boots with.
 const LEAST_MIB: u64 = 64;
-/// QEMU's PC has a hole below 4 GiB; up to here all memory lies side by side.
+/// QEMU's PC has a hole below 4 GiB; up to this much memory lies below the hole in one piece.
 const WHOLE_MIB: u64 = 3072;
 
-/// How long the emulator may take to say what it is.
+/// How long `qemu --version` may take.
 const VERSION_LIMIT: Duration = Duration::from_secs(20);
 
-/// What `teardown boot` is told.
+/// The flags of `teardown boot`.
 #[derive(Clone, Debug, Args)]
 pub struct BootArgs {
     /// CPUs of the emulated machine, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,
-    /// Its memory, as 256M or 2G. Default: 512M, or what the layout needs, up to 3G.
+    /// Memory of the emulated machine, such as 256M or 2G. Default: 512M, or what the layout needs,
+    /// up to 3G.
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     pub memory: Option<Mebibytes>,
-    /// What the image does. Default: full; with --layout: layout.
+    /// What the image runs. Default: full; with --layout: layout.
     #[arg(long, value_enum)]
     pub workload: Option<Workload>,
-    /// Something that goes wrong on purpose: the image must notice. All but the first need two CPUs; for --workload full,
-    /// short and threads, the second also for lazy.
+    /// Plants a fault, which the image must notice. Faults show in --workload full, short and
+    /// threads, skip-remote-flush in lazy too; all but skip-local-flush need two CPUs.
     #[arg(long, value_enum)]
     pub fault: Option<BootFault>,
-    /// A layout to build and take down there, as many pages of it as memory holds.
+    /// Layout file to build and tear down on the emulated machine, as many of its pages as memory
+    /// holds.
     #[arg(long, value_name = "FILE")]
     pub layout: Option<PathBuf>,
-    /// The emulator.
+    /// Path of the QEMU binary.
     #[arg(long, value_name = "PATH", default_value = "qemu-system-x86_64")]
     pub qemu: PathBuf,
-    /// How it runs the CPUs.
+    /// How QEMU runs the CPUs.
     #[arg(long, value_enum, default_value_t = Accelerator::Tcg)]
     pub accel: Accelerator,
-    /// An image to boot instead of the one built from the sources.
+    /// Image to boot instead of the one that is built from the sources.
     #[arg(long, value_name = "PATH")]
     pub image: Option<PathBuf>,
-    /// Seconds without progress after which the image prints what each CPU does, and ends; 0: never.
+    /// Seconds without progress after which the image prints what each CPU does, and ends; 0 turns
+    /// this off.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub watchdog: u64,
-    /// Seconds after which the emulator is ended, come what may; 1 to 86400.
+    /// Seconds after which QEMU is killed, whatever it does; 1 to 86400.
     #[arg(long, value_name = "SECONDS", default_value_t = 300,
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub timeout: u64,
-    /// How the report is printed.
+    /// Form of the report.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
 }
@@ -148,7 +151,7 @@ pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
     Ok(report)
 }
 
-/// Does on the hosted machine what the image has counted.
+/// Does the same work on the hosted machine, and compares the counters.
 fn compare(report: &mut BootReport, nr_cpus: u32, plan: Option<&LayoutPlan>) -> Result<(), BootError> {
     let pcid = if report.has_pcid() { PcidSupport::On } else { PcidSupport::Off };
     if let Some(booted) = report.counters_of("drill") {
@@ -172,22 +175,24 @@ impl BootArgs {
         let needs_two = matches!(self.fault, Some(BootFault::SkipRemoteFlush | BootFault::FreeBeforeFlush));
         if needs_two && self.cpus < 2 {
             return Err(BootError::Usage(
-                "this fault is harmless on one CPU: nobody runs at the wrong moment; use --cpus 2 or more",
+                "this fault needs two CPUs, one of which uses the memory that the other takes away; use --cpus 2 or more",
             ));
         }
         if self.memory.is_some_and(|memory| memory.0 < LEAST_MIB) {
-            return Err(BootError::Usage("the image needs 64M of memory at least"));
+            return Err(BootError::Usage("--memory: the image needs at least 64M"));
         }
         if self.fault.is_some_and(|fault| !fault.shows_in(self.workload())) {
             return Err(BootError::Usage(
-                "nobody would notice this fault: faults show in --workload full, short and threads, skip-remote-flush in lazy, \
-                 too",
+                "no program in this workload would notice the fault: faults show in --workload full, short and threads, \
+                 skip-remote-flush in lazy too",
             ));
         }
         match (self.workload(), &self.layout) {
-            (Workload::Layout, None) => Err(BootError::Usage("which layout? name it with --layout FILE")),
+            (Workload::Layout, None) => {
+                Err(BootError::Usage("--workload layout needs a layout: name it with --layout FILE"))
+            }
             (Workload::Layout, Some(_)) | (_, None) => Ok(()),
-            (_, Some(_)) => Err(BootError::Usage("a layout is run by --workload layout, and by no other")),
+            (_, Some(_)) => Err(BootError::Usage("--layout goes with --workload layout only")),
         }
     }
 
@@ -213,7 +218,7 @@ fn read_layout(path: &Path) -> Result<Layout, BootError> {
     Ok(Layout::parse(&path.display().to_string(), &text)?)
 }
 
-/// What a layout needs, up to what lies side by side.
+/// What a layout needs, up to what lies below the hole.
 fn default_mib(layout: Option<&Layout>) -> u64 {
     let needed = layout.map_or(0, |layout| frames_needed(layout) * 8 / 7 / 256 + 64);
     needed.clamp(DEFAULT_MIB, WHOLE_MIB)
@@ -221,7 +226,7 @@ fn default_mib(layout: Option<&Layout>) -> u64 {
 
 /// Frames that the image has left for the kernel: its heap takes an eighth, up to 256 MiB.
 const fn usable_frames(memory_mib: u64) -> u64 {
-    // Beyond the hole, the larger part counts.
+    // Of memory on both sides of the hole, the larger part counts.
     let largest_mib = if memory_mib <= WHOLE_MIB {
         memory_mib
     } else if memory_mib > 2 * WHOLE_MIB {

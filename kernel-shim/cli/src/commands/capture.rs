@@ -10,10 +10,10 @@ use crate::input::live_process;
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CaptureArgs {
-    /// The process.
+    /// Process ID of the process.
     #[arg(long, value_name = "N")]
     pid: i32,
-    /// Where to write the layout. Default: standard output.
+    /// File to write the layout to. Default: standard output.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! `teardown fuzz`.
+//! `teardown fuzz`: random sequences, until one fails.
 
 use core::time::Duration;
 use std::io::{self, IsTerminal, Write};
@@ -12,47 +12,50 @@ use crate::fuzz::report::{fuzz_json, not_reached, summary};
 use crate::output::escape::escaped;
 use crate::output::file::OutputFile;
 use crate::output::verdict::verdict_text;
+use crate::output::words::counted;
 use clap::Args;
 use mmu_hosted::Sequence;
 
 use crate::commands::options::{Fault, Format};
 use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file};
 
-/// What `fuzz` is told.
+/// The flags of `teardown fuzz`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct FuzzArgs {
-    /// Which sequences: the n-th is made from this and n, and another seed has none of them.
+    /// Seed of the run: runs with different seeds have no sequence in common.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// Stops after so many operations, over all jobs; whole sequences are run.
+    /// Stops after this many operations, all jobs together; sequences that have begun are finished.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     ops: Option<u64>,
-    /// Stops after so many seconds. Default, without --ops: 60.
+    /// Stops after this many seconds. Default, without --ops: 60.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     time: Option<u64>,
-    /// Sequences run at the same time. With --ops alone, what is found does not depend on it.
+    /// Sequences to run at the same time. With --ops alone, the number of jobs does not change what
+    /// is found.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: u16,
-    /// CPUs of each machine, 1 to 64.
+    /// CPUs of each simulated machine, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// Operations in one sequence.
     #[arg(long, value_name = "N", default_value_t = 160, value_parser = clap::value_parser!(u16).range(1..))]
     length: u16,
-    /// Something the machine or the kernel does wrong, on purpose: to see it found.
+    /// Plants a fault, to see the checker find it.
     #[arg(long, value_enum)]
     fault: Option<Fault>,
-    /// Where the shortened failure is saved.
+    /// File to save the failing sequence to, made short.
     #[arg(short, long, value_name = "FILE", default_value = "failure.sequence")]
     output: PathBuf,
-    /// How the report is printed.
+    /// Form of the report.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
 }
 
 pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
     Fault::check(args.fault, args.cpus)?;
-    // What is found may have taken hours: where it is to go is opened first, and nothing is left there if nothing fails.
+    // A failure may take hours to find. So the file for it is opened first; nothing is left there
+    // if nothing fails.
     let file = Mutex::new(Some(output_file(&args.output)?));
     let most_time = args.time.or(if args.ops.is_some() { None } else { Some(60) }).map(Duration::from_secs);
     let options = FuzzOptions {
@@ -73,7 +76,7 @@ pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
         }
     };
     let start = Instant::now();
-    // A sequence that does not come back has a thread that cannot be stopped: the process ends with it.
+    // The thread of a sequence that does not come back cannot be stopped, so the process ends.
     let stuck = |fuzzed: Fuzzed| {
         let code = match finish(args, &file, &options, &fuzzed, start.elapsed(), shows_progress) {
             Ok(_) => 1,
@@ -85,7 +88,7 @@ pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
         std::process::exit(code);
     };
     let fuzzed = with_quiet_panics(|| campaign::fuzz(&options, progress, stuck))
-        .map_err(|error| format!("cannot make a machine: {error}"))?;
+        .map_err(|error| format!("cannot make a simulated machine: {error}"))?;
     finish(args, &file, &options, &fuzzed, start.elapsed(), shows_progress)
 }
 
@@ -122,9 +125,9 @@ fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration, saved: Option<Saved>) 
                 Some(Saved::OnStderr) | None => "not saved".to_owned(),
             };
             lines.push(format!(
-                "found after {} sequences; {} operations shrunk to {}, {place}",
+                "sequence {} of the run failed: {}, made short to {}, {place}",
                 failure.number + 1,
-                failure.found.steps.len(),
+                counted(failure.found.steps.len() as u64, "operation", "operations"),
                 failure.shrunk.steps.len(),
             ));
             lines.push(verdict_text(&failure.shrunk, &failure.verdict));
@@ -140,8 +143,8 @@ enum Saved {
     OnStderr,
 }
 
-/// Writes a sequence that fails, with what it takes to see it fail. It is not lost if the file cannot be written: it may have
-/// taken hours to find.
+/// Writes a failing sequence, with the command that shows the failure. Where the file cannot be
+/// written, the sequence goes to stderr: it may have taken hours to find.
 fn save(args: &FuzzArgs, file: &Mutex<Option<OutputFile>>, sequence: &Sequence) -> Saved {
     let fault = match args.fault {
         Some(fault) => format!("# teardown replay --fault {} FILE\n", fault.word()),
@@ -149,11 +152,11 @@ fn save(args: &FuzzArgs, file: &Mutex<Option<OutputFile>>, sequence: &Sequence) 
     };
     let text = format!("{fault}{sequence}");
     let file = file.lock().unwrap_or_else(PoisonError::into_inner).take();
-    // It is asked for once.
+    // This function is called once, so the file is there.
     let Some(file) = file else { return Saved::InFile };
     let written = file.write(|out| out.write_all(text.as_bytes()));
     let Err(error) = written else { return Saved::InFile };
     let failure = escaped(&cannot_write(&args.output, &error));
-    let _ = write!(io::stderr(), "teardown: {failure}; it was to hold\n{text}");
+    let _ = write!(io::stderr(), "teardown: {failure}; its content:\n{text}");
     Saved::OnStderr
 }

@@ -1,14 +1,14 @@
-//! One file a command: its flags, and what it does with them, from reading the input to the exit code.
+//! One file a command: its flags, and what it does with them, from reading the input to the exit
+//! code.
 //!
 //! ```text
-//!  command line ──▶ mod.rs ──▶ run  capture  trace  boot  fuzz  replay  sweep ──▶ report on stdout, exit code
-//!                               └───────┴──────┴─────┴─────┴──────┴───────┘
-//!                                    options  (flags of several commands)
-//!                                    outcome  (how a command ends)
+//!  command line ─▶ mod.rs ─▶ run, capture, trace, boot, fuzz, replay, sweep ─▶ report, exit code
+//!                              ├── options  (flags of several commands)
+//!                              └── outcome  (how a command ends)
 //! ```
 //!
-//! What goes in is the command line, what goes out a report and an exit code; progress and errors go to stderr. Only `main.rs` calls
-//! this room, and tests of `boot`.
+//! What goes in is the command line, what goes out a report and an exit code; progress and errors
+//! go to stderr. Only `main.rs` calls this room, and tests of `boot`.
 
 pub mod boot;
 mod capture;
@@ -35,13 +35,15 @@ use run::RunArgs;
 use sweep::SweepArgs;
 use trace::TraceArgs;
 
-/// Takes page tables of real processes down, on a machine that checks every step.
+/// Checks and measures the teardown of page tables: on the memory and the system calls of real
+/// programs, on random sequences, and on emulated hardware.
 #[derive(Debug, Parser)]
 #[command(
+    name = "teardown",
     version,
     args_conflicts_with_subcommands = true,
-    after_help = "The options are those of `run`, which is what is done without a command.\n\n\
-                  Exit code: 0 good, 1 a violation was found, 2 bad usage or input."
+    after_help = "Without a command, `teardown` does what `teardown run` does, with the same options.\n\n\
+                  Exit code: 0 everything held, 1 a violation was found, 2 bad usage or input."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -52,30 +54,38 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Builds layouts as page tables, lets CPUs use them, tears them down, and reports (the default).
+    /// To check the engine on the memory of real processes: builds layouts as page tables, uses
+    /// them from several CPUs and tears them down (the default).
     #[command(after_help = "Example: teardown run --layout tests/layouts/redis-server.layout --cpus 8")]
     Run(RunArgs),
-    /// Writes the layout of a live Linux process.
+    /// To get a layout of your own: writes down the memory of a live Linux process.
     #[command(
         after_help = "Example: teardown capture --pid 4321 -o mine.layout && teardown run --layout mine.layout"
     )]
     Capture(CaptureArgs),
-    /// Replays the memory calls that a real program made, from a log of `strace -f`.
+    /// To check the engine on what a real program did over time: makes the memory calls that a log
+    /// of `strace -f` holds.
     #[command(after_help = "Example: teardown trace tests/traces/redis-bgsave.strace --cpus 8")]
     Trace(TraceArgs),
-    /// Boots the same kernel on emulated hardware (QEMU) and runs programs in ring 3 while their memory is torn down.
+    /// To check the engine on emulated hardware: boots the same kernel in QEMU, with programs that
+    /// run while their memory is torn down.
     #[command(after_help = "Example: teardown boot --cpus 4 --workload short")]
     Boot(BootArgs),
-    /// Runs random sequences against the checker until one fails, and makes that one short.
+    /// To look for unknown bugs: runs random sequences of operations until one fails, and makes
+    /// that one short.
     #[command(after_help = "Example: teardown fuzz --time 60 --jobs 2 -o failure.sequence")]
     Fuzz(FuzzArgs),
-    /// Runs a saved sequence again: the same verdict every time.
+    /// To understand a failure that `fuzz` saved: runs its sequence again, with the same verdict
+    /// every time, and explains it.
     #[command(after_help = "Example: teardown replay failure.sequence --explain --html failure.html")]
     Replay(ReplayArgs),
-    /// Compares batch sizes: what a page costs, how often CPUs are interrupted, how much memory waits.
+    /// To choose a batch size: measures what each setting costs in time, flushes, interrupts and
+    /// memory that waits.
     ///
-    /// Without --batch and the rest: nine settings, each axis alone from 32Ki dense pages, 2 CPUs, ceiling 33, none refused. With
-    /// some of them: every combination of the values named, the other axes at that base.
+    /// Without --batch, --size, --shape, --layout, --cpus, --ceiling and --refuse, nine settings
+    /// are compared, and each axis is varied alone from one base: 32Ki dense pages, 2 CPUs, ceiling
+    /// 33, no batch page refused. With some of them, every combination of the values given is
+    /// measured, and the other axes stay at the base.
     #[command(
         after_help = "Example: teardown sweep --html sweep.html\n         teardown sweep --batch 64,510,19x510 --size 33,32Ki --cpus 2,8lazy6"
     )]
@@ -96,7 +106,7 @@ pub fn run_command_line() -> ExitCode {
         Some(Command::Replay(args)) => replay::execute(args),
         Some(Command::Sweep(args)) => sweep::execute(args),
     };
-    // Names of files, and words of them. Of what the compiler said every line is its own.
+    // Errors hold names and words of files. Only those of the compiler have several lines.
     let result = result.map_err(|failure| match cli.command {
         Some(Command::Boot(_)) => escaped_lines(&failure),
         _ => escaped(&failure),

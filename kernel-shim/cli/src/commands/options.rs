@@ -1,5 +1,5 @@
-//! Flags of several commands: the machine of `run` and `trace`, the faults that they, `fuzz` and `replay` plant, how reports are
-//! printed.
+//! Flags of several commands: the machine of `run` and `trace`, the faults that they, `fuzz` and
+//! `replay` plant, how reports are printed.
 
 use std::io::{self, BufWriter, Write};
 
@@ -12,28 +12,30 @@ use crate::commands::outcome::{CommandError, CommandVerdict};
 use crate::output::escape::label;
 use crate::output::progress::progress_bar;
 use crate::output::report::Report;
+use crate::output::words::counted;
 use crate::run::pass::RunOptions;
 
-/// What `run` and `trace` do it on.
+/// The machine on which `run` and `trace` do their work, and how they report.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct MachineArgs {
-    /// CPUs of the machine, 1 to 64.
+    /// CPUs of the simulated machine, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
-    /// Batch pages a gather may take, 0 to 19; 0 leaves it the eight slots on the stack.
+    /// Most batch pages that a gather may take, 0 to 19; with 0 it has only the eight slots on the
+    /// stack.
     #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.batch_pages,
           value_parser = clap::value_parser!(u16).range(0..=19))]
     batch_pages: u16,
-    /// Whether software MMUs and the checker run.
+    /// Whether a checker watches every step; off is quicker, and finds no violations.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     checker: Switch,
-    /// Something the machine or the kernel does wrong, on purpose: the checker, which must be on, must notice.
+    /// Plants a fault, to see the checker find it; the checker must be on.
     #[arg(long, value_enum)]
     fault: Option<Fault>,
-    /// Decides every choice: the same seed does the same.
+    /// Seed of all random choices: the same seed gives the same run.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// How the report is printed.
+    /// Form of the report.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
 }
@@ -47,26 +49,28 @@ enum Switch {
 /// How a report is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For a person.
+    /// Tables and sentences, for a person.
     Text,
-    /// For a program.
+    /// JSON, for a program.
     Json,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Fault {
-    /// Invalidations do nothing.
+    /// Flushes invalidate nothing.
     SkipFlush,
-    /// Pages are freed when their entries are cleared.
+    /// Pages are freed as soon as their entries are cleared, before any flush.
     FreeBeforeFlush,
-    /// One flush request in four is lost, and acknowledged; needs two CPUs.
+    /// One flush request in four is lost, but acknowledged; needs two CPUs.
     DropIpi,
 }
 
 impl MachineArgs {
     pub(crate) fn options(&self) -> Result<RunOptions, CommandError> {
         if self.fault.is_some() && self.checker == Switch::Off {
-            return Err("--fault with --checker off: nobody would look for what goes wrong".to_owned());
+            return Err(
+                "--fault needs --checker on: without the checker nothing would find the fault".to_owned()
+            );
         }
         Fault::check(self.fault, self.cpus)?;
         let Trial { fault, misbehaviour, .. } = Fault::trial(self.fault);
@@ -81,7 +85,8 @@ impl MachineArgs {
         })
     }
 
-    /// Has `work` done for each of `inputs`, under a progress bar that shows its name, and prints what was found.
+    /// Has `work` done for each of `inputs`, under a progress bar that shows its name, and prints
+    /// what was found.
     pub(crate) fn run_each<T>(
         &self,
         inputs: &[T],
@@ -117,15 +122,19 @@ impl Fault {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// Refuses a fault that cannot happen on so many CPUs: a run without a violation would be taken for a blind checker.
+    /// Refuses a fault that cannot happen on so many CPUs: a run without a violation would make the
+    /// checker look blind.
     pub(crate) fn check(fault: Option<Self>, nr_cpus: u32) -> Result<(), CommandError> {
         if fault == Some(Self::DropIpi) && nr_cpus < 2 {
-            return Err("--fault drop-ipi: one CPU sends no flush requests; use --cpus 2 or more".to_owned());
+            return Err(
+                "--fault drop-ipi: one CPU alone sends no flush requests; use --cpus 2 or more".to_owned()
+            );
         }
         Ok(())
     }
 
-    /// Refuses to call a run clean whose fault never happened; says so where it did and nothing was found.
+    /// Refuses to call a run clean in which the planted fault never happened. Says so on stderr
+    /// where the fault happened and nothing was found.
     pub(crate) fn check_happened(
         fault: Option<Self>,
         times: u64,
@@ -135,15 +144,15 @@ impl Fault {
         let word = fault.word();
         if times == 0 {
             return Err(format!(
-                "--fault {word} never happened: this was too short, so nothing can be said of it"
+                "--fault {word} never happened: the run was too short to show whether it is found"
             ));
         }
-        let counted = if times == 1 { "once".to_owned() } else { format!("{times} times") };
-        let _ = writeln!(io::stderr(), "teardown: --fault {word} happened {counted}, and harmed nobody");
+        let counted = counted(times, "time", "times");
+        let _ = writeln!(io::stderr(), "teardown: --fault {word} happened {counted} and did no harm");
         Ok(())
     }
 
-    /// What a planted fault makes of a machine and its kernel.
+    /// The machine and the kernel, with the fault planted in them.
     pub(crate) fn trial(fault: Option<Self>) -> Trial {
         match fault {
             None => Trial::default(),

@@ -1,4 +1,4 @@
-//! `teardown replay`.
+//! `teardown replay`: a saved sequence again, explained.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::PathBuf;
@@ -14,26 +14,26 @@ use crate::commands::options::{Fault, Format};
 use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file, read_text};
 use crate::fuzz::panics::with_quiet_panics;
 
-/// What `replay` is told.
+/// The flags of `teardown replay`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ReplayArgs {
-    /// A saved sequence.
+    /// Sequence that `teardown fuzz` saved.
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// What was wrong on purpose when it was found.
+    /// Plants the fault that was planted when the sequence was found.
     #[arg(long, value_enum)]
     fault: Option<Fault>,
-    /// Draws what happened, a column a CPU, and says what went wrong. Shows what explains the violation; of a clean sequence, an
-    /// outline.
+    /// Draws what happened, a column for each CPU, and says what went wrong. Shows the events that
+    /// explain the violation; of a clean sequence, an outline.
     #[arg(long, conflicts_with = "format")]
     explain: bool,
-    /// With --explain: every event.
+    /// With --explain: shows every event.
     #[arg(long, requires = "explain")]
     all: bool,
-    /// Writes the same as one page for a browser, with nothing loaded from anywhere.
+    /// Writes the same as one HTML page, which loads nothing from elsewhere.
     #[arg(long, value_name = "OUT")]
     html: Option<PathBuf>,
-    /// How the verdict is printed.
+    /// Form of the verdict.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
 }
@@ -45,7 +45,7 @@ pub(crate) fn execute(args: &ReplayArgs) -> Result<CommandVerdict, CommandError>
     let html = args.html.as_deref().map(|path| output_file(path).map(|file| (path, file))).transpose()?;
     let telling = if args.explain || args.html.is_some() { Telling::All } else { Telling::Last };
     let run = with_quiet_panics(|| judge_in(&sequence, Trial { telling, ..Fault::trial(args.fault) }))
-        .map_err(|error| format!("cannot make a machine: {error}"))?;
+        .map_err(|error| format!("cannot make a simulated machine: {error}"))?;
     Fault::check_happened(args.fault, run.faults, run.verdict.is_clean())?;
     let mut report = String::new();
     if args.explain {
@@ -67,7 +67,7 @@ pub(crate) fn execute(args: &ReplayArgs) -> Result<CommandVerdict, CommandError>
     Ok(if run.verdict.is_clean() { CommandVerdict::Good } else { CommandVerdict::Violation })
 }
 
-/// Colour is for a person who has not said no to it (no-color.org).
+/// Colour, unless the output is no terminal or the person has refused it (no-color.org).
 fn colour() -> Colour {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     if io::stdout().is_terminal() && !refused { Colour::On } else { Colour::Off }

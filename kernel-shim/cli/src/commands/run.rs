@@ -13,10 +13,10 @@ use crate::run::teardown::run_layout;
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RunArgs {
-    /// A layout file; may be given several times. Default: all that are bundled.
+    /// Layout file to tear down; may be given several times. Default: all bundled layouts.
     #[arg(long, value_name = "FILE")]
     layout: Vec<PathBuf>,
-    /// A live process, captured first.
+    /// Process ID of a live process, which is captured first.
     #[arg(long, value_name = "N")]
     pid: Option<i32>,
     #[command(flatten)]

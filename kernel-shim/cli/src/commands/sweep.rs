@@ -18,54 +18,59 @@ use crate::sweep::captured_process::CapturedProcess;
 use crate::sweep::measure::{MeasureError, SweepPlan, measure};
 use crate::sweep::report::SweepReport;
 
-/// What `teardown sweep` is told.
+/// The flags of `teardown sweep`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct SweepArgs {
-    /// Settings to compare: 8 (the slots on the stack), 9 to 510 slots of one page, PAGESxSLOTS such as 19x510 (the default of the
-    /// engine), unlimited, adaptive (as many as the pages need). Default: nine of them.
+    /// Settings to compare: 8 (the slots on the stack alone), 9 to 510 (slots in one batch page),
+    /// PAGESxSLOTS such as 19x510 (the default of the engine), unlimited, or adaptive (as many
+    /// slots as the pages need). Default: nine of them.
     #[arg(long, value_name = "SETTING,..", value_delimiter = ',')]
     pub batch: Vec<Batch>,
-    /// How many pages are torn down, such as 33,513,32Ki.
+    /// Numbers of pages to tear down, such as 33,513,32Ki.
     #[arg(long, value_name = "PAGES,..", value_delimiter = ',')]
     pub size: Vec<NrPages>,
-    /// How they lie: dense (W1 of the benches), sparse (W3), areas (W4), huge (W5), shuffled (W6), or as in a real process that is
-    /// bundled, such as redis-server; of those, --size is their own.
+    /// How the pages lie: dense (W1 of the benches), sparse (W3), areas (W4), huge (W5), shuffled
+    /// (W6), or as in a bundled process such as redis-server, which has a size of its own.
     #[arg(long, value_name = "SHAPE,..", value_delimiter = ',')]
     pub shape: Vec<Arrangement>,
-    /// A layout file of a process, from `teardown capture`; as if named in --shape.
+    /// Layout file of `teardown capture`, as one more --shape; may be given several times.
     #[arg(long, value_name = "FILE")]
     pub layout: Vec<PathBuf>,
-    /// CPUs that have the address space loaded, such as 1,2,8lazy6: eight, six of which are lazy. 1: no other is online.
+    /// CPUs that have the address space loaded: 2 is two that run it, 8lazy6 is eight of which six
+    /// are lazy; with 1 no other CPU is online.
     #[arg(long, value_name = "CPUS,..", value_delimiter = ',')]
     pub cpus: Vec<CpuMix>,
-    /// Most pages that a flush invalidates one by one, such as 0,33,never (never: it drops no context).
+    /// Most pages that a flush invalidates one by one, such as 0,33,never; with never, no flush
+    /// drops a whole context.
     #[arg(long, value_name = "PAGES,..", value_delimiter = ',')]
     pub ceiling: Vec<Ceiling>,
-    /// Which batch pages are refused: never, always, or N for every N-th.
+    /// Which requests for a batch page are refused: never, always, or N for every N-th.
     #[arg(long, value_name = "WHICH,..", value_delimiter = ',')]
     pub refuse: Vec<Refuse>,
-    /// Every value of every axis with every other: 2475 sets of conditions, which takes minutes.
+    /// Measures every value of every axis with every other: 2475 sets of conditions, which takes
+    /// minutes.
     #[arg(long, conflicts_with_all = ["size", "shape", "layout", "cpus", "ceiling", "refuse"])]
     pub everything: bool,
-    /// Timed samples of each; 0: counts only, which are the same in every run.
+    /// Timed samples of each setting; with 0 there are only counts, which are the same in every
+    /// run.
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(0..=1001))]
     pub repeat: u32,
-    /// Stops timing after so many seconds, once there are three samples of each.
+    /// Stops timing after this many seconds, once there are three samples of each setting.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub time: u64,
-    /// What an interrupt to another CPU costs: a model, no measurement.
+    /// Modelled cost of an interrupt to another CPU, in nanoseconds; it is not measured.
     #[arg(long, value_name = "NS", default_value_t = 1000)]
     pub ipi_ns: u32,
-    /// Writes a line for each setting and set of conditions.
+    /// Writes a line of CSV for each setting under each set of conditions.
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
-    /// Writes everything for programs.
+    /// Writes all results as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Writes a page with charts, and the answer in words.
+    /// Writes a page with the answer in words, and charts.
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
-    /// How the report is printed.
+    /// Form of the report.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
 }
@@ -92,11 +97,11 @@ pub(crate) enum SweepError {
         /// What the host said.
         error: io::Error,
     },
-    /// A file is no layout.
+    /// A file is not a layout.
     #[error("{0}")]
     Layout(#[from] LayoutError),
-    /// Nothing was left to do.
-    #[error("the machine has not the frames for any of this: {0}")]
+    /// No set of conditions fits into the machine's memory.
+    #[error("the machine does not have enough frames: {0}")]
     TooLarge(Conditions),
     /// The report could not be written.
     #[error("cannot write the report: {0}")]
@@ -176,7 +181,8 @@ pub(crate) fn execute(args: &SweepArgs) -> Result<CommandVerdict, CommandError> 
 
 /// Carries out the plan of `args`, writes the files that were asked for, and prints the report.
 ///
-/// `step` is called as the work goes on, as often as [`SweepPlan::steps`] says at the most, and `done` before anything is printed.
+/// `step` is called as the work goes on, as often as [`SweepPlan::steps`] says at the most, and
+/// `done` before anything is printed.
 ///
 /// # Errors
 /// [`SweepError`]; of [`MeasureError::Lost`] the exit code is 1, of all others 2.
@@ -233,8 +239,9 @@ impl<'p> NamedFile<'p> {
     }
 }
 
-/// A name for the layout in the file at `path`: its own, of letters that mean nothing in CSV and HTML, and no other's. It lives as
-/// long as the command, because conditions are copied about and name it.
+/// A unique name for the layout in the file at `path`, without letters that mean something in CSV
+/// or HTML. The name lives as long as the command, because conditions are copied and name their
+/// layout.
 fn name_for(path: &Path, taken: &[CapturedProcess]) -> &'static str {
     let stem = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
     let plain = |letter: char| letter.is_alphanumeric() || "-_.".contains(letter);
@@ -252,7 +259,7 @@ fn named_or_base<T: Copy + PartialEq>(named: &[T], base: T) -> Vec<T> {
     if named.is_empty() { vec![base] } else { unique(named) }
 }
 
-/// Each value once, where it came first.
+/// The values without repetitions, in the order in which they first appear.
 fn unique<T: Copy + PartialEq>(values: &[T]) -> Vec<T> {
     let mut seen = Vec::new();
     for value in values {

@@ -1,4 +1,4 @@
-//! `teardown trace`: the memory calls of a recorded log are carried out.
+//! `teardown trace`: the memory calls of a recorded log are made again.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use crate::trace::log::{TraceLog, run_log};
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct TraceArgs {
-    /// A log; how to record one is in tests/traces/README.md. Default: all that are bundled.
+    /// Log to run; tests/traces/README.md says how to record one. Default: all bundled logs.
     #[arg(value_name = "FILE")]
     log: Vec<PathBuf>,
     #[command(flatten)]

@@ -1,7 +1,9 @@
-//! Random sequences against the checker, several at a time, and the shortest form of one that fails.
+//! Random sequences against the checker, several at a time, and the shortest form of one that
+//! fails.
 //!
-//! The n-th sequence depends on the seed and on n alone, and of several that fail the first in that order counts. So, but for
-//! time limits, what is found does not depend on the number of jobs. Runs with different seeds have no sequence in common.
+//! The n-th sequence depends on the seed and on n alone. Where several sequences fail, the one with
+//! the lowest number is reported. So, time limits aside, the number of jobs does not change what is
+//! found. Runs with different seeds have no sequence in common.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
@@ -63,7 +65,7 @@ pub(crate) struct FailedSequence {
     pub verdict: Verdict,
 }
 
-/// Which pairs of neighbouring operations were run, and how many sequences have been to each corner.
+/// Which pairs of neighbouring operations were run, and how many sequences reached each boundary.
 #[derive(Clone, Debug)]
 pub(crate) struct Coverage {
     pairs: [[bool; Op::WORDS.len()]; Op::WORDS.len()],
@@ -88,18 +90,18 @@ impl Coverage {
         }
     }
 
-    /// How many pairs of operations, of how many there are.
+    /// How many pairs of operations were run, and how many there are.
     #[must_use]
     pub(crate) fn pairs(&self) -> (usize, usize) {
         (self.pairs.iter().flatten().filter(|seen| **seen).count(), Op::WORDS.len() * Op::WORDS.len())
     }
 
-    /// Every corner, with the number of sequences that have been there.
+    /// Every boundary, with the number of sequences that reached it.
     pub(crate) fn boundaries(&self) -> impl Iterator<Item = (Boundary, u64)> + '_ {
         Boundary::ALL.into_iter().zip(self.boundaries)
     }
 
-    /// How many corners, of how many there are.
+    /// How many boundaries were reached, and how many there are.
     #[must_use]
     pub(crate) fn reached(&self) -> (usize, usize) {
         (self.boundaries.iter().filter(|times| **times > 0).count(), Boundary::ALL.len())
@@ -127,14 +129,16 @@ struct State<P> {
     progress: P,
 }
 
-/// Seconds that a short sequence may take, which takes a few hundredths of one.
+/// Seconds that a short sequence may take; most take a few hundredths of a second.
 const PATIENCE: u64 = 30;
 /// Seconds that shrinking may take.
 const PATIENCE_SHRINKING: u64 = 900;
 
-/// Runs random sequences until a limit is reached or one fails. `progress` is told how it stands, after every sequence.
+/// Runs random sequences until a limit is reached or one fails. `progress` is called after every
+/// sequence.
 ///
-/// A sequence that does not come back cannot be stopped: `stuck` is told, with that one as the failure, and ends the process.
+/// A sequence that does not come back cannot be stopped: `stuck` is called with that sequence as
+/// the failure, and ends the process.
 ///
 /// # Errors
 /// If the host refuses memory for a machine, or a thread.
@@ -158,7 +162,7 @@ pub(crate) fn fuzz(
     thread::scope(|scope| {
         thread::Builder::new().spawn_scoped(scope, || look_after(&shared, is_done, &stuck))?;
         let result = run_all(&shared, jobs);
-        // Nobody looks any more.
+        // This ends `look_after`.
         drop(done);
         result
     })?;
@@ -189,7 +193,7 @@ fn run_all<P: FnMut(&Fuzzed, Duration) + Send>(shared: &Campaign<'_, P>, jobs: u
     Ok(())
 }
 
-/// Looks once a second whether a sequence does not come back.
+/// Looks once a second for a sequence that does not come back.
 fn look_after<P>(shared: &Campaign<'_, P>, is_done: mpsc::Receiver<()>, stuck: &impl Fn(Fuzzed)) {
     let options = shared.options;
     // Longer sequences on more CPUs take longer.
@@ -248,7 +252,8 @@ fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Campaign<'_, P>, job: usize) -> io
 
 /// What the sequence with this number is made from.
 ///
-/// The seed is mixed before the number is added: those of neighbouring seeds would otherwise be the same but for one.
+/// The seed is mixed before the number is added. Otherwise runs with neighbouring seeds would share
+/// all sequences but one.
 fn seed_of(seed: u64, number: u64) -> u64 {
     Choices::new(Choices::new(seed).bits().wrapping_add(number)).bits()
 }
@@ -263,7 +268,8 @@ mod tests {
 
     use super::*;
 
-    /// Once, sequence n of seed s was made from s + n: a run with the next seed repeated all but one.
+    /// Once, sequence n of seed s was made from s + n: a run with the next seed repeated all but
+    /// one.
     #[test]
     fn runs_with_different_seeds_have_no_sequence_in_common() {
         let seeds = (0..40).chain([1 << 32, u64::MAX, u64::MAX - 1, 1_900_000]);

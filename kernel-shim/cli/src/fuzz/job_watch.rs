@@ -1,7 +1,8 @@
-//! Looks after the jobs of the fuzzer: a sequence that does not come back is a finding, and nobody would tell otherwise.
+//! Watches the jobs of the fuzzer: a sequence that does not come back is a finding, which would not
+//! be reported otherwise.
 //!
-//! The machine itself stops what runs in a circle through points where CPUs take turns. What reaches no such point can only be seen
-//! from outside, by the time it takes.
+//! The machine itself stops an endless loop that passes points where CPUs take turns. A loop that
+//! passes no such point can only be noticed from outside, by the time it takes.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -15,13 +16,13 @@ pub(crate) struct JobWatch {
 
 #[derive(Debug, Default)]
 struct Job {
-    /// How often it has begun something: other numbers, other sequences.
+    /// How many sequences the job has begun; another number means another sequence.
     begun: u64,
     running: Option<(u64, Sequence)>,
 }
 
-/// How long each job has been at what it is at. Counted in looks and not in time, of which some passes while the whole process is
-/// stopped.
+/// How long each job has been at its sequence. Counted in looks and not in time, because time
+/// passes while the whole process is stopped.
 #[derive(Debug)]
 pub(crate) struct Looks(Vec<(u64, u64)>);
 
@@ -48,7 +49,8 @@ impl JobWatch {
         Looks(self.jobs.iter().map(|_| (0, 0)).collect())
     }
 
-    /// Looks again: the sequence that a job has been at for more than `most` looks, if there is one.
+    /// Looks again: the sequence that a job has been at for more than `most` looks, if there is
+    /// one.
     pub(crate) fn stuck(&self, Looks(looks): &mut Looks, most: u64) -> Option<(u64, Sequence)> {
         for (job, (begun, times)) in self.jobs.iter().zip(looks) {
             let job = lock(job);

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::fuzz::campaign::{FuzzOptions, Fuzzed};
 use crate::output::verdict::verdict_json;
+use crate::output::words::counted;
 
 /// One line: how far it has come.
 #[must_use]
@@ -14,10 +15,10 @@ pub(crate) fn summary(fuzzed: &Fuzzed, time: Duration) -> String {
     let (pairs, all_pairs) = fuzzed.coverage.pairs();
     let (reached, all) = fuzzed.coverage.reached();
     format!(
-        "{} sequences, {} operations, {:.0} sequences/s, {:.0} operations/s, \
+        "{}, {}, {:.0} sequences/s, {:.0} operations/s, \
          {pairs} of {all_pairs} pairs of operations, {reached} of {all} boundaries",
-        fuzzed.sequences,
-        fuzzed.ops,
+        counted(fuzzed.sequences, "sequence", "sequences"),
+        counted(fuzzed.ops, "operation", "operations"),
         fuzzed.sequences as f64 / seconds,
         fuzzed.ops as f64 / seconds,
     )
@@ -28,7 +29,7 @@ pub(crate) fn summary(fuzzed: &Fuzzed, time: Duration) -> String {
 pub(crate) fn not_reached(fuzzed: &Fuzzed) -> Option<String> {
     let missed = fuzzed.coverage.boundaries().filter(|(_, times)| *times == 0);
     let names: Vec<_> = missed.map(|(boundary, _)| boundary.name()).collect();
-    (!names.is_empty()).then(|| format!("not reached: {}", names.join(", ")))
+    (!names.is_empty()).then(|| format!("boundaries not reached: {}", names.join(", ")))
 }
 
 /// All of it.

@@ -40,7 +40,8 @@ pub const LAYOUTS: &[Bundled] = bundle!("layouts", ".layout":
     "sqlite-query",
 );
 
-/// Logs of the memory system calls of real programs; `tests/traces/README.md` says how each was recorded.
+/// Logs of the memory system calls of real programs; `tests/traces/README.md` says how each was
+/// recorded.
 pub const TRACES: &[Bundled] = bundle!("traces", ".strace":
     "chromium-start",
     "gcc-hello",

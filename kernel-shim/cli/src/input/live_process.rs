@@ -1,8 +1,9 @@
 //! Takes a [`Layout`] from a live Linux process.
 //!
-//! `/proc/PID/smaps` says which areas there are, `/proc/PID/pagemap` what their pages hold. The process is not stopped: its
-//! list of areas is read before and after, and the whole is repeated when the two differ. Pages that come or go
-//! meanwhile are missed or kept, one by one; stop the process first where that matters.
+//! `/proc/PID/smaps` says which areas there are, `/proc/PID/pagemap` what their pages hold. The
+//! process is not stopped: its list of areas is read before and after, and the whole is repeated
+//! when the two differ. Pages that come or go meanwhile are missed or kept, one by one; stop the
+//! process first where that matters.
 
 use std::fs::File;
 use std::io;
@@ -29,7 +30,7 @@ pub enum CaptureError {
         pid: i32,
     },
     /// The caller may not look into the process.
-    #[error("process {pid} may not be read: expected its owner or root")]
+    #[error("process {pid} may not be read: only its owner or root can")]
     NotAllowed {
         /// The process.
         pid: i32,
@@ -62,7 +63,8 @@ pub enum CaptureError {
 
 /// Takes a snapshot of process `pid`.
 ///
-/// Its name and command are the kernel's; directories of mapped files are left out, those in the command are not.
+/// Its name and command are the kernel's; directories of mapped files are left out, those in the
+/// command are not.
 ///
 /// # Errors
 ///
@@ -124,12 +126,14 @@ fn vma(pagemap: &File, map: &MemoryMap) -> io::Result<LayoutVma> {
     };
     let kind = kind(map);
     let mut runs = pagemap::mapped_runs(pagemap, area)?;
-    // Markers, such as those of MADV_GUARD_INSTALL, look like swap. They name no place to give back.
+    // Markers, such as those of MADV_GUARD_INSTALL, look like swap. They name no place to give
+    // back.
     runs.retain(|run| run.state != PageState::Swap || nr_swapped > 0);
     for run in &mut runs {
         run.state = match (&kind, run.state) {
             (VmaKind::Pfn(_), _) => PageState::Pfn,
-            // The kernel's own page in an area without a file, such as `[uprobes]`: it shows as one of a file.
+            // The kernel's own page in an area without a file, such as `[uprobes]`: it shows as one
+            // of a file.
             (VmaKind::Anon | VmaKind::Heap | VmaKind::Stack, PageState::File) => PageState::Anon,
             (VmaKind::Anon | VmaKind::Heap | VmaKind::Stack, PageState::FileHuge) => PageState::AnonHuge,
             (_, state) => state,

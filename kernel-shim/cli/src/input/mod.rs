@@ -6,8 +6,9 @@
 //!  tests/layouts, tests/traces ─▶ bundled    (text that is compiled in)
 //! ```
 //!
-//! What comes in is text and live processes; what goes out is a checked `Layout` or `Trace`, or an error that names the source, the
-//! line and what was expected. Nothing here knows a kernel or a machine. Every other room may use this one, and fuzz targets do.
+//! What comes in is text and live processes; what goes out is a checked `Layout` or `Trace`, or an
+//! error that names the source, the line and what was expected. Nothing here knows a kernel or a
+//! machine. Every other room may use this one, and fuzz targets do.
 
 pub mod bundled;
 pub mod layout;

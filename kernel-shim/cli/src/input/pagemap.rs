@@ -1,7 +1,8 @@
 //! Which pages of a live process are mapped, and how: `/proc/PID/pagemap`.
 //!
-//! Kernels since 6.7 answer in runs, through the `PAGEMAP_SCAN` ioctl, and say which pages are mapped by 2 MiB leaves or
-//! are the page of zeroes. Older ones are read page by page; what they leave out is in [`read`].
+//! Kernels since 6.7 answer in runs, through the `PAGEMAP_SCAN` ioctl, and say which pages are
+//! mapped by 2 MiB leaves or are the page of zeroes. Older ones are read page by page; what they
+//! leave out is in [`read`].
 
 use std::fs::File;
 use std::io;
@@ -98,9 +99,10 @@ fn scan(pagemap: &File, area: SmapsArea) -> io::Result<Vec<PageRun>> {
             return_mask: IS_FILE | IS_PRESENT | IS_SWAPPED | IS_PFNZERO | IS_HUGE,
         };
         #[expect(unsafe_code, reason = "no safe wrapper of this ioctl exists")]
-        // SAFETY: the request reads and writes one `ScanArg`, whose size is asserted above and in `size`, and `arg` is
-        // exclusively borrowed for the call. Through `vec` the kernel writes at most `vec_len` regions, and `regions`
-        // is that long, aligned, alive and not borrowed otherwise until the call returns. Any bytes are a `Region`.
+        // SAFETY: the request reads and writes one `ScanArg`, whose size is asserted above and in
+        // `size`, and `arg` is exclusively borrowed for the call. Through `vec` the kernel writes
+        // at most `vec_len` regions, and `regions` is that long, aligned, alive and not borrowed
+        // otherwise until the call returns. Any bytes are a `Region`.
         let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
         let filled = usize::try_from(filled).map_err(|_| io::Error::last_os_error())?;
         for region in regions.iter().take(filled) {
@@ -108,7 +110,8 @@ fn scan(pagemap: &File, area: SmapsArea) -> io::Result<Vec<PageRun>> {
                 push(&mut runs, area, region.start..region.end, state);
             }
         }
-        // Not `walk_end`: after more than 512 regions the kernel (seen on 6.18) can leave it behind what it returned.
+        // Not `walk_end`: after more than 512 regions the kernel (seen on 6.18) can leave it behind
+        // what it returned.
         match regions.get(filled.wrapping_sub(1)) {
             Some(last) if filled == REGIONS_PER_CALL && last.end > start => start = last.end,
             _ => break,
@@ -132,8 +135,9 @@ fn state(categories: u64) -> Option<PageState> {
 
 /// Reads one entry a page.
 ///
-/// The file does not say which pages share a 2 MiB leaf: the first aligned blocks with 512 pages of one kind are taken,
-/// as many as `area` has leaves. Nor does it show the page of zeroes, which counts as an anonymous page here.
+/// The file does not say which pages share a 2 MiB leaf: the first aligned blocks with 512 pages of
+/// one kind are taken, as many as `area` has leaves. Nor does it show the page of zeroes, which
+/// counts as an anonymous page here.
 ///
 /// # Source
 ///
@@ -175,7 +179,8 @@ fn read(pagemap: &File, area: SmapsArea) -> io::Result<Vec<PageRun>> {
     Ok(with_huge_leaves(&runs, area))
 }
 
-/// Turns the first aligned blocks of 512 pages into 2 MiB leaves, until `area` has as many as it should.
+/// Turns the first aligned blocks of 512 pages into 2 MiB leaves, until `area` has as many as it
+/// should.
 fn with_huge_leaves(small: &[PageRun], area: SmapsArea) -> Vec<PageRun> {
     let mut left = area.nr_huge_leaves;
     let mut runs = Vec::new();

@@ -1,7 +1,8 @@
 //! What must not outlive this command, however it ends: children, and files that are not whole yet.
 //!
-//! Whoever owns one drops it. Where nobody gets to that (SIGINT, SIGTERM, SIGHUP), a signal handler goes through what is noted here.
-//! SIGKILL leaves files, but no child.
+//! Each is removed when its owner is dropped. Where a signal (SIGINT, SIGTERM, SIGHUP) ends the
+//! process before that, a signal handler removes what is noted here. SIGKILL leaves files, but no
+//! child.
 #![expect(
     unsafe_code,
     reason = "signal handlers and process groups have no safe form in the standard library"
@@ -19,12 +20,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Once;
 
-/// So many of each are noted at a time; more are only dropped.
+/// How many of each can be noted at a time; further ones are removed only when dropped.
 const SLOTS: usize = 8;
 
 /// Process groups to be killed; 0 for none.
 static GROUPS: [AtomicI32; SLOTS] = [const { AtomicI32::new(0) }; SLOTS];
-/// Names of files to be removed, which are never freed: a handler may be reading one. Null for none.
+/// Names of files to be removed, which are never freed: a handler may be reading one. Null for
+/// none.
 static FILES: [AtomicPtr<c_char>; SLOTS] = [const { AtomicPtr::new(ptr::null_mut()) }; SLOTS];
 
 const SIGNALS: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
@@ -45,7 +47,8 @@ extern "C" fn clear_away(signal: libc::c_int) {
             unsafe { libc::unlink(name) };
         }
     }
-    // SAFETY: async-signal-safe, and numbers only. The signal comes again when this handler returns, and ends the process.
+    // SAFETY: async-signal-safe, and numbers only. The signal comes again when this handler
+    // returns, and ends the process.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
     // SAFETY: as above.
     unsafe { libc::raise(signal) };
@@ -70,8 +73,8 @@ fn listen() {
     });
 }
 
-/// A child in a process group of its own, which is killed with all that it has started when this is dropped, and when this process
-/// ends.
+/// A child in a process group of its own, which is killed with all that it has started when this is
+/// dropped, and when this process ends.
 #[derive(Debug)]
 pub(crate) struct ChildGroup {
     pub(crate) child: Child,
@@ -83,7 +86,8 @@ impl ChildGroup {
         listen();
         command.process_group(0);
         let die_with_us = || {
-            // SAFETY: takes numbers only. Called between fork and exec, where system calls are allowed.
+            // SAFETY: takes numbers only. Called between fork and exec, where system calls are
+            // allowed.
             unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
             Ok(())
         };
@@ -99,11 +103,12 @@ impl ChildGroup {
 
 impl Drop for ChildGroup {
     fn drop(&mut self) {
-        // One that was waited for has given its number back.
+        // A child that was waited for has given up its process ID.
         if let Ok(None) = self.child.try_wait()
             && let Ok(id) = i32::try_from(self.child.id())
         {
-            // SAFETY: takes numbers only; the child is not waited for, so the group is still its own.
+            // SAFETY: takes numbers only; the child is not waited for, so the group is still its
+            // own.
             unsafe { libc::kill(-id, libc::SIGKILL) };
             let _ = self.child.wait();
         }
@@ -140,7 +145,7 @@ impl UnfinishedFile {
 
 impl Drop for UnfinishedFile {
     fn drop(&mut self) {
-        // It may have got another name by now, which is not this one's concern.
+        // The file may have been renamed by now; then there is nothing to remove.
         let _ = std::fs::remove_file(&self.path);
         if let Some(slot) = self.slot {
             slot.store(ptr::null_mut(), Ordering::Relaxed);

@@ -1,4 +1,5 @@
-//! Text of an input as a person is shown it: on one line, with nothing in it that a terminal would obey.
+//! Text of an input as it is shown to a person: on one line, without characters that a terminal
+//! would obey.
 
 use std::io::{self, Write};
 
@@ -7,7 +8,8 @@ use serde::Serialize;
 /// Characters of a name that a table has room for.
 const LABEL_CHARS: usize = 48;
 
-/// The text with every control character escaped, line ends among them, and every one that turns the direction of what follows.
+/// The text with every control character escaped, line ends among them, and every one that turns
+/// the direction of what follows.
 #[must_use]
 pub(crate) fn escaped(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
@@ -25,13 +27,13 @@ pub(crate) fn label(name: &str) -> String {
     if cut.is_some() { shown + "..." } else { shown }
 }
 
-/// As [`escaped`], but for line ends: of what has several lines by right.
+/// As [`escaped`], but line ends stay: for texts that have several lines.
 #[must_use]
 pub(crate) fn escaped_lines(text: &str) -> String {
     text.lines().map(escaped).collect::<Vec<_>>().join("\n")
 }
 
-/// The rest of a line as an error shows it: short, and never nothing.
+/// The rest of a line as an error shows it: cut short, and in words where it is empty.
 pub(crate) fn excerpt(rest: &str) -> String {
     const SHOWN_CHARS: usize = 60;
     match rest.char_indices().nth(SHOWN_CHARS) {
@@ -41,13 +43,14 @@ pub(crate) fn excerpt(rest: &str) -> String {
     }
 }
 
-/// Writes a value as one line of JSON. Control characters that JSON allows as they are, are escaped as well.
+/// Writes a value as one line of JSON. Control characters that JSON allows as they are, are escaped
+/// as well.
 ///
 /// # Errors
 /// What `out` returns.
 pub(crate) fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_string(value)?;
-    // Outside of strings there are none.
+    // In JSON, such characters stand in strings only.
     for part in text.split_inclusive(is_obeyed) {
         let plain = part.trim_end_matches(is_obeyed);
         out.write_all(plain.as_bytes())?;

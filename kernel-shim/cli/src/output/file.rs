@@ -1,7 +1,8 @@
-//! Files that a command writes: there as a whole or not at all, and known to be writable before the work begins.
+//! Files that a command writes: there as a whole or not at all, and known to be writable before the
+//! work begins.
 //!
-//! One cut short would be read as another. What is no file (a device, a pipe) is written into and stays what it is, and a link to a
-//! file stays a link.
+//! A file that is cut short could be taken for a whole one. A device or a pipe is written into and
+//! stays what it is, and a link to a file stays a link.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
@@ -17,13 +18,15 @@ pub(crate) struct OutputFile {
 }
 
 impl OutputFile {
-    /// Makes sure that `path` can be written. What is there stays until [`write`](Self::write); if that is never called, for good.
+    /// Makes sure that `path` can be written. What is there stays until [`write`](Self::write) is
+    /// called.
     ///
     /// # Errors
     /// What the host says.
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
         let there = fs::metadata(path).ok();
-        // A file can be open under such a name, as the standard output is: whoever opened it keeps looking at that one.
+        // Under such a name a file may be open already, such as the standard output. It must not be
+        // replaced: whoever opened it would not see the new one.
         let is_open_elsewhere = ["/dev", "/proc"].iter().any(|root| path.starts_with(root));
         if there.as_ref().is_some_and(|there| is_open_elsewhere || !there.is_file()) {
             let file = OpenOptions::new().write(true).open(path)?;
@@ -46,7 +49,8 @@ impl OutputFile {
     /// Writes all of it.
     ///
     /// # Errors
-    /// What `content` or the host says; what was there before is still there then, if it was a file.
+    /// What `content` or the host says; what was there before is still there then, if it was a
+    /// file.
     pub(crate) fn write(
         self,
         content: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>,
@@ -61,7 +65,7 @@ impl OutputFile {
     }
 }
 
-/// Where a link leads to that leads nowhere yet, or the path itself.
+/// The target of a link, where the target does not exist yet, or else the path itself.
 fn behind_link(path: &Path) -> PathBuf {
     let target = fs::read_link(path).map(|target| path.parent().unwrap_or(Path::new("")).join(target));
     target.unwrap_or_else(|_| path.to_owned())

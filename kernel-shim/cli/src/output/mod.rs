@@ -1,12 +1,13 @@
 //! What the command writes.
 //!
 //! ```text
-//!  findings ─▶ report, table, verdict  ─▶ escape (nothing a terminal would obey) ─▶ stdout
-//!  files    ─▶ file (there as a whole or not at all) ─▶ cleanup (what must not outlive the command)
+//!  findings  ─▶ report, verdict ─▶ table, words, bytes ─▶ escape (for terminals) ─▶ stdout
+//!  files     ─▶ file (there as a whole or not at all) ─▶ cleanup (what must not stay behind)
 //!  long work ─▶ progress ─▶ stderr
 //! ```
 //!
-//! What comes in is what a run found, what goes out bytes for a person or a program. Every room may use this one; it uses none.
+//! What comes in is what a run found, what goes out bytes for a person or a program. Every room may
+//! use this one; it uses none.
 
 pub(crate) mod bytes;
 pub(crate) mod cleanup;
@@ -16,3 +17,4 @@ pub(crate) mod progress;
 pub mod report;
 pub(crate) mod table;
 pub(crate) mod verdict;
+pub(crate) mod words;

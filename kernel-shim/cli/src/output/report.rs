@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::output::escape::{label, write_json};
 use crate::output::table::{Column, Group, write_table};
+use crate::output::words::counted;
 
 /// Everything a run found.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -16,8 +17,8 @@ use crate::output::table::{Column, Group, write_table};
 pub struct Report {
     /// One entry a layout (or log), in the order they ran.
     pub layouts: Vec<LayoutReport>,
-    /// Accesses, walks or cached entries that reached a frame after it was freed, and the like; 0, and null in the JSON, if nothing
-    /// was checked.
+    /// Accesses, walks or cached entries that reached a frame after it was freed, and the like; 0,
+    /// and null in the JSON, if nothing was checked.
     pub violations: u64,
     /// Frames that nothing uses and nobody freed.
     pub leaked_frames: u64,
@@ -27,7 +28,7 @@ pub struct Report {
     pub double_frees: u64,
     /// The first violations of each layout, told in full; not part of the JSON.
     pub told_violations: Vec<String>,
-    /// How often what is wrong on purpose has happened.
+    /// How often the planted fault has happened.
     pub faults: u64,
     /// Whether the checker ran.
     pub checked: bool,
@@ -62,8 +63,9 @@ pub struct LayoutReport {
     pub name: String,
     /// Areas; of a log, all that were made from its start to its end.
     pub vmas: u64,
-    /// Base pages that were mapped when the teardown began: 512 for each 2 MiB leaf. Of a log, the pages given up and freed
-    /// from its start to its end; the page of zeroes, which is never freed, is not among them.
+    /// Base pages that were mapped when the teardown began: 512 for each 2 MiB leaf. Of a log, the
+    /// pages given up and freed from its start to its end; the page of zeroes, which is never
+    /// freed, is not among them.
     pub pages: u64,
     /// Tables freed.
     pub tables: Tables,
@@ -81,8 +83,8 @@ pub struct LayoutReport {
     pub max_deferred_tables: u64,
     /// Most leaves cleared while one table lock was held.
     pub max_pages_per_lock: u64,
-    /// Time of the calls that give memory up (of a layout: munmap, exit) on a machine that models no caches, per base page; not
-    /// of the checked run.
+    /// Time of the calls that give memory up (of a layout: munmap, exit) on a machine that models
+    /// no caches, per base page; not of the checked run.
     pub ns_per_page: f64,
     /// What else there is to say of a log.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -92,7 +94,7 @@ pub struct LayoutReport {
 /// What became of the calls of a log.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LogReport {
-    /// Calls that were replayed.
+    /// Calls that were made.
     pub calls: u64,
     /// Threads that made them.
     pub threads: u64,
@@ -106,23 +108,22 @@ pub struct LogReport {
     pub failed: u64,
     /// Calls of which the log does not hold the return.
     pub unfinished: u64,
-    /// Calls that change an address space and were not replayed, by name.
+    /// Calls that change an address space and were not made, by name.
     pub dropped: BTreeMap<String, u64>,
-    /// Calls of threads that the log does not start, not replayed.
+    /// Calls of threads that the log does not start; they were not made.
     pub dropped_thread_calls: u64,
     /// Those threads.
     pub dropped_threads: u64,
 }
 
 impl LogReport {
-    /// What a verdict does not hold for, in words.
-    fn not_replayed(&self) -> Vec<String> {
+    /// The calls for which a verdict does not hold, in words.
+    fn not_made(&self) -> Vec<String> {
         let mut what: Vec<_> = self.dropped.iter().map(|(name, count)| format!("{count} {name}")).collect();
         let Self { dropped_thread_calls: calls, dropped_threads: threads, .. } = *self;
         if calls > 0 {
-            let (call, thread) =
-                (if calls == 1 { "call" } else { "calls" }, if threads == 1 { "thread" } else { "threads" });
-            what.push(format!("{calls} {call} of {threads} {thread} that the log does not start"));
+            let (calls, threads) = (counted(calls, "call", "calls"), counted(threads, "thread", "threads"));
+            what.push(format!("{calls} of {threads} that the log does not start"));
         }
         what
     }
@@ -130,20 +131,29 @@ impl LogReport {
     /// What the table has no column for.
     fn note(&self, name: &str) -> String {
         let Self { calls, threads, address_spaces, .. } = self;
-        let mut note = format!("{name}: {calls} calls, {threads} threads, {address_spaces} address spaces");
-        for (count, what) in [
-            (self.assumed_areas, "areas assumed from before the log"),
-            (self.ignored_advice, "madvise calls without effect on pages"),
-            (self.failed, "failed calls left out"),
-            (self.unfinished, "unfinished calls left out"),
+        let mut note = format!(
+            "{name}: {}, {}, {}",
+            counted(*calls, "call", "calls"),
+            counted(*threads, "thread", "threads"),
+            counted(*address_spaces, "address space", "address spaces")
+        );
+        for (count, one, many) in [
+            (self.assumed_areas, "area assumed from before the log", "areas assumed from before the log"),
+            (
+                self.ignored_advice,
+                "madvise call without effect on pages",
+                "madvise calls without effect on pages",
+            ),
+            (self.failed, "failed call left out", "failed calls left out"),
+            (self.unfinished, "unfinished call left out", "unfinished calls left out"),
         ] {
             if count > 0 {
-                note.push_str(&format!("; {count} {what}"));
+                note.push_str(&format!("; {}", counted(count, one, many)));
             }
         }
-        let not_replayed = self.not_replayed();
-        if !not_replayed.is_empty() {
-            note.push_str(&format!("; NOT REPLAYED: {}", not_replayed.join(", ")));
+        let not_made = self.not_made();
+        if !not_made.is_empty() {
+            note.push_str(&format!("; NOT MADE: {}", not_made.join(", ")));
         }
         note
     }
@@ -176,7 +186,8 @@ pub struct Flushes {
 pub struct Ipis {
     /// Sent.
     pub sent: u64,
-    /// Saved: the CPU was lazy, or ran something else, and compares generations before it comes back.
+    /// Saved: the CPU was lazy, or ran something else, and compares generations before it comes
+    /// back.
     pub saved: u64,
 }
 
@@ -241,7 +252,7 @@ impl Report {
         write_json(&mut out, self)
     }
 
-    /// Writes the table, the totals, the stories of violations, and the verdict.
+    /// Writes the table with its totals, the violations, and the verdict.
     ///
     /// # Errors
     /// What `out` returns.
@@ -268,7 +279,7 @@ impl Report {
         out.flush()
     }
 
-    /// One word, and what it does not hold for.
+    /// The verdict, and what it does not cover.
     fn verdict(&self) -> String {
         if !self.is_clean() {
             return "NOT CLEAN".to_owned();
@@ -289,17 +300,17 @@ impl Report {
             dropped_thread_calls: calls,
             ..LogReport::default()
         };
-        let mut but_for = all.not_replayed();
+        let mut but_for = all.not_made();
         if !but_for.is_empty() {
-            but_for = vec![format!("what was not replayed ({})", but_for.join(", "))];
+            but_for = vec![format!("the calls that were not made ({})", but_for.join(", "))];
         }
         if !self.checked {
-            but_for.push("what the checker, which was off, would have seen".to_owned());
+            but_for.push("what the checker would have found, which was off".to_owned());
         }
         if but_for.is_empty() {
             "clean".to_owned()
         } else {
-            format!("clean but for {}", but_for.join(" and for "))
+            format!("clean except for {}", but_for.join(" and for "))
         }
     }
 

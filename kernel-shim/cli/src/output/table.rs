@@ -45,7 +45,8 @@ impl<R: 'static> Column<R> {
     }
 }
 
-/// Writes the titles and heads, as far as there are any, and a line for each row. `gap` stands between groups.
+/// Writes the titles and heads, as far as there are any, and a line for each row. `gap` stands
+/// between groups.
 ///
 /// # Errors
 /// What `out` returns.

@@ -53,7 +53,8 @@ impl FileNumbers {
     }
 }
 
-/// The dirty pages of one area. A layout says how many there are and not which: the first pages of the file are taken.
+/// The dirty pages of one area. A layout says how many there are and not which: the first pages of
+/// the file are taken.
 #[derive(Debug)]
 pub(crate) struct DirtyPages {
     nr_left: u64,

@@ -5,8 +5,9 @@
 //!             └── kernel_terms (protection, contents, files)   └── pass (timed, then checked)
 //! ```
 //!
-//! What comes in is a `Layout` and [`RunOptions`](pass::RunOptions), what goes out a row of the report with what the checker found.
-//! `commands::run` uses this room; `trace` runs its passes the same way, and `boot` writes its plans in the same terms.
+//! What comes in is a `Layout` and [`RunOptions`](pass::RunOptions), what goes out a row of the
+//! report with what the checker found. `commands::run` uses this room; `trace` runs its passes the
+//! same way, and `boot` writes its plans in the same terms.
 
 pub(crate) mod hosted_process;
 pub(crate) mod kernel_terms;

@@ -1,4 +1,5 @@
-//! The two passes over a layout or a log: one timed, on a machine that models no caches, and one checked.
+//! The two passes over a layout or a log: one timed, on a machine that models no caches, and one
+//! checked.
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -23,9 +24,9 @@ pub struct RunOptions {
     pub batches: Supply,
     /// Whether the checked pass runs; the timed one always does.
     pub checking: Checking,
-    /// What the kernel does wrong, on purpose.
+    /// The fault that is planted in the kernel.
     pub misbehaviour: Misbehaviour,
-    /// What the machine does wrong, on purpose.
+    /// The fault that is planted in the machine.
     pub fault: MachineFault,
 }
 
@@ -44,7 +45,8 @@ impl Default for RunOptions {
 }
 
 impl RunOptions {
-    /// The machine of one pass; it has `nr_frames` frames, and does nothing wrong where nobody looks.
+    /// The machine of one pass, with `nr_frames` frames; faults are planted in the checked pass
+    /// only.
     pub(crate) fn machine(&self, checking: Checking, nr_frames: u64) -> Options {
         Options {
             checking,
@@ -53,7 +55,7 @@ impl RunOptions {
         }
     }
 
-    /// The kernel of one pass; it does nothing wrong where nobody looks.
+    /// The kernel of one pass; faults are planted in the checked pass only.
     pub(crate) fn config(&self, checking: Checking) -> Config {
         Config {
             limits: self.limits,
@@ -80,7 +82,8 @@ pub(crate) fn boot_hosted(
     Ok(kernel)
 }
 
-/// Runs `pass` timed and then, if the checker is on, once more checked, and adds what was found to `report`.
+/// Runs `pass` timed and then, if the checker is on, once more checked, and adds what was found to
+/// `report`.
 ///
 /// # Errors
 /// What `pass` returns; nothing is added then.
@@ -111,12 +114,13 @@ pub(crate) struct PassResult {
     teardown: Duration,
     found: Found,
     lost: Lost,
-    /// How often what is wrong on purpose has happened.
+    /// How often the planted fault has happened.
     nr_faults: u64,
 }
 
 impl PassResult {
-    /// The result of a pass whose last process has exited: what its calls that give memory up took is `teardown`.
+    /// The result of a pass whose last process has exited; `teardown` is the time of the calls that
+    /// gave memory up.
     pub(crate) fn from_kernel(kernel: &HostedKernel, report: LayoutReport, teardown: Duration) -> Self {
         kernel.drop_caches();
         let (frames, tables) = kernel.lost();

@@ -1,4 +1,5 @@
-//! The main job: a layout is built, used by all CPUs, and taken down munmap by munmap, then by exit.
+//! The main job: a layout is built, used by all CPUs, and taken down munmap by munmap, then by
+//! exit.
 
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use core::time::Duration;
@@ -21,7 +22,8 @@ const TOUCHES: u64 = 4000;
 /// Of eight areas, this many go by munmap and the rest by exit.
 const MUNMAPPED: u64 = 6;
 
-/// Builds `layout` and takes it down, once checked and once timed, and adds what was found to `report`.
+/// Builds `layout` and takes it down, once timed and once checked, and adds what was found to
+/// `report`.
 ///
 /// # Errors
 /// [`BuildError`] if it cannot be built.
@@ -168,7 +170,8 @@ struct Programs {
 }
 
 impl Programs {
-    /// A program: touches memory, now and then gives its CPU to a kernel thread or to another process.
+    /// A program: touches memory, now and then gives its CPU to a kernel thread or to another
+    /// process.
     fn program(&self) {
         let (kernel, machine) = (&self.kernel, self.kernel.machine());
         let choices = machine.choices();
@@ -201,7 +204,8 @@ impl Programs {
         self.parked.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Touches a page that was mapped when the process began. If it is gone by now, the program gets its signal.
+    /// Touches a page that was mapped when the process began. If it is gone by now, the program
+    /// gets its signal.
     fn touch_something(&self) {
         let choices = self.kernel.machine().choices();
         let mapped = &self.process.mapped;

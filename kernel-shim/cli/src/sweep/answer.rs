@@ -3,12 +3,13 @@
 use serde::Serialize;
 
 use crate::output::bytes::bytes;
+use crate::output::words::counted;
 use crate::sweep::axes::{Batch, Conditions};
 use crate::sweep::measure::Measured;
 
 /// A setting counts as cheap if it costs, on average, no more than this many times the cheapest.
 const GOOD_ENOUGH: f64 = 1.05;
-/// Costs of an interrupt, in nanoseconds, for each of which a choice is told.
+/// Costs of an interrupt, in nanoseconds, for each of which a choice is given.
 const IPI_COSTS: [u32; 5] = [0, 250, 1000, 4000, 10_000];
 
 /// A choice among the settings.
@@ -18,7 +19,7 @@ pub(crate) struct Answer {
     pub(crate) choice: Batch,
     /// The conditions under which memory is compared.
     pub(crate) memory_at: Conditions,
-    /// Sets of conditions under which the setting changes how often is flushed.
+    /// Sets of conditions under which the setting changes the number of flushes.
     pub(crate) considered: usize,
     /// Sets of conditions in all.
     pub(crate) conditions: usize,
@@ -92,44 +93,43 @@ impl Answer {
         let find = |batch: Batch| self.settings.iter().find(|setting| setting.batch == batch);
         let Some(chosen) = find(self.choice) else { return Vec::new() };
         let mut words = vec![format!(
-            "Take {} ({}): of the settings that cost at most {GOOD_ENOUGH} times as much as the best, it holds the least memory \
-             back.",
+            "Take {} ({}): among the settings that cost at most {GOOD_ENOUGH} times as much as the cheapest, it keeps the \
+             least memory waiting.",
             self.choice,
             self.choice.in_code()
         )];
         words.push(format!(
-            "It costs {:.2} times the cheapest (geometric mean over the {} of {} sets of conditions in which the setting \
-             changes how often is flushed; at worst {:.2} times: {}), an interrupt being modelled as {} ns. At the peak {} \
-             wait unfreed, and there {} ({}).",
+            "It costs {:.2} times as much as the cheapest: the geometric mean over {} of {}, those in which the setting \
+             changes the number of flushes. At worst it costs {:.2} times as much: {}. An interrupt is modelled as {} ns. \
+             At the peak {} wait unfreed, with {} ({}).",
             chosen.mean_ratio,
             self.considered,
-            self.conditions,
+            counted(self.conditions as u64, "set of conditions", "sets of conditions"),
             chosen.worst_ratio,
             chosen.worst_at,
             self.ipi_ns,
             bytes(chosen.bytes_unfreed_peak),
-            if chosen.flushes == 1 {
-                String::from("is one flush")
-            } else {
-                format!("are {} flushes", chosen.flushes)
-            },
+            counted(chosen.flushes, "flush", "flushes"),
             self.memory_at,
         ));
         let others = self.settings.iter().filter(|setting| setting.batch != self.choice);
         if let Some(cheapest) = others.clone().min_by(|a, b| a.mean_ratio.total_cmp(&b.mean_ratio)) {
             words.push(format!(
-                "The best of the others is {}: {:.2} times the cheapest, {} unfreed.",
+                "The cheapest of the others is {}: {:.2} times as much as the cheapest of all, {} unfreed.",
                 cheapest.batch,
                 cheapest.mean_ratio,
                 bytes(cheapest.bytes_unfreed_peak)
             ));
         }
         if let Some(worst) = others.max_by(|a, b| a.mean_ratio.total_cmp(&b.mean_ratio)) {
-            words.push(format!("The dearest is {}: {:.2} times.", worst.batch, worst.mean_ratio));
+            words.push(format!(
+                "The most expensive is {}: {:.2} times as much.",
+                worst.batch, worst.mean_ratio
+            ));
         }
         let choices: Vec<String> =
             self.by_ipi_ns.iter().map(|by| format!("{} at {} ns", by.choice, by.ipi_ns)).collect();
-        words.push(format!("It depends on what an interrupt costs: {}.", choices.join(", ")));
+        words.push(format!("The choice depends on what an interrupt costs: {}.", choices.join(", ")));
         words
     }
 }
@@ -155,7 +155,7 @@ fn choose(groups: &[&[Measured]], ipi_ns: u32) -> Option<(Vec<Setting>, Batch)> 
             let cheapest =
                 group.iter().filter_map(|cell| modelled_ns(cell, ipi_ns)).min_by(f64::total_cmp)?;
             let mine = group.iter().find(|other| other.batch == cell.batch)?;
-            // A sample can come to nothing on a coarse clock.
+            // On a coarse clock a sample can be 0.
             let ratio = modelled_ns(mine, ipi_ns)?.max(0.01) / cheapest.max(0.01);
             logarithms += ratio.ln();
             if ratio > worst.0 {

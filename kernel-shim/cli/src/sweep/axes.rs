@@ -185,6 +185,13 @@ impl NrPages {
     const MOST: u64 = 1 << 20;
 }
 
+impl NrPages {
+    /// With its unit.
+    pub(crate) fn in_words(self) -> String {
+        if self.0 == 1 { String::from("1 page") } else { format!("{self} pages") }
+    }
+}
+
 impl FromStr for NrPages {
     type Err = AxisError;
 
@@ -243,7 +250,8 @@ impl Arrangement {
         }
     }
 
-    /// So many pages laid out like this; `None` if the machine has not so many frames, or of a process.
+    /// So many pages laid out like this; `None` if the machine does not have enough frames, and for
+    /// a process.
     #[must_use]
     pub(crate) fn shape(self, pages: NrPages) -> Option<Shape> {
         self.workload()?.of_leaves(pages.0)
@@ -280,10 +288,12 @@ impl fmt::Display for Arrangement {
     }
 }
 
-/// Which CPUs have the address space loaded: the one that tears down, and others that run in it or are lazy.
+/// Which CPUs have the address space loaded: the one that tears down, and others that run in it or
+/// are lazy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CpuMix {
-    /// All of them. One means that no other is online, so that entries are cleared with plain stores.
+    /// All of them. One means that no other is online, so that entries are cleared with plain
+    /// stores.
     pub total: u32,
     /// Those that are lazy.
     pub lazy: u32,
@@ -410,6 +420,10 @@ impl Conditions {
 impl fmt::Display for Conditions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { shape, size, cpus, ceiling, refuse } = self;
-        write!(f, "{shape}, {size} pages, CPUs {cpus}, ceiling {ceiling}, batch pages refused: {refuse}")
+        write!(
+            f,
+            "{shape}, {}, CPUs {cpus}, ceiling {ceiling}, batch pages refused: {refuse}",
+            size.in_words()
+        )
     }
 }

@@ -18,8 +18,8 @@ pub(crate) struct CapturedProcess {
 }
 
 impl CapturedProcess {
-    /// Leaves with a frame to give back: pages of memory and of files, 4 KiB or 2 MiB. What is left out needs no batch: the page of
-    /// zeroes, frames of devices, places in swap.
+    /// Leaves with a frame to give back: pages of memory and of files, 4 KiB or 2 MiB. What is left
+    /// out needs no batch: the page of zeroes, frames of devices, places in swap.
     #[must_use]
     pub(crate) fn nr_pages(&self) -> u64 {
         let runs = self.layout.vmas.iter().flat_map(|vma| &vma.runs);
@@ -31,7 +31,8 @@ impl CapturedProcess {
         leaves.sum()
     }
 
-    /// Its areas and leaves, with frames in the order of the addresses; `None` if there are not so many frames.
+    /// Its areas and leaves, with frames in the order of the addresses; `None` if there are not
+    /// enough frames.
     pub(crate) fn shape(&self) -> Option<Shape> {
         let mut shape = Shape {
             // The nearest of them: areas with pages here and there.

@@ -1,4 +1,5 @@
-//! One line chart as SVG: settings along the bottom, a line for each series, colours left to the page's style sheet.
+//! One line chart as SVG: settings along the bottom, a line for each series, colours left to the
+//! page's style sheet.
 
 use core::fmt::Write as _;
 
@@ -249,7 +250,8 @@ fn put(text: &mut String, words: core::fmt::Arguments<'_>) {
 enum Scale {
     /// From 0 to this, with ticks this far apart.
     Linear { top: f64, step: f64 },
-    /// Between two powers of `base`, a tick every `every` powers; zeros, if there are any, on a line of their own below.
+    /// Between two powers of `base`, a tick every `every` powers; zeros, if there are any, on a
+    /// line of their own below.
     Logarithmic { low: i32, high: i32, base: f64, every: i32, zeros: bool },
 }
 
@@ -265,7 +267,8 @@ impl Scale {
             return Self::Linear { top: (most / step).ceil().max(1.0) * step, step };
         }
         let base: f64 = if unit == Unit::Bytes { 4.0 } else { 10.0 };
-        // Some way beyond the power itself counts as the next one, so that no mark lies on the edge.
+        // Some way beyond the power itself counts as the next one, so that no mark lies on the
+        // edge.
         #[expect(clippy::cast_possible_truncation, reason = "a logarithm")]
         let power = |value: f64, round: fn(f64) -> f64| round(value.log(base)) as i32;
         let (low, high) = (power(least, f64::floor), power(most, f64::ceil));

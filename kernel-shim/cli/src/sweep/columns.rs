@@ -59,7 +59,8 @@ pub(crate) const COLUMNS: [SweepColumn; 19] = [
     count("longest_stretch_pages", ["longest", "stretch"], |cell| cell.counts.longest_stretch.to_string()),
 ];
 
-/// The columns of the text report: the setting, what is counted, what was measured, and what follows from a model.
+/// The columns of the text report: the setting, what is counted, what was measured, and what
+/// follows from a model.
 pub(crate) fn text_columns(ipi_ns: u32) -> Vec<Group<Measured>> {
     let number = |head, cell: Box<dyn Fn(&Measured) -> String>| Column { head, align: Align::Right, cell };
     let counts = COLUMNS.iter().filter_map(|column| {

@@ -1,4 +1,5 @@
-//! The machine of a sweep: that of the benches, with a ceiling, lazy CPUs, refused batch pages, and somebody who counts.
+//! The machine of a sweep: that of the benches, with a ceiling, lazy CPUs, refused batch pages, and
+//! a watcher that counts.
 #![expect(unsafe_code, reason = "implements the engine's unsafe traits")]
 
 use core::cell::{Cell, RefCell};
@@ -31,10 +32,11 @@ pub(crate) const CPU_BYTES: usize = size_of::<CpuTlb<Bits>>();
 pub(crate) const MM_BYTES: usize = size_of::<Mm<Bits>>();
 /// What the machine keeps for one frame.
 pub(crate) const FRAME_BYTES: usize = size_of::<mmu_benches::memory::Frame>();
-/// What the engine asks for in it: the lock of a table, and the note of its used lines.
+/// What the engine needs of that where the frame is a table: its lock, and the note of its used
+/// lines.
 pub(crate) const TABLE_BYTES: usize = size_of::<TableLock<spin::Spin>>() + size_of::<UsedLines>();
 
-/// Somebody who is told what happens. Two of these are called for each page.
+/// Is told what happens. Two of these functions are called for each page.
 pub(crate) trait Watcher {
     fn gather(&self, _event: GatherEvent) {}
     fn page_cleared(&self, _frame: PhysFrame) {}
@@ -48,7 +50,7 @@ pub(crate) trait Watcher {
     fn preemption_point(&self) {}
 }
 
-/// Nobody: for measuring time.
+/// Watches nothing: for measuring time.
 #[derive(Debug)]
 pub(crate) struct Unwatched;
 
@@ -67,7 +69,8 @@ impl BatchPool {
     fn take(&self) -> BatchPage {
         self.spare.borrow_mut().pop().unwrap_or_else(|| {
             let page = Box::leak(Box::new(Page([0; 4096])));
-            // SAFETY: 4096 bytes, aligned to as many, that live for ever and that nobody else knows.
+            // SAFETY: 4096 bytes, aligned to as many, that live for ever and that nobody else
+            // knows.
             unsafe { BatchPage::new(NonNull::from(&mut page.0)) }
         })
     }
@@ -77,7 +80,8 @@ impl BatchPool {
     }
 }
 
-/// The benches' machine, one thread of which plays all CPUs: its page tables, frames and CPUs, with somebody who watches.
+/// The benches' machine, one thread of which plays all CPUs: its page tables, frames and CPUs, with
+/// a watcher.
 #[derive(Debug)]
 pub(crate) struct SweepMachine<'m, W> {
     base: Machine<'m, Batched>,
@@ -111,7 +115,8 @@ impl<'m, W: Watcher> SweepMachine<'m, W> {
             let cpu = CpuId::new(number);
             // SAFETY: `mm` is borrowed until every CPU has left it below.
             let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
-            // SAFETY: this thread is each CPU, one after the other, and nothing interrupts it; nothing frees the root of `mm`.
+            // SAFETY: this thread is each CPU, one after the other, and nothing interrupts it;
+            // nothing frees the root of `mm`.
             unsafe { switch_mm(self, cpu, Some(next)) };
             if number >= total - lazy {
                 // SAFETY: as above; nobody uses user addresses here.
@@ -173,8 +178,9 @@ unsafe impl<W: Watcher> PageTableFrameMapping for SweepMachine<'_, W> {
     }
 }
 
-// SAFETY: the CPUs are those of `base`, which answers for them. Only what is watched, and what must name this machine for it to be
-// watched, is done here: `flush_others` as `base` does it; there are no translations to drop.
+// SAFETY: the CPUs are those of `base`, which answers for them. Only what is watched, and what must
+// name this machine for it to be watched, is done here: `flush_others` as `base` does it; there are
+// no translations to drop.
 unsafe impl<W: Watcher> Cpus for SweepMachine<'_, W> {
     type Bits = Bits;
 

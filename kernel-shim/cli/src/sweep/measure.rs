@@ -1,4 +1,5 @@
-//! What a sweep does: each setting under each of its conditions, first counted, then timed in rounds.
+//! What a sweep does: each setting under each of its conditions, first counted, then timed in
+//! rounds.
 
 use core::cell::Cell;
 use core::ptr;
@@ -19,13 +20,13 @@ use crate::sweep::axes::{Arrangement, Batch, Conditions, NrPages};
 use crate::sweep::captured_process::{CapturedProcess, page_bytes};
 use crate::sweep::machine::{BatchPool, SweepMachine, Unwatched, Watcher};
 
-/// Why nothing could be measured.
+/// Why a sweep could not be measured.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MeasureError {
     /// The machine's memory cannot be had.
     #[error("{0}")]
     Memory(io::Error),
-    /// A teardown freed something else than what was mapped.
+    /// A teardown did not free what was mapped.
     #[error(
         "batch {batch}, {conditions}: {} of {} pages and {} of {} tables were freed",
         pages.0, pages.1, tables.0, tables.1
@@ -35,9 +36,9 @@ pub(crate) enum MeasureError {
         batch: Batch,
         /// The rest of it.
         conditions: Conditions,
-        /// Freed, and mapped.
+        /// Pages that were freed, and pages that were mapped.
         pages: (u64, u64),
-        /// Freed, and built.
+        /// Tables that were freed, and tables that were built.
         tables: (u64, u64),
     },
 }
@@ -53,7 +54,7 @@ pub(crate) struct SweepPlan {
     pub processes: Vec<CapturedProcess>,
     /// Timed samples of each; none: only counts.
     pub repeat: u32,
-    /// When this has passed, a third sample of each is the last.
+    /// Once this has passed, timing stops as soon as there are three samples of each.
     pub patience: Duration,
 }
 
@@ -130,7 +131,7 @@ pub(crate) struct Timing {
 pub(crate) struct Measurements {
     /// All settings under all conditions; the settings of one set of conditions side by side.
     pub cells: Vec<Measured>,
-    /// Conditions the machine has not the frames for.
+    /// Conditions for which the machine does not have enough frames.
     pub left_out: Vec<Conditions>,
     /// What reading the clock twice takes; taken off each sample.
     pub clock_ns: f64,
@@ -167,7 +168,7 @@ pub(crate) fn measure(plan: &SweepPlan, mut step: impl FnMut()) -> Result<Measur
         if round > 2 && start.elapsed() > plan.patience {
             break;
         }
-        // In a new order each time: whatever disturbs the machine disturbs all.
+        // In a new order each time, so that a disturbance of the machine hits all settings alike.
         shuffle(&mut order);
         for index in &order {
             let cell = &found.cells[*index];
@@ -262,7 +263,8 @@ impl Rig<'_> {
         }
     }
 
-    /// Builds the layout, has it torn down by what `measure` is given, and looks whether all of it is free.
+    /// Builds the layout, has it torn down by what `measure` is given, and looks whether all of it
+    /// is free.
     fn tear_down<W: Watcher>(
         &self,
         machine: &SweepMachine<'_, W>,

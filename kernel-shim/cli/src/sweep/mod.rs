@@ -1,11 +1,14 @@
-//! Batch sizes side by side: what a page costs, how often CPUs are interrupted, how much memory waits.
+//! Batch sizes side by side: what a page costs, how often CPUs are interrupted, how much memory
+//! waits.
 //!
 //! ```text
-//!  axes (what is varied) ─▶ measure (count each, then time in rounds) ─▶ report (text, CSV, JSON) ─▶ page (HTML, with chart)
-//!  captured_process     └── machine (that of the benches)             └── answer (which setting to take)
+//!  axes (what is varied) ─▶ measure (counts, then times in rounds) ─▶ report (text, CSV, JSON)
+//!  captured_process           └── machine (CPUs, frames, tables)        ├── answer, columns
+//!                                                                       └── page (HTML), chart
 //! ```
 //!
-//! What comes in is settings and conditions, what goes out a table with an answer. `commands::sweep` uses it.
+//! What comes in is settings and conditions, what goes out a table with an answer.
+//! `commands::sweep` uses it.
 
 mod answer;
 pub(crate) mod axes;

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::output::bytes::bytes;
+use crate::output::words::counted;
 use crate::sweep::answer::modelled_ns;
 use crate::sweep::axes::{Arrangement, Batch, Conditions};
 use crate::sweep::chart::{Chart, Place, STYLES, Series, Unit, key};
@@ -111,7 +112,7 @@ const VIEWS: [View; 5] = [
         id: "shape",
         name: "how the pages lie",
         value: |conditions| match conditions.shape {
-            Arrangement::Process(name) => format!("{name}, {} pages", conditions.size),
+            Arrangement::Process(name) => format!("{name}, {}", conditions.size.in_words()),
             shape => shape.to_string(),
         },
         with: |base, other| match other.shape {
@@ -123,10 +124,7 @@ const VIEWS: [View; 5] = [
     View {
         id: "size",
         name: "how many pages",
-        value: |conditions| match conditions.size.0 {
-            1 => String::from("1 page"),
-            _ => format!("{} pages", conditions.size),
-        },
+        value: |conditions| conditions.size.in_words(),
         with: |base, other| Conditions { size: other.size, ..base },
     },
     View {
@@ -222,7 +220,7 @@ impl SweepReport {
         };
         let mut views: Vec<(&View, Vec<Conditions>)> =
             VIEWS.iter().map(|view| (view, self.lines(view, base))).collect();
-        // One line is one line in every view.
+        // A single line looks the same in every view.
         let several: Vec<bool> = views.iter().map(|(_, lines)| lines.len() > 1).collect();
         if several.contains(&true) {
             views.retain(|(_, lines)| lines.len() > 1);
@@ -374,8 +372,8 @@ impl SweepReport {
     fn write_table(&self, out: &mut impl io::Write) -> io::Result<()> {
         writeln!(
             out,
-            "<h2>All numbers</h2>\n<details><summary>{} rows</summary>\n<div class=\"wide rows\"><table><thead><tr>",
-            self.cells.len()
+            "<h2>All numbers</h2>\n<details><summary>{}</summary>\n<div class=\"wide rows\"><table><thead><tr>",
+            counted(self.cells.len() as u64, "row", "rows")
         )?;
         for column in &COLUMNS {
             write!(out, "<th>{}</th>", column.name.replace('_', " "))?;
@@ -395,13 +393,17 @@ impl SweepReport {
         }
         writeln!(out, "</tbody></table></div></details>")?;
         for conditions in &self.left_out {
-            writeln!(out, "<p class=\"note\">Left out, the machine has not the frames: {conditions}.</p>")?;
+            writeln!(
+                out,
+                "<p class=\"note\">Left out, because the machine does not have enough frames: {conditions}.</p>"
+            )?;
         }
         Ok(())
     }
 }
 
-/// A line goes when its box in the legend is cleared; the first sixteen, which is more than anyone can tell apart.
+/// A line goes when its box in the legend is cleared; the first sixteen, which is more than anyone
+/// can tell apart.
 fn legend_rules() -> String {
     (0..2 * STYLES)
         .map(|index| format!("section:has(.t{index}:not(:checked)) .s{index} {{ display: none }}\n"))

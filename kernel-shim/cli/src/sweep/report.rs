@@ -16,7 +16,7 @@ use crate::sweep::measure::{Measured, Measurements};
 pub(crate) struct SweepReport {
     /// The settings under their conditions.
     pub(crate) cells: Vec<Measured>,
-    /// Conditions for which the machine has not the frames.
+    /// Conditions for which the machine does not have enough frames.
     pub(crate) left_out: Vec<Conditions>,
     /// Which setting to take; none if nothing was timed, or there is no choice.
     pub(crate) answer: Option<Answer>,
@@ -94,7 +94,7 @@ impl SweepReport {
         excess.sort_by(f64::total_cmp);
         let middle = excess.get(excess.len() / 2)? * 100.0;
         Some(format!(
-            "Noise: the middle sample of a setting took {middle:.0} % more than its quickest (the median of all)."
+            "Noise: the median sample of a setting took {middle:.0} % longer than its quickest (the median over all settings)."
         ))
     }
 
@@ -132,7 +132,7 @@ impl SweepReport {
             self.write_group(&mut out, group)?;
         }
         for conditions in &self.left_out {
-            writeln!(out, "left out, the machine has not the frames: {conditions}")?;
+            writeln!(out, "left out, because the machine does not have enough frames: {conditions}")?;
         }
         writeln!(out, "memory, whatever the setting")?;
         for words in self.memory_words() {

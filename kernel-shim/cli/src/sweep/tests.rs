@@ -8,7 +8,8 @@ use crate::sweep::measure::{Counts, Measured, Timing};
 const SETTINGS: [Batch; 3] =
     [Batch::Bundle, Batch::Pages { pages: 1, slots: 510 }, Batch::Pages { pages: 19, slots: 510 }];
 
-/// The three settings under one set of conditions: 1000 pages, so many flushes (and interrupts), so many nanoseconds a page.
+/// The three settings under one set of conditions: 1000 pages, so many flushes (and interrupts), so
+/// many nanoseconds a page.
 fn group(conditions: Conditions, flushes: [u64; 3], ns: [f64; 3]) -> Vec<Measured> {
     let cell = |index: usize| Measured {
         batch: SETTINGS[index],

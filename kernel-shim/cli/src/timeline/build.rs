@@ -84,7 +84,8 @@ impl Timeline {
         timeline
     }
 
-    /// The address space whose translation a violation is about: the one last loaded under the entry's PCID.
+    /// The address space whose translation a violation is about: the one last loaded under the
+    /// entry's PCID.
     fn root_at(&self, row: usize, violation: &Violation, loaded: Option<PhysFrame>) -> Option<PhysFrame> {
         if !has_address(violation.kind) {
             return None;

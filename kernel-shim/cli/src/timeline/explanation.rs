@@ -128,7 +128,7 @@ impl Explainer<'_> {
             What::Detail(Detail::Filled(_, _, _, Fill::Speculation)) => "it speculated",
             _ => "its program used the address",
         };
-        let text = format!("CPU {} came to hold that at step {}, when {how}.", row.cpu, row.at);
+        let text = format!("CPU {} cached that at step {}, when {how}.", row.cpu, row.at);
         Sentence::new(text).naming([at])
     }
 
@@ -148,7 +148,7 @@ impl Explainer<'_> {
                 Sentence::new(text).naming([at])
             }
             None if self.is_table() => Sentence::new(
-                "Tables are unhooked from above: no entry of this address had to be cleared for that.",
+                "Tables are unhooked at the level above: no entry of this address had to be cleared for that.",
             ),
             None => Sentence::new(
                 "No entry of this address was seen cleared after that: it moved, or it was never mapped here.",
@@ -156,7 +156,8 @@ impl Explainer<'_> {
         }
     }
 
-    /// The first row after `since` in which the generation of the address space was raised, for this address or for all.
+    /// The first row after `since` in which the generation of the address space was raised, for
+    /// this address or for all.
     fn raised(&self, since: usize) -> Option<usize> {
         (since..self.rows.len()).find(|at| {
             let row = &self.rows[*at];
@@ -169,7 +170,7 @@ impl Explainer<'_> {
         let Some(at) = raised else {
             return Some(Sentence::new(format!(
                 "Nobody raised the generation of {mm} for this address between that and the violation: no flush was \
-                 asked for (rules G1, T1)."
+                 requested (rules G1, T1)."
             )));
         };
         let row = &self.rows[at];
@@ -186,7 +187,7 @@ impl Explainer<'_> {
         Some(Sentence::new(text).naming([at]))
     }
 
-    /// What the CPU of the violation heard of the flush, and did.
+    /// What the CPU of the violation was asked to flush, and what it did.
     fn tell_requests(&self, raised: usize) -> Sentence {
         let asker = self.rows[raised].cpu;
         let here = self.here();
@@ -197,7 +198,7 @@ impl Explainer<'_> {
             row.cpu == here && matches!(row.what, What::Lost(from) if from.index() == asker)
         }) {
             let text = format!(
-                "Its request to CPU {here} was lost at step {} and acknowledged all the same, which was planted: \
+                "Its request to CPU {here} was lost at step {} but acknowledged, which is the planted fault: \
                  CPU {here} has flushed nothing.",
                 self.rows[lost].at
             );
@@ -214,8 +215,8 @@ impl Explainer<'_> {
         let did = (sent..answer).rev().find(|at| self.rows[*at].cpu == here && is_flush(&self.rows[*at]));
         let did = did.map_or("nothing that is recorded", |at| &self.rows[at].long);
         let text = format!(
-            "CPU {here} was asked at step {asked} and answered at step {}; what it did: {did}. The entry is still there \
-             all the same.",
+            "CPU {here} was asked at step {asked} and answered at step {}; what it did: {did}. The entry is still \
+             there.",
             self.rows[answer].at
         );
         Sentence::new(text).naming([sent, answer])
@@ -227,7 +228,7 @@ impl Explainer<'_> {
             Some(at) => {
                 let row = &self.rows[at];
                 let text = format!(
-                    "That was CPU {here} itself; what it did at step {}: {}. The entry is still there all the same.",
+                    "That was CPU {here} itself; what it did at step {}: {}. The entry is still there.",
                     row.at, row.long
                 );
                 Sentence::new(text).naming([at])
@@ -243,7 +244,7 @@ impl Explainer<'_> {
         Some(Sentence::new(text).naming(freed))
     }
 
-    /// The first row from `since` on that is so.
+    /// The first row from `since` on for which `is_so` holds.
     fn find(&self, since: usize, is_so: impl Fn(&Row) -> bool) -> Option<usize> {
         (since..self.rows.len()).find(|at| is_so(&self.rows[*at]))
     }
@@ -269,7 +270,7 @@ const fn rule(kind: ViolationKind) -> &'static str {
             "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed."
         }
         ViolationKind::DeviceReachesAfterFree => {
-            "Rule G1: a frame or table is freed only after secondary TLBs, too, were told to forget it."
+            "Rule G1: a frame or table is freed only after secondary TLBs were told to forget it, too."
         }
         ViolationKind::AddressUsableAfterUnmap
         | ViolationKind::PageUsableAfterDiscard
@@ -283,13 +284,13 @@ const fn rule(kind: ViolationKind) -> &'static str {
             "Rule G5: what is queued is released once, and what is mapped is not free."
         }
         ViolationKind::TableFreedInUse => {
-            "Rule P3: a table goes when all 512 entries are none, never by guess."
+            "Rule P3: a table is freed when all 512 entries are empty, never by guess."
         }
         ViolationKind::EntryNotNoted => {
-            "Rule P4: where used lines are noted, the line of every entry that is not none is."
+            "Rule P4: where used lines are noted, the line of every entry that is not empty is noted."
         }
         ViolationKind::MeaningsDisagree => {
-            "What an entry means besides a page is the kernel's: it is told of each that is dropped, once, and says which stay."
+            "What an entry means besides a page is the kernel's: the kernel is told once of each entry that is dropped, and says which entries stay."
         }
         ViolationKind::FreedUnderTableLock | ViolationKind::WaitedUnderTableLock => {
             "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty and moved pages."

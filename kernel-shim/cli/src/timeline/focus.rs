@@ -9,7 +9,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::timeline::rows::{Focus, Row, Timeline, has_address};
 
-/// Loads of CR3 on the CPU of a violation that are told, counted back from it.
+/// How many loads of CR3 on the CPU of a violation are shown, counted back from the violation.
 const MOST_LOADS: usize = 6;
 
 /// Marks the rows that matter.
@@ -23,14 +23,14 @@ pub(crate) fn mark_what_matters(timeline: &mut Timeline, sequence: &Sequence) {
     }
 }
 
-/// What a run without a violation is told with: calls, generations, requests, flushes, switches.
+/// What is shown of a run without a violation: calls, generations, requests, flushes, switches.
 fn is_outline(row: &Row, sequence: &Sequence) -> bool {
     match row.what {
         // At power-on and at the end every CPU loads the kernel's.
         What::LoadedCr3(..) => row.call.is_some(),
         What::Sent(_) | What::Answered(_) | What::Lost(_) => true,
         What::Detail(Detail::Began(..)) => true,
-        // A step that is over at once has nothing to be drawn between its ends.
+        // Where a step is over at once, nothing happens between its two ends.
         What::Detail(Detail::Ended(step)) => sequence
             .steps
             .get(step)
@@ -44,7 +44,7 @@ fn is_outline(row: &Row, sequence: &Sequence) -> bool {
     }
 }
 
-/// Whether a gather did something that is not the rule.
+/// Whether a gather did something out of the ordinary.
 const fn decides(event: mmu_gather::GatherEvent) -> bool {
     use mmu_gather::GatherEvent as G;
     matches!(
@@ -137,8 +137,8 @@ impl Seeker<'_> {
         number(frame) == number(self.focus.violation.frame)
     }
 
-    /// Whether this is the frame that the violation is about. One that concerns an address is about that alone: its frame may be
-    /// the page of zeroes, which is everywhere.
+    /// Whether this is the frame that the violation is about. A violation that concerns an address
+    /// is about no frame: the frame may be the page of zeroes, which is mapped everywhere.
     fn is_the_frame(&self, frame: PhysFrame) -> bool {
         use ViolationKind as V;
         let of_an_address = matches!(
@@ -205,7 +205,8 @@ impl Seeker<'_> {
         }
     }
 
-    /// Steps in which something matters, from their beginning to their end; what their gathers decided when it did.
+    /// Steps in which something matters, from their beginning to their end; what their gathers
+    /// decided when it did.
     fn add_calls(&self, matters: &mut [bool]) {
         let mut counts = vec![0_usize; self.sequence.steps.len()];
         let mut clears = vec![false; self.sequence.steps.len()];

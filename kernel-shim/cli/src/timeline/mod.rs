@@ -6,8 +6,8 @@
 //!                     └── focus (which rows matter)                  └─▶ page (HTML)
 //! ```
 //!
-//! What comes in is a run that remembered all its events, what goes out a drawing for a terminal or a page for a browser.
-//! `commands::replay` uses it.
+//! What comes in is a run that remembered all its events, what goes out a drawing for a terminal or
+//! a page for a browser. `commands::replay` uses it.
 
 mod build;
 mod explanation;

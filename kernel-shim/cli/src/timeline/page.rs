@@ -1,10 +1,12 @@
-//! A timeline as one page for a browser: lanes, marks with details, the explanation, the sequence. Nothing is loaded from anywhere.
+//! A timeline as one page for a browser: lanes, marks with details, the explanation, the sequence.
+//! Nothing is loaded from anywhere.
 
 use core::fmt::{self, Write};
 
 use mmu_hosted::{Detail, Sequence, Verdict, What};
 
 use crate::output::verdict::verdict_text;
+use crate::output::words::counted;
 use crate::timeline::explanation::{Sentence, explanation};
 use crate::timeline::phrases::call_text;
 use crate::timeline::rows::{Mark, Row, Timeline};
@@ -84,7 +86,11 @@ fn title(timeline: &Timeline, verdict: &Verdict) -> String {
 }
 
 fn place(timeline: &Timeline, sequence: &Sequence, name: &str) -> String {
-    let run = format!("{name}, {} CPUs, {} steps", sequence.nr_cpus, sequence.steps.len());
+    let run = format!(
+        "{name}, {}, {}",
+        counted(sequence.nr_cpus.into(), "CPU", "CPUs"),
+        counted(sequence.steps.len() as u64, "step", "steps")
+    );
     match &timeline.focus {
         Some(focus) => format!(
             "CPU {}, address {:#x} of {}, frame {:#x}, step {}. {run}.",

@@ -1,4 +1,4 @@
-//! How an event is told: in the few words that fit into a column, and in a sentence.
+//! The words of one event: the few that fit into a column, and a sentence.
 
 use mmu_gather::GatherEvent;
 use mmu_gather::tlb::TlbEvent;
@@ -7,6 +7,7 @@ use mmu_hosted::{Detail, Event, Fill, Kept, Sequence, What};
 use mmu_kernel_shim::FrameRole;
 use x86_64::structures::paging::PhysFrame;
 
+use crate::output::words::counted;
 use crate::timeline::names::Names;
 
 fn hex(frame: PhysFrame) -> String {
@@ -71,16 +72,20 @@ fn short_detail(detail: Detail, names: &Names, sequence: &Sequence) -> String {
         Detail::Tlb(event, slot) => {
             let slot = format!("slot gen {}", slot.tlb_gen.get());
             match event {
-                TlbEvent::Requested { pages: Some(pages), .. } => format!("wants {pages} pages flushed"),
+                TlbEvent::Requested { pages: Some(pages), .. } => {
+                    format!("wants {} flushed", counted(pages, "page", "pages"))
+                }
                 TlbEvent::Requested { pages: None, .. } => "wants a full flush".to_owned(),
                 TlbEvent::Raised { ctx_id, tlb_gen, .. } => {
                     format!("{} gen -> {}", names.context(ctx_id), tlb_gen.get())
                 }
                 TlbEvent::IpisSent(sent) => format!("{sent} answered"),
                 TlbEvent::IpisSaved { lazy, elsewhere } => {
-                    format!("spares {lazy} lazy, {elsewhere} elsewhere")
+                    format!("skips {lazy} lazy, {elsewhere} elsewhere")
                 }
-                TlbEvent::FlushedPages(pages) => format!("flushed {pages} pages, {slot}"),
+                TlbEvent::FlushedPages(pages) => {
+                    format!("flushed {}, {slot}", counted(pages, "page", "pages"))
+                }
                 TlbEvent::FlushedAll => format!("flushed all, {slot}"),
                 TlbEvent::FlushedAllForPages => format!("gap: flushed all, {slot}"),
                 TlbEvent::CaughtUp => format!("catches up, {slot}"),
@@ -101,10 +106,15 @@ fn short_gather(event: GatherEvent) -> String {
         GatherEvent::DirtyFlush => "dirty: flush under lock".to_owned(),
         GatherEvent::NestedFlush => "nested gather: whole flush".to_owned(),
         GatherEvent::DeferredFlushSeen => "sees reclaim's owed flush".to_owned(),
-        GatherEvent::LockDropped { leaves } => format!("unlocks, {leaves} leaves"),
+        GatherEvent::LockDropped { leaves } => {
+            format!("unlocks, {}", counted(leaves.into(), "leaf", "leaves"))
+        }
         GatherEvent::TableUnhooked(level) => format!("unhooks a {level:?} table"),
         GatherEvent::TableFallback => "no table batch: one alone".to_owned(),
-        GatherEvent::Released { slots, tables } => format!("frees {slots} pages, {tables} tables"),
+        GatherEvent::Released { slots, tables } => {
+            let tables = counted(tables, "table", "tables");
+            format!("frees {}, {tables}", counted(slots, "page", "pages"))
+        }
     }
 }
 

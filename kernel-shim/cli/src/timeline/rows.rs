@@ -10,7 +10,7 @@ pub(crate) struct Timeline {
     pub nr_cpus: usize,
     /// What happened, oldest first.
     pub rows: Vec<Row>,
-    /// What it is about, if something went wrong at an address.
+    /// The violation it explains, if there is one.
     pub focus: Option<Focus>,
 }
 
@@ -29,7 +29,8 @@ pub(crate) struct Row {
     pub long: String,
     /// The step of the sequence that the CPU was working on, by its index.
     pub call: Option<usize>,
-    /// Whether it helps to explain what this is about; without a focus, whether it belongs to the outline.
+    /// Whether it helps to explain what this is about; without a focus, whether it belongs to the
+    /// outline.
     pub matters: bool,
     /// Of a request, the row in which it is answered or lost; and back.
     pub partner: Option<usize>,

@@ -4,6 +4,7 @@ use core::fmt::{self, Write};
 
 use mmu_hosted::{Detail, What};
 
+use crate::output::words::counted;
 use crate::timeline::explanation::explanation;
 use crate::timeline::rows::{Mark, Row, Timeline};
 
@@ -73,14 +74,19 @@ fn draw(out: &mut String, timeline: &Timeline, shown: WhichRows, colour: Colour)
         paragraph(out, &format!("{}. ", number + 1), &sentence.text)?;
     }
     match shown {
-        WhichRows::All => writeln!(out, "{nr_shown} events"),
+        WhichRows::All => writeln!(out, "{}", counted(nr_shown as u64, "event", "events")),
         WhichRows::WhatMatters => {
-            writeln!(out, "{nr_shown} of {} events; --all draws the others too", timeline.rows.len())
+            writeln!(
+                out,
+                "{nr_shown} of {}; --all draws the others too",
+                counted(timeline.rows.len() as u64, "event", "events")
+            )
         }
     }
 }
 
-/// The rows that are drawn; in an outline, entries cleared one after the other by one CPU become one line.
+/// The rows that are drawn; in an outline, entries cleared one after the other by one CPU become
+/// one line.
 fn lines<'a>(timeline: &'a Timeline, is_shown: impl Fn(&Row) -> bool, shown: WhichRows) -> Vec<Line<'a>> {
     let mut lines: Vec<Line<'a>> = Vec::new();
     let mut alike = 1;
@@ -184,7 +190,8 @@ impl Drawer<'_> {
     }
 }
 
-/// Breaks a text into lines of at most `width` characters, between words where that is possible; all but the first are set in.
+/// Breaks a text into lines of at most `width` characters, between words where that is possible;
+/// all but the first are set in.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     let mut line = String::new();

@@ -1,4 +1,5 @@
-//! The hosted kernel as a replay uses it: what all its address spaces share, and programs that use memory.
+//! The hosted kernel as the programs of a log use it: what their address spaces share, and how they
+//! use memory.
 
 use core::cell::Cell;
 use core::time::Duration;
@@ -15,7 +16,7 @@ use crate::run::hosted_process::HostedMm;
 /// Pages that are used of a range which a call has just mapped, or is about to take away or change.
 pub(crate) const RANGE_TOUCHES: u64 = 64;
 
-/// What all address spaces of one replay share.
+/// What all address spaces of one log share.
 #[derive(Debug)]
 pub(crate) struct TraceKernel {
     pub(crate) hosted: Arc<HostedKernel>,

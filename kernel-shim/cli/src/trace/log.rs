@@ -1,21 +1,24 @@
-//! Replaying a recorded history: what a real program asked of its address spaces, on the hosted kernel.
+//! A recorded log, run on the hosted kernel: once timed and once checked.
 //!
-//! The calls are carried out in the order of the log (`replay`), each on the address space of its process (`space`): `mmap` over
-//! what was there, `munmap`, `mremap` in place and elsewhere, `brk`, `madvise`, `mprotect`; threads share an address space, a
-//! child of `vfork` borrows its parent's, one of `fork` gets a copy whose pages are shared until written, `execve` moves a stack
-//! and leaves the old address space, and the last one out takes it down.
+//! The calls are made in the order of the log (`threads`), each on the address space of its process
+//! (`space`): `mmap` over what was there, `munmap`, `mremap` in place and elsewhere, `brk`,
+//! `madvise`, `mprotect`; threads share an address space, a child of `vfork` borrows its parent's,
+//! one of `fork` gets a copy whose pages are shared until written, `execve` moves a stack and
+//! leaves the old address space, and the last one out takes it down.
 //!
 //! What a log does not hold is made up, from the seed:
 //!
-//! - **pages**: each thread uses a few pages before each call, a few of those that the call is about, and a few of what it just
-//!   mapped; threads on the other CPUs use as many between them while the call runs. So far fewer pages are there than when
-//!   the program ran, and more CPUs know each of them;
-//! - **areas from before**: the program itself, its interpreter and its vdso appear when a call first names them; each program has
-//!   a stack. Where a later call is given their place, they go;
-//! - **files**: two mappings show the same file only if one replaces part of the other, or a fork made the second.
+//! - **pages**: each thread uses a few pages before each call, a few of those that the call is
+//!   about, and a few of what it just mapped; threads on the other CPUs use as many between them
+//!   while the call runs. So there are far fewer pages than when the program ran, and each is known
+//!   to more CPUs;
+//! - **areas from before**: the program itself, its interpreter and its vdso appear when a call
+//!   first names them; each program has a stack. Where a later call is given their place, they go;
+//! - **files**: two mappings show the same file only if one replaces part of the other, or a fork
+//!   made the second.
 //!
-//! `MADV_FREE` and `MADV_REMOVE` drop pages as `MADV_DONTNEED` does; `MADV_DONTFORK` is kept; guard pages are
-//! put into private areas; other advice is counted only.
+//! `MADV_FREE` and `MADV_REMOVE` drop pages as `MADV_DONTNEED` does; `MADV_DONTFORK` is obeyed;
+//! guard pages are put into private areas; other advice is counted only.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,7 +31,7 @@ use crate::run::pass::{PassResult, RunOptions, boot_hosted, run_passes};
 use crate::trace::kernel::TraceKernel;
 use crate::trace::threads::{FRAMES_PER_CALL, LogRun, Refused};
 
-/// A log, ready to be replayed.
+/// A log, ready to be run.
 #[derive(Clone, Debug)]
 pub(crate) struct TraceLog {
     /// What the report calls it.
@@ -38,7 +41,7 @@ pub(crate) struct TraceLog {
     trace: Trace,
 }
 
-/// Why a log was not replayed to its end.
+/// Why a log was not run to its end.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum TraceRunError {
@@ -80,7 +83,7 @@ impl TraceLog {
     }
 }
 
-/// Replays a log, once checked and once timed, and adds what was found to `report`.
+/// Runs a log, once timed and once checked, and adds what was found to `report`.
 ///
 /// # Errors
 /// [`TraceRunError`]; nothing is added then.
@@ -132,7 +135,7 @@ fn log_report(trace: &Trace, log_run: &LogRun) -> LogReport {
     }
 }
 
-/// Frames for the most pages that a replay can have at once.
+/// Frames for the most pages that the programs of a log can have at once.
 fn frames_needed(trace: &Trace) -> u64 {
     let copies = trace.events.iter().filter(|event| matches!(event.call, MemoryCall::Clone { .. })).count();
     Options::RESERVED_FRAMES + 16_384 + trace.events.len() as u64 * FRAMES_PER_CALL + copies as u64 * 1024

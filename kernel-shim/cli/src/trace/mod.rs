@@ -1,11 +1,13 @@
-//! A recorded log carried out: what a real program asked of its address spaces, on the hosted kernel.
+//! What a real program asked of its address spaces, asked again of the hosted kernel.
 //!
 //! ```text
 //!  Trace ─▶ log (timed, then checked) ─▶ threads (who runs on which CPU, and when)
-//!                                           └─▶ space (one address space, call by call) ─▶ kernel (the hosted kernel)
+//!                                          └─▶ space (one address space, call by call)
+//!                                                └─▶ kernel (the hosted kernel)
 //! ```
 //!
-//! What comes in is a log that `input::strace` has read, what goes out a row of the report. `commands::trace` uses it.
+//! What comes in is a log that `input::strace` has read, what goes out a row of the report.
+//! `commands::trace` uses it.
 
 mod kernel;
 pub(crate) mod log;

@@ -1,4 +1,4 @@
-//! One address space of a replay, and what recorded calls do to it.
+//! One address space of a log, and what recorded calls do to it.
 
 use core::cell::{Cell, RefCell};
 use core::ops::Range;
@@ -14,7 +14,7 @@ use crate::run::hosted_process::HostedMm;
 use crate::run::kernel_terms::protection;
 use crate::trace::kernel::TraceKernel;
 
-/// An address space, and what a replay must know of it that the kernel does not.
+/// An address space, and what must be known of it that the kernel does not know.
 #[derive(Debug)]
 pub(crate) struct TraceSpace {
     pub(crate) mm: Arc<HostedMm>,
@@ -26,7 +26,8 @@ pub(crate) struct TraceSpace {
 /// Never borrowed while the kernel is called.
 #[derive(Clone, Debug, Default)]
 struct Known {
-    /// Areas and room for them that no call of the log made: where a call is given the same place, they were not there.
+    /// Areas and room for them that no call of the log made: where a call is given the same place,
+    /// they were not there.
     assumed: VmaTree,
     /// What a fork leaves out.
     not_inherited: VmaTree,
@@ -40,7 +41,8 @@ struct Known {
 const STACK_TOP: u64 = 0x7fff_ffff_f000;
 /// Pages of arguments and environment that exec has written by then.
 const STACK_PAGES: u64 = 6;
-/// How far exec moves a stack at most. The kernel of the recorded machine went up to 16 GiB; the mappings below start lower.
+/// How far exec moves a stack at most. The kernel of the recorded machine went up to 16 GiB; the
+/// mappings below start lower.
 const STACK_SHIFT_PAGES: u64 = 0x4000;
 /// Room for a stack to grow into. Linux: the default RLIMIT_STACK.
 const STACK_ROOM: u64 = 8 << 20;
@@ -91,7 +93,8 @@ impl TraceSpace {
     fn warm_page(&self, choices: &Choices) -> Option<u64> {
         let known = self.known.borrow();
         let range = known.warm.get(choices.pick(known.warm.len()))?;
-        // Programs use what is near: most pages that are touched at all are at the start of their area.
+        // Programs use what is near: most pages that are touched at all are at the start of their
+        // area.
         let reach = if choices.one_in(8) { range.nr_pages() } else { range.nr_pages().min(24) };
         Some(range.start() + choices.below(reach) * PAGE_BYTES)
     }
@@ -110,7 +113,8 @@ impl TraceSpace {
         whole(&range)
     }
 
-    /// Adds the areas that a call shows to have been there before, although no call of the log made them.
+    /// Adds the areas that a call shows to have been there before, although no call of the log made
+    /// them.
     pub(crate) fn assume_for(&self, kernel: &TraceKernel, call: &MemoryCall) -> Result<(), Error> {
         match call {
             // These fail where nothing is mapped; munmap and MAP_FIXED do not.
@@ -122,7 +126,7 @@ impl TraceSpace {
         }
     }
 
-    /// Carries out a call that the log says succeeded.
+    /// Makes a call that succeeded according to the log.
     ///
     /// # Errors
     /// What the kernel says if it refuses.

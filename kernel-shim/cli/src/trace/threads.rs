@@ -1,8 +1,9 @@
-//! Threads of a recorded history on virtual CPUs: calls in the order of the log, touches by all CPUs meanwhile.
+//! The threads of a log on virtual CPUs: calls in the order of the log, and memory used by all CPUs
+//! meanwhile.
 //!
-//! Every thread is bound to one CPU, by turns. One call at a time is carried out, by its thread, on that CPU; whatever other
-//! threads are bound to the other CPUs use memory while it runs, so that its flushes have something to find. A CPU none of
-//! whose threads can run is lazy.
+//! Every thread is bound to one CPU, by turns. One call is made at a time, by its thread on its
+//! CPU. Meanwhile the threads of the other CPUs use memory, so that the flushes of the call have
+//! something to find. A CPU is lazy while none of its threads can run.
 
 use core::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -26,10 +27,12 @@ const OTHER_TOUCHES: u32 = 128;
 /// Chances that other CPUs get between a thread's touches and its call.
 const CHANCES: u64 = 48;
 
-/// Frames that the touches of one call may take, with their tables; most are long free again at the next.
+/// Frames that the touches of one call may take, with their tables; most are long free again at the
+/// next.
 pub(crate) const FRAMES_PER_CALL: u64 = 256;
 
-/// A replay under way, shared by all CPUs. No borrow of its cells is held while a CPU may give way.
+/// A log that is being run, shared by all CPUs. No borrow of its cells is held while a CPU may give
+/// way.
 pub(crate) struct LogRun {
     pub(crate) kernel: TraceKernel,
     events: Rc<[TraceEvent]>,
@@ -47,7 +50,7 @@ pub(crate) struct LogRun {
     refused: Cell<Option<Refused>>,
 }
 
-/// Whether an event is being carried out.
+/// Whether the call of an event is being made.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
     Free,
@@ -72,7 +75,7 @@ pub(crate) struct Refused {
 
 /// What a CPU can do next.
 enum NextStep {
-    /// Carry out this event.
+    /// Make the call of this event.
     Event(usize),
     /// The log is over: end this thread.
     End(u32),
@@ -83,7 +86,7 @@ enum NextStep {
 }
 
 impl LogRun {
-    /// A replay of `events`, whose first thread is there and has just executed its program.
+    /// The start of `events`: the first thread is there and has just executed its program.
     pub(crate) fn new(kernel: TraceKernel, events: Rc<[TraceEvent]>) -> Result<Self, Error> {
         let nr_cpus = kernel.hosted.machine().nr_cpus() as usize;
         let first = events.first().map_or(0, |event| event.thread);
@@ -106,7 +109,7 @@ impl LogRun {
         Ok(log_run)
     }
 
-    /// Carries everything out, with the CPUs interleaved at every seam.
+    /// Makes all calls, with the CPUs interleaved at every seam.
     pub(crate) fn run_interleaved(self: &Rc<Self>) {
         let machine = Arc::clone(self.kernel.hosted.machine());
         let mut schedule = Schedule::new();
@@ -122,7 +125,7 @@ impl LogRun {
         machine.run(schedule);
     }
 
-    /// Carries everything out one after the other, for timing.
+    /// Makes all calls one after the other, for timing.
     pub(crate) fn run_in_order(&self) {
         let machine = self.machine();
         let mut left = true;
@@ -137,7 +140,7 @@ impl LogRun {
         }
     }
 
-    /// The call that ended the replay early.
+    /// The call that ended the run early.
     pub(crate) fn refused(&self) -> Option<Refused> {
         self.refused.get()
     }
@@ -167,7 +170,7 @@ impl LogRun {
         let Some(thread) = thread.filter(|_| self.refused.get().is_none()) else {
             return if self.turn.get() == Turn::Free { NextStep::Done } else { NextStep::Idle };
         };
-        // An event of a thread that is gone is anybody's.
+        // Any CPU may take an event of a thread that is gone.
         let is_ours = threads.get(&thread).is_none_or(|thread| thread.cpu == cpu);
         if self.turn.get() == Turn::Taken || !is_ours {
             return NextStep::Idle;
@@ -184,7 +187,7 @@ impl LogRun {
         self.turn.set(Turn::Free);
     }
 
-    /// Carries out one event on the CPU of its thread.
+    /// Makes the call of one event, on the CPU of its thread.
     fn make_call(&self, cpu: CpuId, index: usize) -> Result<(), Error> {
         let TraceEvent { thread: number, call, .. } = &self.events[index];
         // Only a thread that was replaced by one of the same number is not there.
@@ -346,7 +349,8 @@ impl LogRun {
         if self.running_on(cpu).is_some_and(|running| Rc::ptr_eq(&running, space)) {
             return;
         }
-        // Before the switch: nobody may find the address space unused while this CPU is on its way there.
+        // Before the switch: nobody may find the address space unused while this CPU is on its way
+        // there.
         self.running.borrow_mut()[cpu.index()] = Some(Rc::clone(space));
         self.kernel.hosted.switch_to(Some(&space.mm));
     }

@@ -4,7 +4,8 @@
 //!  text ─▶ text.rs (read, checked, written) ─▶ snapshot.rs: Layout ─▶ LayoutVma ─▶ PageRun
 //! ```
 //!
-//! What comes in is a file of `tests/layouts/README.md`, what goes out a [`Layout`] that keeps the promises of [`snapshot`].
+//! What comes in is a file of `tests/layouts/README.md`, what goes out a [`Layout`] that keeps the
+//! promises of [`snapshot`].
 
 pub mod snapshot;
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! A snapshot of one process's address space: which areas it has, and what every page of them holds.
+//! A snapshot of one process's address space: which areas it has, and what every page of them
+//! holds.
 //!
 //! ```text
 //! Layout                 one process at one moment
@@ -6,12 +7,14 @@
 //!     PageRun            neighbouring pages in the same state, counted from the start of the area
 //! ```
 //!
-//! A page that no run names has no page-table entry. Runs instead of pages keep a snapshot of gigabytes in kilobytes,
-//! so that real programs can be committed as test input. The text form is in `tests/layouts/README.md`.
+//! A page that no run names has no page-table entry. Runs instead of pages keep a snapshot of
+//! gigabytes in kilobytes, so that real programs can be committed as test input. The text form is
+//! in `tests/layouts/README.md`.
 //!
-//! A parsed [`Layout`] has sorted areas that do not overlap and lie in the user half, and sorted runs that do not
-//! overlap, stay inside their area, hold what such an area can and, where huge, start and end on a 2 MiB boundary. The fields are public, so code
-//! that builds one by hand proves nothing: [`Layout::check`] repeats every check.
+//! A parsed [`Layout`] has sorted areas that do not overlap and lie in the user half, and sorted
+//! runs that do not overlap, stay inside their area, hold what such an area can and, where huge,
+//! start and end on a 2 MiB boundary. The fields are public, so code that builds one by hand proves
+//! nothing: [`Layout::check`] repeats every check.
 
 use core::fmt;
 
@@ -62,9 +65,11 @@ pub struct LayoutVma {
     pub kind: VmaKind,
     /// Resident base pages that are dirty, where the kernel said so.
     ///
-    /// Only the count is known, not which pages: a page is dirty by its entry or by its frame's metadata.
+    /// Only the count is known, not which pages: a page is dirty by its entry or by its frame's
+    /// metadata.
     pub nr_dirty: Option<u64>,
-    /// Resident base pages that were accessed since the kernel last looked, where the kernel said so.
+    /// Resident base pages that were accessed since the kernel last looked, where the kernel said
+    /// so.
     pub nr_referenced: Option<u64>,
     /// What the pages hold, by ascending page. Pages in no run are not mapped.
     pub runs: Vec<PageRun>,
@@ -133,7 +138,7 @@ pub enum VmaKind {
     Stack,
     /// A file.
     File(String),
-    /// Memory that several processes can map: memfd, /dev/shm, System V, `MAP_SHARED | MAP_ANONYMOUS`.
+    /// Memory that several processes can map: memfd, /dev/shm, System V, shared anonymous mappings.
     Shared(String),
     /// Pages reserved in hugetlbfs.
     HugeTlb(String),
@@ -203,8 +208,8 @@ impl LayoutVma {
 }
 
 impl VmaKind {
-    /// The states that pages of such an area can have. Frames that the kernel does not count are in areas of such frames and nowhere
-    /// else; pages of a file are where a file is.
+    /// The states that pages of such an area can have. Frames that the kernel does not count are in
+    /// areas of such frames and nowhere else; pages of a file are where a file is.
     #[must_use]
     pub const fn states(&self) -> &'static [PageState] {
         use PageState::{Anon, AnonHuge, File, FileHuge, Pfn, Swap, Zero, ZeroHuge};

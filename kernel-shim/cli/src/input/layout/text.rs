@@ -1,4 +1,5 @@
-//! The text form of a [`Layout`], described in `tests/layouts/README.md`: reading it line by line, writing it back.
+//! The text form of a [`Layout`], described in `tests/layouts/README.md`: reading it line by line,
+//! writing it back.
 
 use core::fmt;
 use core::str::Lines;
@@ -7,6 +8,7 @@ use crate::input::layout::snapshot::{
     HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END, VmaKind,
 };
 use crate::output::escape::excerpt;
+use crate::output::words::counted;
 
 /// First line of every file. A later format gets a later number.
 const HEADER: &str = "mmu-gather layout 1";
@@ -88,7 +90,7 @@ pub enum LayoutProblem {
         previous_end: u64,
     },
     /// A run, or a count of pages, larger than its area.
-    #[error("expected at most {nr_vma_pages} pages in this area, found {found}")]
+    #[error("expected at most {} in this area, found {found}", counted(*nr_vma_pages, "page", "pages"))]
     LeavesVma {
         /// What was written.
         found: String,
@@ -116,7 +118,7 @@ pub enum LayoutProblem {
         found: &'static str,
     },
     /// A run of 2 MiB leaves that does not start and end where such leaves do.
-    #[error("expected whole 2 MiB leaves, found {nr_pages} pages at {address:#x}")]
+    #[error("expected whole 2 MiB leaves, found {} at {address:#x}", counted(*nr_pages, "page", "pages"))]
     HugeUnaligned {
         /// Address of the first page.
         address: u64,
@@ -130,7 +132,8 @@ impl Layout {
     ///
     /// # Errors
     ///
-    /// Whatever the text does wrong, as one [`LayoutError`] that names the source, the line and what was expected.
+    /// Whatever the text does wrong, as one [`LayoutError`] that names the source, the line and
+    /// what was expected.
     pub fn parse(source: &str, text: &str) -> Result<Self, LayoutError> {
         let mut parser = Parser { lines: text.lines(), line: 0 };
         parser.layout().map_err(|problem| LayoutError {
@@ -153,7 +156,8 @@ impl Layout {
     ///
     /// # Errors
     ///
-    /// The first broken promise of the module documentation; the line in it is the one the text form would have.
+    /// The first broken promise of the module documentation; the line in it is the one the text
+    /// form would have.
     pub fn check(&self) -> Result<(), LayoutError> {
         Self::parse(&self.name, &self.to_string()).map(drop)
     }

@@ -76,7 +76,8 @@ fn clone(call: &Call<'_>, memory: ChildMemory) -> Result<MemoryCall, TraceProble
     })
 }
 
-/// From `flags=` among the arguments of `clone`, or in the structure that is the first argument of `clone3`.
+/// From `flags=` among the arguments of `clone`, or in the structure that is the first argument of
+/// `clone3`.
 fn child_memory(arguments: &[&str]) -> Result<ChildMemory, TraceProblem> {
     let structure = arguments.first().and_then(|first| first.strip_prefix('{'));
     let fields = structure.and_then(|inside| lex::list(inside, '}')).map(|(fields, _)| fields);

@@ -1,4 +1,5 @@
-//! What a log of `strace -f` holds: the memory calls that succeeded, in the order they can be carried out in.
+//! What a log of `strace -f` holds: the memory calls that succeeded, in the order in which they can
+//! be made again.
 
 use core::ops::Range;
 use std::collections::BTreeMap;
@@ -9,20 +10,21 @@ use crate::output::escape::excerpt;
 /// What a log holds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Trace {
-    /// The calls that succeeded, in the order they can be replayed in.
+    /// The calls that succeeded, in the order in which they can be made again.
     ///
-    /// The first is by the thread that starts the program; each other thread is the child of a [`MemoryCall::Clone`]
-    /// above its first event.
+    /// The first is by the thread that starts the program; each other thread is the child of a
+    /// [`MemoryCall::Clone`] above its first event.
     pub events: Vec<TraceEvent>,
     /// Memory calls that failed, and so changed nothing.
     pub nr_failed: u64,
-    /// Memory calls of which the log does not hold the return: it ends first, or the thread was killed.
+    /// Memory calls of which the log does not hold the return: it ends first, or the thread was
+    /// killed.
     pub nr_unfinished: u64,
     /// Events left out because the log does not hold the start of their thread.
     pub nr_orphaned: u64,
     /// Threads that those are of.
     pub nr_orphaned_threads: u64,
-    /// Calls that change an address space and are not replayed, by name.
+    /// Calls that change an address space and that `teardown trace` does not make, by name.
     pub dropped: BTreeMap<String, u64>,
     /// Other calls.
     pub nr_other: u64,
@@ -73,7 +75,8 @@ pub enum MemoryCall {
     },
     /// `brk`.
     Brk {
-        /// The break after the call, not rounded; the first one of a program says where its heap starts.
+        /// The break after the call, not rounded; the first one of a program says where its heap
+        /// starts.
         end: u64,
     },
     /// `madvise`.
@@ -101,7 +104,8 @@ pub enum MemoryCall {
     Exec,
     /// The thread ended, by `exit` or from outside. Each thread ends once.
     Exit,
-    /// The thread ended by `exit_group`; those that share its process end too, each with an [`MemoryCall::Exit`] of its own.
+    /// The thread ended by `exit_group`; those that share its process end too, each with an
+    /// [`MemoryCall::Exit`] of its own.
     ExitGroup,
 }
 
@@ -171,7 +175,8 @@ pub enum Advice {
 pub enum ChildMemory {
     /// `CLONE_VM`: its parent's.
     Shared,
-    /// `vfork`, `CLONE_VM | CLONE_VFORK`: its parent's, until it executes a program or ends; the parent waits.
+    /// `vfork`, `CLONE_VM | CLONE_VFORK`: its parent's, until it executes a program or ends; the
+    /// parent waits.
     Borrowed,
     /// `fork`: a copy, whose private pages are shared until written.
     Copied,

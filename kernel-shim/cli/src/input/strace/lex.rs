@@ -21,7 +21,8 @@ pub(crate) enum Line<'a> {
     Unknown,
 }
 
-/// Splits a line into the number of its thread, where it carries one, and the rest without time stamps.
+/// Splits a line into the number of its thread, where it carries one, and the rest without time
+/// stamps.
 pub(crate) fn line(text: &str) -> (Option<u32>, Line<'_>) {
     let (thread, rest) = prefix(text);
     (thread, classify(without_time(rest).trim_ascii()))
@@ -101,7 +102,8 @@ pub(crate) struct Call<'a> {
     pub(crate) result: &'a str,
 }
 
-/// Splits `NAME(ARGUMENT, ARGUMENT) = RESULT`; none where quotes or brackets do not match, or the result is missing.
+/// Splits `NAME(ARGUMENT, ARGUMENT) = RESULT`; none where quotes or brackets do not match, or the
+/// result is missing.
 pub(crate) fn call(text: &str) -> Option<Call<'_>> {
     let (name, rest) = text.split_once('(')?;
     let (arguments, rest) = list(rest, ')')?;

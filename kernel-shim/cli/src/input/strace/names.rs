@@ -1,6 +1,7 @@
-//! Which calls of a log a replay is about: those it carries out, and those it cannot, which are counted.
+//! Which calls of a log change an address space: those that `teardown trace` makes, and those it
+//! cannot make, which are counted.
 
-/// Calls that are carried out.
+/// Calls that are made.
 pub(crate) fn is_memory_call(name: &str) -> bool {
     const NAMES: [&str; 18] = [
         "mmap",
@@ -25,7 +26,8 @@ pub(crate) fn is_memory_call(name: &str) -> bool {
     NAMES.contains(&name)
 }
 
-/// Calls that map memory, give it up or change it, and are not carried out: what follows them may not be what the program did.
+/// Calls that map memory, give it up or change it, and are not made: what follows them may not be
+/// what the program did.
 pub(crate) fn is_dropped_call(name: &str) -> bool {
     const NAMES: [&str; 10] = [
         "shmat",

@@ -1,12 +1,15 @@
-//! Reading a log line by line: which thread each line is of, and where a call in two parts becomes one event.
+//! Reading a log line by line: which thread each line is of, and where a call in two parts becomes
+//! one event.
 //!
-//! How to record one is in `tests/traces/README.md`. Only calls that change an address space, or who shares one, become
-//! events; the rest of the log is checked for being an `strace` log and dropped, and so are calls that failed.
+//! How to record one is in `tests/traces/README.md`. Only calls that change an address space, or
+//! who shares one, become events; the rest of the log is checked for being an `strace` log and
+//! dropped, and so are calls that failed.
 //!
-//! A call that another thread's line interrupts is logged twice, when it enters the kernel and when it returns. It becomes
-//! one event, at the line at which replaying it cannot collide with the other threads: what gives memory up, and
-//! what starts a thread or ends one, when it enters; what takes memory, when it returns. So a range is free before the next
-//! thread is given it, and a thread exists before its first call.
+//! A call that another thread's line interrupts is logged twice, when it enters the kernel and when
+//! it returns. It becomes one event, at the line at which making it again cannot collide with the
+//! other threads: what gives memory up, and what starts a thread or ends one, when it enters; what
+//! takes memory, when it returns. So a range is free before the next thread is given it, and a
+//! thread exists before its first call.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,8 +25,8 @@ impl Trace {
     ///
     /// # Errors
     ///
-    /// The first line that `strace` cannot have written, as one [`TraceError`] that names the source, the line and what
-    /// was expected.
+    /// The first line that `strace` cannot have written, as one [`TraceError`] that names the
+    /// source, the line and what was expected.
     pub fn parse(source: &str, text: &str) -> Result<Self, TraceError> {
         let mut reader = Reader::default();
         let at_line = |line, problem| TraceError { source_name: source.to_owned(), line, problem };
@@ -45,7 +48,8 @@ impl Trace {
 struct Reader {
     trace: Trace,
     line: usize,
-    /// Calls that entered the kernel and have not returned: at which line, and what was logged of them.
+    /// Calls that entered the kernel and have not returned: at which line, and what was logged of
+    /// them.
     entered: BTreeMap<u32, (usize, String)>,
     /// Threads that some other thread started.
     children: BTreeSet<u32>,
@@ -160,7 +164,8 @@ impl Reader {
         }
     }
 
-    /// Takes a whole call, which entered the kernel at `entered_at` and returned at the current line.
+    /// Takes a whole call, which entered the kernel at `entered_at` and returned at the current
+    /// line.
     fn call(&mut self, thread: u32, entered_at: usize, text: &str) -> Result<(), TraceProblem> {
         let name = text.split_once('(').map_or("", |(name, _)| name);
         if !is_memory_call(name) {

@@ -1,4 +1,5 @@
-//! The reader of strace logs against every bundled log, against damaged ones, and against logs of a few lines.
+//! The reader of strace logs against every bundled log, against damaged ones, and against logs of a
+//! few lines.
 
 use core::ops::Range;
 use std::collections::BTreeMap;
