@@ -12,12 +12,12 @@ use mmu_benches::document::Page;
 use mmu_benches::entry::{Clock, Counts, Entry, Path, Sampler};
 use mmu_benches::flushes::{Flusher, flushing_sample};
 use mmu_benches::linux::{self, Way};
-use mmu_benches::machine::Machine;
-use mmu_benches::memory::Memory;
 use mmu_benches::peers::{Tables, Told};
 use mmu_benches::rounds::{Series, measure};
-use mmu_benches::shape::{Shape, Size, Workload};
 use mmu_gather::tlb::OnlineCpus;
+use mmu_measured::machine::Machine;
+use mmu_measured::memory::Memory;
+use mmu_measured::shape::{Shape, Size, Workload};
 
 /// The rows of the tables in README.md, and of the one there about what counting costs.
 const ROWS: [Entry; 5] = [

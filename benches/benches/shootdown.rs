@@ -12,10 +12,10 @@ use std::sync::Barrier;
 use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use mmu_benches::machine::Bits;
-use mmu_benches::preempted::cpu_time;
 use mmu_benches::threads::{Cpu, MAX_CPUS, Threads};
 use mmu_gather::tlb::{CtxIds, FreedTables, MmContext, PageSpan, flush_tlb_mm_range, switch_mm};
+use mmu_measured::machine::Bits;
+use mmu_measured::preempted::cpu_time;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 

@@ -13,10 +13,10 @@ use x86_64::structures::paging::mapper::{CleanUp, OffsetPageTable};
 use x86_64::structures::paging::{FrameDeallocator, Mapper, Page, PageSize, PhysFrame, Size2MiB, Size4KiB};
 use x86_64::{PhysAddr, VirtAddr};
 
-use crate::machine::{Batched, Counting, Machine};
-use crate::memory::{Memory, PHYS_OFFSET, pointer};
-use crate::shape::Shape;
-use crate::space::{self, Space};
+use mmu_measured::machine::{Batched, Counting, Machine};
+use mmu_measured::memory::{Memory, PHYS_OFFSET, pointer};
+use mmu_measured::shape::Shape;
+use mmu_measured::space::{self, Space};
 
 /// What a crate that works page by page is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::machine::Bits;
+use mmu_measured::machine::Bits;
 
 /// The most CPUs there can be.
 pub const MAX_CPUS: usize = 16;

@@ -16,9 +16,10 @@ const BELOW: &[(&str, &[&str])] = &[
     ("kernel-shim", &["gather"]),
     ("kernel-shim/hosted", &["gather", "kernel-shim"]),
     ("kernel-shim/boot", &["gather", "kernel-shim"]),
-    ("kernel-shim/cli", &["gather", "kernel-shim", "kernel-shim/hosted", "benches"]),
+    ("kernel-shim/measured", &["gather"]),
+    ("kernel-shim/cli", &["gather", "kernel-shim", "kernel-shim/hosted", "kernel-shim/measured"]),
     ("tests", &["gather"]),
-    ("benches", &["gather"]),
+    ("benches", &["gather", "kernel-shim/measured"]),
 ];
 
 fn root() -> PathBuf {

@@ -9,7 +9,7 @@
 //! report with what the checker found. `commands::run` uses this room; `trace` runs its passes the
 //! same way, and `boot` writes its plans in the same terms.
 
-pub(crate) mod hosted_process;
+pub mod hosted_process;
 pub(crate) mod kernel_terms;
 pub mod pass;
 pub mod teardown;

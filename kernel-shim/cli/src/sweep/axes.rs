@@ -3,8 +3,8 @@
 use core::fmt;
 use core::str::FromStr;
 
-use mmu_benches::shape::{Shape, Workload};
 use mmu_gather::Limits;
+use mmu_measured::shape::{Shape, Workload};
 use serde::{Serialize, Serializer};
 
 use crate::input::bundled::LAYOUTS;
@@ -219,7 +219,7 @@ impl fmt::Display for NrPages {
     }
 }
 
-/// How the pages lie: a workload of the benches, of any size.
+/// How the pages lie: a workload of `mmu_measured`, of any size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Arrangement {
     /// W1: side by side, frames in order.

@@ -1,8 +1,8 @@
 //! The memory of a real process as something a sweep tears down.
 
-use mmu_benches::memory::{DATA_BYTES, Memory, Order};
-use mmu_benches::shape::{Leaf, Shape, Workload};
 use mmu_gather::pagetable::{Level, VirtRange};
+use mmu_measured::memory::{DATA_BYTES, Memory, Order};
+use mmu_measured::shape::{Leaf, Shape, Workload};
 
 use crate::input::layout::{HUGE_PAGES, Layout, PAGE_BYTES, PageState};
 

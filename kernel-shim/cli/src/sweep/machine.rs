@@ -1,4 +1,4 @@
-//! The machine of a sweep: that of the benches, with a ceiling, lazy CPUs, refused batch pages, and
+//! The machine of a sweep: that of `mmu_measured`, with a ceiling, lazy CPUs, refused batch pages, and
 //! a watcher that counts.
 #![expect(unsafe_code, reason = "implements the engine's unsafe traits")]
 
@@ -7,8 +7,6 @@ use core::pin::Pin;
 use core::ptr::NonNull;
 use core::time::Duration;
 
-use mmu_benches::machine::{Batched, Bits, Machine, answer_for_all};
-use mmu_benches::memory::Memory;
 use mmu_gather::pagetable::{Bounds, TableLock, TableMemory, UsedLines, VirtRange};
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, TlbEvent, enter_lazy_tlb,
@@ -18,6 +16,8 @@ use mmu_gather::{
     BatchPage, Disposition, FreedPages, GatherEvent, Limits, Mm, MmuGather, Pages, UnmappedLeaf, Vma,
     VmaKind, unmap_region,
 };
+use mmu_measured::machine::{Batched, Bits, Machine, answer_for_all};
+use mmu_measured::memory::Memory;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
@@ -31,7 +31,7 @@ pub(crate) const CPU_BYTES: usize = size_of::<CpuTlb<Bits>>();
 /// What the engine keeps for one address space.
 pub(crate) const MM_BYTES: usize = size_of::<Mm<Bits>>();
 /// What the machine keeps for one frame.
-pub(crate) const FRAME_BYTES: usize = size_of::<mmu_benches::memory::Frame>();
+pub(crate) const FRAME_BYTES: usize = size_of::<mmu_measured::memory::Frame>();
 /// What the engine needs of that where the frame is a table: its lock, and the note of its used
 /// lines.
 pub(crate) const TABLE_BYTES: usize = size_of::<TableLock<spin::Spin>>() + size_of::<UsedLines>();
@@ -80,7 +80,7 @@ impl BatchPool {
     }
 }
 
-/// The benches' machine, one thread of which plays all CPUs: its page tables, frames and CPUs, with
+/// The machine of `mmu_measured`, one thread of which plays all CPUs: its page tables, frames and CPUs, with
 /// a watcher.
 #[derive(Debug)]
 pub(crate) struct SweepMachine<'m, W> {

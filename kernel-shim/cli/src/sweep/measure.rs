@@ -7,12 +7,13 @@ use core::time::Duration;
 use std::io;
 use std::time::Instant;
 
-use mmu_benches::memory::Memory;
-use mmu_benches::preempted::times_preempted;
-use mmu_benches::shape::{Shape, shuffle};
-use mmu_benches::space::Space;
 use mmu_gather::tlb::TlbEvent;
 use mmu_gather::{FreedPages, GatherEvent, Limits};
+use mmu_measured::memory::Memory;
+use mmu_measured::preempted::times_preempted;
+use mmu_measured::shape::Shape;
+use mmu_measured::shuffle;
+use mmu_measured::space::Space;
 use serde::Serialize;
 use x86_64::structures::paging::PhysFrame;
 

@@ -10,6 +10,8 @@ use mmu_gather::pagetable::{TableLock, UsedLines};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
+use crate::shuffle::shuffle;
+
 /// Where physical address 0 is seen; constant, as a kernel's direct map is, so that no peer loads it from a variable.
 pub const PHYS_OFFSET: u64 = 0x2000_0000_0000;
 /// Bytes for table pages: reserved, touched only as far as they are used.
@@ -127,7 +129,7 @@ impl Memory {
         self.free_tables.set(0);
         let mut frames: Vec<u64> = (1..=tables).map(|number| number << 12).collect();
         if order == Order::Shuffled {
-            crate::shape::shuffle(&mut frames);
+            shuffle(&mut frames);
         }
         for physical in frames.into_iter().rev() {
             self.describe(physical, Frame::new(0, 0));

@@ -1,14 +1,11 @@
 //! The workloads: which addresses are mapped, to which frames.
 
 use mmu_gather::pagetable::{Level, VirtRange};
-use rand::rngs::SmallRng;
-use rand::seq::SliceRandom;
-use rand::{Rng, SeedableRng};
+use rand::Rng;
 
 use crate::memory::{DATA_BYTES, Memory, Order};
+use crate::shuffle::{random, shuffle};
 
-/// Every run of every bench sees the same layouts.
-const SEED: u64 = 0x6d6d_755f_6761_7468;
 const START: u64 = 0x10_0000_0000;
 const MIB: u64 = 1 << 20;
 /// Below this many last-level tables, all tables fit into the memory for them.
@@ -274,15 +271,6 @@ impl Shape {
         let [staying, leaves] = [staying.concat(), parts.concat()];
         Self { areas, leaves, staying, repeats, ..Self::new(workload, Level::Pte) }
     }
-}
-
-/// Shuffles the same way every time.
-pub fn shuffle<T>(items: &mut [T]) {
-    items.shuffle(&mut random());
-}
-
-fn random() -> SmallRng {
-    SmallRng::seed_from_u64(SEED)
 }
 
 fn frame(number: u64) -> u64 {
