@@ -81,7 +81,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let owes_flush = OwesFlush(mm.context());
         // SAFETY: the constructor's caller holds the map lock, and by this function's context nobody walks the range. The
         // sink queues; tables leave the queue only through `free_all`, after a flush of what `range` noted.
-        unsafe { mm.space().free_range(kernel, range, bounds, sink) };
+        unsafe { mm.space().unhook_tables(kernel, range, bounds, sink) };
         mem::forget(owes_flush);
     }
 }

@@ -67,7 +67,7 @@ impl<'a, K: Platform> OnePage<'a, K> {
     /// Whether `bounds` keep the table; and so all above it.
     #[inline(always)]
     pub(crate) fn table_stays(&self, bounds: Bounds) -> bool {
-        !bounds.allow_freeing(VirtRange::of_entry(Level::Pmd, self.address))
+        !bounds.allow_unhooking(VirtRange::of_entry(Level::Pmd, self.address))
     }
 
     /// Clears the page; `None` if a gather has to do it, and then nothing was done.

@@ -1,5 +1,8 @@
 //! The 64 bits of a paging-structure entry.
-#![expect(unsafe_code, reason = "changing an entry is unsafe, to whoever holds no lock of its table")]
+//!
+//! An entry is *empty* (all bits zero), *present* (P = 1: a link to a table, or a leaf that maps a
+//! page), or *kept* (P = 0 and not all bits zero: software left a meaning there, a [`NonPresent`]).
+#![expect(unsafe_code, reason = "an entry alone does not show that the lock of its table is held")]
 
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -10,14 +13,15 @@ use x86_64::{PhysAddr, structures::paging::Size4KiB};
 
 use crate::level::Level;
 
-/// Bits 12 to 51: the physical address in an entry that points to a table or maps a 4 KiB page.
+/// Bits 12 to 51: the physical address in an entry that links a table or maps a 4 KiB page.
 const ADDRESS_MASK: u64 = 0x000f_ffff_ffff_f000;
 
 /// One entry in memory, shared with the page walkers of every CPU.
 ///
-/// All access is atomic (rule P1): the walker of any CPU that has the table loaded may set the accessed bit at any
-/// time, and the dirty bit while a user program runs. Reading is for everybody; what changes an entry is `unsafe` here, for
-/// an entry alone does not show that its lock is held.
+/// All access is atomic (rule P1): the walker of any CPU that has the table loaded may set the
+/// accessed bit at any time, and the dirty bit while a user program runs. Anybody may read an
+/// entry. Changing one is `unsafe` here, because an `Entry` alone does not show that the lock of
+/// its table is held; [`LockedEntry`](crate::LockedEntry) does.
 #[derive(Debug)]
 #[repr(transparent)]
 pub struct Entry(AtomicU64);
@@ -31,31 +35,35 @@ impl Entry {
     #[must_use]
     #[inline]
     pub fn load(&self) -> EntryValue {
-        // Acquire: what a newly linked table holds (zeroes) is read after the link. Pairs with `store`. Free on x86.
+        // ORDERING: acquire, pairs with `store`: whoever follows a new link reads the zeroes of the
+        // new table. Free on x86.
         EntryValue(self.0.load(Ordering::Acquire))
     }
 
     /// Writes the entry; A/D bits that hardware set since the last read are lost.
     ///
-    /// Only for entries that hold none or a non-present value: nothing is cached from those (SDM 4.10.2.3), so no
+    /// Only for entries that are empty or kept: nothing is cached from those (SDM 4.10.2.3), so no
     /// walker sets bits in them.
     ///
     /// # Safety
-    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
-    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
+    /// As for [`LockedEntry::store`](crate::LockedEntry::store). Also:
+    /// - the caller holds the lock of the table, or nobody else can reach the table;
+    /// - if `value` is not empty and the kernel keeps used lines (rule P4), the caller has noted
+    ///   the line of this entry.
     #[inline]
     pub unsafe fn store(&self, value: EntryValue) {
-        // Release: a walker that follows a new link finds the zeroed table. Pairs with `load`.
+        // ORDERING: release, pairs with `load`: a walker that follows a new link finds the zeroed
+        // table.
         self.0.store(value.0, Ordering::Release);
     }
 
-    /// Takes the value out and leaves none, in one step: A/D bits set until that instant are in the result.
+    /// Takes the value out and leaves the entry empty, in one step: A/D bits set until that instant
+    /// are in the result.
     ///
     /// The cost is one locked exchange (about 8 cycles, against 0.75 for a load and a store).
     ///
     /// # Safety
-    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
-    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
+    /// As for [`store`](Self::store) of the empty entry.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.8; Linux: ptep_get_and_clear.
@@ -63,15 +71,18 @@ impl Entry {
     #[must_use]
     #[inline]
     pub unsafe fn get_and_clear(&self) -> EntryValue {
-        // AcqRel: the clear is visible before the generation is raised. The full fence there (T1) makes it stronger.
+        // ORDERING: acquire and release: the clear is visible before the generation is raised. The
+        // full fence there (rule T1) is stronger.
         EntryValue(self.0.swap(0, Ordering::AcqRel))
     }
 
-    /// Takes the value out with a plain load and a plain store: an A/D bit set between the two is lost.
+    /// Takes the value out with a plain load and a plain store: an A/D bit set between the two is
+    /// lost.
     ///
     /// # Safety
-    /// As for [`get_and_clear`](Self::get_and_clear); and no program can use the table: the whole address space is dying. That
-    /// this is the only CPU is not enough where a program may preempt the caller between the two.
+    /// As for [`get_and_clear`](Self::get_and_clear). Also, no program can use the table, because
+    /// the whole address space is dying. A single CPU is not enough: a program may preempt the
+    /// caller between the two accesses.
     ///
     /// # Source
     /// Linux: ptep_get_and_clear_full.
@@ -84,30 +95,36 @@ impl Entry {
         old
     }
 
-    /// Takes a link to a table out with a plain load and a plain store.
+    /// Unhooks the table that this entry links: takes the link out with a plain load and a plain
+    /// store.
     ///
-    /// No exchange: hardware may set the accessed bit between the two, which says nothing to anybody in an entry that maps no
-    /// page. The right to write plays no part either; the other argument, of
-    /// [`get_and_clear_exclusive`](Self::get_and_clear_exclusive), is about leaves.
+    /// INVARIANT: P2, this comes before the table is handed on.
+    ///
+    /// The argument for two plain accesses is not the one of
+    /// [`get_and_clear_exclusive`](Self::get_and_clear_exclusive), that nobody else is there. Other
+    /// CPUs may walk through this entry, and hardware may set its accessed bit between the two
+    /// accesses. The lost bit tells nobody anything, because the entry maps no page; and hardware
+    /// sets no dirty bit in a link.
     ///
     /// # Safety
-    /// The lock of the table is held, and the table that the entry links may go.
+    /// The lock of the table that holds this entry is held, and the table below may go.
     #[must_use]
     #[inline]
-    pub(crate) unsafe fn take_link(&self) -> EntryValue {
+    pub(crate) unsafe fn unhook(&self) -> EntryValue {
         let old = EntryValue(self.0.load(Ordering::Relaxed));
         self.0.store(0, Ordering::Release);
         old
     }
 
-    /// Takes the value out and leaves none: as [`get_and_clear`](Self::get_and_clear), but with a plain store if hardware has
-    /// nothing left to set in `seen`, which is what the entry held when it was read just now, under the lock.
+    /// Takes the value out and leaves the entry empty, as [`get_and_clear`](Self::get_and_clear)
+    /// does, but with a plain store if hardware has nothing left to set in `seen`, which is what
+    /// the entry held when it was read just now, under the lock.
     ///
     /// A plain load and store cost 0.75 cycles, a locked exchange about 8.
     ///
     /// # Safety
-    /// As for [`get_and_clear`](Self::get_and_clear); and the lock of the table is held since before `seen` was read, so that no
-    /// other software changes the entry.
+    /// As for [`get_and_clear`](Self::get_and_clear). Also, the lock of the table has been held
+    /// since before `seen` was read, so that no other software changes the entry.
     #[must_use]
     #[inline]
     pub unsafe fn get_and_clear_seen(&self, seen: EntryValue, stale: StaleWrites) -> EntryValue {
@@ -121,15 +138,17 @@ impl Entry {
         }
     }
 
-    /// Leaves none where a settled value was seen under the lock, or where nobody else can write.
+    /// Empties the entry with a plain store, where a settled value was seen under the lock, or
+    /// where nobody else can write.
     ///
-    /// The store may wait in this CPU's store buffer, where another CPU's walk does not see it yet. That walk uses the old
-    /// translation, as one would that had come a moment earlier; the buffer is drained by the locked instruction that raises
-    /// the generation, before anybody is told and long before the page is freed.
+    /// The store may wait in this CPU's store buffer, where another CPU's walk does not see it yet.
+    /// That walk uses the old translation, as a walk a moment earlier would have. The buffer is
+    /// drained by the locked instruction that raises the generation, before anybody is told and
+    /// long before the page is freed.
     ///
     /// # Safety
-    /// As for [`get_and_clear_seen`](Self::get_and_clear_seen), where the value seen was settled; or as for
-    /// [`get_and_clear_exclusive`](Self::get_and_clear_exclusive).
+    /// As for [`get_and_clear_seen`](Self::get_and_clear_seen), where the value seen was settled;
+    /// or as for [`get_and_clear_exclusive`](Self::get_and_clear_exclusive).
     #[inline]
     pub unsafe fn clear_settled(&self) {
         self.0.store(0, Ordering::Release);
@@ -141,8 +160,7 @@ impl Entry {
     /// The value found, when it was another one.
     ///
     /// # Safety
-    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
-    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
+    /// As for [`store`](Self::store).
     pub unsafe fn compare_exchange(&self, current: EntryValue, new: EntryValue) -> Result<(), EntryValue> {
         match self.0.compare_exchange(current.0, new.0, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => Ok(()),
@@ -150,11 +168,10 @@ impl Entry {
         }
     }
 
-    /// Replaces the value by `new`, in one step, and gives back what was there, A/D bits included.
+    /// Replaces the value by `new`, in one step, and returns the old one, A/D bits included.
     ///
     /// # Safety
-    /// As for [`LockedEntry::store`](crate::LockedEntry::store), the table's lock being held by the caller, or the table being
-    /// its alone; what is put in is noted in the table's used lines by the caller, if the kernel keeps them (rule P4).
+    /// As for [`store`](Self::store).
     #[must_use]
     pub unsafe fn exchange(&self, new: EntryValue) -> EntryValue {
         EntryValue(self.0.swap(new.0, Ordering::AcqRel))
@@ -162,16 +179,32 @@ impl Entry {
 }
 
 /// A copy of the 64 bits of an entry, as read once.
+///
+/// ```
+/// use mmu_pagetable::{Decoded, EntryValue, Level, Marker, NonPresent};
+/// use x86_64::{PhysAddr, structures::paging::PageTableFlags};
+///
+/// let page = PhysAddr::new(2 << 20);
+/// let leaf = EntryValue::leaf(Level::Pmd, page, PageTableFlags::WRITABLE);
+/// assert_eq!(leaf.decode(Level::Pmd), Decoded::Leaf(page));
+///
+/// // What software leaves behind is neither empty nor present.
+/// let guard = NonPresent::Marker(Marker::Guard).encode();
+/// assert!(!guard.is_empty() && !guard.is_present());
+/// assert_eq!(guard.decode(Level::Pte), Decoded::NonPresent(NonPresent::Marker(Marker::Guard)));
+///
+/// assert_eq!(EntryValue::EMPTY.decode(Level::Pte), Decoded::Empty);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct EntryValue(u64);
 
-/// Whether a CPU may still have an old translation of an entry that was writable, when the entry no longer is.
+/// Whether a CPU may still hold a writable translation of an entry that is no longer writable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StaleWrites {
-    /// No: whoever took the right away has flushed.
+    /// No: whoever took the right to write away has flushed since.
     Impossible,
-    /// Perhaps: somebody is between taking rights away and flushing.
+    /// Perhaps: somebody has taken rights away and has not flushed yet.
     Possible,
 }
 
@@ -180,16 +213,17 @@ pub enum StaleWrites {
 pub enum Decoded {
     /// All 64 bits are zero.
     Empty,
-    /// Points to a table of the level below.
+    /// Links a table of the level below.
     Table(PhysFrame),
-    /// Maps a page of the size that one entry of this level covers; carries the physical address of its first byte.
+    /// Maps a page of the size that one entry of this level covers; carries the physical address of
+    /// its first byte.
     Leaf(PhysAddr),
-    /// Not present, and not none: software left a meaning here.
+    /// Kept: not present and not empty, because software left a meaning here.
     NonPresent(NonPresent),
 }
 
 impl EntryValue {
-    /// No translation and no meaning.
+    /// The empty entry: no translation and no meaning.
     pub const EMPTY: Self = Self(0);
 
     /// The value with exactly these bits.
@@ -206,7 +240,7 @@ impl EntryValue {
         self.0
     }
 
-    /// An entry that points to `table` and leaves all restriction to the entries below.
+    /// An entry that links `table` and leaves all restrictions to the entries below.
     #[must_use]
     pub fn table(table: PhysFrame) -> Self {
         let flags = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
@@ -231,7 +265,7 @@ impl EntryValue {
         Self(address.as_u64() | flags.bits())
     }
 
-    /// Whether nothing at all is here.
+    /// Whether all 64 bits are zero.
     #[must_use]
     #[inline]
     pub const fn is_empty(self) -> bool {
@@ -245,39 +279,44 @@ impl EntryValue {
         self.0 & PageTableFlags::PRESENT.bits() != 0
     }
 
-    /// Whether a program wrote through this leaf.
+    /// Whether a program wrote through this leaf (D = 1).
     #[must_use]
     #[inline]
     pub const fn is_dirty(self) -> bool {
         self.0 & PageTableFlags::DIRTY.bits() != 0
     }
 
-    /// Whether a walker used this entry.
+    /// Whether a walker used this entry (A = 1).
     #[must_use]
     #[inline]
     pub const fn is_accessed(self) -> bool {
         self.0 & PageTableFlags::ACCESSED.bits() != 0
     }
 
-    /// Whether a program may write through this entry.
+    /// Whether a program may write through this entry (R/W = 1).
     #[must_use]
     #[inline]
     pub const fn is_writable(self) -> bool {
         self.0 & PageTableFlags::WRITABLE.bits() != 0
     }
 
-    /// Whether hardware has nothing left to set in this present leaf, so that it cannot change while the table is locked.
+    /// Whether hardware has nothing left to set in this present leaf, so that it cannot change
+    /// while the table is locked.
     ///
-    /// Hardware changes an entry in two ways only: it sets A when a walk uses it (A = 0), and it sets D when a program writes
-    /// through it (D = 0, and the entry, or the CPU's cached copy of it, is writable). Where both are set, or A is set and
-    /// nothing can be written, a locked exchange finds what a load found:
+    /// Hardware changes an entry in two ways only: it sets A when a walk uses the entry (A = 0),
+    /// and it sets D when a program writes through it (D = 0, and the entry, or the CPU's cached
+    /// copy of it, is writable). Where both are set, or A is set and nothing can be written, a
+    /// locked exchange finds what a load found:
     ///
     /// - software changes entries under the table lock only, which the caller holds;
-    /// - a CPU with a cached copy that has D = 0 walks again before it sets D in memory, in one step with a new look at P: it
-    ///   either comes before our load, and we see D, or finds P = 0 and faults;
-    /// - a CPU with a cached copy that has D = 1 writes without touching memory, whatever instruction clears the entry;
-    /// - an entry that lost its right to be written, and whose old translations have not been flushed, may still get D set on
-    ///   processors without shadow stacks: `stale` says whether that is possible.
+    /// - a CPU whose cached copy has D = 0 walks again before it sets D in memory, and checks P in
+    ///   the same step: either it comes before our load, and we see D, or it finds P = 0 and
+    ///   faults;
+    /// - a CPU whose cached copy has D = 1 writes without touching memory, whatever instruction
+    ///   clears the entry;
+    /// - an entry that lost its right to be written, and whose old translations have not been
+    ///   flushed, may still get D set on processors without shadow stacks: `stale` says whether
+    ///   that is possible.
     ///
     /// # Source
     /// Intel SDM vol. 3A 4.8 (A and D are set by locked accesses; D with R/W = 0) and 4.10.4.3.
@@ -290,17 +329,19 @@ impl EntryValue {
         written || never
     }
 
-    /// A present leaf with these bits is [settled](Self::is_settled), whatever else it has.
+    /// A present leaf with all of these bits is [settled](Self::is_settled), whatever other bits it
+    /// has.
     pub const SETTLED: PageTableFlags =
         PageTableFlags::PRESENT.union(PageTableFlags::ACCESSED).union(PageTableFlags::DIRTY);
 
-    /// The flag bits. Meaningful for present entries only; in a 4 KiB leaf bit 7 is PAT, not "huge".
+    /// The flag bits. Meaningful for present entries only; in a 4 KiB leaf bit 7 is PAT, not
+    /// "huge".
     #[must_use]
     pub const fn flags(self) -> PageTableFlags {
         PageTableFlags::from_bits_truncate(self.0 & !ADDRESS_MASK)
     }
 
-    /// The table this entry of a `level` table points to, if it points to one.
+    /// The table that this entry of a `level` table links, if it links one.
     #[must_use]
     #[inline]
     pub fn as_table(self, level: Level) -> Option<PhysFrame> {
@@ -313,11 +354,13 @@ impl EntryValue {
         }
     }
 
-    /// Physical address of the page that this leaf of `level` maps. The entry must be a present leaf.
+    /// The physical address of the page that this leaf of `level` maps. The entry must be a present
+    /// leaf.
     #[must_use]
     #[inline]
     pub const fn leaf_address(self, level: Level) -> PhysAddr {
-        // Above 4 KiB the bits between 12 and the page size are PAT (bit 12) or reserved, not address.
+        // Above 4 KiB the bits between 12 and the page size are PAT (bit 12) or reserved, not
+        // address.
         PhysAddr::new_truncate(self.0 & ADDRESS_MASK & !(level.entry_span() - 1))
     }
 
@@ -343,10 +386,11 @@ impl fmt::Debug for EntryValue {
     }
 }
 
-/// What software may leave in an entry that hardware ignores (P = 0).
+/// The meaning of a kept entry: what software may leave in an entry that hardware ignores (P = 0).
 ///
-/// Layout of the bits: 0 = 0; 1 to 4 the kind; 5 to 11 a small number; 12 to 51 the *inverted* payload, so that a CPU
-/// which speculates past P = 0 (L1 terminal fault) sees an address above all memory; 52 to 63 zero.
+/// Layout of the bits: 0 = 0; 1 to 4 the kind; 5 to 11 a small number; 12 to 51 the *inverted*
+/// payload, so that a CPU which speculates past P = 0 (L1 terminal fault) sees an address above all
+/// memory; 52 to 63 zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NonPresent {
     /// The content is at `slot` of swap device `device` (below 128).
@@ -356,7 +400,8 @@ pub enum NonPresent {
         /// Which slot of it, in pages; only the low 40 bits are kept.
         slot: u64,
     },
-    /// The page is on its way elsewhere; whoever faults waits. It still has a frame, and a reference on it.
+    /// The page is on its way elsewhere; whoever faults waits. It still has a frame, and a
+    /// reference on it.
     Migration {
         /// The frame it still occupies (its first, for a huge leaf).
         frame: PhysFrame,
@@ -369,7 +414,7 @@ pub enum NonPresent {
     Other(u64),
 }
 
-/// What a migration entry must restore.
+/// The right that a migration entry must restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MigrationAccess {
     /// The page was mapped read-only.

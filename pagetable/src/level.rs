@@ -1,11 +1,13 @@
-//! The levels of a paging hierarchy: which address bits choose an entry, and how much one entry maps.
+//! The levels of a paging hierarchy: which address bits choose an entry, and how much one entry
+//! maps.
 
 /// The level of a table, named as Linux names the entries it holds.
 ///
-/// Walks count levels instead of naming them, so the fifth level of LA57 is one more variant and no more code.
+/// Walks count levels instead of naming them, so the fifth level of LA57 is one more variant and no
+/// more code.
 ///
-/// With four levels the root is a [`Level::P4d`] table: its entries are what Linux calls the (folded) PGD slots and
-/// the SDM calls PML4Es.
+/// With four levels the root is a [`Level::P4d`] table: its entries are what Linux calls the
+/// (folded) PGD entries and the SDM calls PML4Es.
 ///
 /// # Source
 /// Intel SDM vol. 3A 4.5, tables 4-14 to 4-20.
@@ -14,13 +16,13 @@
 pub enum Level {
     /// Last-level table; an entry maps 4 KiB. SDM: page table.
     Pte = 1,
-    /// An entry maps 2 MiB or points to a PTE table. SDM: page directory.
+    /// An entry maps 2 MiB or links a PTE table. SDM: page directory.
     Pmd = 2,
-    /// An entry maps 1 GiB or points to a PMD table. SDM: page-directory-pointer table.
+    /// An entry maps 1 GiB or links a PMD table. SDM: page-directory-pointer table.
     Pud = 3,
-    /// An entry points to a PUD table and covers 512 GiB. SDM: PML4 table.
+    /// An entry links a PUD table and covers 512 GiB. SDM: PML4 table.
     P4d = 4,
-    /// An entry points to a P4D table and covers 256 TiB. SDM: PML5 table.
+    /// An entry links a P4D table and covers 256 TiB. SDM: PML5 table.
     Pgd = 5,
 }
 
@@ -28,7 +30,8 @@ impl Level {
     /// Every level, lowest first.
     pub const ALL: [Self; 5] = [Self::Pte, Self::Pmd, Self::Pud, Self::P4d, Self::Pgd];
 
-    /// Bytes covered by one entry of a table at this level, as a power of two: 12, 21, 30, 39 or 48.
+    /// Bytes covered by one entry of a table at this level, as a power of two: 12, 21, 30, 39 or
+    /// 48.
     #[must_use]
     #[inline]
     pub const fn entry_shift(self) -> u32 {
@@ -56,7 +59,7 @@ impl Level {
         ((address >> self.entry_shift()) & 511) as usize
     }
 
-    /// The level of the tables that entries of this level point to; `None` for the last level.
+    /// The level of the tables that entries of this level link; `None` for the last level.
     #[must_use]
     #[inline]
     pub const fn below(self) -> Option<Self> {
@@ -69,7 +72,7 @@ impl Level {
         }
     }
 
-    /// The level of the tables whose entries point to tables of this level; `None` above the fifth.
+    /// The level of the tables whose entries link tables of this level; `None` above the fifth.
     #[must_use]
     #[inline]
     pub const fn above(self) -> Option<Self> {

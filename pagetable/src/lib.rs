@@ -6,41 +6,55 @@
 //!            └ one entry = 512 GiB
 //! ```
 //!
-//! This crate changes entries, takes locks and decides which tables may go. It knows nothing of TLBs: clearing an
-//! entry here does **not** make a translation unusable, and unhooking a table does **not** make its page free. Those
-//! two steps belong to `mmu-tlb`, and `mmu-gather` puts the three in order.
+//! This crate changes entries, takes locks and decides which tables may go. It knows nothing of
+//! TLBs: clearing an entry here does **not** make a translation unusable, and unhooking a table
+//! does **not** make its page free. Those two steps belong to `mmu-tlb`, and `mmu-gather` puts the
+//! three in order.
 //!
-//! Rules (each has a test that bears its sentence as its name):
+//! | you look for | it is |
+//! |---|---|
+//! | what an entry means: empty, present, or kept | [`EntryValue::decode`], entry.rs |
+//! | where an entry is cleared | [`Entry::get_and_clear_seen`], entry.rs |
+//! | when a plain store is enough to clear it | [`EntryValue::is_settled`], entry.rs |
+//! | where a table is linked | [`AddressSpace::ensure_table`], map.rs |
+//! | which tables may go (floor and ceiling) | [`Bounds`], unhook.rs |
+//! | where a table is unhooked (free_pgd_range) | [`AddressSpace::unhook_tables`], unhook.rs |
+//! | the lock of a table (ptlock) | [`TableView::lock`], table.rs |
+//! | what a kernel implements | [`TableMemory`], table.rs |
+//!
+//! Rules (each has a test that bears its sentence as its name, in
+//! `tests/tests/rules_pagetable.rs`):
 //!
 //! - **P1** An entry is only read or written atomically; hardware may set A/D bits at any time.
-//! - **P2** A table page reachable from a root is never freed or reused; it is first unhooked under the lock of its
-//!   parent entry.
-//! - **P3** Table lifetime is decided by VMAs (floor/ceiling), or by "all 512 entries none under both locks", never
-//!   by guess.
-//! - **P4** Where a kernel notes the used lines of its tables ([`UsedLines`]), the line of every entry that is not none is noted.
-//!   (The kernel half of a root is not looked at, noted or not.)
+//! - **P2** A table page reachable from a root is never freed or reused; it is first unhooked under
+//!   the lock of its parent entry.
+//! - **P3** Table lifetime is decided by VMAs (floor/ceiling), or by "all 512 entries empty under
+//!   both locks", never by guess.
+//! - **P4** Where a kernel notes the used lines of its tables ([`UsedLines`]), the line of every
+//!   entry that is not empty is noted. (The kernel half of a root is not looked at, noted or not.)
 //!
-//! P1 costs a locked exchange wherever hardware may still set a bit between a load and a store. Where it has nothing left to
-//! set (A is set, and D is set or nothing can write) a load and a store do: [`EntryValue::is_settled`] has the argument.
+//! P1 costs a locked exchange wherever hardware may still set a bit between a load and a store.
+//! Where hardware has nothing left to set (A is set, and D is set or nothing can write) a load and
+//! a store do: [`EntryValue::is_settled`] has the argument.
 #![no_std]
 #![deny(unsafe_code)]
 
 mod entry;
-mod free_range;
 mod level;
 mod map;
 mod range;
 mod space;
 mod table;
+mod unhook;
 mod used_lines;
 mod walk;
 
 pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent, StaleWrites};
-pub use free_range::{Bounds, UnhookedTable};
 pub use level::{Level, PagingMode};
 pub use map::MapError;
 pub use range::{RangeError, VirtRange};
 pub use space::AddressSpace;
 pub use table::{LockedEntry, LockedTable, Table, TableLock, TableMemory, TableView};
+pub use unhook::{Bounds, UnhookedTable};
 pub use used_lines::{Line, Lines, LinesIter, UsedLines, UsedParts};
 pub use walk::Mapping;

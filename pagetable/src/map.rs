@@ -10,15 +10,17 @@ use crate::range::VirtRange;
 use crate::space::AddressSpace;
 use crate::table::{TableMemory, TableView};
 
-/// Why an entry could not be installed. Nothing was changed but, perhaps, empty tables linked on the way.
+/// Why an entry could not be installed. Nothing was changed, except that empty tables may have been
+/// linked on the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MapError {
-    /// No memory for a table on the path to this address.
+    /// There is no memory for a table on the path to this address.
     NoTable(u64),
-    /// Something else is already there, at this level.
+    /// The entry for this address, at this level, is not empty: it holds this value.
     Occupied(u64, Level, EntryValue),
-    /// A large leaf, or a meaning in its place, stands where only small ones can be dealt with: at this address and level.
+    /// Only small leaves can be dealt with here, and a large leaf, or a kept entry in its place,
+    /// stands at this address and level.
     Large(u64, Level, EntryValue),
     /// The address lies outside the user half of this address space.
     NotUserSpace(u64),
@@ -47,20 +49,25 @@ impl core::error::Error for MapError {}
 
 #[expect(unsafe_code, reason = "walking follows links between tables")]
 impl AddressSpace {
-    /// The table of `level` on the path to `address`, linked together with those above it if missing.
+    /// The table of `level` on the path to `address`. It is linked, with those above it, if it is
+    /// missing.
     ///
-    /// Each new table is linked under the lock of its parent entry; if two CPUs come at once, one table is used and
-    /// the loser's goes straight back, never having been reachable.
+    /// Each new table is linked under the lock of its parent entry. If two CPUs come at once, one
+    /// table is linked, and the other goes straight back: no walk could reach it.
     ///
     /// # Context
     /// No table lock is held. Sleeps if `allocate_table` does.
     ///
     /// # Errors
-    /// [`MapError::NoTable`] when memory is short; [`MapError::Occupied`] when a leaf or a non-present meaning stands
-    /// where a table is needed; [`MapError::NotUserSpace`].
+    /// [`MapError::NoTable`] when memory is short; [`MapError::Occupied`] when a leaf or a kept
+    /// entry stands where a table is needed; [`MapError::NotUserSpace`].
     ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
+    ///
+    /// # Source
+    /// Linux: __p4d_alloc, __pud_alloc, __pmd_alloc and __pte_alloc, mm/memory.c.
+    #[doc(alias = "__pte_alloc")]
     pub unsafe fn ensure_table<'m, M: TableMemory>(
         &self,
         memory: &'m M,
@@ -105,19 +112,21 @@ impl AddressSpace {
 
     /// Installs `value` as the entry of a `level` table that covers `address`.
     ///
-    /// No flush is needed: nothing was cached from an entry that was not present (SDM 4.10.2.3), provided the last
-    /// change from present to not present at this address was invalidated (SDM 4.10.4.3).
+    /// No flush is needed: nothing was cached from an entry that was not present (SDM 4.10.2.3),
+    /// provided the last change from present to not present at this address was invalidated (SDM
+    /// 4.10.4.3).
     ///
     /// # Context
     /// As for [`AddressSpace::ensure_table`].
     ///
     /// # Errors
-    /// As for [`AddressSpace::ensure_table`]; also [`MapError::Occupied`] if the entry is not none.
+    /// As for [`AddressSpace::ensure_table`]; also [`MapError::Occupied`] if the entry is not
+    /// empty.
     ///
     /// # Safety
-    /// - as for [`AddressSpace::root_table`];
-    /// - whoever runs with this address space may use the page the way the flags allow, until the entry has been
-    ///   cleared and every CPU has flushed.
+    /// - As for [`AddressSpace::root_table`].
+    /// - Programs that run with this address space may use the page as the flags allow, until the
+    ///   entry has been cleared and every CPU has flushed.
     pub unsafe fn map<M: TableMemory>(
         &self,
         memory: &M,
@@ -138,17 +147,19 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Links `table`, already filled in, in place of the non-present `expected` at `address`.
+    /// Links `table`, already filled in, in place of the kept entry `expected` at `address`.
     ///
-    /// This is the last step of splitting a large leaf: the leaf was replaced by a migration entry and flushed, so no
-    /// CPU holds the old size any more (SDM 4.10.4.2 wants exactly that order).
+    /// This is the last step of splitting a large leaf. The leaf was replaced by a migration entry
+    /// and flushed, so no CPU holds a translation of the old size any more (SDM 4.10.4.2 asks for
+    /// exactly that order).
     ///
     /// # Errors
     /// The entry found, if it was not `expected`; `table` is then still the caller's.
     ///
     /// # Safety
-    /// - as for [`AddressSpace::root_table`];
-    /// - `table` is a table of the level below `view`'s that nobody else knows, from the same memory.
+    /// - As for [`AddressSpace::root_table`].
+    /// - `table` is a table of the level below `view`'s that nobody else knows, from the same
+    ///   memory.
     pub unsafe fn link_table<M: TableMemory>(
         &self,
         memory: &M,

@@ -4,10 +4,12 @@ use core::fmt;
 
 use crate::level::Level;
 
-/// A half-open range of user virtual addresses, `start..end` in bytes, both multiples of 4096, never empty.
+/// A half-open range of user virtual addresses, `start..end` in bytes, both multiples of 4096,
+/// never empty.
 ///
-/// The end is a plain number because one past the last user byte (`1 << 47`) is not canonical: `x86_64::VirtAddr`
-/// cannot hold it. Using "end = 0 means the top" instead has caused real bugs; here no value has a second meaning.
+/// The end is a plain number because one past the last user byte (`1 << 47`) is not canonical, so
+/// `x86_64::VirtAddr` cannot hold it. Writing the top as `end = 0` instead has caused real bugs;
+/// here no value has a second meaning.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct VirtRange {
     start: u64,
@@ -42,8 +44,9 @@ impl VirtRange {
     /// Makes the range `start..end`.
     ///
     /// # Errors
-    /// [`RangeError`] if the range is empty, an end is unaligned, or it leaves the lower half of five-level paging.
-    /// Whether it also fits the lower half of a four-level space is the space's to say.
+    /// [`RangeError`] if the range is empty, an end is unaligned, or it leaves the lower half of
+    /// five-level paging. [`AddressSpace::user_range`](crate::AddressSpace::user_range) says
+    /// whether it also lies in the lower half of a four-level address space.
     pub const fn new(start: u64, end: u64) -> Result<Self, RangeError> {
         if start >= end {
             return Err(RangeError::Empty(start, end));
@@ -102,7 +105,7 @@ impl VirtRange {
         self.start <= other.start && other.end <= self.end
     }
 
-    /// The bytes both have; `None` if there are none.
+    /// The bytes that both ranges have; `None` if they have none in common.
     #[must_use]
     #[inline]
     pub const fn intersect(self, other: Self) -> Option<Self> {
@@ -120,7 +123,8 @@ impl VirtRange {
         Self { start, end }
     }
 
-    /// The bytes covered by the entry of a table at `level` that `address`, a user address, selects.
+    /// The bytes covered by the entry of a table at `level` that `address`, a user address,
+    /// selects.
     ///
     /// # Panics
     /// In a debug build, if `address` lies above the largest lower half (`1 << 56`).
@@ -132,8 +136,10 @@ impl VirtRange {
         Self { start, end: start.wrapping_add(level.entry_span()) }
     }
 
-    /// The part of this range that one entry of a table at `level` covers, beginning at `address`: from `address` to
-    /// the end of that entry or of the range, whichever comes first. `address` lies inside the range, at the start of a page.
+    /// The part of this range that one entry of a table at `level` covers, from `address` to the
+    /// end of that entry or of the range, whichever comes first.
+    ///
+    /// `address` lies inside the range, at the start of a page.
     ///
     /// # Panics
     /// In a debug build, if it does not.

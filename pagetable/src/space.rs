@@ -1,4 +1,4 @@
-//! An address space as paging structures: a root and the number of tables below it.
+//! An address space as paging structures: a root, and how many tables are linked below it.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,22 +10,58 @@ use crate::table::{TableMemory, TableView};
 
 /// A root table and the count of the tables linked below it.
 ///
-/// Holds no lock of its own: every table has one (Linux: split page-table locks), and the embedder's map lock (Linux:
-/// mmap_lock) decides who may walk while tables are freed.
+/// It has no lock of its own. Each table has one (Linux: split page-table locks), and the
+/// embedder's map lock (Linux: mmap_lock) decides who may walk while tables are unhooked.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/memory.rs"));
+/// # fn main() {
+/// use mmu_pagetable::{AddressSpace, Bounds, EntryValue, Level, PagingMode, VirtRange};
+/// use x86_64::structures::paging::PageTableFlags;
+///
+/// // `Memory` is the example of `TableMemory`. One thread uses it, and no CPU loads its tables.
+/// let memory = Memory::new();
+/// let root = memory.allocate_table().expect("a frame");
+/// // SAFETY: the root is zeroed, belongs to no other address space, and is never freed.
+/// let space = unsafe { AddressSpace::new(root, PagingMode::FourLevel) };
+///
+/// let leaf = EntryValue::leaf(Level::Pte, PhysAddr::new(0x5000), PageTableFlags::WRITABLE);
+/// // SAFETY: nobody frees tables meanwhile, and no program uses the page.
+/// unsafe { space.map(&memory, 0x40_0000, Level::Pte, leaf) }.expect("frames for three tables");
+/// // SAFETY: nobody frees tables meanwhile.
+/// let found = unsafe { space.lookup(&memory, 0x40_0123) };
+/// assert_eq!(found.translate(0x40_0123), Some(PhysAddr::new(0x5123)));
+///
+/// // Teardown: clear the entry, then unhook its table and those above it, lowest level first.
+/// // SAFETY: nobody frees tables meanwhile.
+/// let table = unsafe { space.find_table(&memory, 0x40_0000, Level::Pte) }.expect("linked above");
+/// // SAFETY: no CPU has the page cached.
+/// let _old = unsafe { table.lock(&memory).entry(0x40_0000).get_and_clear() };
+/// let range = VirtRange::new(0x40_0000, 0x40_1000).expect("a page");
+/// let mut levels = Vec::new();
+/// // SAFETY: nobody else walks, and the tables are not used again.
+/// unsafe {
+///     space.unhook_tables(&memory, range, Bounds::whole(), |table| levels.push(table.level()));
+/// }
+/// assert_eq!(levels, [Level::Pte, Level::Pmd, Level::Pud]);
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct AddressSpace {
     root: PhysFrame,
     mode: PagingMode,
-    /// Tables linked, by level of the table: PTE, PMD, PUD, P4D. Linux: nr_ptes, nr_pmds, nr_puds in one counter.
+    /// Tables linked, by level of the table: PTE, PMD, PUD, P4D. Linux keeps nr_ptes, nr_pmds and
+    /// nr_puds in one counter.
     linked: [AtomicU64; 4],
 }
 
 impl AddressSpace {
-    /// An address space whose root table is the zeroed frame `root`, or one whose upper half is already filled in.
+    /// An address space whose root table is the zeroed frame `root`, or one whose upper half is
+    /// already filled in.
     ///
     /// # Safety
-    /// - `root` holds a table of the mode's root level, whose lower half is empty, in the memory that every later call
-    ///   is given;
+    /// - `root` holds a table of the mode's root level, whose lower half is empty, in the memory
+    ///   that every later call is given;
     /// - `root` is the root of no other address space;
     /// - the frame stays a table until the address space is dropped and every CPU has left it.
     #[must_use]
@@ -34,7 +70,7 @@ impl AddressSpace {
         Self { root, mode, linked: [const { AtomicU64::new(0) }; 4] }
     }
 
-    /// The frame of the root table: what CR3 points to.
+    /// The frame of the root table, which CR3 holds.
     #[must_use]
     #[inline]
     pub const fn root(&self) -> PhysFrame {
@@ -61,7 +97,7 @@ impl AddressSpace {
         }
     }
 
-    /// Tables of `level` linked now, the root not counted. Linux: mm_pgtables_bytes.
+    /// How many tables of `level` are linked now, the root not counted. Linux: mm_pgtables_bytes.
     #[doc(alias = "mm_pgtables_bytes")]
     #[must_use]
     pub fn nr_tables(&self, level: Level) -> u64 {
@@ -71,13 +107,15 @@ impl AddressSpace {
     /// The root table.
     ///
     /// # Safety
-    /// The caller keeps every table it reaches from here alive while it uses the view: it holds the embedder's map
-    /// lock, for reading at least, and stays inside areas that are mapped; or it is the one who frees them.
+    /// Every table that the caller reaches from here stays a table while the view is used. Either
+    /// the caller holds the embedder's map lock, for reading at least, and stays inside areas that
+    /// are mapped; or the caller is the one who frees the tables.
     #[must_use]
     #[inline]
     #[expect(unsafe_code, reason = "hands out a view of the root")]
     pub unsafe fn root_table<'m, M: TableMemory>(&self, memory: &'m M) -> TableView<'m> {
-        // SAFETY: `new`'s caller promised that the root is a table of this level; the lifetime is our caller's promise.
+        // SAFETY: `new`'s caller promised that the root is a table of this level; the lifetime is
+        // our caller's promise.
         unsafe { TableView::new(memory, self.root, self.mode.root_level()) }
     }
 

@@ -8,7 +8,7 @@ use core::ptr;
 
 use spin::RelaxStrategy;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
-use static_assertions::const_assert_eq;
+use static_assertions::{assert_eq_align, assert_eq_size};
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
@@ -24,8 +24,8 @@ pub struct Table {
     entries: [Entry; 512],
 }
 
-const_assert_eq!(size_of::<Table>(), size_of::<PageTable>());
-const_assert_eq!(align_of::<Table>(), align_of::<PageTable>());
+assert_eq_size!(Table, PageTable);
+assert_eq_align!(Table, PageTable);
 
 impl Table {
     /// The entry at `index`.
@@ -45,13 +45,13 @@ impl Table {
         &self.entries
     }
 
-    /// Whether all 512 entries are none now. Final only while the lock is held.
+    /// Whether all 512 entries are empty now. The answer lasts only while the lock is held.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.iter().all(|entry| entry.load().is_empty())
     }
 
-    /// Whether the entries of one cache line are all none now.
+    /// Whether all entries of one cache line are empty now.
     #[inline]
     fn line_is_empty(&self, line: Line) -> bool {
         let first = line.first_entry();
@@ -59,44 +59,58 @@ impl Table {
     }
 }
 
-/// The lock of one table page. Guards the entries of that page against other software, never against hardware.
+/// The lock of one table page. It guards the entries of that page against other software, never
+/// against hardware.
 ///
-/// `R` decides what a waiting CPU does; it must keep answering flush requests, or two CPUs that wait for each other
-/// stop for ever. Linux: `ptlock_ptr`.
+/// `R` decides what a waiting CPU does. It must keep answering flush requests, or two CPUs that
+/// wait for each other stop for ever. Linux: `ptlock_ptr`.
 #[doc(alias = "ptlock")]
 pub type TableLock<R> = SpinMutex<(), R>;
 
 /// Where table pages live: what a kernel supplies to this crate.
 ///
-/// The pointer to a frame comes from the `x86_64` crate's own [`PageTableFrameMapping`], so an implementation that
-/// exists for `MappedPageTable` serves unchanged. Its `FrameAllocator` is not used: it takes `&mut self`, and several
-/// CPUs allocate at once.
+/// The pointer to a frame comes from the `x86_64` crate's own [`PageTableFrameMapping`], so an
+/// implementation that exists for `MappedPageTable` serves unchanged. Its `FrameAllocator` is not
+/// used, because it takes `&mut self`, and several CPUs allocate at once.
 ///
 /// # Safety
-/// - `frame_to_pointer` of a frame that `allocate_table` returned, or of a root, points to that frame's 4096 bytes,
-///   readable and writable, for as long as the frame is a table; no Rust reference other than `&Table` to it exists.
+/// - `frame_to_pointer` of a frame that `allocate_table` returned, or of a root, points to that
+///   frame's 4096 bytes, readable and writable, for as long as the frame is a table; no Rust
+///   reference other than `&Table` to it exists.
 /// - `allocate_table` returns a frame that nobody else uses and that reads as zero.
-/// - `table_lock` returns the same lock for the same frame until the frame is freed, and locks of tables on one path
-///   from a root are distinct;
-/// - `used_lines` returns the same one for the same frame until the frame is freed, and another for every other frame; once it
-///   does, entries of linked tables become something only through [`LockedTable::entry`] (rule P4); the kernel half of a root,
-///   which the engine does not look at, is free from that;
-/// - nobody gets a view of one memory and a reference to another of the same type: a machine has one memory, and where a
-///   process has several (a simulator), whoever holds two keeps their views apart.
+/// - `table_lock` returns the same lock for the same frame until the frame is freed, and locks of
+///   tables on one path from a root are distinct.
+/// - `used_lines` returns the same [`UsedLines`] for the same frame until the frame is freed, and
+///   another one for every other frame. If it returns one, entries of linked tables are filled only
+///   through [`LockedTable::entry`] (rule P4); the kernel half of a root, which the engine does not
+///   look at, is exempt.
+/// - Nobody combines a view of one memory with a reference to another of the same type. A machine
+///   has one memory; where a process has several (a simulator), whoever holds two keeps their views
+///   apart.
+///
+/// # Example
+/// Tables in an ordinary process:
+///
+/// ```
+#[doc = include_str!("../doc/memory.rs")]
+/// ```
 pub unsafe trait TableMemory: PageTableFrameMapping {
     /// What a CPU does while it waits for a table lock.
     type Relax: RelaxStrategy;
 
-    /// The lock of the table in `frame`. Asked for only by who takes it next, or tries to.
+    /// The lock of the table in `frame`. Only a caller that takes the lock next, or tries to, asks
+    /// for it.
     ///
     /// # Safety
     /// `frame` is a table of this memory, and is not freed while the lock is used.
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<Self::Relax>;
 
-    /// Where it is noted which cache lines of the table in `frame` may hold entries; best beside the lock.
+    /// Where it is noted which cache lines of the table in `frame` may hold entries; best beside
+    /// the lock.
     ///
-    /// A kernel that keeps it has sparse memory torn down by looking at the lines that are used, not at all 64 of each table. One
-    /// that does not, or that writes entries by means of its own, says `None`: every line is then looked at.
+    /// With these notes, tearing down sparse memory looks at the used lines only, not at all 64 of
+    /// each table. A kernel that does not keep them, or that writes entries by means of its own,
+    /// returns `None`: every line is then looked at.
     ///
     /// # Safety
     /// As for [`table_lock`](Self::table_lock).
@@ -113,27 +127,31 @@ pub unsafe trait TableMemory: PageTableFrameMapping {
 
     /// Takes back pages that were tables, or were meant to become tables.
     ///
-    /// The engine calls this only for pages that no CPU can reach any more: never linked, or unhooked and flushed
-    /// everywhere, lazy CPUs included. A kernel whose own software walks tables without a lock (Linux: gup_fast) must
-    /// still wait for those walkers, say by handing the pages to RCU here.
+    /// The engine calls this only for pages that no CPU can reach any more: never linked, or
+    /// unhooked and flushed everywhere, lazy CPUs included. A kernel whose own software walks
+    /// tables without a lock (Linux: gup_fast) must still wait for those walkers, for example by
+    /// handing the pages to RCU here.
     ///
     /// # Context
     /// No table lock is held.
     ///
     /// # Safety
-    /// Each of `tables` came from [`allocate_table`](Self::allocate_table), or was a root, and is given back once: it was never
-    /// linked, or it was unhooked and every CPU, lazy ones included, has flushed since; no CPU has it as its root.
+    /// - Each of `tables` came from [`allocate_table`](Self::allocate_table), or was a root, and is
+    ///   given back once.
+    /// - Each was never linked, or was unhooked and every CPU, lazy ones included, has flushed
+    ///   since.
+    /// - No CPU has one of them as its root.
     unsafe fn free_tables(&self, tables: &[PhysFrame]);
 }
 
-/// What the panic of a debug build says of an entry in a line that is not noted.
+/// The end of a debug build's panic message about an entry in a line that is not noted.
 const PAST_THE_NOTES: &str = "is not noted in its used lines: entries were written past `LockedTable::entry`. \
     A kernel that writes them by means of its own says None in `TableMemory::used_lines`";
 
-/// A borrowed view of one table: its entries, where it is, and its level.
+/// A borrowed view of one table: its entries, its frame, and its level.
 ///
-/// Holding one proves that the page was a table of this level when the view was made. It proves nothing about its
-/// entries: without the lock they may change between any two reads.
+/// Holding one proves that the page was a table of this level when the view was made. It proves
+/// nothing about its entries: without the lock they may change between any two reads.
 #[derive(Clone, Copy)]
 pub struct TableView<'m> {
     table: &'m Table,
@@ -145,16 +163,18 @@ impl<'m> TableView<'m> {
     /// The view of the table in `frame`.
     ///
     /// # Safety
-    /// - `frame` holds a table of `level` that came from `memory` (or is the root of an address space in it);
-    /// - it is not freed while the view is used: the caller's lock (Linux: mmap_lock) keeps `free_range` away, or the
-    ///   caller is the one who frees it.
+    /// - `frame` holds a table of `level` that came from `memory` (or is the root of an address
+    ///   space in it);
+    /// - it is not freed while the view is used: the caller's lock (Linux: mmap_lock) keeps
+    ///   `unhook_tables` away, or the caller is the one who frees it.
     #[must_use]
     #[inline]
     pub unsafe fn new<M: PageTableFrameMapping>(memory: &'m M, frame: PhysFrame, level: Level) -> Self {
         let pointer = memory.frame_to_pointer(frame).cast::<Table>();
-        // SAFETY: by the contract of `TableMemory` (first item) the pointer is valid and aligned while the frame is a
-        // table, which the caller promises for the life of the view. `Table` has the size and alignment of
-        // `PageTable` (asserted above) and is only read and written through atomics, so sharing it is sound.
+        // SAFETY: by the contract of `TableMemory` (first item) the pointer is valid and aligned
+        // while the frame is a table, which the caller promises for the life of the view. `Table`
+        // has the size and alignment of `PageTable` (asserted above) and is only read and written
+        // through atomics, so sharing it is sound.
         let table = unsafe { &*pointer };
         Self { table, frame, level }
     }
@@ -187,7 +207,8 @@ impl<'m> TableView<'m> {
         self.table.entry(self.level.index(address)).load()
     }
 
-    /// The entries that `range` selects, which lies inside the span of the table; those it covers in part are among them.
+    /// The entries that `range` selects, those it covers only in part among them. `range` lies
+    /// inside the span of the table.
     ///
     /// # Panics
     /// If `range` reaches beyond the table.
@@ -199,7 +220,7 @@ impl<'m> TableView<'m> {
         &self.table.entries[first..=last]
     }
 
-    /// The table that the entry for `address` points to, if it points to one.
+    /// The table that the entry for `address` links, if it links one.
     ///
     /// # Safety
     /// As for [`TableView::new`]: nobody frees that table while the view is used.
@@ -208,8 +229,8 @@ impl<'m> TableView<'m> {
     pub unsafe fn child<M: PageTableFrameMapping>(&self, memory: &'m M, address: u64) -> Option<Self> {
         let below = self.level.below()?;
         let frame = self.load(address).as_table(self.level)?;
-        // SAFETY: a present, non-leaf entry of a live table points to a live table of the level below (P2); the
-        // caller keeps it alive.
+        // SAFETY: a present, non-leaf entry of a live table points to a live table of the level
+        // below (P2); the caller keeps it alive.
         Some(unsafe { Self::new(memory, frame, below) })
     }
 
@@ -219,7 +240,8 @@ impl<'m> TableView<'m> {
     /// Spins. Never taken while a lock of the same or a lower level is held.
     #[inline]
     pub fn lock<M: TableMemory>(&self, memory: &'m M) -> LockedTable<'m, M::Relax> {
-        // SAFETY: a view is of a live table (contract of `new`), of the one memory there is (contract of `TableMemory`).
+        // SAFETY: a view is of a live table (contract of `new`), in the one memory there is
+        // (contract of `TableMemory`).
         let guard = unsafe { memory.table_lock(self.frame) }.lock();
         LockedTable { view: *self, used: self.notes(memory), _guard: guard }
     }
@@ -237,19 +259,21 @@ impl<'m> TableView<'m> {
         unsafe { memory.used_lines(self.frame) }
     }
 
-    /// The lines that may hold entries: all, if the kernel does not note them. Without the lock they may change at any time.
+    /// The lines that may hold entries; all lines, if the kernel does not note them. Without the
+    /// lock they may change at any time.
     #[must_use]
     #[inline]
     pub fn used_lines<M: TableMemory>(&self, memory: &M) -> Lines {
         self.notes(memory).map_or(Lines::ALL, UsedLines::load)
     }
 
-    /// The parts of `range`, which lies inside the span of the table, whose entries may be something; see
-    /// [`used_lines`](Self::used_lines).
+    /// The parts of `range` whose entries may be something other than empty, by the noted lines;
+    /// see [`used_lines`](Self::used_lines). `range` lies inside the span of the table.
     ///
-    /// A debug build looks at the lines that are not noted, too, and panics if one has an entry: somebody writes entries by
-    /// means of his own, past the notes (rule P4). A release build does not: to look took 2.3 times the instructions a table in
-    /// sparse memory, which is what the notes save.
+    /// A debug build also looks at the lines that are not noted, and panics if one has an entry:
+    /// somebody writes entries by means of their own, past the notes (rule P4). A release build
+    /// does not look: doing so took 2.3 times the instructions a table in sparse memory, which is
+    /// what the notes save.
     #[inline]
     pub fn used_parts<M: TableMemory>(&self, memory: &M, range: VirtRange) -> UsedParts {
         let used = self.used_lines(memory);
@@ -259,24 +283,26 @@ impl<'m> TableView<'m> {
         UsedParts::new(used, self.level, range)
     }
 
-    /// Asserts rule P4 for the lines of `range` that are not in `used`, which were the noted ones a moment ago.
+    /// Asserts rule P4 for the lines of `range` that are not in `used`, the lines that were noted a
+    /// moment ago.
     pub(crate) fn check_unused<M: TableMemory>(&self, memory: &M, used: Lines, range: VirtRange) {
         let entries = self.level.index(range.start())..self.level.index(range.end() - 1) + 1;
         for line in Lines::touched_by(&entries).without(used) {
-            // Without the lock: a line may be noted, filled, emptied and forgotten while we look; hardly three times over.
+            // Without the lock, a line may be noted, filled, emptied and forgotten while we look;
+            // hardly three times in a row.
             let is_missing = (0..3).all(|_| {
                 !self.table.line_is_empty(line)
-                    && self.used_lines(memory).both(Lines::EMPTY.with(line)).is_empty()
+                    && self.used_lines(memory).intersect(Lines::EMPTY.with(line)).is_empty()
             });
             assert!(!is_missing, "P4: {self:?} has an entry in {line:?}, which {PAST_THE_NOTES}");
         }
     }
 
-    /// Fetches where the used lines are noted, if they are, and up to eight lines of the entries that `range` selects, into this
-    /// CPU's cache, for somebody who will soon look at them.
+    /// Prefetches, for somebody who will soon look at them, up to eight lines of the entries that
+    /// `range` selects, and the note of the table's used lines, if there is one.
     ///
-    /// The lock comes along where it lies beside the note. It is not asked for: to a kernel, [`TableMemory::table_lock`] may say
-    /// that it will be taken.
+    /// The lock is fetched with the note where it lies beside it. The lock itself is not asked for:
+    /// a kernel may take a call of [`TableMemory::table_lock`] to mean that the lock will be taken.
     ///
     /// # Panics
     /// If `range` reaches beyond the table.
@@ -294,12 +320,13 @@ impl<'m> TableView<'m> {
         }
     }
 
-    /// Fetches the first used line into this CPU's cache, for somebody who will soon look at the table.
+    /// Prefetches the first used line, for somebody who will soon look at the table.
     #[inline]
     pub fn prefetch<M: TableMemory>(&self, memory: &M) {
         if let Some(line) = self.used_lines(memory).first() {
             let line = ptr::from_ref(self.table.entry(line.first_entry()));
-            // SAFETY: a prefetch reads nothing that the program can tell, and SSE is in the baseline of x86_64.
+            // SAFETY: a prefetch reads nothing that the program can tell, and SSE is in the
+            // baseline of x86_64.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
         }
     }
@@ -311,7 +338,8 @@ impl fmt::Debug for TableView<'_> {
     }
 }
 
-/// A table whose lock is held: the proof that no other software changes its entries. Hardware still may set A/D.
+/// A table whose lock is held: the proof that no other software changes its entries. Hardware may
+/// still set A/D bits.
 pub struct LockedTable<'m, R> {
     view: TableView<'m>,
     used: Option<&'m UsedLines>,
@@ -319,7 +347,7 @@ pub struct LockedTable<'m, R> {
 }
 
 impl<'m, R> LockedTable<'m, R> {
-    /// The table without the proof.
+    /// The table, without the proof that its lock is held.
     #[must_use]
     #[inline]
     pub const fn view(&self) -> TableView<'m> {
@@ -337,8 +365,8 @@ impl<'m, R> LockedTable<'m, R> {
         LockedEntry { entry: self.view.table.entry(index), index, used: self.used }
     }
 
-    /// The entries that `range` selects; see [`TableView::entries`]. To look at and to clear; what is put in goes through
-    /// [`entry`](Self::entry).
+    /// The entries that `range` selects, for looking and clearing; see [`TableView::entries`]. What
+    /// is put in goes through [`entry`](Self::entry).
     ///
     /// # Panics
     /// If `range` reaches beyond the table.
@@ -348,8 +376,8 @@ impl<'m, R> LockedTable<'m, R> {
         self.view.entries(range)
     }
 
-    /// The lines that may hold entries: all, if the kernel does not note them. Checked by debug builds, as
-    /// [`TableView::used_parts`] is.
+    /// The lines that may hold entries; all lines, if the kernel does not note them. Debug builds
+    /// check them, as in [`TableView::used_parts`].
     #[must_use]
     #[inline]
     pub fn used_lines(&self) -> Lines {
@@ -362,12 +390,14 @@ impl<'m, R> LockedTable<'m, R> {
         used
     }
 
-    /// Forgets the lines that lie in `entries` (indices) with all eight of theirs.
+    /// Forgets the lines whose eight entries all lie in `entries` (indices).
     ///
-    /// Lines that reach beyond either end stay noted, empty or not: looking at them costs more than it will ever save.
+    /// Lines that reach beyond either end stay noted, empty or not: looking at them costs more than
+    /// forgetting them would ever save.
     ///
     /// # Safety
-    /// All of `entries` are empty now: what is left in one would be passed over, and its table freed with it.
+    /// All of `entries` are empty now. An entry that is left would be passed over, and lost when
+    /// its table is freed.
     #[inline]
     pub unsafe fn forget_cleared_lines(&self, entries: &Range<usize>) {
         let lines = Lines::inside(entries);
@@ -382,17 +412,19 @@ impl<'m, R> LockedTable<'m, R> {
         }
     }
 
-    /// Forgets the lines that are empty among those that `entries` (indices) touch; looks at each that is noted.
+    /// Forgets the lines that are empty among those that `entries` (indices) touch. It looks at
+    /// each of them that is noted.
     pub fn forget_empty_lines(&self, entries: &Range<usize>) {
         if let Some(used) = self.used {
-            let noted = used.load().both(Lines::touched_by(entries)).into_iter();
+            let noted = used.load().intersect(Lines::touched_by(entries)).into_iter();
             let empty = noted.filter(|line| self.view.table.line_is_empty(*line));
             used.forget(empty.fold(Lines::EMPTY, Lines::with));
         }
     }
 }
 
-/// An entry of a table whose lock is held. What is stored here is noted in the table's [`UsedLines`].
+/// An entry of a table whose lock is held. What is stored here is noted in the table's
+/// [`UsedLines`].
 #[derive(Clone, Copy, Debug)]
 pub struct LockedEntry<'l> {
     entry: &'l Entry,
@@ -412,18 +444,23 @@ impl LockedEntry<'_> {
     ///
     /// # Safety
     /// A CPU may walk the table at any time, so:
-    /// - what is put in may be used at once by whoever has the address space loaded: a leaf maps a page that its programs may
-    ///   use so, as for [`AddressSpace::map`](crate::AddressSpace::map); a link leads to a table of the level below that
-    ///   nothing else links, as for [`AddressSpace::link_table`](crate::AddressSpace::link_table);
-    /// - no link is overwritten: tables are unhooked by [`AddressSpace::free_range`](crate::AddressSpace::free_range) only
-    ///   (rule P2);
-    /// - what a leaf loses, its mapping or a right, other CPUs may go on using until they have flushed: until then its page
-    ///   is not freed nor taken for one that cannot be written, and somebody is going to flush: a gather that is open and told
-    ///   ([`changed`](https://docs.rs/mmu-gather), before the lock drops), or a batch of reclaim that was told, likewise.
+    /// - What is put in may be used at once by whoever has the address space loaded. A leaf maps a
+    ///   page that its programs may use in that way, as for
+    ///   [`AddressSpace::map`](crate::AddressSpace::map); a link leads to a table of the level
+    ///   below that nothing else links, as for
+    ///   [`AddressSpace::link_table`](crate::AddressSpace::link_table).
+    /// - No link is overwritten: only
+    ///   [`AddressSpace::unhook_tables`](crate::AddressSpace::unhook_tables) unhooks tables (rule
+    ///   P2).
+    /// - What a leaf loses, its mapping or a right, other CPUs may go on using until they have
+    ///   flushed. Until then its page is not freed, nor taken for one that cannot be written; and
+    ///   somebody is going to flush: an open gather that was told before the lock drops
+    ///   ([`changed`](https://docs.rs/mmu-gather)), or a reclaim batch that was told likewise.
     #[inline]
     pub unsafe fn store(&self, value: EntryValue) {
         self.note(value);
-        // SAFETY: passed on to our caller; the lock is held (this is a part of its guard), and the line is noted.
+        // SAFETY: passed on to our caller; the lock is held (this is a part of its guard), and the
+        // line is noted.
         unsafe { self.entry.store(value) };
     }
 
@@ -456,7 +493,7 @@ impl LockedEntry<'_> {
     /// As [`Entry::get_and_clear`].
     ///
     /// # Safety
-    /// As for [`store`](Self::store), of nothing.
+    /// As for [`store`](Self::store) of the empty entry.
     #[must_use]
     #[inline]
     pub unsafe fn get_and_clear(&self) -> EntryValue {
@@ -464,7 +501,8 @@ impl LockedEntry<'_> {
         unsafe { self.entry.get_and_clear() }
     }
 
-    /// INVARIANT: P4, before the entry is something: whoever can see it finds its line noted.
+    /// INVARIANT: P4, the line is noted before the entry is filled: whoever can see the entry finds
+    /// its line noted.
     #[inline]
     fn note(&self, value: EntryValue) {
         if let Some(used) = self.used

@@ -1,4 +1,5 @@
-//! Which cache lines of a table may hold entries: what lets a walk of sparse memory look at one line and not at 64.
+//! Which cache lines of a table may hold entries. With this note, a walk of sparse memory looks at
+//! one line instead of 64.
 
 use core::fmt;
 use core::iter;
@@ -59,35 +60,35 @@ impl Lines {
         if first >= end || end > 64 { Self::EMPTY } else { Self(u64::MAX >> (64 - (end - first)) << first) }
     }
 
-    /// The lines that are in both.
+    /// The lines that are in both sets.
     #[must_use]
     #[inline]
-    pub const fn both(self, other: Self) -> Self {
+    pub const fn intersect(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
-    /// The lines that are not in `other`.
+    /// The lines of this set that are not in `other`.
     #[must_use]
     #[inline]
     pub const fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
     }
 
-    /// The lines, and one more.
+    /// The lines of this set, and `line`.
     #[must_use]
     #[inline]
     pub const fn with(self, line: Line) -> Self {
         Self(self.0 | 1 << (line.0 & 63))
     }
 
-    /// Whether there are none.
+    /// Whether the set has no line.
     #[must_use]
     #[inline]
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// The first of them.
+    /// The first line of the set.
     #[must_use]
     #[inline]
     pub const fn first(self) -> Option<Line> {
@@ -95,12 +96,12 @@ impl Lines {
         if self.0 == 0 { None } else { Some(Line(self.0.trailing_zeros().to_le_bytes()[0])) }
     }
 
-    /// The first entries of `entries` that lie in lines of the set, as far as these follow one another without a gap; empty, and at the
-    /// end of `entries`, if there are none.
+    /// The first run of entries of `entries` (indices) that lie in lines of the set, up to the next
+    /// gap. If there is none, the result is empty and lies at the end of `entries`.
     #[must_use]
     #[inline]
     pub const fn first_run(self, entries: &Range<usize>) -> Range<usize> {
-        // From the start on; what lies beyond the end is cut off below.
+        // The set from the line of `start` on; what lies beyond the end is cut off below.
         let here = self.0 & (u64::MAX << ((entries.start / Line::ENTRIES) & 63));
         let first = here.trailing_zeros();
         let start = first as usize * Line::ENTRIES;
@@ -153,7 +154,8 @@ impl fmt::Debug for Lines {
     }
 }
 
-/// The parts of a range, inside the span of one table, whose entries may be something; ascending, as few as can be.
+/// The parts of a range, inside the span of one table, whose entries may be something other than
+/// empty; ascending, and as few as possible.
 #[derive(Clone, Debug)]
 pub struct UsedParts {
     lines: Lines,
@@ -166,7 +168,8 @@ impl UsedParts {
         Self { lines, level, rest: range }
     }
 
-    /// One address for each entry: the first that it maps, or the first of the range.
+    /// One address for each entry: the first address that the entry covers, or the start of the
+    /// range.
     #[inline]
     pub fn addresses(self) -> impl Iterator<Item = u64> {
         let span = self.level.entry_span();
@@ -193,12 +196,15 @@ impl Iterator for UsedParts {
     }
 }
 
-/// Where a kernel notes which lines of one table may hold entries: eight bytes, beside the table's lock.
+/// Where a kernel notes which lines of one table may hold entries: eight bytes, beside the table's
+/// lock.
 ///
-/// INVARIANT: P4, the line of every entry that is not none is noted. Lines that are noted may be empty; nothing but time is lost
-/// by that. Changed under the table's lock only; read without it by those who could as well have read the entries.
+/// INVARIANT: P4, the line of every entry that is not empty is noted. A line that is noted may be
+/// empty, which costs nothing but time. The note is changed under the table's lock only; it may be
+/// read without the lock by whoever could as well have read the entries.
 ///
-/// Zeroed is a valid state, for a table without entries; any other state is valid for one, too.
+/// Zeroed is a valid state, for a table without entries; any other state is valid for such a table,
+/// too.
 #[derive(Debug, Default)]
 #[repr(transparent)]
 pub struct UsedLines(AtomicU64);
@@ -206,7 +212,7 @@ pub struct UsedLines(AtomicU64);
 assert_eq_size!(UsedLines, u64);
 
 impl UsedLines {
-    /// For a table without entries.
+    /// The note of a table without entries.
     #[must_use]
     #[inline]
     pub const fn new() -> Self {
@@ -217,17 +223,18 @@ impl UsedLines {
     #[must_use]
     #[inline]
     pub fn load(&self) -> Lines {
-        // Acquire: whoever finds a line forgotten also sees what came before that (an open gather, rule G6). Pairs with `set`.
+        // ORDERING: acquire, pairs with `set`: whoever finds a line forgotten also sees what came
+        // before that (an open gather, rule G6).
         Lines(self.0.load(Ordering::Acquire))
     }
 
-    /// The table is new: all entries are none.
+    /// Forgets every line: the table is new, and all of its entries are empty.
     #[inline]
     pub(crate) fn forget_all(&self) {
         self.set(0);
     }
 
-    /// All lines are noted, of a table that somebody has filled.
+    /// Notes every line: somebody has filled the table.
     #[inline]
     pub(crate) fn note_all(&self) {
         self.set(u64::MAX);
@@ -235,11 +242,12 @@ impl UsedLines {
 
     #[inline]
     fn set(&self, lines: u64) {
-        // Release: pairs with `load`.
+        // ORDERING: release, pairs with `load`.
         self.0.store(lines, Ordering::Release);
     }
 
-    /// Notes the line of the entry with this index, which is about to be something. The table's lock is held.
+    /// Notes the line of the entry with this index, which is about to be filled. The table's lock
+    /// is held.
     #[inline]
     pub(crate) fn note(&self, index: usize) {
         let noted = self.0.load(Ordering::Relaxed);
@@ -265,7 +273,8 @@ mod tests {
 
     use super::*;
 
-    /// Sets with runs of every kind: none, all, at both ends, single lines, and some without a pattern.
+    /// Sets with runs of every kind: no line, every line, runs at both ends, single lines, and some
+    /// without a pattern.
     fn sets() -> impl Iterator<Item = Lines> {
         let odd = (0..40).scan(1_u64, |state, _| {
             *state = state.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ *state >> 29;
@@ -302,7 +311,7 @@ mod tests {
         for range in ranges() {
             for line in Lines::ALL {
                 let mut entries = line.first_entry()..line.first_entry() + Line::ENTRIES;
-                let is_in = |set: Lines| !set.both(Lines::EMPTY.with(line)).is_empty();
+                let is_in = |set: Lines| !set.intersect(Lines::EMPTY.with(line)).is_empty();
                 assert_eq!(is_in(Lines::touched_by(&range)), entries.any(|entry| range.contains(&entry)));
                 let mut entries = line.first_entry()..line.first_entry() + Line::ENTRIES;
                 assert_eq!(is_in(Lines::inside(&range)), entries.all(|entry| range.contains(&entry)));

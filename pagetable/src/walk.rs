@@ -1,4 +1,4 @@
-//! Going down from the root to one address.
+//! Walks from the root to one address.
 
 use x86_64::PhysAddr;
 
@@ -13,12 +13,12 @@ use crate::table::{TableMemory, TableView};
 pub struct Mapping {
     /// Level of the table that holds the entry.
     pub level: Level,
-    /// What it held. Not a link to a table, unless that table was linked while we looked.
+    /// What the entry held. It links no table, unless that table was linked during the walk.
     pub value: EntryValue,
 }
 
 impl Mapping {
-    /// Physical address that `address` translates to, if the entry maps a page.
+    /// The physical address that `address` translates to, if the entry maps a page.
     #[must_use]
     pub fn translate(&self, address: u64) -> Option<PhysAddr> {
         match self.value.decode(self.level) {
@@ -30,7 +30,8 @@ impl Mapping {
 
 #[expect(unsafe_code, reason = "walking follows links between tables")]
 impl AddressSpace {
-    /// The lowest entry on the path to `address`: a leaf, a non-present meaning, or none at some level.
+    /// The lowest entry on the path to `address`: a leaf, a kept entry, or an empty one at some
+    /// level.
     ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
@@ -43,12 +44,13 @@ impl AddressSpace {
             let (Some(frame), Some(below)) = (value.as_table(view.level()), view.level().below()) else {
                 return Mapping { level: view.level(), value };
             };
-            // SAFETY: P2: a link in a live table leads to a live table of the level below; our caller keeps it alive.
+            // SAFETY: P2: a link in a live table leads to a live table of the level below; our
+            // caller keeps it alive.
             view = unsafe { TableView::new(memory, frame, below) };
         }
     }
 
-    /// The table of `level` on the path to `address`; `None` if the path ends above it.
+    /// The table of `level` on the path to `address`; `None` if the path ends above that level.
     ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
@@ -68,7 +70,8 @@ impl AddressSpace {
         Some(view)
     }
 
-    /// The lowest table all of whose span covers `range`, or the one above it where the path ends.
+    /// The lowest table whose span covers all of `range`; or, where the path ends above it, the
+    /// last table on the path.
     ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
@@ -86,13 +89,15 @@ impl AddressSpace {
             && differing >> view.level().entry_shift() == 0
         {
             let Some(frame) = view.load(range.start()).as_table(view.level()) else { break };
-            // SAFETY: P2: a link in a live table leads to a live table of the level below; our caller keeps it alive.
+            // SAFETY: P2: a link in a live table leads to a live table of the level below; our
+            // caller keeps it alive.
             view = unsafe { TableView::new(memory, frame, below) };
         }
         view
     }
 
-    /// The last-level table that covers all of `range`, if one does and is there: most areas are smaller than its span.
+    /// The last-level table that covers all of `range`, if one table does and is linked. Most areas
+    /// are smaller than its span.
     ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
@@ -113,9 +118,10 @@ impl AddressSpace {
         unsafe { pmd.child(memory, address) }
     }
 
-    /// The PMD table on the path to `address`, if it is there.
+    /// The PMD table on the path to `address`, if it is linked.
     ///
-    /// Level by level, so that each is a constant: half as many instructions as a loop.
+    /// Written out level by level, so that each level is a constant: half as many instructions as a
+    /// loop.
     ///
     /// # Safety
     /// As for [`AddressSpace::root_table`].
@@ -125,7 +131,8 @@ impl AddressSpace {
         memory: &'m M,
         address: u64,
     ) -> Option<TableView<'m>> {
-        // SAFETY: passed on to our caller, here and below. P2: a link leads to a live table of the level below.
+        // SAFETY: passed on to our caller, here and below. P2: a link leads to a live table of the
+        // level below.
         let root = unsafe { self.root_table(memory) };
         let p4d = match self.mode() {
             PagingMode::FourLevel => root,

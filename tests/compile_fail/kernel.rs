@@ -103,7 +103,7 @@ impl Kernel {
     /// A table that the kernel unhooked.
     pub fn unhook(&self, mm: &MyMm) -> UnhookedTable {
         let mut table = None;
-        unsafe { mm.space().free_range(self, page(), Bounds::whole(), |unhooked| table = Some(unhooked)) };
+        unsafe { mm.space().unhook_tables(self, page(), Bounds::whole(), |unhooked| table = Some(unhooked)) };
         table.unwrap()
     }
 

@@ -141,7 +141,7 @@ impl PaperKernel {
         let mut tables = Vec::new();
         self.for_each_table(mm, &mut |view| {
             let noted = view.used_lines(self);
-            let is_noted = |index: usize| !noted.both(Lines::touched_by(&(index..index + 1))).is_empty();
+            let is_noted = |index: usize| !noted.intersect(Lines::touched_by(&(index..index + 1))).is_empty();
             let mut entries = view.table().entries().iter().enumerate();
             if entries.any(|(index, entry)| !entry.load().is_empty() && !is_noted(index)) {
                 tables.push((view.level(), view.frame()));
@@ -394,7 +394,7 @@ impl PaperKernel {
         let mut unhooked = None;
         let bounds = Bounds::between(Some(span.start()), Some(span.end()));
         // SAFETY: one thread; nothing is mapped there. An `UnhookedTable` is freed by a gather's flush only.
-        unsafe { mm.space().free_range(self, span, bounds, |table| unhooked = Some(table)) };
+        unsafe { mm.space().unhook_tables(self, span, bounds, |table| unhooked = Some(table)) };
         debug_assert!(unhooked.as_ref().is_none_or(|unhooked| unhooked.frame() == table.frame()));
         unhooked
     }

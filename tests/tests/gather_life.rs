@@ -221,7 +221,9 @@ fn unhook_one(kernel: &PaperKernel, mm: &PaperMm) -> UnhookedTable {
     let mut unhooked = None;
     let bounds = Bounds::between(Some(GIB), Some(GIB + 2 * MIB));
     // SAFETY: one thread; nothing is mapped there, and whoever gets the table queues it.
-    unsafe { mm.space().free_range(kernel, range(GIB, GIB + PAGE), bounds, |table| unhooked = Some(table)) };
+    unsafe {
+        mm.space().unhook_tables(kernel, range(GIB, GIB + PAGE), bounds, |table| unhooked = Some(table))
+    };
     unhooked.expect("one table")
 }
 

@@ -140,7 +140,7 @@ fn p3_table_lifetime_is_decided_by_vmas_floor_and_ceiling_never_by_guess() {
 }
 
 #[test]
-fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_that_is_not_none_is_noted() {
+fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_that_is_not_empty_is_noted() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     let holds = |when: &str| assert_eq!(kernel.tables_with_unnoted_entries(mm), [], "{when}");

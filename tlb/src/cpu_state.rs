@@ -11,16 +11,26 @@ use x86_64::instructions::tlb::Pcid;
 
 use crate::cpuset::CpuBits;
 use crate::generation::{CtxId, MmContext, TlbGen};
-use crate::mmu::PcidSupport;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering};
 
-/// How many address spaces one CPU keeps translations of when PCIDs are on. Linux: TLB_NR_DYN_ASIDS.
+/// Whether CR4.PCIDE is set on every CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PcidSupport {
+    /// All translations are tagged 0; a CR3 load drops them.
+    Off,
+    /// Each CPU keeps [`NR_DYN_ASIDS`] address spaces apart.
+    On,
+}
+
+/// How many address spaces one CPU keeps translations of when PCIDs are on. Linux:
+/// TLB_NR_DYN_ASIDS.
 ///
-/// Six slots make the CPU-local part of [`CpuTlb`] two cache lines.
+/// With six slots the CPU-local part of [`CpuTlb`] is two cache lines.
 #[doc(alias = "TLB_NR_DYN_ASIDS")]
 pub const NR_DYN_ASIDS: u16 = 6;
 
-/// Number of a slot on one CPU, `0..NR_DYN_ASIDS`; its PCID is one more, PCID 0 being the kernel's own.
+/// The number of a slot on one CPU, `0..NR_DYN_ASIDS`. Its PCID is one more, because PCID 0 is the
+/// kernel's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Asid(u16);
 
@@ -31,7 +41,7 @@ impl Asid {
         self.0 as usize
     }
 
-    /// The PCID that tags this slot's translations: 0 for all while PCIDs are off.
+    /// The PCID that tags this slot's translations; 0 for every slot while PCIDs are off.
     #[must_use]
     pub const fn pcid(self, support: PcidSupport) -> Pcid {
         match support {
@@ -41,7 +51,7 @@ impl Asid {
     }
 }
 
-/// The tag of the kernel's own address space, and of everything while PCIDs are off.
+/// The tag of the kernel's own address space, and of every translation while PCIDs are off.
 pub(crate) const KERNEL_PCID: Pcid = pcid(0);
 
 const SLOT_PCIDS: [Pcid; NR_DYN_ASIDS as usize] = [pcid(1), pcid(2), pcid(3), pcid(4), pcid(5), pcid(6)];
@@ -53,12 +63,13 @@ const fn pcid(number: u16) -> Pcid {
     }
 }
 
-/// `(ctx_id, gen)`: nothing older than `gen` of that context is cached under this slot's PCID (rule T2).
+/// What a CPU promises about one PCID: nothing older than `tlb_gen` of context `ctx_id` is cached
+/// under it (rule T2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
-    /// The context whose translations are there; `None` if the slot was never used.
+    /// The context whose translations are cached there; `None` if the slot was never used.
     pub ctx_id: Option<CtxId>,
-    /// The generation they are at least as new as.
+    /// The generation that they are at least as new as.
     pub tlb_gen: TlbGen,
 }
 
@@ -67,19 +78,19 @@ pub struct Slot {
 pub enum Laziness {
     /// User programs may run: flushes must arrive.
     Active,
-    /// Kernel threads only: page flushes may wait until it wakes.
+    /// Only kernel threads run: page flushes may wait until the CPU wakes.
     Lazy,
 }
 
 /// The address space in a CPU's CR3.
-///
-/// Compares by identity.
 pub enum LoadedMm<'a, B: CpuBits> {
-    /// The kernel's own: no user translations (Linux: init_mm).
+    /// The kernel's own, without user translations (Linux: init_mm).
     Init,
-    /// Between two: CR3 may hold the old or the new one. Interrupts are off (Linux: LOADED_MM_SWITCHING).
+    /// The CPU is between two: CR3 may hold the old one or the new one. Interrupts are off (Linux:
+    /// LOADED_MM_SWITCHING).
     Switching,
-    /// None that is anybody's concern: the CPU is off, and starts without translations ([`init_cpu`](crate::init_cpu)).
+    /// The CPU is off. Nobody needs to know what its CR3 holds, because it starts without
+    /// translations ([`init_cpu`](crate::init_cpu)).
     Offline,
     /// This one.
     Mm(&'a MmContext<B>),
@@ -91,11 +102,12 @@ struct SlotCell {
     tlb_gen: AtomicU64,
 }
 
-/// One CPU's state. Only the CPU itself writes it; others read what is in `shared`.
+/// One CPU's state. Only the CPU itself writes it; other CPUs read what is in `shared`.
 ///
-/// The part the CPU alone uses is two cache lines, which it writes whenever it flushes. What flushing CPUs read at every
-/// shootdown has a line of its own, which it writes only when it switches, goes lazy or wakes. Linux: cpu_tlbstate and
-/// cpu_tlbstate_shared; there `loaded_mm` is in the first.
+/// The part that the CPU alone uses is two cache lines, which it writes whenever it flushes. What
+/// flushing CPUs read at every shootdown has a line of its own, which the CPU writes only when it
+/// switches, goes lazy or wakes. Linux: cpu_tlbstate and cpu_tlbstate_shared; there `loaded_mm` is
+/// in the first.
 #[doc(alias = "cpu_tlbstate")]
 #[repr(C, align(64))]
 pub struct CpuTlb<B: CpuBits> {
@@ -149,8 +161,8 @@ impl<B: CpuBits> CpuTlb<B> {
     #[must_use]
     #[inline]
     pub fn laziness(&self) -> Laziness {
-        // ORDERING: acquire, pairs with `set_laziness`: who passes a lazy CPU by and frees a page comes after the last use of
-        // the page there.
+        // ORDERING: acquire, pairs with `set_laziness`: whoever does not interrupt a lazy CPU and
+        // frees a page must come after the last use of the page there.
         if self.shared.is_lazy.load(Ordering::Acquire) { Laziness::Lazy } else { Laziness::Active }
     }
 
@@ -158,31 +170,42 @@ impl<B: CpuBits> CpuTlb<B> {
     #[must_use]
     #[inline]
     pub fn has_loaded(&self, mm: &MmContext<B>) -> bool {
-        // ORDERING: acquire, as in `may_have_loaded`, when asked of another CPU. Of this one any would do.
+        // ORDERING: acquire, as in `may_have_loaded`, when asked of another CPU. When asked of this
+        // CPU, any ordering would do.
         ptr::eq(self.shared.loaded_mm.load(Ordering::Acquire), mm)
     }
 
-    /// Whether this CPU may have `mm` in CR3: it has, or it switches, from or to a space it does not name.
+    /// Whether this CPU may have `mm` in CR3: it has it, or it switches, and then it does not say
+    /// from or to what.
     #[must_use]
     pub(crate) fn may_have_loaded(&self, mm: &MmContext<B>) -> bool {
-        // One read, as in `concern`. ORDERING: acquire, pairs with the release store in `set_loaded`: who finds that the CPU
-        // has gone elsewhere may use the root again, and the last walk there must come first.
+        // One read, as in `concern`.
+        // ORDERING: acquire, pairs with the release store in `set_loaded`: whoever finds that the
+        // CPU has gone elsewhere may use the root again, and the last walk there must come first.
         let loaded = self.shared.loaded_mm.load(Ordering::Acquire);
         ptr::eq(loaded, mm) || ptr::eq(loaded, switching())
     }
 
-    /// How this CPU stands to a flush of `mm`, or of whatever it has loaded (`None`), that frees no tables.
+    /// Decides whether a flush of `mm` that frees no tables must interrupt this CPU; with `None`, a
+    /// flush of whatever the CPU has loaded.
+    ///
+    /// A flush that frees tables asks this function only whether the CPU is off, and interrupts
+    /// every other CPU in the cpumask, lazy ones included (rule T5). That is decided in
+    /// `cpus_to_interrupt` in shootdown.rs, which is the only caller for flushes of one address
+    /// space; `flush_all_updated` is the one for reclaim batches.
     ///
     /// Linux: should_flush_tlb.
     #[doc(alias = "should_flush_tlb")]
     #[must_use]
     #[inline]
     pub fn concern(&self, mm: Option<&MmContext<B>>) -> Concern {
-        // One read: between two, a switch could go from SWITCHING to `mm` and be taken for neither.
-        // ORDERING: acquire, pairs with the release store in `set_loaded`: who finds the CPU elsewhere frees pages without
-        // asking it, and its last use of them must come first. A CPU on its way in is never taken for a lazy one for
-        // another reason: the flusher's fence comes before both reads, the switcher's after both writes (S1, S2), so
-        // either both are seen or S4 sees the new generation.
+        // One read: between two reads, a switch could go from SWITCHING to `mm`, and the CPU would
+        // be taken for neither.
+        // ORDERING: acquire, pairs with the release store in `set_loaded`: whoever finds the CPU
+        // elsewhere frees pages without asking it, and its last use of them must come first. That a
+        // CPU on its way in is never taken for a lazy one has another reason: the flusher's fence
+        // comes before both reads, and the switcher's after both writes (S1, S2), so either both
+        // writes are seen or S4 sees the new generation.
         let loaded = self.shared.loaded_mm.load(Ordering::Acquire);
         if self.laziness() == Laziness::Lazy {
             return Concern::Lazy;
@@ -194,10 +217,12 @@ impl<B: CpuBits> CpuTlb<B> {
         }
     }
 
-    /// Whether the CPU is off: [`offline_cpu`](crate::offline_cpu) ran there, and [`init_cpu`](crate::init_cpu) not since.
+    /// Whether the CPU is off: [`offline_cpu`](crate::offline_cpu) ran there, and
+    /// [`init_cpu`](crate::init_cpu) has not run since.
     ///
-    /// It holds no translation that it will use again, and whoever waits for its answer waits for ever: an implementor of
-    /// [`flush_others`](crate::Cpus::flush_others) takes a target that says so as one that has answered.
+    /// Such a CPU holds no translation that it will use again, and will never answer. So an
+    /// implementor of [`flush_others`](crate::Cpus::flush_others) counts a target that is off as
+    /// one that has answered.
     #[must_use]
     #[inline]
     pub fn is_offline(&self) -> bool {
@@ -231,8 +256,9 @@ impl<B: CpuBits> CpuTlb<B> {
     /// The address space in CR3.
     ///
     /// # Safety
-    /// Called on this CPU with interrupts off, or while it cannot switch: [`switch_mm`](crate::switch_mm)'s caller
-    /// promised that a context lives while it is loaded, and says nothing about afterwards.
+    /// Called on this CPU, with interrupts off or while it cannot switch. The caller of
+    /// [`switch_mm`](crate::switch_mm) promised that a context lives while it is loaded, and
+    /// nothing about afterwards.
     #[must_use]
     pub unsafe fn loaded_mm(&self) -> LoadedMm<'_, B> {
         let pointer = self.shared.loaded_mm.load(Ordering::Relaxed);
@@ -243,13 +269,15 @@ impl<B: CpuBits> CpuTlb<B> {
         } else if ptr::eq(pointer, offline()) {
             LoadedMm::Offline
         } else {
-            // SAFETY: neither null nor one of the marks, so `set_loaded` stored it from a pinned reference that, by the
-            // contract of `switch_mm`, lives until this CPU has loaded another; our caller keeps that from happening.
+            // SAFETY: the pointer is neither null nor one of the marks, so `set_loaded` stored it
+            // from a pinned reference that, by the contract of `switch_mm`, lives until this CPU
+            // has loaded another; our caller keeps that from happening.
             LoadedMm::Mm(unsafe { &*pointer })
         }
     }
 
-    /// Announces what CR3 holds, or that it is about to change. Only the CPU itself, interrupts off.
+    /// Announces what CR3 holds, or that it is about to change. Only the CPU itself calls this,
+    /// with interrupts off.
     pub(crate) fn set_loaded(&self, loaded: &LoadedMm<'_, B>) {
         let pointer = match loaded {
             LoadedMm::Init => ptr::null_mut(),
@@ -257,8 +285,8 @@ impl<B: CpuBits> CpuTlb<B> {
             LoadedMm::Offline => offline(),
             LoadedMm::Mm(mm) => ptr::from_ref(*mm).cast_mut(),
         };
-        // ORDERING: release, pairs with the acquire in `has_loaded`, `may_have_loaded` and `concern`: what was used and walked
-        // in the old address space comes first.
+        // ORDERING: release, pairs with the acquire in `has_loaded`, `may_have_loaded`, `concern`
+        // and `is_offline`: the CPU's uses and walks of the old address space come first.
         self.shared.loaded_mm.store(pointer, Ordering::Release);
     }
 
@@ -267,11 +295,12 @@ impl<B: CpuBits> CpuTlb<B> {
     }
 
     pub(crate) fn set_laziness(&self, laziness: Laziness) {
-        // ORDERING: release, pairs with the acquire in `laziness`: user memory was used before this, and is not after it.
+        // ORDERING: release, pairs with the acquire in `laziness`: user memory is used before this
+        // store, and not after it.
         self.shared.is_lazy.store(laziness == Laziness::Lazy, Ordering::Release);
     }
 
-    /// Raises a slot. The flush that makes it true comes with it (rule T2).
+    /// Raises a slot. The caller also makes the flush that makes the promise true (rule T2).
     pub(crate) fn set_slot(&self, asid: Asid, ctx_id: CtxId, tlb_gen: TlbGen) {
         let cell = &self.slots[asid.index()];
         cell.ctx_id.store(ctx_id.get(), Ordering::Relaxed);
@@ -287,12 +316,17 @@ impl<B: CpuBits> CpuTlb<B> {
         self.set_loaded_asid(Asid(0));
     }
 
-    /// Chooses the slot for `ctx_id`, and says whether it is already at `tlb_gen` or must be flushed (rule T6).
+    /// Chooses the slot for `ctx_id`, and says whether it is already at `tlb_gen` or must be
+    /// flushed (rule T6).
     ///
-    /// A slot that holds the context is used again; otherwise the next one in turn is taken over.
+    /// A slot that holds the context is used again; otherwise the next slot in turn is taken over.
     /// Linux: choose_new_asid.
-    #[doc(alias = "choose_new_asid")]
-    pub(crate) fn choose_asid(&self, ctx_id: CtxId, tlb_gen: TlbGen, support: PcidSupport) -> (Asid, SlotIs) {
+    pub(crate) fn choose_new_asid(
+        &self,
+        ctx_id: CtxId,
+        tlb_gen: TlbGen,
+        support: PcidSupport,
+    ) -> (Asid, SlotIs) {
         if support == PcidSupport::Off {
             return (Asid(0), SlotIs::Stale);
         }
@@ -314,25 +348,28 @@ pub(crate) enum SlotIs {
     Stale,
 }
 
-/// How a CPU in the cpumask stands to a flush.
+/// What a flush means to a CPU in the cpumask; [`CpuTlb::concern`] decides it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Concern {
-    /// It uses the address space, or may be about to: it must be told.
+    /// It uses the address space, or may be about to: it must be interrupted.
     MustFlush,
-    /// It is lazy: it looks at the generation when it wakes.
+    /// It is lazy: it looks at the generation when it wakes. Only a flush that frees tables
+    /// interrupts it.
     Lazy,
-    /// It has another address space loaded: it looks at the generation when it comes back.
+    /// It has another address space loaded: it looks at the generation when it comes back. Only a
+    /// flush that frees tables interrupts it.
     Elsewhere,
-    /// It is off, and starts without translations: not told of freed tables either.
+    /// It is off, and starts without translations: even a flush that frees tables does not
+    /// interrupt it.
     Offline,
 }
 
-/// The mark for "between two": an address no context can have.
+/// The mark for "between two": an address that no context can have.
 fn switching<B: CpuBits>() -> *mut MmContext<B> {
     ptr::without_provenance_mut(1)
 }
 
-/// The mark for a CPU that is off: another such address.
+/// The mark for a CPU that is off: another address that no context can have.
 fn offline<B: CpuBits>() -> *mut MmContext<B> {
     ptr::without_provenance_mut(2)
 }

@@ -1,4 +1,4 @@
-//! CPU numbers and sets of them, sized by the embedder.
+//! CPU numbers, and sets of them, sized by the embedder.
 
 use core::fmt;
 
@@ -35,16 +35,17 @@ impl fmt::Display for CpuId {
     }
 }
 
-/// Storage for a set of CPUs: 64 to a word. Implemented for `[AtomicU64; WORDS]`, so an embedder picks 1 word for up to
-/// 64 CPUs, 64 words for up to 4096.
+/// Storage for a set of CPUs: 64 to a word. Implemented for `[AtomicU64; WORDS]`, so an embedder
+/// picks 1 word for up to 64 CPUs, 64 words for up to 4096.
 ///
-/// Sealed: were the words shared with somebody, CPUs could be taken out of a cpumask from outside.
+/// Sealed: if an implementor could share the words with other code, that code could take CPUs out
+/// of a cpumask.
 #[expect(private_bounds, reason = "seals the trait")]
 pub trait CpuBits: Words + fmt::Debug + Send + Sync {}
 
-/// What [`CpuBits`] really asks for.
+/// What [`CpuBits`] asks of a type; private, so that the trait is sealed.
 pub(crate) trait Words {
-    /// A set without members.
+    /// The empty set.
     fn empty() -> Self;
     /// The words, lowest CPU numbers first.
     fn words(&self) -> &[AtomicU64];
@@ -64,26 +65,39 @@ impl<const WORDS: usize> Words for [AtomicU64; WORDS] {
     }
 }
 
-/// A set of CPUs whose members other CPUs may add and remove meanwhile. Linux: struct cpumask.
+/// A set of CPUs that other CPUs may join and leave meanwhile. Linux: struct cpumask.
 ///
-/// A set of more than one word remembers which of its words ever had a member, and looks at no other: what it costs to go
-/// through a large set does not grow with the CPUs that were never in it.
+/// A set of more than one word remembers which of its words ever had a member, and looks at no
+/// other word. So the cost of going through a large set does not grow with the CPUs that were never
+/// in it.
+///
+/// ```
+/// use core::sync::atomic::AtomicU64;
+/// use mmu_tlb::{CpuId, CpuSet};
+///
+/// // Two words: room for 128 CPUs.
+/// let mut cpus = CpuSet::<[AtomicU64; 2]>::empty();
+/// cpus.insert(CpuId::new(70));
+/// cpus.insert(CpuId::new(3));
+/// assert!(cpus.iter().eq([3, 70].map(CpuId::new)));
+/// ```
 #[doc(alias = "cpumask")]
 pub struct CpuSet<B: CpuBits> {
     bits: B,
-    /// Bit n: word n has had a member. Never taken back while others see the set, for whoever took it back would race with
-    /// a CPU that joins. Not used with a single word.
+    /// Bit n: word n has had a member. The bit is never cleared while others see the set, because
+    /// clearing it would race with a CPU that joins. Not used with a single word.
     used: AtomicU64,
 }
 
 impl<B: CpuBits> CpuSet<B> {
-    /// The set without members.
+    /// The empty set.
     #[must_use]
     pub fn empty() -> Self {
         Self { bits: B::empty(), used: AtomicU64::new(0) }
     }
 
-    /// Adds `cpu` with a locked instruction, unless it is there already: the line is not written then.
+    /// Adds `cpu` with a locked instruction, unless it is a member already: then the line is not
+    /// written.
     ///
     /// # Panics
     /// If `cpu` does not fit the storage.
@@ -93,14 +107,16 @@ impl<B: CpuBits> CpuSet<B> {
         if word.load(Ordering::Relaxed) & bit == 0 {
             word.fetch_or(bit, Ordering::SeqCst);
         }
-        // ORDERING: after the bit, before the caller's full fence (S3 in switch.rs): whoever must see the one sees both.
+        // ORDERING: after the bit, before the caller's full fence (S3 in switch.rs): whoever must
+        // see the bit sees this one, too.
         let used = self.used_bit(cpu);
         if used != 0 && self.used.load(Ordering::Relaxed) & used == 0 {
             self.used.fetch_or(used, Ordering::SeqCst);
         }
     }
 
-    /// Removes `cpu` with a locked instruction. Only the CPU itself, once the address space is no longer in its CR3.
+    /// Removes `cpu` with a locked instruction. Only the CPU itself calls this, once the address
+    /// space is no longer in its CR3.
     ///
     /// # Panics
     /// If `cpu` does not fit the storage.
@@ -135,8 +151,9 @@ impl<B: CpuBits> CpuSet<B> {
         let mut used = self.used.load(Ordering::Relaxed);
         for (number, theirs) in other.used_words() {
             let mine = &self.bits.words()[number as usize];
-            // ORDERING: acquire, pairs with `clear`, as in `words_without`: reclaim frees pages without
-            // asking a CPU that it does not find here, and that CPU's last use of them must come first.
+            // ORDERING: acquire, pairs with `clear`, as in `words_without`: reclaim frees pages
+            // without asking a CPU that it does not find here, and that CPU's last use of them must
+            // come first.
             let theirs = theirs.load(Ordering::Acquire);
             mine.store(mine.load(Ordering::Relaxed) | theirs, Ordering::Relaxed);
             used |= 1 << number;
@@ -188,12 +205,12 @@ impl<B: CpuBits> CpuSet<B> {
         }
     }
 
-    /// What the words hold that may have members, with their numbers; `cpu` is left out.
+    /// The words that may have members, with their numbers and without `cpu`.
     #[inline]
     fn words_without(&self, cpu: CpuId) -> impl Iterator<Item = (u32, u64)> + '_ {
         self.used_words().map(move |(number, word)| {
-            // ORDERING: acquire, pairs with `clear`: who does not find a CPU frees pages and tables without asking it, and its
-            // last use of them must come first.
+            // ORDERING: acquire, pairs with `clear`: whoever does not find a CPU here frees pages
+            // and tables without asking it, and that CPU's last use of them must come first.
             let bits = word.load(Ordering::Acquire);
             (number, if number == cpu.0 / 64 { bits & !(1 << (cpu.0 % 64)) } else { bits })
         })
@@ -207,7 +224,7 @@ impl<B: CpuBits> CpuSet<B> {
         members(used).map(move |number| (number, &words[number as usize]))
     }
 
-    /// The bit in `used` for the word that `cpu` is in; none for a set of one word.
+    /// The bit in `used` for the word that `cpu` is in; 0 for a set of one word.
     #[inline]
     fn used_bit(&self, cpu: CpuId) -> u64 {
         if self.bits.words().len() == 1 { 0 } else { 1 << (cpu.index() / 64) }

@@ -1,4 +1,4 @@
-//! The names of flushes: which context, and how far it has come.
+//! What names a flush: which context, and which generation of it.
 #![expect(unsafe_code, reason = "a source of names is taken on trust")]
 
 use core::marker::PhantomPinned;
@@ -9,7 +9,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::cpuset::{CpuBits, CpuSet};
 use crate::sync::{AtomicU64, Ordering, fetch_add_fenced};
 
-/// Unique name of one address space, never zero and never used again.
+/// The unique name of one address space, never zero and never used again.
 ///
 /// Linux: mm_context_t::ctx_id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,21 +30,22 @@ impl CtxId {
     }
 }
 
-/// Hands out [`CtxId`]s. An embedder keeps exactly one for all address spaces whose CPUs it shares.
+/// The source of [`CtxId`]s. An embedder keeps exactly one for all address spaces whose CPUs it
+/// shares.
 ///
 /// Starts at 2: 1 is the kernel's own address space (Linux: init_mm).
 #[derive(Debug)]
 pub struct CtxIds(AtomicU64);
 
 impl CtxIds {
-    /// A fresh source of names.
+    /// A source that has given out no name.
     #[cfg(not(mmu_loom))]
     #[must_use]
     pub const fn new() -> Self {
         Self(AtomicU64::new(1))
     }
 
-    /// A fresh source of names.
+    /// A source that has given out no name.
     #[cfg(mmu_loom)]
     #[must_use]
     pub fn new() -> Self {
@@ -67,14 +68,15 @@ impl Default for CtxIds {
     }
 }
 
-/// How many flushes have been asked of one address space.
+/// How many flushes of one address space have been asked for.
 ///
-/// `(ctx_id, tlb_gen)` names a flush: whoever is at that generation has forgotten all that was changed before it.
+/// `(ctx_id, tlb_gen)` names a flush: whoever is at that generation has forgotten all that was
+/// changed before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TlbGen(u64);
 
 impl TlbGen {
-    /// The generation of an address space in which nothing was ever flushed.
+    /// The generation of an address space that was never flushed.
     pub const START: Self = Self(0);
 
     /// Generation number `number`.
@@ -98,12 +100,13 @@ impl TlbGen {
 
 /// What this crate keeps of one address space. An embedder puts it in its mm structure.
 ///
-/// A CPU that has it loaded knows it by its address, so it must stay where it is: [`switch_mm`](crate::switch_mm) takes it
-/// pinned, and it is not `Unpin`.
+/// A CPU that has the context loaded knows it by its address, so it must not move:
+/// [`switch_mm`](crate::switch_mm) takes it pinned, and it is not `Unpin`.
 ///
 /// Linux: mm_context_t and mm_cpumask.
 ///
-/// Aligned to a cache line, so that CPUs that flush different address spaces write no line in common.
+/// Aligned to a cache line, so that CPUs that flush different address spaces write no line in
+/// common.
 #[doc(alias = "mm_context_t")]
 #[derive(Debug)]
 #[repr(align(64))]
@@ -112,8 +115,9 @@ pub struct MmContext<B: CpuBits> {
     root: PhysFrame,
     tlb_gen: AtomicU64,
     cpumask: CpuSet<B>,
-    /// Reclaim's deferred flushes: how many were asked for (low half), up to which one was done (high half).
-    batched: AtomicU64,
+    /// Reclaim's deferred flushes: how many were asked for (low half), and up to which of them the
+    /// flush is done (high half).
+    deferred: AtomicU64,
     _stays_where_it_is: PhantomPinned,
 }
 
@@ -121,12 +125,14 @@ pub struct MmContext<B: CpuBits> {
 static_assertions::const_assert_eq!(align_of::<MmContext<[AtomicU64; 1]>>(), 64);
 
 impl<B: CpuBits> MmContext<B> {
-    /// The context of a new address space whose top table is `root`. No CPU may have it loaded yet.
+    /// The context of a new address space whose top table is `root`. No CPU may have `root` loaded
+    /// yet.
     ///
     /// # Safety
-    /// - `ids` is the one source of names for all address spaces of the machine: a CPU's slot, and a receipt
-    ///   ([`Flushed`](crate::Flushed)), know a context by its name alone;
-    /// - `root` is the root of no other context: a flush of that one would not reach the CPUs that have this one loaded.
+    /// - `ids` is the one source of names for all address spaces of the machine: a CPU's slot and a
+    ///   receipt ([`Flushed`](crate::Flushed)) know a context by its name alone;
+    /// - `root` is the root of no other context: a flush of that other context would not reach the
+    ///   CPUs that have this one loaded.
     #[must_use]
     pub unsafe fn new(ids: &CtxIds, root: PhysFrame) -> Self {
         Self {
@@ -134,12 +140,12 @@ impl<B: CpuBits> MmContext<B> {
             root,
             tlb_gen: AtomicU64::new(TlbGen::START.0),
             cpumask: CpuSet::empty(),
-            batched: AtomicU64::new(0),
+            deferred: AtomicU64::new(0),
             _stays_where_it_is: PhantomPinned,
         }
     }
 
-    /// Its unique name.
+    /// The context's unique name.
     #[must_use]
     #[inline]
     pub const fn ctx_id(&self) -> CtxId {
@@ -152,17 +158,17 @@ impl<B: CpuBits> MmContext<B> {
         self.root
     }
 
-    /// The generation it has reached.
+    /// The generation that the address space has reached.
     #[must_use]
     #[inline]
     pub fn tlb_gen(&self) -> TlbGen {
-        // ORDERING: acquire, pairs with `raise_tlb_gen`: who sees a generation sees the page tables as they were when
-        // it was raised, and fills its TLB from those or newer ones.
+        // ORDERING: acquire, pairs with `raise_tlb_gen`: whoever sees a generation sees the page
+        // tables as they were when it was raised, and fills its TLB from those or newer ones.
         TlbGen(self.tlb_gen.load(Ordering::Acquire))
     }
 
-    /// The CPUs that may have this address space in CR3. A member may have left without saying so; a CPU that has it
-    /// loaded is always a member. Linux: mm_cpumask.
+    /// The CPUs that may have this address space in CR3. A CPU that has it loaded is always a
+    /// member; a member may have left already and not yet been taken out. Linux: mm_cpumask.
     #[doc(alias = "mm_cpumask")]
     #[must_use]
     #[inline]
@@ -172,41 +178,47 @@ impl<B: CpuBits> MmContext<B> {
 
     /// Declares everything older stale and returns the new generation.
     ///
-    /// Call it after the page table was changed and before looking who must be told (rule T1). A full fence on both
-    /// sides.
+    /// Call it after the page table was changed, and before looking which CPUs must be told (rule
+    /// T1). It is a full fence on both sides.
     ///
     /// Linux: inc_mm_tlb_gen.
     #[doc(alias = "inc_mm_tlb_gen")]
     #[inline]
     pub fn raise_tlb_gen(&self) -> TlbGen {
-        // ORDERING: the fence before it pairs with the acquire in `tlb_gen`: the page-table change comes first. The one behind it
-        // pairs with the fences of `switch_mm` and of the lazy exit in switch.rs; one of the two must see the other: they the new
-        // generation, or we (in the reads that follow) them as a CPU to tell.
+        // ORDERING: the fence before it pairs with the acquire in `tlb_gen`: the page-table change
+        // comes first. The fence behind it pairs with the fences of `switch_mm` and of the lazy
+        // exit in switch.rs; one of the two must see the other: they the new generation, or we (in
+        // the reads that follow) them as CPUs to tell.
         TlbGen(fetch_add_fenced(&self.tlb_gen, 1) + 1)
     }
 
-    /// Notes that reclaim cleared entries here and has raised the generation, but nobody was told yet.
-    pub(crate) fn note_batched(&self) {
-        // The order wanted is: entry cleared, generation raised, this. All callers hold the entry's table lock, which
-        // orders this against `has_deferred_flushes`, asked after the same lock was taken.
-        let mut word = self.batched.load(Ordering::Relaxed);
+    /// Notes that reclaim cleared entries here and has raised the generation, and that nobody was
+    /// told yet.
+    pub(crate) fn note_deferred_flush(&self) {
+        // The order must be: clear the entry, raise the generation, note it here. All callers hold
+        // the table lock of the entry, which orders this note against a call of
+        // `has_deferred_flushes` after the same lock was taken.
+        let mut word = self.deferred.load(Ordering::Relaxed);
         loop {
             let (pending, flushed) = halves(word);
-            // When the count is used up it starts again, at "one pending, none flushed": one flush too many.
+            // When the count is used up it starts again at "one pending, nothing flushed": one
+            // flush too many.
             let new = if pending == u32::MAX { join(1, 0) } else { join(pending + 1, flushed) };
-            match self.batched.compare_exchange_weak(word, new, Ordering::AcqRel, Ordering::Relaxed) {
+            match self.deferred.compare_exchange_weak(word, new, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return,
                 Err(found) => word = found,
             }
         }
     }
 
-    /// Whether flushes of this address space may be owed: reclaim's deferred ones, or those of a call that unwound.
+    /// Whether flushes of this address space may be owed: reclaim's deferred ones, or those of a
+    /// call that unwound.
     ///
-    /// Whoever draws conclusions from an empty entry must ask, after the lock of its table was taken: the entry may have been
-    /// cleared by reclaim, whose flush is still to come. A whole flush ([`flush_tlb_mm`](crate::flush_tlb_mm)) makes up for
-    /// all that is owed when it begins; it comes at once
-    /// ([`flush_tlb_batched_pending`](crate::flush_tlb_batched_pending)) or before the conclusion matters.
+    /// Whoever draws conclusions from an empty entry must ask, after taking the lock of the entry's
+    /// table: reclaim may have cleared the entry, and its flush may be still to come. A full flush
+    /// ([`flush_tlb_mm`](crate::flush_tlb_mm)) makes up for all that is owed when it begins. Make
+    /// it at once ([`flush_tlb_batched_pending`](crate::flush_tlb_batched_pending)), or before the
+    /// conclusion matters.
     #[must_use]
     #[inline]
     pub fn has_deferred_flushes(&self) -> bool {
@@ -216,37 +228,43 @@ impl<B: CpuBits> MmContext<B> {
     /// How far the deferred flushes have come, if some may be outstanding.
     #[inline]
     pub(crate) fn deferred_flushes(&self) -> Option<DeferredFlushes> {
-        // ORDERING: acquire, pairs with `note_batched`: the entries it stands for are cleared for whoever flushes now.
-        let word = self.batched.load(Ordering::Acquire);
+        // ORDERING: acquire, pairs with `note_deferred_flush`: the entries that the note stands for
+        // are cleared for whoever flushes now.
+        let word = self.deferred.load(Ordering::Acquire);
         let (pending, flushed) = halves(word);
         (pending != flushed).then_some(DeferredFlushes(word))
     }
 
-    /// Notes that a whole flush of this address space, begun after `deferred` was read, has completed. Later ones stay
-    /// outstanding.
+    /// Notes that a full flush of this address space, begun after `deferred` was read, has
+    /// completed. Flushes deferred later stay outstanding.
     pub(crate) fn deferred_flushes_done(&self, deferred: DeferredFlushes) {
         let (pending, _) = halves(deferred.0);
-        // A failure means that reclaim added more meanwhile. Those stay pending, and so do ours: one flush too many.
+        // A failed exchange means that reclaim has deferred more meanwhile. Those stay pending, and
+        // so do the ones that were flushed: one flush too many.
         let done = join(pending, pending);
-        // ORDERING: release, pairs with the acquire in `deferred_flushes`: who finds nothing owed comes after the flush.
-        let _ = self.batched.compare_exchange(deferred.0, done, Ordering::AcqRel, Ordering::Relaxed);
+        // ORDERING: release, pairs with the acquire in `deferred_flushes`: whoever finds nothing
+        // owed comes after the flush.
+        let _ = self.deferred.compare_exchange(deferred.0, done, Ordering::AcqRel, Ordering::Relaxed);
     }
 
-    /// Notes that a flush of this address space is owed and nobody may be left to make it: everything older is declared
-    /// stale, and the next to look ([`has_deferred_flushes`](Self::has_deferred_flushes)) flushes all of it.
+    /// Notes that a flush of this address space is owed and nobody may be left to make it.
+    /// Everything older is declared stale, and the next to look
+    /// ([`has_deferred_flushes`](Self::has_deferred_flushes)) flushes all of it.
     ///
-    /// For a caller that cleared entries and cannot go on, because a call of the kernel's own unwound.
+    /// For a caller that cleared entries and cannot go on, because one of the kernel's own
+    /// functions that it called unwound.
     ///
     /// # Context
-    /// The lock of the table whose entries were cleared is held, or they were cleared before it was dropped last.
+    /// The lock of the table whose entries were cleared is held, or they were cleared before it was
+    /// dropped last.
     #[cold]
     pub fn owe_flush(&self) {
         self.raise_tlb_gen();
-        self.note_batched();
+        self.note_deferred_flush();
     }
 }
 
-/// How far deferred flushes had come when somebody looked.
+/// How far the deferred flushes had come when somebody looked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a deferred flush that was seen must be made up for"]
 pub(crate) struct DeferredFlushes(u64);
@@ -274,16 +292,16 @@ mod tests {
     fn a_count_of_deferred_flushes_that_is_used_up_never_says_that_none_is_pending() {
         for flushed in [0, 1, u32::MAX - 1, u32::MAX] {
             let mm = context();
-            mm.batched.store(join(u32::MAX, flushed), Ordering::Relaxed);
+            mm.deferred.store(join(u32::MAX, flushed), Ordering::Relaxed);
             for _ in 0..3 {
-                mm.note_batched();
+                mm.note_deferred_flush();
                 assert!(mm.has_deferred_flushes(), "flushed up to {flushed}");
             }
         }
     }
 
     #[test]
-    fn a_whole_flush_makes_up_for_what_was_owed_when_it_began_and_for_nothing_later() {
+    fn a_full_flush_makes_up_for_what_was_owed_when_it_began_and_for_nothing_later() {
         let mm = context();
         assert!(!mm.has_deferred_flushes());
         mm.owe_flush();

@@ -1,4 +1,5 @@
-//! What a kernel supplies about its CPUs: who am I, whom can I interrupt, and the few privileged instructions.
+//! What a kernel supplies about its CPUs: which CPU runs, how to interrupt others, and the few
+//! privileged instructions.
 #![expect(unsafe_code, reason = "the one place of this crate with privileged instructions")]
 
 use core::arch::asm;
@@ -8,20 +9,10 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::{Cr3, Cr4, Cr4Flags};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::cpu_state::CpuTlb;
+use crate::cpu_state::{CpuTlb, PcidSupport};
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
-use crate::flush::{FlushRequest, FreedTables, PageSpan};
-use crate::generation::{CtxId, MmContext, TlbGen};
-use crate::shootdown::SINGLE_PAGE_FLUSH_CEILING;
-
-/// Whether CR4.PCIDE is set on every CPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PcidSupport {
-    /// All translations are tagged 0; a CR3 load drops them.
-    Off,
-    /// Each CPU keeps [`NR_DYN_ASIDS`](crate::NR_DYN_ASIDS) address spaces apart.
-    On,
-}
+use crate::generation::{CtxId, TlbGen};
+use crate::request::{FlushRequest, FreedTables, PageSpan};
 
 /// What a CR3 load does to the translations already cached under the PCID it loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,76 +26,98 @@ pub enum CachedTranslations {
 /// How many CPUs may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnlineCpus {
-    /// This one. None other comes online while a gather is open.
+    /// Only this one. No other comes online while a gather is open.
     One,
     /// More than one, or not known.
     Many,
 }
 
-/// Something worth counting. Linux: the tlb:tlb_flush tracepoint and the nr_tlb_* counters of /proc/vmstat.
+/// Something worth counting. Linux: the tlb:tlb_flush tracepoint and the nr_tlb_* counters of
+/// /proc/vmstat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlbEvent {
     /// A flush of one address space was asked for; `pages` is `None` for a full one.
     Requested {
-        /// How many pages of the stride it names.
+        /// How many pages, in units of the request's stride.
         pages: Option<u64>,
         /// Whether page tables were freed.
         tables: FreedTables,
     },
-    /// For a flush of one address space its generation was raised; whom to tell was not looked up yet.
+    /// The generation was raised for a flush of one address space; which CPUs must be told was not
+    /// looked up yet.
     Raised {
-        /// Whose.
+        /// The context.
         ctx_id: CtxId,
-        /// To this.
+        /// Its new generation.
         tlb_gen: TlbGen,
-        /// What was changed, if the caller knew; the flush is of all the same if these are more pages than the ceiling.
+        /// What was changed, if the caller knew. If these are more pages than the ceiling, the
+        /// flush is a full one all the same.
         span: Option<PageSpan>,
     },
     /// Requests went to this many other CPUs, and all have answered.
     IpisSent(u32),
-    /// CPUs in the cpumask that were not interrupted, by the reason why they need not be.
+    /// CPUs in the cpumask that were not interrupted, by the reason.
     IpisSaved {
-        /// They are lazy and will look at the generation when they wake.
+        /// They are lazy, and will look at the generation when they wake.
         lazy: u32,
-        /// They have another address space loaded and will look at the generation when they come back, or are off.
+        /// They have another address space loaded and will look at the generation when they come
+        /// back; or they are off.
         elsewhere: u32,
     },
     /// This CPU carried out a request by invalidating this many pages one by one.
     FlushedPages(u64),
     /// This CPU carried out a request by dropping all of the context.
     FlushedAll,
-    /// As [`FlushedAll`](Self::FlushedAll), though the request named pages: this CPU had missed a generation before, or
-    /// another had followed (rule T3).
+    /// As [`FlushedAll`](Self::FlushedAll), though the request named pages: this CPU had missed an
+    /// earlier generation, or a later one had followed (rule T3).
     FlushedAllForPages,
-    /// This CPU was lazy, missed flushes of the address space it goes on with, and has dropped all of it.
+    /// This CPU was lazy, had missed flushes of the address space that it goes on with, and has
+    /// dropped all of it.
     CaughtUp,
-    /// This CPU was asked, and had nothing to do: its generation was high enough, or it runs something else.
+    /// This CPU was asked, and had nothing to do: its generation was high enough, or it runs
+    /// something else.
     AlreadyCurrent,
-    /// This CPU was lazy when asked, and went to the kernel's own address space instead of flushing.
+    /// This CPU was lazy when asked, and went to the kernel's own address space instead of
+    /// flushing.
     LeftLazyMm,
 }
+
+/// More pages than this are not invalidated one by one. Linux's default; about 227 cycles an INVLPG
+/// against 2300 for a full flush and the refill after it.
+pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 
 /// The CPUs of the machine: what a kernel supplies to this crate.
 ///
 /// # Contract between CPUs
-/// [`flush_others`](Self::flush_others) runs with interrupts **on** and holds no lock that an interrupt handler takes;
-/// a CPU that waits for answers keeps answering, so that two that flush at once both get on. Waiting is per request:
-/// never count answers in something two requests share.
+/// [`flush_others`](Self::flush_others) runs with interrupts **on** and holds no lock that an
+/// interrupt handler takes. A CPU that waits for answers keeps answering, so that two CPUs that
+/// flush at once both get on. Waiting is per request: never count answers in something that two
+/// requests share.
 ///
 /// # Safety
-/// - `cpu_state` returns the same state for the same CPU always, and a different one for each;
+/// - `cpu_state` returns the same state for the same CPU always, and a different one for each CPU;
 /// - `pinned` and `without_interrupts` do what they say, and `pinned` names the CPU it runs on;
-/// - `flush_others` returns only after every target has run [`flush_tlb_func`](crate::flush_tlb_func) for this request, or is off
+/// - `flush_others` returns only after every target has run
+///   [`flush_tlb_func`](crate::flush_tlb_func) for this request, or is off
 ///   ([`CpuTlb::is_offline`]);
-/// - `online_cpus`, `pcid_support` and `init_root` say what is so: a CPU that `online_cpus` denies is told nothing;
-/// - contexts of this machine are flushed with this machine: there is one, and where a process has several of one type (a
-///   simulator), whoever holds two keeps their contexts apart;
+/// - `online_cpus`, `pcid_support` and `init_root` tell the truth: a CPU that `online_cpus` denies
+///   is told nothing;
+/// - contexts of this machine are flushed with this machine. There is one; where a process has
+///   several of one type (a simulator), whoever holds two keeps their contexts apart;
 /// - `invlpg` and `load_cr3` drop what the instructions of the same names must drop (SDM 4.10.4.1).
+///
+/// # Example
+/// A machine of one CPU, in an ordinary process:
+///
+/// ```
+#[doc = include_str!("../doc/machine.rs")]
+/// ```
 pub unsafe trait Cpus {
     /// Storage for a set of CPUs: `[AtomicU64; 1]` holds 64.
     type Bits: CpuBits;
 
-    /// Runs `f` on one CPU without being moved, and tells it which. Interrupts stay as they are.
+    /// Runs `f` on one CPU without being moved to another, and passes it the number of that CPU.
+    /// Interrupts stay as they are.
     fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R;
 
     /// The state of one CPU.
@@ -113,13 +126,14 @@ pub unsafe trait Cpus {
     /// The top table of the kernel's own address space, which maps no user address.
     fn init_root(&self) -> PhysFrame;
 
-    /// Has every CPU in `targets` run [`flush_tlb_func`](crate::flush_tlb_func) with `request`, calls `meanwhile` on
-    /// this one while they do, and waits for all.
+    /// Has every CPU in `targets` run [`flush_tlb_func`](crate::flush_tlb_func) with `request`,
+    /// calls `meanwhile` on this CPU while they do, and waits for all of them.
     ///
     /// `targets` never names the calling CPU and is not empty.
     ///
     /// # Context
-    /// Pinned, interrupts on. `request` lives on the caller's stack: no target uses it after it has answered.
+    /// Pinned, interrupts on. `request` lives on the caller's stack: no target uses it after it has
+    /// answered.
     fn flush_others(
         &self,
         targets: &CpuSet<Self::Bits>,
@@ -150,19 +164,22 @@ pub unsafe trait Cpus {
         SINGLE_PAGE_FLUSH_CEILING
     }
 
-    /// Drops this CPU's translation of the page at `address` under the current PCID, whatever the page's size, and the
-    /// paging-structure entries that lead to it.
+    /// Drops this CPU's translation of the page at `address` under the current PCID, whatever the
+    /// page's size, and the paging-structure entries that lead to it.
     fn invlpg(&self, address: u64) {
-        // Not the x86_64 crate's `flush`: its `VirtAddr` has 48 bits, and with five levels of tables a user address has 56.
-        // SAFETY: invalidating a translation is always legal; an address that is not canonical is a no-op.
+        // The x86_64 crate's `flush` will not do: its `VirtAddr` has 48 bits, and with five levels
+        // of tables a user address has 56.
+        // SAFETY: invalidating a translation is always legal; an address that is not canonical is a
+        // no-op.
         unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack, preserves_flags)) };
     }
 
     /// Makes `root` this CPU's top table under `pcid`.
     ///
     /// # Safety
-    /// `root` maps the code and data of the kernel as the present one does, and stays a table while it is loaded.
-    /// `Keep` only with PCIDs on, and only if nothing stale is cached under `pcid`.
+    /// - `root` maps the code and data of the kernel as the present root does, and stays a table
+    ///   while it is loaded.
+    /// - `Keep` only with PCIDs on, and only if nothing stale is cached under `pcid`.
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         debug_assert!(
             self.pcid_support() == PcidSupport::Off || Cr4::read().contains(Cr4Flags::PCID),
@@ -170,32 +187,39 @@ pub unsafe trait Cpus {
         );
         match cached {
             CachedTranslations::Flush => {
-                // SAFETY: the caller answers for `root`; without PCIDs the number is 0 and the bits are ignored flags.
+                // SAFETY: the caller answers for `root`; without PCIDs the number is 0 and the bits
+                // are ignored flags.
                 unsafe { Cr3::write_pcid(root, pcid) }
             }
             CachedTranslations::Keep => {
-                // SAFETY: the caller answers for `root`, for CR4.PCIDE and for what is cached under `pcid`.
+                // SAFETY: the caller answers for `root`, for CR4.PCIDE and for what is cached under
+                // `pcid`.
                 unsafe { Cr3::write_pcid_no_flush(root, pcid) }
             }
         }
     }
 
-    /// Tells secondary TLBs (an IOMMU, a hypervisor's shadow tables) to forget `span` of the context, and waits.
+    /// Tells secondary TLBs (an IOMMU, a hypervisor's shadow tables) to forget `span` of the
+    /// context, and waits.
     ///
-    /// `None` is all of the context. Whatever leads to an address of the span goes, entries that point to tables too. Called once
-    /// the entries are changed and before the receipt of the flush is made; never told, a device goes on using freed pages.
+    /// `None` is all of the context. Whatever leads to an address of the span goes, entries that
+    /// link tables too. Called after the entries are changed and before the receipt of the flush is
+    /// made. A device that is never told goes on using freed pages.
     ///
     /// # Context
-    /// As for the flush that calls it, which may be under a table lock ([`UnmapBatch::add_mm`](crate::UnmapBatch::add_mm),
-    /// the flush of dirty pages): it neither sleeps nor takes a table lock. Several CPUs may call it at once.
+    /// As for the flush that calls it, which may be under a table lock
+    /// ([`UnmapBatch::add_mm`](crate::UnmapBatch::add_mm), the flush of dirty pages): it neither
+    /// sleeps nor takes a table lock. Several CPUs may call it at once.
     ///
-    /// A reclaim batch knows contexts by name: one of them may have ended by then, and a name that is not known is no error.
+    /// A reclaim batch knows contexts by name. A context may have ended by the time of the call, so
+    /// a name that is not known is no error.
     ///
     /// Linux: mmu_notifier_arch_invalidate_secondary_tlbs.
     fn invalidate_secondary(&self, _ctx_id: CtxId, _span: Option<PageSpan>) {}
 
-    /// A flush was answered for, and a CPU has not made it: rule T2 is broken, and what is freed next that CPU may still use.
-    /// Debug builds of this crate look after every shootdown; release builds do not.
+    /// A flush was answered for a CPU that has not made it: rule T2 is broken, and that CPU may
+    /// still use what is freed next. Debug builds of this crate look for this after every
+    /// shootdown; release builds do not.
     ///
     /// # Panics
     /// Unless overridden, with all that is known.
@@ -205,22 +229,22 @@ pub unsafe trait Cpus {
 
     /// Counts an event. Not called per page.
     ///
-    /// Called for requests that find nothing to do, too: count on lines of this CPU's own, or every flush writes what all
-    /// CPUs write.
+    /// It is also called for requests that find nothing to do, so count on lines of this CPU's own.
+    /// A counter that all CPUs share would be written by every flush.
     fn observe(&self, _event: TlbEvent) {}
 }
 
-/// A CPU that was to flush, was answered for, and has not.
+/// A CPU that was to flush and has not, though it was answered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EarlyAnswer {
-    /// It.
+    /// That CPU.
     pub cpu: CpuId,
-    /// Who asked, and waited; the same, if `meanwhile` was not called.
+    /// The CPU that asked and waited. It is `cpu` itself if `meanwhile` was not called.
     pub initiator: CpuId,
-    /// What it has loaded.
+    /// What `cpu` has loaded.
     pub ctx_id: CtxId,
-    /// The generation of that it has reached.
+    /// The generation of it that `cpu` has reached.
     pub reached: TlbGen,
     /// The generation that was asked for.
     pub asked: TlbGen,
@@ -243,39 +267,5 @@ impl fmt::Display for EarlyAnswer {
                  handler named another CPU; or two CPUs share one CpuTlb",
             )
         }
-    }
-}
-
-/// The receipt of a completed flush.
-///
-/// Holding one proves that every CPU which had to be told has answered: no CPU uses a translation of this context older
-/// than the generation. CPUs that were not told will compare generations before they use the context again. It cannot be
-/// copied, and only the flush functions make one.
-#[derive(Debug)]
-#[must_use = "frames stay pending until a receipt is used to free them"]
-pub struct Flushed {
-    scope: Option<(CtxId, TlbGen)>,
-}
-
-impl Flushed {
-    pub(crate) const fn of(ctx_id: CtxId, tlb_gen: TlbGen) -> Self {
-        Self { scope: Some((ctx_id, tlb_gen)) }
-    }
-
-    pub(crate) const fn of_batch() -> Self {
-        Self { scope: None }
-    }
-
-    /// Whether this is the receipt of a flush of `mm`. That of another address space, or of a batch over several, proves
-    /// nothing about it.
-    #[must_use]
-    pub fn is_of<B: CpuBits>(&self, mm: &MmContext<B>) -> bool {
-        self.scope.is_some_and(|(ctx_id, _)| ctx_id == mm.ctx_id())
-    }
-
-    /// The context and the generation it was flushed up to; `None` for a batch over several contexts.
-    #[must_use]
-    pub const fn scope(&self) -> Option<(CtxId, TlbGen)> {
-        self.scope
     }
 }

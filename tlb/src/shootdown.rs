@@ -1,28 +1,86 @@
-//! Telling every CPU that must know, and waiting until each has done it.
-#![expect(unsafe_code, reason = "runs the local half of a flush")]
+//! Flushing on every CPU that must flush, and waiting until each of them has.
+#![expect(unsafe_code, reason = "runs this CPU's part of a flush")]
 
 use crate::cpu_state::Concern;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
-use crate::flush::{FlushKind, FlushRequest, FreedTables, PageSpan, carry_out, flush_tlb_func};
-use crate::generation::{MmContext, TlbGen};
-use crate::mmu::{Cpus, EarlyAnswer, Flushed, OnlineCpus, TlbEvent};
+use crate::flush::{flush_tlb_func, flush_tlb_func_inlined};
+use crate::generation::{CtxId, MmContext, TlbGen};
+use crate::mmu::{Cpus, EarlyAnswer, OnlineCpus, TlbEvent};
+use crate::request::{FlushKind, FlushRequest, FreedTables, PageSpan};
 
-/// More pages than this are not invalidated one by one. Linux's default; about 227 cycles an INVLPG against 2300 for a
-/// full flush and the refill after it.
-pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
-
-/// Makes every CPU forget `span` of `mm`; returns when no CPU can use a translation older than now.
+/// The receipt of a completed flush.
 ///
-/// The entries were changed before the call. CPUs that have `mm` loaded and run programs are interrupted; lazy ones only
-/// when tables go; CPUs elsewhere find out when they come back. More than
-/// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages become a full flush, and so does a span that makes no sense.
+/// Holding one proves that every CPU which had to be told has answered: no CPU uses a translation
+/// of this context older than the generation. CPUs that were not told will compare generations
+/// before they use the context again. It cannot be copied, and only the flush functions make one.
+#[derive(Debug)]
+#[must_use = "frames stay pending until a receipt is used to free them"]
+pub struct Flushed {
+    scope: Option<(CtxId, TlbGen)>,
+}
+
+impl Flushed {
+    const fn of_mm(ctx_id: CtxId, tlb_gen: TlbGen) -> Self {
+        Self { scope: Some((ctx_id, tlb_gen)) }
+    }
+
+    const fn of_batch() -> Self {
+        Self { scope: None }
+    }
+
+    /// Whether this is the receipt of a flush of `mm`. A receipt of another address space, or of a
+    /// batch over several, proves nothing about `mm`.
+    #[must_use]
+    pub fn is_of<B: CpuBits>(&self, mm: &MmContext<B>) -> bool {
+        self.scope.is_some_and(|(ctx_id, _)| ctx_id == mm.ctx_id())
+    }
+
+    /// The context, and the generation it was flushed up to; `None` for a batch over several
+    /// contexts.
+    #[must_use]
+    pub const fn scope(&self) -> Option<(CtxId, TlbGen)> {
+        self.scope
+    }
+}
+
+/// Makes every CPU forget `span` of `mm`; returns when no CPU can use a translation older than the
+/// call.
+///
+/// The entries were changed before the call. CPUs that have `mm` loaded and run programs are
+/// interrupted; lazy CPUs are interrupted only when tables go; CPUs that have something else loaded
+/// find out when they come back. A span of more than
+/// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages becomes a full flush, and
+/// so does a span that ends before it begins.
 ///
 /// # Context
-/// Interrupts on; no lock held that an interrupt handler takes; may be called under a table lock, which only the flush of
-/// dirty pages should do. Never sleeps, but waits for other CPUs.
+/// Interrupts on; no lock held that an interrupt handler takes; may be called under a table lock,
+/// which only the flush of dirty pages should do. Never sleeps, but waits for other CPUs.
 ///
 /// # Source
 /// Linux: flush_tlb_mm_range, arch/x86/mm/tlb.c.
+///
+/// # Example
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/machine.rs"));
+/// # fn main() {
+/// use mmu_tlb::{CtxIds, FreedTables, MmContext, PageSpan, flush_tlb_mm_range, switch_mm};
+///
+/// // `Machine` is the example of `Cpus`.
+/// let (machine, ids) = (Machine::default(), CtxIds::new());
+/// let root = PhysFrame::containing_address(x86_64::PhysAddr::new(0x1000));
+/// // SAFETY: one source of names, one root.
+/// let mm = Box::pin(unsafe { MmContext::new(&ids, root) });
+/// // SAFETY: this thread is the CPU, and `mm` lives to the end.
+/// unsafe { switch_mm(&machine, CpuId::new(0), Some(mm.as_ref())) };
+/// machine.did.take();
+///
+/// // The entries of two pages were cleared. With the receipt their frames may be freed.
+/// let span = PageSpan { start: 0x7000, end: 0x9000, stride_shift: 12 };
+/// let flushed = flush_tlb_mm_range(&machine, &mm, span, FreedTables::No);
+/// assert!(flushed.is_of(&mm));
+/// assert_eq!(machine.did.take(), ["INVLPG 0x7000", "INVLPG 0x8000"]);
+/// # }
+/// ```
 #[inline(never)]
 pub fn flush_tlb_mm_range<C: Cpus>(
     cpus: &C,
@@ -31,17 +89,18 @@ pub fn flush_tlb_mm_range<C: Cpus>(
     tables: FreedTables,
 ) -> Flushed {
     let nr_pages = span.nr_pages();
-    // A span that makes no sense has `u64::MAX` pages, which no ceiling lets pass.
+    // A span that ends before it begins has `u64::MAX` pages. A ceiling of `u64::MAX` must not let
+    // it pass either.
     if nr_pages > cpus.single_page_flush_ceiling() || nr_pages == u64::MAX {
         let changed = if nr_pages == u64::MAX { None } else { Some(span) };
-        return flush_whole(cpus, mm, changed, tables);
+        return flush_full(cpus, mm, changed, tables);
     }
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: Some(nr_pages), tables });
-        shoot_down(cpus, here, mm, Some(span), tables, |tlb_gen| FlushKind::Range { mm, tlb_gen, span })
+        raise_and_flush(cpus, here, mm, Some(span), tables, |tlb_gen| FlushKind::Range { mm, tlb_gen, span })
     });
     cpus.invalidate_secondary(mm.ctx_id(), Some(span));
-    Flushed::of(mm.ctx_id(), tlb_gen)
+    Flushed::of_mm(mm.ctx_id(), tlb_gen)
 }
 
 /// Makes every CPU forget all of `mm`, tables included, lazy CPUs too.
@@ -52,37 +111,38 @@ pub fn flush_tlb_mm_range<C: Cpus>(
 /// # Source
 /// Linux: flush_tlb_mm, arch/x86/include/asm/tlbflush.h.
 pub fn flush_tlb_mm<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) -> Flushed {
-    flush_whole(cpus, mm, None, FreedTables::Yes)
+    flush_full(cpus, mm, None, FreedTables::Yes)
 }
 
-/// `changed` is what was changed, if the caller knows.
+/// Flushes all of `mm`. `changed` is what was changed, if the caller knows.
 #[inline(never)]
-fn flush_whole<C: Cpus>(
+fn flush_full<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     changed: Option<PageSpan>,
     tables: FreedTables,
 ) -> Flushed {
-    // Read before the generation rises: what is noted later may be of entries cleared too late for this flush. Where the caller
-    // knows what was changed, secondary TLBs are told of no more, so that is not one for what others owe.
+    // Read before the generation rises: a flush that is deferred later may be of entries cleared
+    // too late for this flush. Where the caller knows what was changed, secondary TLBs are told of
+    // that only, so such a flush does not make up for what others owe.
     let deferred = if changed.is_none() { mm.deferred_flushes() } else { None };
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: None, tables });
-        shoot_down(cpus, here, mm, changed, tables, |tlb_gen| FlushKind::Mm { mm, tlb_gen })
+        raise_and_flush(cpus, here, mm, changed, tables, |tlb_gen| FlushKind::Mm { mm, tlb_gen })
     });
     cpus.invalidate_secondary(mm.ctx_id(), changed);
     if let Some(deferred) = deferred {
         mm.deferred_flushes_done(deferred);
     }
-    Flushed::of(mm.ctx_id(), tlb_gen)
+    Flushed::of_mm(mm.ctx_id(), tlb_gen)
 }
 
-/// Raises the generation, and has everybody who must be told flush up to it. Pinned to `here`.
+/// Raises the generation, and has every CPU that must be told flush up to it. Pinned to `here`.
 ///
-/// Each of the two kinds of request gets a copy of its own, and what is not done for a page that only this CPU knows is apart: so
-/// the request stays in registers.
+/// Inlined into its two callers, one for each kind of request, and what only other CPUs need is
+/// kept out of line. So on the path without IPIs the request stays in registers.
 #[inline(always)]
-fn shoot_down<'m, C: Cpus>(
+fn raise_and_flush<'m, C: Cpus>(
     cpus: &C,
     here: CpuId,
     mm: &'m MmContext<C::Bits>,
@@ -90,23 +150,24 @@ fn shoot_down<'m, C: Cpus>(
     tables: FreedTables,
     kind: impl FnOnce(TlbGen) -> FlushKind<'m, C::Bits>,
 ) -> TlbGen {
-    // T1: before looking who must be told, and even if nobody must.
+    // T1: before looking which CPUs must be told, and even if none must.
     let tlb_gen = mm.raise_tlb_gen();
     cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: changed });
-    let request = FlushRequest::made(kind(tlb_gen), tables, here);
+    let request = FlushRequest::from_flush(kind(tlb_gen), tables, here);
     let targets = match cpus.online_cpus() {
-        OnlineCpus::Many if mm.cpumask().has_others(here) => whom_to_tell(cpus, mm, here, tables),
+        OnlineCpus::Many if mm.cpumask().has_others(here) => cpus_to_interrupt(cpus, mm, here, tables),
         OnlineCpus::Many | OnlineCpus::One => None,
     };
     match targets {
         // SAFETY: pinned to `here`, interrupts off.
-        None => flush_here(cpus, mm, here, || unsafe { carry_out(cpus, here, &request) }),
-        Some(targets) => tell(cpus, mm, &targets, request),
+        None => flush_here(cpus, mm, here, || unsafe { flush_tlb_func_inlined(cpus, here, &request) }),
+        Some(targets) => interrupt(cpus, mm, &targets, request),
     }
     tlb_gen
 }
 
-/// The initiator's own part of a request: `flush`, with interrupts off, if it has `mm` loaded. Pinned to `here`.
+/// The initiator's own part of a request: runs `flush`, with interrupts off, if this CPU has `mm`
+/// loaded. Pinned to `here`.
 #[inline(always)]
 fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: impl FnOnce()) {
     if cpus.cpu_state(here).has_loaded(mm) {
@@ -114,9 +175,10 @@ fn flush_here<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>, here: CpuId, flush: im
     }
 }
 
-/// Interrupts `targets`. Kept out of line so that the path without IPIs holds the request in registers.
+/// Sends `request` to `targets`, carries it out here meanwhile, and waits for all answers. Kept out
+/// of line so that the path without IPIs holds the request in registers.
 #[inline(never)]
-fn tell<C: Cpus>(
+fn interrupt<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     targets: &CpuSet<C::Bits>,
@@ -134,8 +196,9 @@ fn tell<C: Cpus>(
     cpus.observe(TlbEvent::IpisSent(targets.len()));
 }
 
-/// Finds out whether whoever was told, and this CPU, really is where the request asks it to be (rule T2): a CPU that has `mm`
-/// loaded has reached the generation. Debug builds only: two reads of each target's lines.
+/// Checks that each CPU that was told, and this one, has reached the generation that the request
+/// asks for, if it has `mm` loaded (rule T2). Debug builds only, because it costs two reads of each
+/// target's lines.
 fn check_answers<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
@@ -145,7 +208,8 @@ fn check_answers<C: Cpus>(
     let (FlushKind::Range { tlb_gen, .. } | FlushKind::Mm { tlb_gen, .. }) = *request.kind() else { return };
     for cpu in targets.iter().chain([request.initiator()]) {
         let state = cpus.cpu_state(cpu);
-        // It may switch meanwhile: what is read counts only if it had `mm` loaded before and after.
+        // The CPU may switch meanwhile: what is read counts only if it had `mm` loaded before and
+        // after.
         if !state.has_loaded(mm) {
             continue;
         }
@@ -164,24 +228,29 @@ fn check_answers<C: Cpus>(
     }
 }
 
-/// The other CPUs that must be interrupted, if any. No set is made for none: it may be large.
+/// Decides which other CPUs must be interrupted for a flush of `mm`: of those in the cpumask, each
+/// whose [`concern`](crate::CpuTlb::concern) says so; if tables go, each that is not off (rule T5).
+///
+/// Linux: should_flush_tlb, and the choice between cpumask and condition in native_flush_tlb_multi.
+///
+/// `None` if there are none, because a set may be large.
 #[inline(never)]
-fn whom_to_tell<C: Cpus>(
+fn cpus_to_interrupt<C: Cpus>(
     cpus: &C,
     mm: &MmContext<C::Bits>,
     here: CpuId,
     tables: FreedTables,
 ) -> Option<CpuSet<C::Bits>> {
     let mut targets: Option<CpuSet<C::Bits>> = None;
-    let mut tell = |cpu| targets.get_or_insert_with(CpuSet::empty).insert(cpu);
+    let mut add = |cpu| targets.get_or_insert_with(CpuSet::empty).insert(cpu);
     let (mut lazy, mut elsewhere) = (0, 0);
     mm.cpumask().for_each_but(here, |cpu| {
         match cpus.cpu_state(cpu).concern(Some(mm)) {
             // It walks nothing, and would never answer.
             Concern::Offline => elsewhere += 1,
             // T5: speculation on a lazy CPU still walks the tables.
-            _ if tables == FreedTables::Yes => tell(cpu),
-            Concern::MustFlush => tell(cpu),
+            _ if tables == FreedTables::Yes => add(cpu),
+            Concern::MustFlush => add(cpu),
             Concern::Lazy => lazy += 1,
             Concern::Elsewhere => elsewhere += 1,
         }
@@ -192,10 +261,10 @@ fn whom_to_tell<C: Cpus>(
     targets
 }
 
-/// Carries out reclaim's deferred flushes of `mm`, if any may be outstanding.
+/// Makes reclaim's deferred flushes of `mm`, if any may be outstanding.
 ///
-/// Whoever takes a table lock and draws conclusions from an entry that is none must call this first: the entry may have
-/// been cleared by reclaim, whose flush is still to come.
+/// Whoever takes a table lock and draws conclusions from an empty entry must call this first:
+/// reclaim may have cleared the entry, and its flush may be still to come.
 ///
 /// # Context
 /// Under the table lock in question; then as for [`flush_tlb_mm_range`].
@@ -208,11 +277,11 @@ pub fn flush_tlb_batched_pending<C: Cpus>(cpus: &C, mm: &MmContext<C::Bits>) {
     }
 }
 
-/// Has every CPU in `cpumask` flush what it has loaded up to date.
+/// Has every CPU in `cpumask` bring what it has loaded up to date.
 pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) -> Flushed {
     cpus.observe(TlbEvent::Requested { pages: None, tables: FreedTables::No });
     cpus.pinned(|here| {
-        let request = FlushRequest::made(FlushKind::AllUpdated, FreedTables::No, here);
+        let request = FlushRequest::from_flush(FlushKind::AllUpdated, FreedTables::No, here);
         let mut targets = CpuSet::empty();
         let mut lazy = 0;
         cpumask.for_each_but(here, |cpu| match cpus.cpu_state(cpu).concern(None) {
@@ -223,16 +292,16 @@ pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) ->
         if lazy > 0 {
             cpus.observe(TlbEvent::IpisSaved { lazy, elsewhere: 0 });
         }
-        let flush_here = || {
+        let meanwhile = || {
             if cpumask.contains(here) {
                 // SAFETY: pinned to `here`, interrupts off.
                 cpus.without_interrupts(|| unsafe { flush_tlb_func(cpus, here, &request) });
             }
         };
         if targets.is_empty() {
-            flush_here();
+            meanwhile();
         } else {
-            cpus.flush_others(&targets, &request, flush_here);
+            cpus.flush_others(&targets, &request, meanwhile);
             cpus.observe(TlbEvent::IpisSent(targets.len()));
         }
     });
@@ -240,17 +309,20 @@ pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) ->
 }
 
 impl<B: CpuBits> MmContext<B> {
-    /// Whether any CPU that says it may have this address space really has it in CR3, or is about to.
+    /// Whether any CPU in the cpumask really has this address space in CR3, by its own account.
     ///
-    /// For assertions before a root is freed; the answer is final only when no CPU can switch to it any more.
+    /// For assertions before a root is freed; the answer is final only when no CPU can switch to it
+    /// any more.
     #[must_use]
     pub fn is_loaded_somewhere<C: Cpus<Bits = B>>(&self, cpus: &C) -> bool {
         self.cpumask().iter().any(|cpu| cpus.cpu_state(cpu).has_loaded(self))
     }
 
-    /// Whether any CPU may have this address space in CR3: one that is between two spaces may still be on its way out.
+    /// Whether any CPU may have this address space in CR3: a CPU that is between two spaces may
+    /// still be on its way out.
     ///
-    /// Where this says yes, [`flush_tlb_mm`] makes sure: a CPU answers once it has arrived elsewhere.
+    /// Where this says yes, [`flush_tlb_mm`] makes sure: a CPU answers once it has arrived
+    /// elsewhere.
     #[must_use]
     pub fn may_be_loaded_somewhere<C: Cpus<Bits = B>>(&self, cpus: &C) -> bool {
         self.cpumask().iter().any(|cpu| cpus.cpu_state(cpu).may_have_loaded(self))

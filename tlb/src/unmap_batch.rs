@@ -6,16 +6,19 @@ use arrayvec::ArrayVec;
 
 use crate::cpuset::CpuSet;
 use crate::generation::{CtxId, MmContext};
-use crate::mmu::{Cpus, Flushed};
-use crate::shootdown::flush_all_updated;
+use crate::mmu::Cpus;
+use crate::shootdown::{Flushed, flush_all_updated};
 
-/// The CPUs that hold translations of pages unmapped since the last flush, over any number of address spaces.
+/// The CPUs that hold translations of pages unmapped since the last flush, over any number of
+/// address spaces.
 ///
-/// Reclaim clears an entry, calls [`add_mm`](Self::add_mm) while it still holds the table lock, goes on to the next
-/// page, and frees none of them before [`flush`](Self::flush) has returned. The generation of each address space is raised
-/// when its entry is cleared, not when the flush is sent: a CPU that switches in between finds it.
+/// Reclaim clears an entry, calls [`add_mm`](Self::add_mm) while it still holds the table lock,
+/// goes on to the next page, and frees no page before [`flush`](Self::flush) has returned. The
+/// generation of each address space is raised when its entry is cleared, not when the flush is
+/// sent, so a CPU that switches in between sees it.
 ///
-/// Secondary TLBs are told of each context once a flush, and before the receipt is made: an IOMMU uses pages, too.
+/// Secondary TLBs are told of each context once a flush, and before the receipt is made, because an
+/// IOMMU uses pages, too.
 ///
 /// Linux: struct arch_tlbflush_unmap_batch.
 #[doc(alias = "arch_tlbflush_unmap_batch")]
@@ -26,9 +29,11 @@ pub struct UnmapBatch<C: Cpus> {
     pending: Pending,
 }
 
-/// How many contexts wait for the flush; when another comes, secondary TLBs are told of the oldest at once.
+/// How many contexts wait for the flush; when one more comes, secondary TLBs are told of the oldest
+/// at once.
 ///
-/// Reclaim goes through the address spaces of one page, which mostly is one; a line of cache holds eight.
+/// Reclaim goes through the address spaces of one page, mostly a single one; a cache line holds
+/// eight.
 const CONTEXTS: usize = 8;
 
 #[derive(Debug, PartialEq, Eq)]
@@ -47,8 +52,8 @@ impl<C: Cpus> UnmapBatch<C> {
     /// Notes that an entry of `mm` was cleared and will be flushed with the batch.
     ///
     /// # Context
-    /// The lock of the table that held the entry is still held. Where the batch has notes of more contexts than it can keep,
-    /// [`invalidate_secondary`](Cpus::invalidate_secondary) is called.
+    /// The lock of the table that held the entry is still held. If the batch already has as many
+    /// contexts as it can keep, [`invalidate_secondary`](Cpus::invalidate_secondary) is called.
     ///
     /// # Source
     /// Linux: arch_tlbbatch_add_pending, set_tlb_ubc_flush_pending.
@@ -56,19 +61,21 @@ impl<C: Cpus> UnmapBatch<C> {
     pub fn add_mm(&mut self, cpus: &C, mm: &MmContext<C::Bits>) {
         mm.raise_tlb_gen();
         self.cpumask.insert_all(mm.cpumask());
-        mm.note_batched();
+        mm.note_deferred_flush();
         self.pending = Pending::Something;
-        // Last: it may call the kernel.
+        // Last, because it may call the kernel.
         self.note_context(cpus, mm.ctx_id());
     }
 
-    /// Secondary TLBs have to forget what they have of this context, before the batch is flushed.
+    /// Notes that secondary TLBs must forget what they have of this context, before the batch is
+    /// flushed.
     fn note_context(&mut self, cpus: &C, ctx_id: CtxId) {
-        // The last one first: pages of one address space follow one another.
+        // The newest first: pages of one address space follow one another.
         if self.contexts.iter().rev().any(|noted| *noted == ctx_id) {
             return;
         }
-        // Its entries were cleared before they were added. Should more be, it is noted anew.
+        // The entries of the oldest context were cleared before they were added. If more of it are
+        // cleared later, the context is noted again.
         let oldest = if self.contexts.is_full() { self.contexts.pop_at(0) } else { None };
         self.contexts.push(ctx_id);
         if let Some(oldest) = oldest {
@@ -76,7 +83,8 @@ impl<C: Cpus> UnmapBatch<C> {
         }
     }
 
-    /// Flushes every CPU that may hold a translation of a page in the batch; `None` if nothing was pending.
+    /// Flushes every CPU that may hold a translation of a page in the batch; `None` if nothing was
+    /// pending.
     ///
     /// # Context
     /// As for [`flush_tlb_mm_range`](crate::flush_tlb_mm_range).
@@ -89,11 +97,12 @@ impl<C: Cpus> UnmapBatch<C> {
             return None;
         }
         let flushed = flush_all_updated(cpus, &self.cpumask);
-        // The entries are long cleared, so nothing is cached anew, and either order with the CPUs would do. This one is that of
-        // `flush_tlb_mm_range`. The receipt is handed out after both.
+        // The entries were cleared long ago, so nothing is cached again, and either order of CPUs
+        // and secondary TLBs would do. This order is that of `flush_tlb_mm_range`. The receipt is
+        // handed out after both.
         while let Some(ctx_id) = self.contexts.last().copied() {
             cpus.invalidate_secondary(ctx_id, None);
-            // Afterwards: if the kernel's call unwinds, it is still to be told.
+            // After the call: if the kernel's call unwinds, the context is still to be told.
             self.contexts.pop();
         }
         self.cpumask.clear_all();

@@ -77,7 +77,7 @@ impl World {
         let noted = used.map_or(Lines::ALL, UsedLines::load);
         for (index, entry) in entries(machine, table).enumerate() {
             let address = start + ((index as u64) << level.entry_shift());
-            if entry != 0 && noted.both(Lines::touched_by(&(index..index + 1))).is_empty() {
+            if entry != 0 && noted.intersect(Lines::touched_by(&(index..index + 1))).is_empty() {
                 mapped.wrong.get_or_insert((ViolationKind::EntryNotNoted, table, address));
             }
             match decode(entry, level, machine.options.features.physical_bits) {

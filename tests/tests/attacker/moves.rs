@@ -333,7 +333,7 @@ impl World<'_> {
                 locked.forget_empty_lines(&(start..end));
                 let _ = (locked.used_lines(), locked.entry(start as u64).load());
                 let _ = Lines::touched_by(&(start..end))
-                    .both(Lines::inside(&(end..start)))
+                    .intersect(Lines::inside(&(end..start)))
                     .first_run(&(start..end));
             }
             Op::Platform { what, address } => self.ask_platform(what, self.address(address)),

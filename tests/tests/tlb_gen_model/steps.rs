@@ -10,7 +10,7 @@ use crate::state::{
     State, Store, Switch, What, item_bit,
 };
 
-/// `CpuTlb::choose_asid`: which slot, whether it is stale, and which is taken over next.
+/// `CpuTlb::choose_new_asid`: which slot, whether it is stale, and which is taken over next.
 pub(crate) fn choose_slot(slots: &[SlotState], next: u8, space: Space, tlb_gen: u8) -> (u8, bool, u8) {
     for (index, slot) in (0..).zip(slots) {
         if slot.space == Some(space) {

@@ -1,9 +1,11 @@
-//! Two or three CPUs of which loom explores every interleaving and every value that a read may return.
+//! Two or three CPUs, of which loom tries every interleaving and every value that a read may
+//! return, as far as it can.
 //!
-//! The page table is two entries and the link to their table, all loom atomics: they are what CPUs read behind each other's
-//! backs. A CPU's TLB is its own, like its program order: it is plain data, used only while the CPU's interrupts are off.
-//! Interrupts are a lock: whoever holds it runs on that CPU. So a flush interrupt is the initiator taking the lock and
-//! running the handler there, which orders it against everything else on that CPU, and orders the answer before the
+//! The page table is two entries and the link to their table, all loom atomics, because CPUs read
+//! them behind each other's backs. A CPU's TLB is its own, like its program order: plain data, used
+//! only while the CPU's interrupts are off. Interrupts are a lock: whoever holds it runs on that
+//! CPU. So a flush interrupt is the initiator taking the lock and running the handler there. That
+//! orders the handler against everything else on that CPU, and orders the answer before the
 //! initiator goes on: exactly what a real interrupt and its acknowledgement do, and no more.
 #![expect(unsafe_code, reason = "plays the CPUs, which the crate's entry points take on trust")]
 
@@ -27,7 +29,7 @@ pub(crate) type Bits = [AtomicU64; 1];
 pub(crate) const CPU: [CpuId; 3] = [CpuId::new(0), CpuId::new(1), CpuId::new(2)];
 const PAGE: u64 = 4096;
 
-/// What one CPU remembers, by tag: pages 0 and 1 of the program, and the link to their table.
+/// What one CPU has cached, by tag: pages 0 and 1 of the program, and the link to their table.
 #[derive(Default)]
 struct Hardware {
     root: u64,
@@ -47,11 +49,12 @@ pub(crate) struct Machine {
     entries: [AtomicBool; 2],
     link: AtomicBool,
     freed_pages: [AtomicBool; 2],
-    /// What the pages hold: used by programs, and by the next owner. loom objects where neither comes first.
+    /// What the pages hold, used by programs and by the next owner. loom objects if neither comes
+    /// first.
     contents: [UnsafeCell<()>; 2],
     freed_table: AtomicBool,
-    /// The root table: read by every walk, written when it is used for something else. loom objects where neither comes
-    /// first.
+    /// The root table: read by every walk, written when it is used for something else. loom objects
+    /// if neither comes first.
     root_table: UnsafeCell<()>,
 }
 
@@ -87,7 +90,8 @@ impl Machine {
         Cpu { machine: self, here: cpu }
     }
 
-    /// When every thread has ended: no CPU that is up to date by its own account remembers what is gone.
+    /// When every thread has ended: no CPU that is up to date by its own account has cached what is
+    /// gone.
     pub(crate) fn check_at_rest(&self) {
         for cpu in CPU {
             let hardware = self.hardware[cpu.index()].lock().expect("no panic before");
@@ -159,17 +163,19 @@ impl<'a> Cpu<'a> {
         self.with_interrupts_off(|| unsafe { leave_mm(self, self.here) });
     }
 
-    /// The program uses `page`, if this CPU runs it: one instruction, between two of which interrupts may come.
+    /// The program uses `page`, if this CPU runs it. This is one instruction; interrupts may come
+    /// between two of them.
     pub(crate) fn use_page(&self, page: usize) {
         self.with_interrupts_off(|| self.reach(page, "a program"));
     }
 
-    /// Speculation: on a lazy CPU too, whose leaves may be stale, and whose tables may not.
+    /// Speculation, on a lazy CPU too: what it uses of the leaves may be stale, what it uses of the
+    /// tables may not.
     pub(crate) fn speculate(&self) {
         self.with_interrupts_off(|| self.refill(&mut self.hardware()));
     }
 
-    /// Speculation fills in whatever the tables say now.
+    /// Speculation caches whatever the tables say now.
     fn refill(&self, hardware: &mut Hardware) {
         if hardware.root == 1 && self.walk_to_table(hardware, "speculation") {
             let tag = hardware.pcid;
@@ -197,7 +203,7 @@ impl<'a> Cpu<'a> {
         self.machine.contents[page].with(|_| ());
     }
 
-    /// Whether the table can be reached; remembers the link.
+    /// Whether the table can be reached; caches the link.
     fn walk_to_table(&self, hardware: &mut Hardware, who: &str) -> bool {
         self.machine.root_table.with(|_| ());
         let tag = hardware.pcid;
@@ -242,13 +248,13 @@ impl Cpu<'_> {
         self.machine.freed_table.store(true, Ordering::Relaxed);
     }
 
-    /// A whole flush, of nothing in particular.
+    /// A full flush.
     pub(crate) fn flush_all(&self) {
         let _flushed = flush_tlb_mm(self, &self.machine.mm);
     }
 
-    /// Ends the address space, in which nothing is mapped any more, in the order of `exit_mmap`; its root is used for something
-    /// else.
+    /// Ends the address space, in which nothing is mapped any more, in the order of `exit_mmap`;
+    /// then its root is used for something else.
     pub(crate) fn exit(&self) {
         if self.machine.mm.may_be_loaded_somewhere(self) {
             let _left = flush_tlb_mm(self, &self.machine.mm);
@@ -285,8 +291,9 @@ impl Cpu<'_> {
     }
 }
 
-// SAFETY: a thread is one CPU; the lock of its interrupts is held where the crate asks for them to be off. A flush
-// interrupt runs to its end on its target before `flush_others` returns. The pretend TLB drops what is named.
+// SAFETY: a thread is one CPU; the lock of its interrupts is held where the crate asks for them to
+// be off. A flush interrupt runs to its end on its target before `flush_others` returns. The
+// pretend TLB drops what is named.
 unsafe impl Cpus for Cpu<'_> {
     type Bits = Bits;
 

@@ -1,22 +1,23 @@
-//! The protocol of `mmu-tlb` under loom: in no execution that loom tries does a CPU use what was freed.
+//! The protocol of `mmu-tlb` under loom: in no execution that loom tries does a CPU use what was
+//! freed.
 //!
 //! ```text
 //! RUSTFLAGS="--cfg mmu_loom" cargo test -p mmu-tlb --release --test loom
 //! tlb/tests/loom/run-corrected --package mmu-tlb
 //! ```
 //!
-//! The atomics are the crate's own (`src/sync.rs` swaps them). loom tries interleavings and values that a
-//! read may return; not all of them: `README.md` says what it passes over, what the corrected loom of the
-//! second command adds to that, and what neither sees.
+//! The atomics are the crate's own (`src/sync.rs` swaps them). loom tries interleavings, and values
+//! that a read may return, but not all of them: `README.md` says what it passes over, what the
+//! corrected loom of the second command adds, and what neither sees.
 //!
-//! Beside each test stands how many executions there are, and how long they take, with loom as it is and
-//! with the corrected one (seconds on two cores that had other work, too), and with which faults put into
-//! the crate it was seen to fail. There is no bound on preemptions where none is named. `README.md` has
-//! the faults one by one.
+//! Each test says how many executions there are, how long they take, with loom as it is and with
+//! the corrected one (seconds on two cores that had other work, too), and with which faults put
+//! into the crate it was seen to fail. There is no bound on preemptions where no bound is named.
+//! `README.md` lists the faults one by one.
 //!
-//! Two orderings no test here was seen to need, because a fence is always near: the acquire of `tlb_gen`,
-//! and that `add_mm` notes its flush after raising the generation. The first is kept for what a walker in
-//! software would need.
+//! No test here was seen to need two of the orderings, because a fence is always near: the acquire
+//! of `tlb_gen`, and that `add_mm` notes its flush after raising the generation. The first is kept
+//! for what a walker in software would need.
 #![cfg(mmu_loom)]
 
 mod machine;
@@ -33,7 +34,7 @@ use machine::{CPU, Cpu, Machine};
 
 const BOTH: [PcidSupport; 2] = [PcidSupport::Off, PcidSupport::On];
 
-/// Runs `scenario` in every way that loom knows, and says in how many.
+/// Runs `scenario` in every way that loom knows, and prints in how many.
 fn explore(pcid: &[PcidSupport], scenario: impl Fn(Arc<Machine>) + Send + Sync + Copy + 'static) {
     let (begun, executions) = (Instant::now(), Arc::new(AtomicUsize::new(0)));
     for pcid in pcid.iter().copied() {
@@ -49,7 +50,7 @@ fn explore(pcid: &[PcidSupport], scenario: impl Fn(Arc<Machine>) + Send + Sync +
     println!("{executions} executions, {:.2} s", begun.elapsed().as_secs_f32());
 }
 
-/// Another CPU, beginning now.
+/// Another CPU, which begins now.
 fn meanwhile(
     machine: &Arc<Machine>,
     cpu: CpuId,
@@ -68,6 +69,7 @@ fn join(thread: JoinHandle<()>) {
 /// CVE-2025-37964).
 ///
 /// 557 executions, 0.03 s; corrected: 18412, 1.5 s.
+///
 /// Seen to fail with: no fence in `switch_mm` or in `raise_tlb_gen`; SWITCHING announced after the
 /// generation is read, or taken for elsewhere.
 #[test]
@@ -89,6 +91,7 @@ fn a_cpu_that_comes_back_during_a_shootdown_never_uses_the_freed_page() {
 /// CPU 1 was never here: it must join the cpumask before it loads CR3 (CVE-2016-2069).
 ///
 /// 836 executions, 0.04 s; corrected: 7906, 0.6 s.
+///
 /// Seen to fail with: no fence in `raise_tlb_gen`; the cpumask joined after CR3; targets looked for
 /// before the generation rises.
 #[test]
@@ -107,6 +110,7 @@ fn a_cpu_that_comes_for_the_first_time_during_a_shootdown_never_uses_the_freed_p
 /// CPU 1 leaves and comes back, twice switching, while the flusher looks.
 ///
 /// 17369 executions, 0.9 s; corrected: 2726168, 414 s.
+///
 /// Seen to fail with: no fence in `switch_mm` or in `raise_tlb_gen`; no SWITCHING; no acquire in
 /// `concern`.
 #[test]
@@ -129,6 +133,7 @@ fn a_cpu_that_leaves_and_comes_back_during_a_shootdown_never_uses_the_freed_page
 /// CPU 1 is lazy and wakes: either it is told, or it sees the new generation.
 ///
 /// 92 executions, 0.01 s; corrected: 2062, 0.2 s.
+///
 /// Seen to fail with: no fence in `catch_up` or in `raise_tlb_gen`; a wake-up that does not look;
 /// laziness ended after the switch.
 #[test]
@@ -150,6 +155,7 @@ fn a_cpu_that_wakes_during_a_shootdown_never_uses_the_freed_page() {
 /// CPU 1 goes lazy while the request is on its way, and wakes again.
 ///
 /// 1642 executions, 0.08 s; corrected: 56390, 4.3 s.
+///
 /// Seen to fail with: the same; going lazy without release, or found lazy without acquire.
 #[test]
 fn a_cpu_that_goes_lazy_during_a_shootdown_never_uses_the_freed_page() {
@@ -172,6 +178,7 @@ fn a_cpu_that_goes_lazy_during_a_shootdown_never_uses_the_freed_page() {
 /// lazy CPU.
 ///
 /// 970 executions, 0.05 s; corrected: 36613, 4.2 s.
+///
 /// Seen to fail with: no fence in `switch_mm`; laziness ended after the switch.
 #[test]
 fn a_lazy_cpu_on_its_way_in_is_not_taken_for_one_that_may_wait() {
@@ -190,10 +197,11 @@ fn a_lazy_cpu_on_its_way_in_is_not_taken_for_one_that_may_wait() {
     });
 }
 
-/// Each unmaps a page the other uses. The generations cross: a ranged flush that skips one loses a
-/// page.
+/// Each unmaps a page that the other uses. The generations cross: a ranged flush that skips a
+/// generation loses a page.
 ///
 /// 2156 executions, 0.2 s; corrected: with at most 5 preemptions 1233792, 178 s.
+///
 /// Seen to fail with: a ranged flush from any generation; a slot raised to a generation read after
 /// its pages were invalidated.
 #[test]
@@ -221,6 +229,7 @@ fn two_cpus_that_flush_at_once_both_get_on_and_lose_no_request() {
 /// The same with a third CPU that only runs the program, and is told by both.
 ///
 /// 39614 executions, 3 s; corrected: with at most 6 preemptions 763135, 135 s.
+///
 /// Seen to fail with: the same; the cpumask left by a CPU that has the address space loaded.
 #[test]
 fn a_cpu_told_by_two_at_once_forgets_both_pages() {
@@ -244,6 +253,7 @@ fn a_cpu_told_by_two_at_once_forgets_both_pages() {
 /// CPU 1 is lazy and speculates, wakes, or leaves, while the table goes.
 ///
 /// 3690 executions, 0.2 s; corrected: 210844, 17 s.
+///
 /// Seen to fail with: lazy CPUs not told of tables.
 #[test]
 fn no_speculation_on_a_lazy_cpu_walks_through_a_freed_table() {
@@ -272,6 +282,7 @@ fn no_speculation_on_a_lazy_cpu_walks_through_a_freed_table() {
 /// (Linux on powerpc, 2020).
 ///
 /// 1562 executions, 0.08 s; corrected: 49680, 4.1 s.
+///
 /// Seen to fail with: a slot kept although its generation is old.
 #[test]
 fn a_cpu_that_is_taken_out_of_the_cpumask_while_it_comes_back_never_walks_through_a_freed_table() {
@@ -293,6 +304,7 @@ fn a_cpu_that_is_taken_out_of_the_cpumask_while_it_comes_back_never_walks_throug
 /// later sees the generation.
 ///
 /// 952 executions, 0.05 s; corrected: 27069, 2.3 s.
+///
 /// Seen to fail with: an `add_mm` that raises no generation.
 #[test]
 fn a_cpu_that_comes_back_during_the_flush_of_a_reclaim_batch_never_uses_the_freed_page() {
@@ -314,6 +326,7 @@ fn a_cpu_that_comes_back_during_the_flush_of_a_reclaim_batch_never_uses_the_free
 /// walks after the clearing.
 ///
 /// 836 executions, 0.04 s; corrected: 9598, 0.8 s.
+///
 /// Seen to fail with: an `add_mm` that copies the cpumask before it raises the generation.
 #[test]
 fn a_cpu_that_comes_for_the_first_time_while_a_page_is_reclaimed_never_uses_it_once_freed() {
@@ -328,11 +341,12 @@ fn a_cpu_that_comes_for_the_first_time_while_a_page_is_reclaimed_never_uses_it_o
     });
 }
 
-/// CPU 1 uses the page a last time and goes elsewhere, and a whole flush takes it out of the
-/// cpumask: a batch that does not find it there frees without asking it. Nothing but the cpumask
+/// CPU 1 uses the page a last time and goes elsewhere, and a full flush takes it out of the
+/// cpumask. A batch that does not find it there frees without asking it. Nothing but the cpumask
 /// orders the two.
 ///
 /// 3962 executions, 0.3 s; corrected: with at most 6 preemptions 228192, 33 s.
+///
 /// Seen to fail with: the cpumask copied without acquire, with the corrected loom only.
 #[test]
 fn reclaim_that_finds_no_cpu_in_the_cpumask_frees_after_the_last_use_of_the_cpu_that_was_there() {
@@ -353,6 +367,7 @@ fn reclaim_that_finds_no_cpu_in_the_cpumask_frees_after_the_last_use_of_the_cpu_
 /// later one as done.
 ///
 /// 676 executions, 0.05 s; corrected: 8494, 0.6 s.
+///
 /// Seen to fail with: a `deferred_flushes_done` that overwrites; a slot raised to a generation read
 /// after the flush.
 #[test]
@@ -376,11 +391,12 @@ fn a_deferred_flush_noted_while_an_earlier_one_is_made_up_for_stays_outstanding(
     });
 }
 
-/// The address space ends while CPU 1, which borrows it, leaves by itself: its root is used again
+/// The address space ends while CPU 1, which borrows it, leaves by itself. Its root is used again
 /// only when no walk of CPU 1 can follow, nor be still under way. Nothing else orders the two if
 /// CPU 1 is found elsewhere.
 ///
 /// 1316 executions, 0.09 s; corrected: 44978, 5.3 s.
+///
 /// Seen to fail with: `loaded_mm` stored without release, or read by `may_have_loaded` without
 /// acquire.
 #[test]
@@ -402,6 +418,7 @@ fn a_root_is_used_again_only_after_the_last_walk_of_a_cpu_that_leaves_by_itself(
 /// CPU 1 goes elsewhere while the table goes: it is told as long as CR3 leads there.
 ///
 /// 118 executions, 0.01 s; corrected: 1286, 0.2 s.
+///
 /// Seen to fail with: the cpumask left before CR3 changes.
 #[test]
 fn no_speculation_on_a_cpu_on_its_way_out_walks_through_a_freed_table() {
@@ -416,9 +433,11 @@ fn no_speculation_on_a_cpu_on_its_way_out_walks_through_a_freed_table() {
     });
 }
 
-/// CPU 1 is switched off while the table goes: it is told as long as CR3 leads there, and not waited for afterwards.
+/// CPU 1 is switched off while the table goes: it is told as long as CR3 leads there, and not
+/// waited for afterwards.
 ///
 /// 896 executions, 0.06 s; corrected: 5240, 0.3 s.
+///
 /// Seen to fail with: the CPU taken for off before CR3 changes.
 #[test]
 fn a_cpu_that_is_switched_off_walks_through_no_table_that_is_free() {
@@ -434,11 +453,13 @@ fn a_cpu_that_is_switched_off_walks_through_no_table_that_is_free() {
     });
 }
 
-/// CPU 1 was here, is off, and comes back to the same address space while a page goes: told or not, it does not use it once it
-/// is free.
+/// CPU 1 was here, is off, and comes back to the same address space while a page goes: told or not,
+/// it does not use the page once it is free.
 ///
-/// 2518 executions, 0.2 s; corrected: 150 854, 8 s. Seen to fail with: SWITCHING not announced. (The fence of `switch_mm` is not missed here: no slot is
-/// believed after a start, so CR3 is loaded with a flush, which is serialising.)
+/// 2518 executions, 0.2 s; corrected: 150 854, 8 s.
+///
+/// Seen to fail with: SWITCHING not announced. (The fence of `switch_mm` is not missed here: no
+/// slot is believed after a start, so CR3 is loaded with a flush, which is serialising.)
 #[test]
 fn a_cpu_that_is_switched_on_again_uses_nothing_that_was_freed_while_it_was_off() {
     explore(&BOTH, |machine| {

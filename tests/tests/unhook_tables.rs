@@ -146,7 +146,7 @@ fn tables_come_lowest_level_first_each_once() {
             kernel.zap(mm, &vma, vma.range).free();
             let mut gone = Vec::new();
             let bounds = Bounds::between(case.floor, case.ceiling);
-            free_range(&kernel, vma, bounds, |table| gone.push(table));
+            unhook_tables(&kernel, vma, bounds, |table| gone.push(table));
             let count = |level| gone.iter().filter(|(found, _)| *found == level).count() as u64;
             let counts = [Level::Pte, Level::Pmd, Level::Pud, Level::P4d].map(count);
             assert_eq!(counts, tables_that_go(case, mode), "{} with {mode:?}", case.name);
@@ -163,7 +163,7 @@ fn tables_come_lowest_level_first_each_once() {
 }
 
 #[expect(unsafe_code, reason = "one thread stands in for the map lock, and nothing is reused")]
-fn free_range(
+fn unhook_tables(
     kernel: &PaperKernel,
     vma: Vma<Backing>,
     bounds: Bounds,
@@ -174,7 +174,7 @@ fn free_range(
         kernel
             .mm(0)
             .space()
-            .free_range(kernel, vma.range, bounds, |table| sink((table.level(), table.span())));
+            .unhook_tables(kernel, vma.range, bounds, |table| sink((table.level(), table.span())));
     }
 }
 

@@ -1,21 +1,22 @@
-//! Which tables may go when a range of addresses is given up.
+//! Which tables may go when a range of addresses is given up, and unhooking them.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
 use arrayvec::ArrayVec;
 use static_assertions::assert_not_impl_any;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::entry::{Entry, EntryValue};
+use crate::entry::Entry;
 use crate::level::Level;
 use crate::range::VirtRange;
 use crate::space::AddressSpace;
 use crate::table::{TableMemory, TableView};
 
-/// The stretch of addresses between the neighbours of a range: from the end of the area below (the floor) to the
-/// start of the area above (the ceiling).
+/// The stretch of addresses between the neighbours of a range: from the end of the area below (the
+/// floor) to the start of the area above (the ceiling).
 ///
-/// A table may go exactly if the whole span it covers lies between the two: then nobody else can need it.
-/// Linux writes "no neighbour above" as `ceiling = 0`, which then means two things; here it is the end of user space.
+/// A table may go exactly if the whole span it covers lies between the two: then nobody else can
+/// need it. Linux writes "no neighbour above" as `ceiling = 0`, which then means two things; here
+/// it is the largest number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     floor: u64,
@@ -23,10 +24,12 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Between the end of the area below and the start of the area above; `None` where there is none.
+    /// The bounds between the end of the area below and the start of the area above; `None` where
+    /// there is no such area.
     ///
-    /// Both must stay true until the tables are freed: an area that grows downwards into the stretch (a stack) while
-    /// only the map lock's reader side is held would fault pages into tables on their way out (CVE-2021-20200).
+    /// Both must stay true until the tables are unhooked. If an area (a stack) grows downwards into
+    /// the stretch while only the reader side of the map lock is held, pages are faulted into
+    /// tables that are about to go (CVE-2021-20200).
     #[must_use]
     pub fn between(area_below_end: Option<u64>, area_above_start: Option<u64>) -> Self {
         Self { floor: area_below_end.unwrap_or(0), ceiling: area_above_start.unwrap_or(u64::MAX) }
@@ -44,8 +47,8 @@ impl Bounds {
         Self { floor: self.floor, ceiling: self.ceiling.min(ceiling) }
     }
 
-    /// The part of `range`, rounded out to what last-level tables span, in which such tables may go; `None` if none may, and
-    /// then no table above them may either.
+    /// The part of `range`, rounded out to the spans of last-level tables, in which such tables may
+    /// go. `None` if none of them may go; then no table above them may go either.
     #[must_use]
     #[inline]
     pub const fn spans_of(self, range: VirtRange) -> Option<VirtRange> {
@@ -62,19 +65,20 @@ impl Bounds {
         }
     }
 
-    /// Whether a table that covers `span` may be freed (rule P3).
+    /// Whether a table that covers `span` may be unhooked (rule P3).
     #[must_use]
     #[inline]
-    pub const fn allow_freeing(self, span: VirtRange) -> bool {
+    pub const fn allow_unhooking(self, span: VirtRange) -> bool {
         self.floor <= span.start() && span.end() <= self.ceiling
     }
 }
 
 /// A table that has been unhooked and is not yet free.
 ///
-/// Holding one proves that no walk that begins now can reach the table from its root. It does not prove that no CPU
-/// has it cached: the page becomes free only after a flush that covers `span` and reaches lazy CPUs too. There is one for
-/// each table, made where the table is unhooked and nowhere else: it cannot be copied, so no table is queued twice.
+/// Holding one proves that no walk that begins now can reach the table from its root. It does not
+/// prove that no CPU has it cached: the page becomes free only after a flush that covers `span` and
+/// reaches lazy CPUs too. Each table has one `UnhookedTable`, made where the table is unhooked and
+/// nowhere else. It cannot be copied, so no table is queued twice.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a table that was unhooked and is not handed on is lost"]
 pub struct UnhookedTable {
@@ -87,14 +91,14 @@ pub struct UnhookedTable {
 assert_not_impl_any!(UnhookedTable: Clone, Copy);
 
 impl UnhookedTable {
-    /// The page.
+    /// The page that was the table.
     #[must_use]
     #[inline]
     pub const fn frame(&self) -> PhysFrame {
         self.frame
     }
 
-    /// The level of the table it was.
+    /// The level that the table had.
     #[must_use]
     #[inline]
     pub const fn level(&self) -> Level {
@@ -108,7 +112,7 @@ impl UnhookedTable {
         self.span
     }
 
-    /// The root of the address space it was part of: whose flush it waits for.
+    /// The root of the address space that it was part of, whose flush it waits for.
     #[must_use]
     #[inline]
     pub const fn root(&self) -> PhysFrame {
@@ -117,24 +121,28 @@ impl UnhookedTable {
 }
 
 impl AddressSpace {
-    /// Unhooks every table that `range` used and that `bounds` lets go, lowest level first, and hands each to `sink`.
+    /// Unhooks every table that `range` used and that `bounds` lets go, lowest level first, and
+    /// hands each to `sink`.
     ///
-    /// Leaves must be gone already: the contents of last-level tables are not looked at, and a page still mapped in
-    /// one would be lost. The root is never unhooked. Each parent entry is cleared under the parent's lock, and no
-    /// lock is held while `sink` runs, so it may flush, free what it was given before, and sleep.
+    /// Leaves must be gone already: the contents of last-level tables are not looked at, and a page
+    /// still mapped in one would be lost. The root is never unhooked. Each parent entry is cleared
+    /// under the parent's lock, and no lock is held while `sink` runs, so `sink` may flush, free
+    /// what it was given before, and sleep.
     ///
     /// # Context
-    /// The embedder's map lock is held for writing, or the areas in `range` are detached and their neighbours cannot
-    /// grow into `bounds`; nobody walks `range` meanwhile, not even to fault.
+    /// The embedder's map lock is held for writing, or the areas in `range` are detached and their
+    /// neighbours cannot grow into `bounds`; nobody walks `range` meanwhile, not even to fault.
     ///
     /// # Safety
-    /// The context above holds, and `sink` lets no page be reused before every CPU has flushed `span` of it.
+    /// The context above holds, and `sink` lets no page be reused before every CPU has flushed its
+    /// `span`.
     ///
     /// # Source
-    /// Linux: free_pgd_range, mm/memory.c.
+    /// Linux: free_pgd_range, mm/memory.c. It frees into the gather; here the gather is behind
+    /// `sink`.
     #[doc(alias = "free_pgd_range")]
     #[doc(alias = "free_pte_range")]
-    pub unsafe fn free_range<M: TableMemory>(
+    pub unsafe fn unhook_tables<M: TableMemory>(
         &self,
         memory: &M,
         range: VirtRange,
@@ -145,22 +153,22 @@ impl AddressSpace {
             return;
         };
         let above = VirtRange::of_entry(Level::Pud, range.start());
-        if above.covers(range) && !bounds.allow_freeing(above) {
-            // Most often one table leads to all that may go, and stays.
+        if above.covers(range) && !bounds.allow_unhooking(above) {
+            // The usual case: one PMD table leads to all tables that may go, and stays.
             // SAFETY: by our caller's promise nobody else frees tables in this range.
             if let Some(view) = unsafe { self.pmd_table(memory, range.start()) } {
-                self.free_last_level(memory, view, range, bounds, &mut sink);
+                self.unhook_last_level(memory, view, range, bounds, &mut sink);
             }
             return;
         }
         // SAFETY: as above.
         let root = unsafe { self.root_table(memory) };
-        self.free_below(memory, root, range, bounds, &mut sink);
+        self.unhook_below(memory, root, range, bounds, &mut sink);
     }
 
-    /// Frees the tables below `view` that `range` used. `range` lies inside the span of `view`, and consists of spans of
-    /// last-level tables that may go.
-    fn free_below<'m, M: TableMemory>(
+    /// Unhooks the tables below `view` that `range` used. `range` lies inside the span of `view`,
+    /// and consists of spans of last-level tables that may go.
+    fn unhook_below<'m, M: TableMemory>(
         &self,
         memory: &'m M,
         view: TableView<'m>,
@@ -171,7 +179,7 @@ impl AddressSpace {
         let level = view.level();
         let Some(below) = level.below() else { return };
         if below == Level::Pte {
-            self.free_last_level(memory, view, range, bounds, sink);
+            self.unhook_last_level(memory, view, range, bounds, sink);
             return;
         }
         let mut address = range.start();
@@ -179,14 +187,16 @@ impl AddressSpace {
             let part = range.within_entry(level, address);
             let span = VirtRange::of_entry(level, address);
             address = part.end();
-            // SAFETY: `free_range`'s caller promised that nobody else frees tables in this range.
+            // SAFETY: `unhook_tables`'s caller promised that nobody else frees tables in this
+            // range.
             let Some(child) = (unsafe { view.child(memory, part.start()) }) else { continue };
-            self.free_below(memory, child, part, bounds, sink);
-            if bounds.allow_freeing(span) {
+            self.unhook_below(memory, child, part, bounds, sink);
+            if bounds.allow_unhooking(span) {
                 let locked = view.lock(memory);
                 let index = level.index(part.start());
-                // SAFETY: the parent's lock is held; the entry leads to `child`, whose tables and leaves are gone.
-                let old = unsafe { unhook(view.table().entry(index)) };
+                // SAFETY: the parent's lock is held; the entry leads to `child`, whose tables and
+                // leaves are gone.
+                let old = unsafe { view.table().entry(index).unhook() };
                 locked.forget_empty_lines(&(index..index + 1));
                 drop(locked);
                 debug_assert!(old.as_table(level) == Some(child.frame()), "P2: {view:?} changed at {span}");
@@ -200,8 +210,9 @@ impl AddressSpace {
         }
     }
 
-    /// Frees the last-level tables that `range` of a table of the level above leads to; some at a time under one lock.
-    fn free_last_level<M: TableMemory>(
+    /// Unhooks the last-level tables that `range` of `view`, a PMD table, leads to; up to
+    /// [`AT_ONCE`] under one lock.
+    fn unhook_last_level<M: TableMemory>(
         &self,
         memory: &M,
         view: TableView<'_>,
@@ -219,7 +230,7 @@ impl AddressSpace {
         }
         let first = LEVEL.index(range.start());
         let find = |from: usize| {
-            // Lines that are noted may be empty, too.
+            // A line that is noted may be empty.
             let noted = used.first_run(&(first + from..first + entries.len())).start - first;
             first_used(entries, noted)
         };
@@ -229,11 +240,15 @@ impl AddressSpace {
             let locked = view.lock(memory);
             let from = next;
             while next < entries.len() && !taken.is_full() {
-                // Large leaves, and meanings in their place, stay.
+                // Large leaves, and kept entries in their place, stay.
                 if let Some(frame) = entries[next].load().as_table(LEVEL) {
-                    debug_assert!(bounds.allow_freeing(span(next)), "P3: {bounds:?} does not let {range} go");
-                    // SAFETY: the parent's lock is held; by `free_range`'s contract the leaves below are gone.
-                    let _ = unsafe { unhook(&entries[next]) };
+                    debug_assert!(
+                        bounds.allow_unhooking(span(next)),
+                        "P3: {bounds:?} does not let {range} go"
+                    );
+                    // SAFETY: the parent's lock is held; by `unhook_tables`'s contract the leaves
+                    // below are gone.
+                    let _ = unsafe { entries[next].unhook() };
                     taken.push((next, frame));
                 }
                 next = find(next + 1);
@@ -249,22 +264,12 @@ impl AddressSpace {
     }
 }
 
-/// How many tables are unhooked under one lock: enough that the lock costs nothing, few enough for the stack.
+/// How many tables are unhooked under one lock: enough that the lock costs nothing, few enough for
+/// the stack.
 const AT_ONCE: usize = 32;
 
-/// Clears an entry that points to a table; its lock is held.
-///
-/// INVARIANT: P2, this comes before the table is handed on.
-///
-/// # Safety
-/// The lock of the table that holds `entry` is held, and the table below may go.
-#[inline]
-unsafe fn unhook(entry: &Entry) -> EntryValue {
-    // SAFETY: passed on to our caller.
-    unsafe { entry.take_link() }
-}
-
-/// The first entry from `from` on that is not none, going by whole lines; the length if there is none.
+/// The index of the first entry from `from` on that is not empty, found by whole lines; the length
+/// if all are empty.
 #[inline]
 fn first_used(entries: &[Entry], from: usize) -> usize {
     let mut index = from;
@@ -280,6 +285,7 @@ fn first_used(entries: &[Entry], from: usize) -> usize {
     index
 }
 
+/// Hands `table` to `sink`. A debug build first looks whether the table is empty.
 #[inline]
 fn give<M: TableMemory>(memory: &M, table: UnhookedTable, sink: &mut impl FnMut(UnhookedTable)) {
     if cfg!(debug_assertions) {

@@ -1,8 +1,10 @@
-//! Atomics that write down each access: which cache line, read or written, from where in the source.
+//! Atomics that write down each access: which cache line, read or written, from where in the
+//! source.
 //!
-//! They stand in for those of `core` in this crate's own unit tests, and nowhere else: see `sync.rs`. What CPUs share and change
-//! is atomic in this crate, so every write that takes a line from another CPU is recorded. Not recorded are reads of what never
-//! changes: a request, on the stack of who sent it, and the name and root of an address space.
+//! They stand in for those of `core` in this crate's own unit tests, and nowhere else: see
+//! `sync.rs`. In this crate, what CPUs share and change is atomic, so every write that takes a line
+//! from another CPU is recorded. Reads of what never changes are not recorded: a request, on the
+//! stack of the CPU that sent it, and the name and root of an address space.
 extern crate std;
 
 use core::cell::RefCell;
@@ -20,17 +22,17 @@ pub(crate) struct Line(usize);
 
 impl Line {
     /// The lines that `value` lies in.
-    pub(crate) fn of<T>(value: &T) -> core::ops::RangeInclusive<Self> {
+    pub(crate) fn all_of<T>(value: &T) -> core::ops::RangeInclusive<Self> {
         let first = core::ptr::from_ref(value).addr();
         Self(first / LINE_BYTES)..=Self((first + size_of::<T>().max(1) - 1) / LINE_BYTES)
     }
 }
 
-/// What was done to a line. Whoever writes takes it away from every other CPU.
+/// What was done to a line. Whoever writes takes the line away from every other CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Read,
-    /// Also what reads and writes, whether or not it changed anything.
+    /// Also an access that reads and writes, whether or not it changes anything.
     Write,
 }
 
@@ -53,7 +55,8 @@ std::thread_local! {
     static LOG: RefCell<Option<Vec<Access>>> = const { RefCell::new(None) };
 }
 
-/// Every access that `work` makes on this thread. What a recording inside it takes is not in the outer one.
+/// Every access that `work` makes on this thread. A recording inside `work` keeps its accesses to
+/// itself.
 pub(crate) fn record(work: impl FnOnce()) -> Vec<Access> {
     let outer = LOG.replace(Some(Vec::new()));
     work();
@@ -62,7 +65,7 @@ pub(crate) fn record(work: impl FnOnce()) -> Vec<Access> {
 
 #[track_caller]
 fn note<T>(atomic: &T, kind: Kind) {
-    let access = Access { line: *Line::of(atomic).start(), kind, place: Location::caller() };
+    let access = Access { line: *Line::all_of(atomic).start(), kind, place: Location::caller() };
     LOG.with_borrow_mut(|log| {
         if let Some(log) = log {
             log.push(access);

@@ -1,7 +1,8 @@
 //! Which cache lines a flush touches: every access of this crate, recorded.
 //!
-//! Two promises. A request that the CPU's slot already satisfies writes nothing and reads no line but that CPU's own; and
-//! CPUs that flush address spaces of which they share none have no line in common that either of them writes.
+//! Two promises are tested. A request that the CPU's slot already satisfies writes nothing, and
+//! reads no line but that CPU's own. And where two CPUs flush address spaces and share none of
+//! them, neither writes a line that the other touches.
 #![expect(unsafe_code, reason = "plays the CPUs")]
 
 extern crate std;
@@ -15,7 +16,7 @@ use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::recorded::{Access, Kind, Line, record};
+use super::recorded::{Access, Kind, Line, record};
 use crate::sync::AtomicU64;
 use crate::{
     CachedTranslations, CpuBits, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushKind, FlushRequest, FreedTables,
@@ -23,8 +24,9 @@ use crate::{
     flush_tlb_mm_range, switch_mm,
 };
 
-/// Up to 64 CPUs, up to 4096.
+/// Bits for up to 64 CPUs.
 type Small = [AtomicU64; 1];
+/// Bits for up to 4096 CPUs.
 type Large = [AtomicU64; 64];
 
 const PAGE: PageSpan = PageSpan { start: 0x1000, end: 0x2000, stride_shift: 12 };
@@ -33,7 +35,8 @@ const NR_CPUS: usize = 6;
 const CPU: [CpuId; NR_CPUS] =
     [CpuId::new(0), CpuId::new(1), CpuId::new(2), CpuId::new(3), CpuId::new(4), CpuId::new(5)];
 
-/// Address spaces and CPUs packed as closely as an embedder can have them: nothing but their own alignment keeps them apart.
+/// Address spaces and CPUs packed as closely as an embedder can have them: only their own alignment
+/// keeps them apart.
 #[repr(C, align(64))]
 struct Machine<B: CpuBits> {
     spaces: [MmContext<B>; NR_SPACES],
@@ -44,7 +47,8 @@ impl<B: CpuBits> Machine<B> {
     fn new() -> Self {
         let (ids, root) = (CtxIds::new(), PhysFrame::containing_address(PhysAddr::zero()));
         Self {
-            // SAFETY: one source of names; nothing is mapped below the root that they seem to share.
+            // SAFETY: one source of names; nothing is mapped below the root that the spaces seem to
+            // share.
             spaces: core::array::from_fn(|_| unsafe { MmContext::new(&ids, root) }),
             cpus: core::array::from_fn(|_| CpuTlb::new()),
         }
@@ -59,7 +63,7 @@ impl<B: CpuBits> Machine<B> {
         &self.spaces[number]
     }
 
-    /// Has `cpus` load space `number`.
+    /// Loads space `number` on each of `cpus`.
     fn load(&self, number: usize, cpus: &[CpuId]) {
         for cpu in cpus {
             // SAFETY: the spaces live as long as the machine, and do not move while it is used.
@@ -83,7 +87,7 @@ struct Here<'a, B: CpuBits> {
 }
 
 impl<B: CpuBits> Here<'_, B> {
-    /// What this CPU does in `work`, and what others do that it interrupts.
+    /// What this CPU does in `work`, and what the CPUs do that it interrupts.
     fn recorded(&self, work: impl FnOnce(&Self)) -> Recorded {
         let here = record(|| work(self));
         Recorded { here, others: self.answers.take() }
@@ -101,8 +105,8 @@ impl Recorded {
     }
 }
 
-// SAFETY: states are indexed; one thread at a time plays a CPU; `flush_others` runs the handler for each target; there are no
-// translations to drop.
+// SAFETY: states are indexed; one thread at a time plays a CPU; `flush_others` runs the handler for
+// each target; there are no translations to drop.
 unsafe impl<B: CpuBits> Cpus for Here<'_, B> {
     type Bits = B;
 
@@ -157,7 +161,7 @@ fn disturbed(one: &[Access], other: &[Access]) -> Vec<(Access, Access)> {
 
 /// What CPU 0 does about a request of CPU 1.
 fn answer<B: CpuBits>(machine: &Machine<B>, kind: FlushKind<'_, B>) -> Vec<Access> {
-    let request = FlushRequest::made(kind, FreedTables::No, CPU[1]);
+    let request = FlushRequest::from_flush(kind, FreedTables::No, CPU[1]);
     // SAFETY: this thread plays CPU 0.
     record(|| unsafe { flush_tlb_func(&machine.on(CPU[0]), CPU[0], &request) })
 }
@@ -167,7 +171,7 @@ fn a_satisfied_request_writes_nothing_and_reads_only_its_own_cpu() {
     let machine = Machine::<Small>::new();
     machine.load(0, &CPU[..2]);
     let mm = machine.space(0);
-    // CPU 0 is at generation 3; the space may be further on.
+    // CPU 0 is at generation 3; the space may have a later one.
     for _ in 0..3 {
         let _flushed = flush_tlb_mm_range(&machine.on(CPU[0]), mm, PAGE, FreedTables::No);
     }
@@ -178,7 +182,7 @@ fn a_satisfied_request_writes_nothing_and_reads_only_its_own_cpu() {
             for kind in kinds {
                 let log = answer(&machine, kind);
                 assert!(writes(&log).is_empty(), "{log:#?}");
-                let own = Line::of(&machine.cpus[0]);
+                let own = Line::all_of(&machine.cpus[0]);
                 let foreign: Vec<_> = log.iter().filter(|access| !own.contains(&access.line)).collect();
                 assert!(foreign.is_empty(), "{behind} generations behind: {foreign:#?}");
                 // What the CPU has loaded, and the slot.
@@ -195,7 +199,7 @@ fn a_satisfied_request_for_all_that_is_loaded_reads_one_line_of_others() {
     machine.load(0, &CPU[..2]);
     let log = answer(&machine, FlushKind::AllUpdated);
     assert!(writes(&log).is_empty(), "{log:#?}");
-    let own = Line::of(&machine.cpus[0]);
+    let own = Line::all_of(&machine.cpus[0]);
     let foreign: Vec<_> = log.iter().filter(|access| !own.contains(&access.line)).collect();
     // The generation: the request does not say how far to go.
     assert_eq!(foreign.len(), 1, "{foreign:#?}");
@@ -208,13 +212,13 @@ fn a_request_that_is_not_satisfied_is_seen_to_write() {
     let mm = machine.space(0);
     let tlb_gen = mm.raise_tlb_gen();
     let log = answer(&machine, FlushKind::Mm { mm, tlb_gen });
-    let own = Line::of(&machine.cpus[0]);
+    let own = Line::all_of(&machine.cpus[0]);
     assert_eq!(lines(&writes(&log)).len(), 1, "the slot: {log:#?}");
     assert!(writes(&log).iter().all(|access| own.contains(&access.line)), "{log:#?}");
 }
 
-/// CPUs 0 to 2 have one address space, CPUs 3 to 5 its neighbour in memory; CPUs 0 and 3 flush, each on a thread with a stack
-/// of its own.
+/// CPUs 0 to 2 have one address space loaded, CPUs 3 to 5 its neighbour in memory. CPUs 0 and 3
+/// flush, each on a thread with a stack of its own.
 fn two_initiators<B: CpuBits>(
     prepare: impl Fn(&Machine<B>),
     flush: impl Fn(&Here<'_, B>, &MmContext<B>) + Sync,
@@ -289,7 +293,7 @@ fn an_initiator_alone_writes_the_line_of_its_space_and_the_line_of_its_slot() {
         let _flushed = flush_tlb_mm_range(here, mm, PAGE, FreedTables::No);
     });
     assert_eq!(lines(&writes(&recorded.here)).len(), 2, "{:#?}", recorded.here);
-    // And reads what it has loaded.
+    // It also reads what it has loaded.
     assert_eq!(lines(&recorded.here).len(), 3, "{:#?}", recorded.here);
 }
 
