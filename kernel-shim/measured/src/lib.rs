@@ -1,5 +1,5 @@
-//! What `teardown sweep` and the benches measure: the engine in a kernel that costs as little as can
-//! be, on layouts of memory that are the same in every run.
+//! What `teardown sweep` and the benches measure: the engine in a kernel that costs as little as
+//! can be, on layouts of memory that are the same in every run.
 //!
 //! ```text
 //!  memory     fake physical memory: 32 bytes of metadata a frame, intrusive free lists
@@ -10,8 +10,9 @@
 //!  preempted  whether a sample was disturbed
 //! ```
 //!
-//! What comes in is a workload and its size, what goes out page tables to tear down and a machine to
-//! do it on. `mmu-cli` adds a ceiling, lazy CPUs and counts; `mmu-benches` adds peers and clocks.
+//! What comes in is a workload and its size, what goes out page tables to tear down and a machine
+//! to do it on. `mmu-cli` adds a ceiling, lazy CPUs and counts; `mmu-benches` adds peers and
+//! clocks.
 #![deny(unsafe_code)]
 
 pub mod machine;

@@ -35,7 +35,8 @@ pub trait Counting {
     fn released(frame: &Frame) -> bool;
 }
 
-/// Both counts dropped together after the flush, plainly: they are guarded by something held anyway.
+/// Both counts dropped together after the flush, plainly: they are guarded by something held
+/// anyway.
 #[derive(Debug)]
 pub struct Batched;
 /// The map count dropped as the entry is cleared, the reference after the flush, plainly.
@@ -191,8 +192,8 @@ impl<'m, C: Counting> Machine<'m, C> {
         // SAFETY: passed on to our caller.
         let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
         for cpu in self.numbers() {
-            // SAFETY: CPUs are only played: whoever runs this is each of them, one after the other; passed on to our
-            // caller.
+            // SAFETY: CPUs are only played: whoever runs this is each of them, one after the other;
+            // passed on to our caller.
             unsafe { switch_mm(self, cpu, Some(next)) };
         }
     }
@@ -213,7 +214,8 @@ impl<'m, C: Counting> Machine<'m, C> {
         }
     }
 
-    /// Waits as long as one interrupt to `others` CPUs takes, and counts it; for peers that flush by themselves.
+    /// Waits as long as one interrupt to `others` CPUs takes, and counts it; for peers that flush
+    /// by themselves.
     pub fn pay_for_flush(&self, others: u32) {
         add(&self.counts.ipis, u64::from(others));
         let until = Instant::now() + self.ipi_cost * others;
@@ -222,7 +224,8 @@ impl<'m, C: Counting> Machine<'m, C> {
         }
     }
 
-    /// Drops a reference; a page whose last it was comes before `chain`. Returns what the chain begins with.
+    /// Drops a reference; a page whose last it was comes before `chain`. Returns what the chain
+    /// begins with.
     #[inline(always)]
     fn release(&self, frame: PhysFrame, chain: u64) -> u64 {
         let physical = frame.start_address().as_u64();
@@ -231,8 +234,8 @@ impl<'m, C: Counting> Machine<'m, C> {
 
     #[inline(never)]
     fn free_frames(&self, frames: FreedFrames<'_>) {
-        // Metadata of neighbouring 2 MiB leaves lies 16 KiB apart, in one set of the first-level cache: what is fetched ahead is
-        // gone before it is used.
+        // Metadata of neighbouring 2 MiB leaves lies 16 KiB apart, in one set of the first-level
+        // cache: what is fetched ahead is gone before it is used.
         let mut ahead = frames.clone();
         let are_large = ahead.next().zip(ahead.next()).is_some_and(|(one, other)| {
             (other.start_address().as_u64().wrapping_sub(one.start_address().as_u64()) >> 12)
@@ -273,9 +276,10 @@ pub unsafe fn answer_for_all<C: Cpus>(
     }
 }
 
-// SAFETY: `memory::pointer` names the frame's 4096 bytes in a mapping that lives as long as the process; they are used
-// through `&Table` or, by peers that run alone, through `PageTable`. `allocate_table` takes a frame off the free list and
-// zeroes it. The lock is in the frame's own metadata, so locks of different frames are distinct.
+// SAFETY: `memory::pointer` names the frame's 4096 bytes in a mapping that lives as long as the
+// process; they are used through `&Table` or, by peers that run alone, through `PageTable`.
+// `allocate_table` takes a frame off the free list and zeroes it. The lock is in the frame's own
+// metadata, so locks of different frames are distinct.
 unsafe impl<C: Counting> TableMemory for Machine<'_, C> {
     type Relax = spin::Spin;
 
@@ -308,8 +312,9 @@ unsafe impl<C> PageTableFrameMapping for Machine<'_, C> {
     }
 }
 
-// SAFETY: one thread plays every CPU. `cpu_state` indexes a vector that never changes; `pinned` names CPU 0, which is the
-// one that runs; `flush_others` runs `flush_tlb_func` for each target before it returns; there are no translations to drop.
+// SAFETY: one thread plays every CPU. `cpu_state` indexes a vector that never changes; `pinned`
+// names CPU 0, which is the one that runs; `flush_others` runs `flush_tlb_func` for each target
+// before it returns; there are no translations to drop.
 unsafe impl<C: Counting> Cpus for Machine<'_, C> {
     type Bits = Bits;
 

@@ -12,7 +12,8 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::shuffle::shuffle;
 
-/// Where physical address 0 is seen; constant, as a kernel's direct map is, so that no peer loads it from a variable.
+/// Where physical address 0 is seen; constant, as a kernel's direct map is, so that no peer loads
+/// it from a variable.
 pub const PHYS_OFFSET: u64 = 0x2000_0000_0000;
 /// Bytes for table pages: reserved, touched only as far as they are used.
 pub const TABLE_BYTES: u64 = 6 << 30;
@@ -25,7 +26,8 @@ const LIVE: u32 = 1;
 
 /// What the kernel knows of one frame: 32 bytes, two to a cache line.
 ///
-/// The counts are atomics so that one layout serves every way of counting; the plain ways use loads and stores.
+/// The counts are atomics so that one layout serves every way of counting; the plain ways use loads
+/// and stores.
 #[derive(Debug)]
 #[repr(C, align(32))]
 pub struct Frame {
@@ -119,7 +121,8 @@ impl Memory {
         Ok(Self { free_tables: Cell::new(0), free_pages: Cell::new(0) })
     }
 
-    /// Forgets everything and makes the first `tables` frames free, in `order`; the shuffle is the same every time.
+    /// Forgets everything and makes the first `tables` frames free, in `order`; the shuffle is the
+    /// same every time.
     ///
     /// # Panics
     /// If that is more than there are.
@@ -151,8 +154,8 @@ impl Memory {
 
     #[inline]
     fn describe(&self, physical: u64, frame: Frame) {
-        // SAFETY: `metadata` points into the mapping; nobody else looks at this frame's metadata meanwhile, for it is
-        // neither on a list nor mapped.
+        // SAFETY: `metadata` points into the mapping; nobody else looks at this frame's metadata
+        // meanwhile, for it is neither on a list nor mapped.
         unsafe { ptr::write(metadata(physical).cast_mut(), frame) };
     }
 
@@ -161,8 +164,8 @@ impl Memory {
     #[inline]
     pub fn frame(&self, physical: u64) -> &Frame {
         debug_assert!(physical < TABLE_BYTES + DATA_BYTES, "{physical:#x} is beyond memory");
-        // SAFETY: inside the mapping, which lives until the process ends; only frames that `describe` has filled are ever
-        // asked for, and all of their fields are atomics.
+        // SAFETY: inside the mapping, which lives until the process ends; only frames that
+        // `describe` has filled are ever asked for, and all of their fields are atomics.
         unsafe { &*metadata(physical) }
     }
 
@@ -197,7 +200,8 @@ impl Memory {
         self.free_pages.set(first);
     }
 
-    /// Links `physical` before `next`, which is what a chain began with so far; starts with [`chain_start`](Self::chain_start).
+    /// Links `physical` before `next`, which is what a chain began with so far; starts with
+    /// [`chain_start`](Self::chain_start).
     #[inline]
     pub fn chain(&self, physical: u64, next: u64) -> u64 {
         self.frame(physical).next.store(next, Ordering::Relaxed);

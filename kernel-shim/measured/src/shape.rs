@@ -25,7 +25,8 @@ pub enum Size {
 }
 
 impl Size {
-    /// The largest size for which this machine has the memory: full workloads touch about 3 GiB at the same time.
+    /// The largest size for which this machine has the memory: full workloads touch about 3 GiB at
+    /// the same time.
     #[must_use]
     pub fn for_this_machine() -> Self {
         let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
@@ -51,7 +52,8 @@ pub enum Workload {
     W5Huge,
     /// As W1, frames a random sample in random order, tables in random order.
     W6Shuffled,
-    /// One page at a time, in random order: the odd pages of 2 MiB whose even pages stay; 100,000 times.
+    /// One page at a time, in random order: the odd pages of 2 MiB whose even pages stay; 100,000
+    /// times.
     W7OnePage,
     /// Calls of so many pages in random order, in a table that stays: after each area a page stays.
     Calls(usize),
@@ -118,8 +120,8 @@ impl Workload {
         }
     }
 
-    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7 and calls have no
-    /// other size than their own.
+    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7 and
+    /// calls have no other size than their own.
     #[must_use]
     pub fn of_leaves(self, leaves: u64) -> Option<Shape> {
         // W6 samples its frames from 64 times as many.
@@ -161,7 +163,8 @@ pub struct Shape {
     pub workload: Workload,
     /// Level of the tables that hold the leaves.
     pub level: Level,
-    /// The areas that go; ascending, but for W7 and calls, which take one after the other in this order.
+    /// The areas that go; ascending, but for W7 and calls, which take one after the other in this
+    /// order.
     pub areas: Vec<VirtRange>,
     /// Their pages; ascending within an area.
     pub leaves: Vec<Leaf>,

@@ -10,7 +10,8 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 use crate::machine::{Bits, Counting, Machine};
 use crate::shape::{Leaf, Shape};
 
-/// The entries of one last-level (W5: second-level) table that an area covers; what the floors are told beforehand.
+/// The entries of one last-level (W5: second-level) table that an area covers; what the floors are
+/// told beforehand.
 #[derive(Clone, Copy, Debug)]
 pub struct Stretch {
     /// Physical address of the table.
@@ -58,7 +59,8 @@ impl<'s> Space<'s> {
         Self::below(machine, shape, root)
     }
 
-    /// As [`new`](Self::new), without the stretches, which only the floors need: areas may be as large as they like.
+    /// As [`new`](Self::new), without the stretches, which only the floors need: areas may be as
+    /// large as they like.
     ///
     /// # Panics
     /// If memory is short.
@@ -69,7 +71,8 @@ impl<'s> Space<'s> {
         Self::mapped(machine, shape, root)
     }
 
-    /// Maps `shape` below `root`, an empty table from this machine's memory, which has been [`reset`] for the shape.
+    /// Maps `shape` below `root`, an empty table from this machine's memory, which has been
+    /// [`reset`] for the shape.
     ///
     /// # Panics
     /// If memory is short.
@@ -81,7 +84,8 @@ impl<'s> Space<'s> {
     }
 
     fn mapped<C: Counting>(machine: &Machine<'_, C>, shape: &'s Shape, root: PhysFrame) -> Self {
-        // SAFETY: `root` is an empty table by the contract of this function (a harness; it frees no root in use).
+        // SAFETY: `root` is an empty table by the contract of this function (a harness; it frees no
+        // root in use).
         let mm = Box::new(unsafe { Mm::new(&CtxIds::new(), root, PagingMode::FourLevel) });
         let mut space = Self { shape, mm, stretches: Vec::new(), links: Vec::new(), free_tables_before: 0 };
         let mut table = None;
@@ -109,7 +113,8 @@ impl<'s> Space<'s> {
         }
     }
 
-    /// Checks that `pages` pages were freed since the last check, and `tables` tables since the space was made.
+    /// Checks that `pages` pages were freed since the last check, and `tables` tables since the
+    /// space was made.
     ///
     /// # Panics
     /// If they were not.

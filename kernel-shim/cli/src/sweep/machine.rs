@@ -1,5 +1,5 @@
-//! The machine of a sweep: that of `mmu_measured`, with a ceiling, lazy CPUs, refused batch pages, and
-//! a watcher that counts.
+//! The machine of a sweep: that of `mmu_measured`, with a ceiling, lazy CPUs, refused batch pages,
+//! and a watcher that counts.
 #![expect(unsafe_code, reason = "implements the engine's unsafe traits")]
 
 use core::cell::{Cell, RefCell};
@@ -80,8 +80,8 @@ impl BatchPool {
     }
 }
 
-/// The machine of `mmu_measured`, one thread of which plays all CPUs: its page tables, frames and CPUs, with
-/// a watcher.
+/// The machine of `mmu_measured`, one thread of which plays all CPUs: its page tables, frames and
+/// CPUs, with a watcher.
 #[derive(Debug)]
 pub(crate) struct SweepMachine<'m, W> {
     base: Machine<'m, Batched>,
