@@ -191,7 +191,9 @@ impl Shape {
         (self.leaves.len() + self.blocks.len()) as u64 * self.repeats
     }
 
-    fn new(workload: Workload, level: Level) -> Self {
+    /// A shape in which nothing is mapped yet, by leaves of `level`.
+    #[must_use]
+    pub const fn empty(workload: Workload, level: Level) -> Self {
         Self {
             workload,
             level,
@@ -219,7 +221,7 @@ impl Shape {
                 .map(|(page, physical)| Leaf { address: START + (page << 12), physical })
                 .collect(),
             tables: order,
-            ..Self::new(workload, Level::Pte)
+            ..Self::empty(workload, Level::Pte)
         }
     }
 
@@ -230,13 +232,13 @@ impl Shape {
             physical: frame(table),
         });
         let leaves = leaves.collect();
-        Self { areas: vec![area(START, tables << 21)], leaves, ..Self::new(workload, Level::Pte) }
+        Self { areas: vec![area(START, tables << 21)], leaves, ..Self::empty(workload, Level::Pte) }
     }
 
     /// `count` areas, or fewer if those have `most_leaves` pages.
     fn areas(workload: Workload, count: u64, most_leaves: u64) -> Self {
         let mut random = random();
-        let mut shape = Self::new(workload, Level::Pte);
+        let mut shape = Self::empty(workload, Level::Pte);
         for slot in 0..count {
             let left = most_leaves - shape.leaves.len() as u64;
             if left == 0 {
@@ -258,7 +260,7 @@ impl Shape {
         let leaves =
             (0..blocks).map(|block| Leaf { address: START + (block << 21), physical: frame(block << 9) });
         let leaves = leaves.collect();
-        Self { areas: vec![area(START, blocks << 21)], leaves, ..Self::new(workload, Level::Pmd) }
+        Self { areas: vec![area(START, blocks << 21)], leaves, ..Self::empty(workload, Level::Pmd) }
     }
 
     /// Areas of `pages` pages in 2 MiB, at most `most` of them, and a page that stays after each.
@@ -272,7 +274,7 @@ impl Shape {
         let bytes = (pages as u64) << 12;
         let areas = parts.iter().map(|part| area(part[0].address, bytes)).collect();
         let [staying, leaves] = [staying.concat(), parts.concat()];
-        Self { areas, leaves, staying, repeats, ..Self::new(workload, Level::Pte) }
+        Self { areas, leaves, staying, repeats, ..Self::empty(workload, Level::Pte) }
     }
 }
 

@@ -1,8 +1,10 @@
-//! How a command ends: with a verdict, or with one line that says why there is none.
+//! How a command ends: with a verdict, or with one line that says why there is none, such as a file
+//! that cannot be read or written.
 
 use std::io;
 use std::path::Path;
 
+use crate::input::layout::Layout;
 use crate::output::file::OutputFile;
 
 /// What the process says when it ends.
@@ -20,6 +22,11 @@ pub(crate) type CommandError = String;
 /// The text of a file, or why it cannot be had.
 pub(crate) fn read_text(path: &Path) -> Result<String, CommandError> {
     std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+}
+
+/// The layout in a file, or why there is none.
+pub(crate) fn read_layout(path: &Path) -> Result<Layout, CommandError> {
+    Layout::parse(&path.display().to_string(), &read_text(path)?).map_err(|error| error.to_string())
 }
 
 /// A place to write to, or why it is none.

@@ -1,11 +1,11 @@
 //! `teardown run`: layouts are built as page tables, used, and taken down.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
 use crate::commands::options::MachineArgs;
-use crate::commands::outcome::{CommandError, CommandVerdict, read_text};
+use crate::commands::outcome::{CommandError, CommandVerdict, read_layout};
 use crate::input::bundled::LAYOUTS;
 use crate::input::layout::Layout;
 use crate::input::live_process;
@@ -48,8 +48,4 @@ fn layouts(args: &RunArgs) -> Result<Vec<Layout>, CommandError> {
         }
     }
     Ok(layouts)
-}
-
-fn read_layout(path: &Path) -> Result<Layout, CommandError> {
-    Layout::parse(&path.display().to_string(), &read_text(path)?).map_err(|error| error.to_string())
 }

@@ -1,16 +1,15 @@
 //! `teardown sweep`: what batch sizes cost, and what else they change.
 
 use core::time::Duration;
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use crate::commands::options::Format;
-use crate::commands::outcome::{CommandError, CommandVerdict};
+use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file, read_layout};
 use crate::input::bundled::LAYOUTS;
-use crate::input::layout::{Layout, LayoutError};
+use crate::input::layout::Layout;
 use crate::output::file::OutputFile;
 use crate::output::progress::progress_bar;
 use crate::sweep::axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
@@ -75,52 +74,14 @@ pub(crate) struct SweepArgs {
     pub format: Format,
 }
 
-/// Why a sweep did not come to an end.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SweepError {
-    /// It could not be measured.
-    #[error("{0}")]
-    Measure(#[from] MeasureError),
-    /// A file could not be written.
-    #[error("cannot write {}: {error}", path.display())]
-    File {
-        /// Its name.
-        path: PathBuf,
-        /// What the host said.
-        error: io::Error,
-    },
-    /// A layout could not be read.
-    #[error("cannot read {}: {error}", path.display())]
-    Read {
-        /// Its name.
-        path: PathBuf,
-        /// What the host said.
-        error: io::Error,
-    },
-    /// A file is not a layout.
-    #[error("{0}")]
-    Layout(#[from] LayoutError),
-    /// No set of conditions fits into the machine's memory.
-    #[error("the machine does not have enough frames: {0}")]
-    TooLarge(Conditions),
-    /// The report could not be written.
-    #[error("cannot write the report: {0}")]
-    Output(io::Error),
-}
-
 impl SweepArgs {
     /// What these arguments ask for.
-    ///
-    /// # Errors
-    /// [`SweepError::Read`] and [`SweepError::Layout`].
-    pub(crate) fn plan(&self) -> Result<SweepPlan, SweepError> {
+    fn plan(&self) -> Result<SweepPlan, CommandError> {
         let batches = if self.batch.is_empty() { Batch::ALL.to_vec() } else { unique(&self.batch) };
         let mut shapes = unique(&self.shape);
         let mut processes = Vec::new();
         for path in &self.layout {
-            let text = std::fs::read_to_string(path)
-                .map_err(|error| SweepError::Read { path: path.clone(), error })?;
-            let layout = Layout::parse(&path.display().to_string(), &text)?;
+            let layout = read_layout(path)?;
             let name = name_for(path, &processes);
             processes.push(CapturedProcess { name, layout });
             shapes.push(Arrangement::Process(name));
@@ -149,7 +110,8 @@ impl SweepArgs {
             if !processes.iter().any(|process| process.name == name) {
                 let bundled = LAYOUTS.iter().find(|bundled| bundled.name == name);
                 let text = bundled.map_or("", |bundled| bundled.text);
-                processes.push(CapturedProcess { name, layout: Layout::parse(name, text)? });
+                let layout = Layout::parse(name, text).map_err(|error| error.to_string())?;
+                processes.push(CapturedProcess { name, layout });
             }
             let pages = processes.iter().find(|process| process.name == name).map(CapturedProcess::nr_pages);
             conditions.size = NrPages(pages.unwrap_or_default());
@@ -166,77 +128,47 @@ impl SweepArgs {
 }
 
 pub(crate) fn execute(args: &SweepArgs) -> Result<CommandVerdict, CommandError> {
-    let plan = args.plan().map_err(|error| error.to_string())?;
+    let plan = args.plan()?;
+    // Files are opened first: a sweep whose result cannot be written need not begin.
+    let [csv, json, html] =
+        [&args.csv, &args.json, &args.html].map(|path| path.as_deref().map(create).transpose());
+    let (csv, json, html) = (csv?, json?, html?);
     let progress = progress_bar(plan.steps());
-    let result = sweep_and_report(args, &plan, || progress.inc(1), || progress.finish_and_clear());
-    match result {
-        Ok(()) => Ok(CommandVerdict::Good),
-        Err(error @ SweepError::Measure(MeasureError::Lost { .. })) => {
+    let measured = measure(&plan, || progress.inc(1));
+    progress.finish_and_clear();
+    let measurements = match measured {
+        Ok(measurements) => measurements,
+        Err(error @ MeasureError::Lost { .. }) => {
             let _ = writeln!(io::stderr(), "teardown: {error}");
-            Ok(CommandVerdict::Violation)
+            return Ok(CommandVerdict::Violation);
         }
-        Err(error) => Err(error.to_string()),
+        Err(error) => return Err(error.to_string()),
+    };
+    if let (true, Some(first)) = (measurements.cells.is_empty(), measurements.left_out.first()) {
+        return Err(format!("the machine does not have enough frames: {first}"));
     }
-}
-
-/// Carries out the plan of `args`, writes the files that were asked for, and prints the report.
-///
-/// `step` is called as the work goes on, as often as [`SweepPlan::steps`] says at the most, and
-/// `done` before anything is printed.
-///
-/// # Errors
-/// [`SweepError`]; of [`MeasureError::Lost`] the exit code is 1, of all others 2.
-fn sweep_and_report(
-    args: &SweepArgs,
-    plan: &SweepPlan,
-    step: impl FnMut(),
-    done: impl FnOnce(),
-) -> Result<(), SweepError> {
-    let mut files = Vec::new();
-    for path in [&args.csv, &args.json, &args.html] {
-        files.push(path.as_deref().map(NamedFile::create).transpose()?);
+    let report = SweepReport::new(measurements, args.ipi_ns);
+    if let Some((path, file)) = csv {
+        file.write(|out| report.write_csv(out)).map_err(|error| cannot_write(path, &error))?;
     }
-    let found = measure(plan, step)?;
-    done();
-    if let (true, Some(first)) = (found.cells.is_empty(), found.left_out.first()) {
-        return Err(SweepError::TooLarge(*first));
+    if let Some((path, file)) = json {
+        file.write(|out| report.write_json(out)).map_err(|error| cannot_write(path, &error))?;
     }
-    let report = SweepReport::new(found, args.ipi_ns);
-    let [csv, json, html] = <[_; 3]>::try_from(files).unwrap_or_default();
-    if let Some(file) = csv {
-        file.write(|out| report.write_csv(out))?;
-    }
-    if let Some(file) = json {
-        file.write(|out| report.write_json(out))?;
-    }
-    if let Some(file) = html {
-        file.write(|out| report.write_html(out))?;
+    if let Some((path, file)) = html {
+        file.write(|out| report.write_html(out)).map_err(|error| cannot_write(path, &error))?;
     }
     let out = BufWriter::new(io::stdout().lock());
     let written = match args.format {
         Format::Text => report.write_text(out),
         Format::Json => report.write_json(out),
     };
-    written.map_err(SweepError::Output)
+    written.map_err(|error| format!("cannot write the report: {error}"))?;
+    Ok(CommandVerdict::Good)
 }
 
-/// A file to be written, and what it is called.
-struct NamedFile<'p> {
-    path: &'p Path,
-    file: OutputFile,
-}
-
-impl<'p> NamedFile<'p> {
-    fn create(path: &'p Path) -> Result<Self, SweepError> {
-        match OutputFile::create(path) {
-            Ok(file) => Ok(Self { path, file }),
-            Err(error) => Err(SweepError::File { path: path.to_path_buf(), error }),
-        }
-    }
-
-    fn write(self, content: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<(), SweepError> {
-        self.file.write(content).map_err(|error| SweepError::File { path: self.path.to_path_buf(), error })
-    }
+/// A file to be written, with its name.
+fn create(path: &Path) -> Result<(&Path, OutputFile), CommandError> {
+    Ok((path, output_file(path)?))
 }
 
 /// A unique name for the layout in the file at `path`, without letters that mean something in CSV

@@ -1,7 +1,7 @@
 //! The memory of a real process as something a sweep tears down.
 
 use mmu_gather::pagetable::{Level, VirtRange};
-use mmu_measured::memory::{DATA_BYTES, Memory, Order};
+use mmu_measured::memory::{DATA_BYTES, Memory};
 use mmu_measured::shape::{Leaf, Shape, Workload};
 
 use crate::input::layout::{HUGE_PAGES, Layout, PAGE_BYTES, PageState};
@@ -34,17 +34,8 @@ impl CapturedProcess {
     /// Its areas and leaves, with frames in the order of the addresses; `None` if there are not
     /// enough frames.
     pub(crate) fn shape(&self) -> Option<Shape> {
-        let mut shape = Shape {
-            // The nearest of them: areas with pages here and there.
-            workload: Workload::W4Areas,
-            level: Level::Pte,
-            areas: Vec::new(),
-            leaves: Vec::new(),
-            blocks: Vec::new(),
-            staying: Vec::new(),
-            tables: Order::Ascending,
-            repeats: 1,
-        };
+        // The nearest of the workloads: areas with pages here and there.
+        let mut shape = Shape::empty(Workload::W4Areas, Level::Pte);
         for vma in &self.layout.vmas {
             shape.areas.push(VirtRange::new(vma.start, vma.end).ok()?);
             for run in &vma.runs {
