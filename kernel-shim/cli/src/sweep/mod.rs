@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  axes (what is varied) ─▶ measure (counts, then times in rounds) ─▶ report (text, CSV, JSON)
-//!  captured_process           └── machine (CPUs, frames, tables)        ├── answer, columns
+//!  captured_process           └── machine (CPUs, frames), tally         ├── answer, columns
 //!                                                                       └── page (HTML), chart
 //! ```
 //!
@@ -19,5 +19,6 @@ mod machine;
 pub(crate) mod measure;
 mod page;
 pub(crate) mod report;
+mod tally;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,8 @@
 use crate::sweep::answer::Answer;
 use crate::sweep::axes::{Arrangement, Batch, Ceiling, Conditions, CpuMix, NrPages, Refuse};
 use crate::sweep::chart::{Chart, Place, Series, Unit};
-use crate::sweep::measure::{Counts, Measured, Timing};
+use crate::sweep::measure::{Measured, Timing};
+use crate::sweep::tally::Counts;
 
 const SETTINGS: [Batch; 3] =
     [Batch::Bundle, Batch::Pages { pages: 1, slots: 510 }, Batch::Pages { pages: 19, slots: 510 }];
