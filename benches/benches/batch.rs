@@ -1,7 +1,8 @@
-//! How the length of a batch changes the cost of a page: from the eight slots on the stack to 19 pages of 510.
+//! How the length of a batch changes the cost of a page: from the eight slots on the stack to 19
+//! pages of 510.
 //!
-//! Once with flushes that cost nothing, which leaves what the batches themselves cost, and once with one other CPU that takes
-//! a microsecond to interrupt.
+//! Once with flushes that cost nothing, which shows what the batches themselves cost, and once with
+//! another CPU that takes a microsecond to interrupt.
 
 use core::time::Duration;
 

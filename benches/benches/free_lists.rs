@@ -1,4 +1,4 @@
-//! The intrusive free lists that all entries of the table share: how much of a row is theirs.
+//! The intrusive free lists that all rows of the table share: how much of a row they cost.
 
 use core::hint::black_box;
 use core::time::Duration;

@@ -1,8 +1,9 @@
 //! Instructions for each leaf torn down, counted exactly; and a check that they have not grown.
 //!
-//! `cargo bench -p mmu-benches --bench instructions` prints the table; `-- --check` (and `-- --test`) compares the engine's
-//! rows with `instructions.snapshot` and fails if one has grown by more than 2 percent; `-- --bless` writes the
-//! snapshot and the table in README.md.
+//! `cargo bench -p mmu-benches --bench instructions` prints the table. With `-- --check`, and with
+//! `-- --test`, it compares the engine's rows with `instructions.snapshot`, and fails if one has
+//! grown by more than 2 percent. With `-- --bless` it writes the snapshot and the table in
+//! README.md.
 
 use std::process::ExitCode;
 
@@ -17,7 +18,7 @@ const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/instructions.snapsh
 /// A compiler update moves a few instructions; a real slowdown moves more.
 const TOLERANCE: f64 = 0.02;
 
-/// W2 and W6 take as many as W1; their time differs.
+/// W2 and W6 take as many instructions as W1; only their time differs.
 const WORKLOADS: [Workload; 5] =
     [Workload::W1Dense, Workload::W3Sparse, Workload::W4Areas, Workload::W5Huge, Workload::W7OnePage];
 const ENGINE: [Entry; 3] = [
@@ -81,7 +82,7 @@ fn measure(sampler: &Sampler<'_>, entry: Entry, empty: u64) -> Vec<Option<f64>> 
             continue;
         }
         let shape = workload.shape(Size::Tiny);
-        // The second time, when the batch pages are there.
+        // Counted the second time, when the batch pages are there.
         let counted = count(|marks| {
             sampler.sample(&shape, entry, &mut Unmeasured);
             sampler.sample(&shape, entry, marks);
@@ -116,7 +117,7 @@ fn render(table: &Table) -> String {
     text
 }
 
-/// Holds `table` against the snapshot: more is a failure, less is news.
+/// Compares `table` with the snapshot: more instructions are a failure, fewer are reported.
 fn compare(table: &Table) -> ExitCode {
     let snapshot = match std::fs::read_to_string(SNAPSHOT) {
         Ok(text) => text,

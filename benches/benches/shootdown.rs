@@ -1,8 +1,9 @@
 //! Flushing one page while other threads play CPUs: alone, beside others, and against others.
 //!
-//! `EachItsOwn` is the CPU time of one flush, which waits for nobody: it stays what it is for one CPU as long as the CPUs write no
-//! line in common, and other work on the machine hardly disturbs it. The other two are the time from when the first CPU begins
-//! until the last has finished. Where there are more CPUs than cores, what is measured there is mostly how soon the operating
+//! `EachItsOwn` is the CPU time of one flush, which waits for nobody: it stays the same as for one
+//! CPU as long as the CPUs write to no common cache line, and other work on the machine hardly
+//! disturbs it. The other two are the time from when the first CPU begins until the last has
+//! finished. Where there are more CPUs than cores, these mostly measure how soon the operating
 //! system runs the next thread.
 
 use core::pin::Pin;
@@ -22,11 +23,11 @@ use x86_64::structures::paging::PhysFrame;
 /// Who flushes what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
-    /// Each CPU its own address space: nobody is told.
+    /// Each CPU flushes its own address space: nobody is told.
     EachItsOwn,
-    /// All CPUs the one they share: everybody tells everybody.
+    /// All CPUs flush the address space that they share: everybody tells everybody.
     AllTheSame,
-    /// CPU 0 the one they share; the others only answer.
+    /// CPU 0 flushes the address space that they share; the others only answer.
     OneTellsAll,
 }
 
@@ -55,7 +56,7 @@ struct Times {
     /// Nanoseconds after `zero`.
     first_start: AtomicU64,
     last_end: AtomicU64,
-    /// Nanoseconds that each ran, together.
+    /// Nanoseconds that the initiators ran, summed.
     cpu_time: AtomicU64,
 }
 

@@ -1,4 +1,5 @@
-//! Changing address spaces, and going lazy and coming back: what the context switch pays for knowing who holds what.
+//! Changing address spaces, going lazy and coming back: what a context switch costs, so that
+//! shootdowns know which CPU holds what.
 
 use core::pin::Pin;
 use core::time::Duration;
@@ -26,7 +27,8 @@ fn switch(criterion: &mut Criterion) {
     let mut around = |name: &str, machine: &Machine<'_, Batched>, count: usize| {
         let mut next = spaces[..count].iter().map(Pin::as_ref).cycle();
         group.bench_function(name, |bencher| {
-            // SAFETY: this thread is CPU 0; the spaces outlive the bench, and their root is never walked.
+            // SAFETY: this thread is CPU 0; the spaces outlive the bench, and their root is never
+            // walked.
             bencher.iter(|| unsafe { switch_mm(machine, here, next.next()) });
         });
     };

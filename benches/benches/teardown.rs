@@ -1,4 +1,5 @@
-//! What a leaf costs, from clearing its entry to its frame on the free list: the engine and its floors.
+//! What a leaf costs, from clearing its entry to its frame on the free list: the engine and its
+//! floors.
 
 use core::time::Duration;
 
@@ -46,7 +47,7 @@ fn teardown(criterion: &mut Criterion) {
     fixed_costs(criterion, &memory);
 }
 
-/// What does not depend on how much is torn down.
+/// The cost that does not depend on how much is torn down.
 fn fixed_costs(criterion: &mut Criterion, memory: &Memory) {
     let machine = Machine::<Batched>::new(memory, OnlineCpus::Many);
     let shape = Workload::W7OnePage.shape(Size::Small);

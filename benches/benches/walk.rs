@@ -1,4 +1,4 @@
-//! Walking: looking pages up one by one, and passing over tables in which nothing is left.
+//! Walking: looking pages up one by one, and passing over empty tables.
 
 use core::hint::black_box;
 use core::time::Duration;

@@ -1,4 +1,4 @@
-//! The engine on a space.
+//! The ways in which the engine tears a space down.
 #![expect(unsafe_code, reason = "the engine takes the map lock on trust")]
 
 use mmu_gather::pagetable::{Bounds, Level, VirtRange};
@@ -14,7 +14,7 @@ pub const fn vma(range: VirtRange) -> Vma<()> {
     Vma { range, kind: VmaKind::Normal, area: () }
 }
 
-/// Exit: everything goes at once, nobody runs in the space.
+/// Exit: everything is unmapped at once, and no CPU runs in the space.
 #[inline(never)]
 pub fn exit<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
     let vmas = space.shape.areas.iter().copied().map(vma);
@@ -22,7 +22,7 @@ pub fn exit<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &L
     unsafe { exit_mmap(machine, &space.mm, limits, vmas, || {}) }.free();
 }
 
-/// What every shape here promises.
+/// Why `expect` holds: every shape here promises it.
 const WHOLE: &str = "no area ends in the middle of a large leaf";
 
 /// One munmap over all areas, while programs run in the space.
@@ -36,7 +36,8 @@ pub fn munmap<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: 
     unsafe { unmap_region(machine, &space.mm, limits, vmas, Bounds::whole(), || {}) }.expect(WHOLE).free();
 }
 
-/// One munmap an area, which [does not cut a large leaf](munmap). `bounds` are the neighbours: the next areas, or the pages that stay.
+/// One munmap for each area, none of which [cuts a large leaf](munmap). `bounds` are the
+/// neighbours: the next areas, or the pages that stay.
 #[inline(never)]
 pub fn munmap_each<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
     if space.shape.is_one_by_one() {
@@ -48,7 +49,7 @@ pub fn munmap_each<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, lim
     }
     let mut areas = space.shape.areas.iter().peekable();
     while let Some(area) = areas.next() {
-        // Those below are gone already.
+        // The areas below are unmapped already.
         let bounds = Bounds::between(None, areas.peek().map(|next| next.start()));
         unmap_one(machine, space, limits, *area, bounds);
     }

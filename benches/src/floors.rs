@@ -1,7 +1,8 @@
-//! Hand-written lower bounds: what the work costs if nothing has to be found out.
+//! Hand-written lower bounds: what the work costs if nothing has to be looked up.
 //!
-//! Each is told beforehand which tables to look into and which go, takes no lock, raises no generation and flushes nothing. It works on
-//! a table at a time and looks at a cache line (8 entries) at a time where that helps.
+//! Each floor is told beforehand which tables have entries and which are freed; it takes no lock,
+//! raises no generation and flushes nothing. It works on a table at a time, and on a cache line (8
+//! entries) at a time where that helps.
 #![expect(unsafe_code, reason = "clears entries by pointer")]
 
 use core::hint::black_box;
@@ -26,7 +27,8 @@ pub enum Clear {
     Exchange,
 }
 
-/// Clears entries and appends their frames to a buffer that is used again for each table; nothing else.
+/// Clears entries and appends their frames to a buffer that is used again for each table; nothing
+/// else.
 #[inline(never)]
 pub fn clear_only(space: &Space<'_>) {
     let mut frames = Vec::with_capacity(512);
@@ -37,10 +39,11 @@ pub fn clear_only(space: &Space<'_>) {
     }
 }
 
-/// Clears entries, drops both counts of each frame and puts it on the free list, then unhooks and frees the tables.
+/// Clears entries, drops both counts of each frame and puts it on the free list, then unhooks and
+/// frees the tables.
 ///
-/// A batch is what one table held, of 2 MiB leaves an eighth of that, without fetching ahead: the metadata of neighbours
-/// lies 16 KiB apart, in one set of the first-level cache.
+/// A batch is what one table held. For 2 MiB leaves it is an eighth of that, and metadata is not
+/// fetched ahead: that of neighbours lies 16 KiB apart, in one set of the first-level cache.
 #[inline(never)]
 pub fn tear_down<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, clear: Clear) {
     let huge = space.shape.level > mmu_gather::pagetable::Level::Pte;
@@ -69,10 +72,11 @@ pub fn tear_down<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, clear
 #[repr(align(64))]
 struct Shared(AtomicU64);
 
-/// One call at a time, with all that the protocol asks of a CPU that is not alone: counts itself in, goes down from the root,
-/// locks the table, clears the entries, raises the generation, looks who has the space loaded, invalidates the pages here, frees
-/// them, counts itself out. Written out for this one case: four levels, areas inside one table that stays, pages that programs
-/// have written to. The frames wait in `frames` meanwhile.
+/// One call at a time, with everything that the protocol asks of a CPU that is not alone: it counts
+/// itself in, goes down from the root, locks the table, clears the entries, raises the generation,
+/// looks who has the space loaded, invalidates the pages here, frees them, counts itself out.
+/// Written out for this one case: four levels, areas inside one table that stays, pages that
+/// programs have written to. The frames wait in `frames` meanwhile.
 #[inline(never)]
 pub fn unmap_one_by_one<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
     let mut frames = Vec::with_capacity(512);
@@ -137,7 +141,8 @@ fn release(memory: &Memory, frames: &[u64], huge: bool) {
     memory.free_chain(chain);
 }
 
-/// Drops both counts; a page whose last it was comes before `chain`. Returns what the chain begins with.
+/// Drops both counts of a page. A page without references is put in front of `chain`. Returns the
+/// first page of the chain.
 #[inline(always)]
 fn release_one(memory: &Memory, physical: u64, chain: u64) -> u64 {
     if Batched::released(memory.frame(physical)) { memory.chain(physical, chain) } else { chain }

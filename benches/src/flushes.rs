@@ -1,7 +1,8 @@
-//! Teardown where interrupting another CPU costs something: the same for everybody.
+//! Teardown where interrupting another CPU costs something, the same for every row.
 //!
-//! `x86_64` hands out a flush with each page, and a page may not be used again before it was carried out, so it pays for each.
-//! `page_table_multiarch` flushes when its cursor goes, after the pages were freed: there is nothing to compare.
+//! `x86_64` hands out a flush with each page, and a page may not be used again before its flush, so
+//! it pays for each page. `page_table_multiarch` flushes when its cursor goes, after the pages were
+//! freed: there is nothing to compare.
 #![expect(unsafe_code, reason = "loads address spaces into CPUs that are only played")]
 
 use mmu_gather::Limits;
@@ -13,16 +14,16 @@ use mmu_measured::machine::{Batched, Machine};
 use mmu_measured::shape::Shape;
 use mmu_measured::space::Space;
 
-/// Who tears down.
+/// What tears the space down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flusher {
     /// `x86_64`.
     X86_64,
     /// The engine, with this many batch pages of this many slots.
     Engine {
-        /// Pages; 0 leaves the eight slots on the stack.
+        /// Batch pages; with 0 there are only the eight slots on the stack.
         batch_pages: u16,
-        /// Slots of each.
+        /// Slots of each batch page.
         batch_slots: u16,
     },
 }

@@ -1,4 +1,5 @@
-//! The same shapes in the Linux that runs the benches: munmap, madvise and exit, through system calls.
+//! The same shapes in the Linux that runs the benches: munmap, madvise and exit, through system
+//! calls.
 //!
 //! Linux does more: real pages, an LRU, cgroup and rss accounting, and its page allocator.
 #![expect(unsafe_code, reason = "system calls")]
@@ -18,7 +19,7 @@ pub enum Way {
     Munmap,
     /// madvise(MADV_DONTNEED) of each area; tables stay.
     DontNeed,
-    /// The process exits.
+    /// Exit of the process.
     Exit,
 }
 
@@ -36,7 +37,7 @@ impl Way {
         }
     }
 
-    /// Whether the row means anything for `workload`. Which frames it gets is Linux's choice, so there is no W6.
+    /// Whether the row means anything for `workload`. Linux chooses the frames, so there is no W6.
     #[must_use]
     pub const fn applies_to(self, workload: Workload) -> bool {
         match workload {
@@ -50,8 +51,8 @@ impl Way {
 /// Where shapes are mapped, relative to where they say.
 const SHIFT: u64 = 0x3000_0000_0000;
 
-/// Nanoseconds a leaf, by one sample in a process forked for it; the fork must be a small one, so call this before the
-/// benches' memory is used.
+/// Nanoseconds a leaf, by one sample in a process forked for it; the fork must be a small one, so
+/// call this before the benches' memory is used.
 ///
 /// # Errors
 /// What the operating system refused.

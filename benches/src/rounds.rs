@@ -1,4 +1,5 @@
-//! Samples in rounds: every row once a round, in a new random order, so that whatever disturbs the machine disturbs all.
+//! Samples in rounds: every row once a round, in a new random order, so that a disturbance of the
+//! machine hits all rows.
 
 use core::time::Duration;
 use std::time::Instant;
@@ -37,7 +38,8 @@ impl Series {
     }
 }
 
-/// Takes `rounds` rounds (one more is thrown away) of every row on `shape`, but stops after `patience`.
+/// Takes `rounds` rounds (one more is thrown away) of every row on `shape`, but stops after
+/// `patience`.
 #[must_use]
 pub fn measure(
     sampler: &Sampler<'_>,
@@ -65,7 +67,7 @@ pub fn measure(
     series
 }
 
-/// One sample during which the thread kept its CPU; after a few tries, whatever came last.
+/// One sample during which the thread kept its CPU, or, after a few tries, the last one.
 fn undisturbed(sampler: &Sampler<'_>, shape: &Shape, entry: Entry) -> f64 {
     let mut tries = 0;
     loop {

@@ -1,4 +1,5 @@
-//! CPUs played by threads: flush requests travel between real cores, interrupts are polled for.
+//! CPUs played by threads: flush requests go from one real core to another, and each thread polls
+//! for its interrupts.
 #![expect(unsafe_code, reason = "implements the engine's Cpus; requests are passed by pointer")]
 
 use core::ptr;
@@ -107,18 +108,21 @@ impl<'t> Cpu<'t> {
         if mailbox.pending.load(Ordering::Relaxed) == 0 {
             return;
         }
-        // ORDERING: acquire, pairs with the release in `flush_others`: the slots of these bits are filled.
+        // ORDERING: acquire, pairs with the release in `flush_others`: the slots of these bits are
+        // filled.
         let mut bits = mailbox.pending.swap(0, Ordering::AcqRel);
         while bits != 0 {
             let slot = &mailbox.slots[bits.trailing_zeros() as usize].0;
             bits &= bits - 1;
             let request = slot.load(Ordering::Acquire);
             debug_assert!(!request.is_null(), "a pending bit without a request");
-            // SAFETY: the initiator stored a pointer to a request on its stack, and waits until the slot is null again.
+            // SAFETY: the initiator stored a pointer to a request on its stack, and waits until the
+            // slot is null again.
             let request = unsafe { &*request };
             // SAFETY: this thread plays this CPU (contract of `new`), and nothing interrupts it.
             unsafe { flush_tlb_func(self, self.me, request) };
-            // ORDERING: release, pairs with the acquire in `flush_others`: the request is no longer used.
+            // ORDERING: release, pairs with the acquire in `flush_others`: the request is no longer
+            // used.
             slot.store(ptr::null_mut(), Ordering::Release);
         }
     }
@@ -147,9 +151,10 @@ impl<'t> Cpu<'t> {
     }
 }
 
-// SAFETY: `cpu_state` indexes a vector that does not change; `pinned` names the CPU that its thread plays, and a thread plays
-// one CPU only; requests are answered in `poll` only, which without_interrupts' closures do not call; `flush_others` waits
-// until every slot it filled is null again, which a target does after `flush_tlb_func`; there are no translations to drop.
+// SAFETY: `cpu_state` indexes a vector that does not change; `pinned` names the CPU that its thread
+// plays, and a thread plays one CPU only; requests are answered in `poll` only, which
+// without_interrupts' closures do not call; `flush_others` waits until every slot it filled is null
+// again, which a target does after `flush_tlb_func`; there are no translations to drop.
 unsafe impl Cpus for Cpu<'_> {
     type Bits = Bits;
 

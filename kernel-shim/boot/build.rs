@@ -1,7 +1,8 @@
 //! Hands the linker what a bootable image needs, when the image is what is being built.
 //!
-//! In an ordinary build `MMU_BOOT_IMAGE` is unset: the library is type-checked and unit-tested on the host, the binary is a host
-//! program that only says how to build the image. `image.toml` sets the variable, and `cfg(bare)` follows from it.
+//! In an ordinary build `MMU_BOOT_IMAGE` is unset: the library is type-checked and unit-tested on
+//! the host, the binary is a host program that only says how to build the image. `image.toml` sets
+//! the variable, and `cfg(bare)` follows from it.
 
 use std::env;
 

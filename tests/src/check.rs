@@ -1,4 +1,4 @@
-//! What is a violation, and where it is looked for.
+//! What counts as a violation, and where each is looked for.
 
 use mmu_gather::GatherEvent;
 use mmu_gather::pagetable::TableView;
@@ -9,16 +9,17 @@ use crate::kernel::{PaperKernel, PaperMm};
 use crate::ledger::Released;
 use crate::log::Event;
 
-/// A rule broken, by the engine or by a test that means to.
+/// A broken rule: by the engine, or by a test on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Violation {
     /// A page was freed while a CPU could still reach it at this address.
     PageFreedTooEarly(PhysFrame, CpuId, u64),
-    /// A table was freed while a CPU, perhaps a lazy one, could still walk on from it for this address.
+    /// A table was freed while a CPU, perhaps a lazy one, could still continue a walk of this
+    /// address from it.
     TableFreedTooEarly(PhysFrame, CpuId, u64),
     /// A table was freed while it was still linked below a root.
     TableFreedWhileLinked(PhysFrame),
-    /// A table was freed that is not one, or not any more.
+    /// What was freed as a table is not a table, or not any more.
     TableFreedTwice(PhysFrame),
     /// A table was freed with entries in it.
     TableFreedFull(PhysFrame),
@@ -121,7 +122,7 @@ impl PaperKernel {
         }
     }
 
-    /// Gives up `nr_pages` references, and frees what has none left. G1 and G5.
+    /// Drops `nr_pages` references, and frees each page that has no reference left. G1 and G5.
     pub fn release(&self, frame: PhysFrame, nr_pages: u32) {
         for frame in (0..u64::from(nr_pages)).map(|index| frame + index) {
             let released = self.ledger().release(frame);
@@ -140,7 +141,7 @@ impl PaperKernel {
         }
     }
 
-    /// What a driver does that finds no area with its frames left: frees them without asking anybody.
+    /// What a driver does when no area maps its frames any more: it frees them without asking.
     pub fn driver_frees(&self, frame: PhysFrame) {
         self.check_nobody_reaches(frame, 4096);
     }
@@ -159,7 +160,7 @@ impl PaperKernel {
         }
     }
 
-    /// A dirty page's mapcount goes: from now on writeback may take it for clean.
+    /// The mapcount of a dirty page is dropped: from now on writeback may take the page for clean.
     pub(crate) fn check_nobody_writes(&self, frame: PhysFrame) {
         for cpu in self.active_cpus() {
             let tlb = self.cpu(cpu).tlb.borrow();
@@ -169,7 +170,8 @@ impl PaperKernel {
         }
     }
 
-    /// A CPU goes on with what it remembers, after a CR3 load or a lazy stretch: nothing of it may be freed.
+    /// A CPU goes on with what it has cached, after a CR3 load or a lazy stretch: nothing of that
+    /// may be freed.
     pub(crate) fn check_what_was_kept(&self, cpu: CpuId) {
         let tlb = self.cpu(cpu).tlb.borrow();
         for leaf in tlb.usable_leaves().filter(|leaf| self.ledger().is_freed(leaf.frame, leaf.len_bytes)) {
@@ -180,7 +182,7 @@ impl PaperKernel {
         }
     }
 
-    /// Whoever has an address space in CR3 is in its cpumask, and no slot is ahead of its mm.
+    /// A CPU that has an address space in CR3 is in its cpumask, and no slot is ahead of its mm.
     fn check_cpus(&self) {
         for mm in self.mms() {
             for cpu in self.cpu_ids() {

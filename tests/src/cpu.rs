@@ -1,7 +1,8 @@
-//! One CPU's TLB: naive, and as forgetful as the architecture demands, never more.
+//! One CPU's TLB: simple, and it drops only what the architecture demands.
 //!
-//! Real CPUs drop entries as they like; this one keeps each until an instruction must drop it, which is the worst a kernel
-//! can meet. INVLPG drops only the structure-cache entries that lead to its address, as on CPUs with precise invalidation.
+//! Real CPUs drop entries when they like. This one keeps each entry until an instruction must drop
+//! it, which is the worst case for a kernel. INVLPG drops only the structure-cache entries that
+//! lead to its address, as on CPUs with precise invalidation.
 
 use core::cell::RefCell;
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ pub enum Access {
     Write,
 }
 
-/// Why an access did not happen.
+/// Why an access faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Nothing present on the path to the address.
@@ -30,7 +31,7 @@ pub enum Fault {
     ReadOnly,
 }
 
-/// A leaf as a CPU remembers it.
+/// A leaf as a CPU has cached it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translation {
     /// The first frame.
@@ -41,14 +42,14 @@ pub struct Translation {
     pub address: u64,
     /// Whether the entry allowed writing.
     pub writable: bool,
-    /// Whether the entry was dirty when remembered: writes then leave no trace in the tables.
+    /// Whether the entry was dirty when it was cached: writes then leave no trace in the tables.
     pub dirty: bool,
 }
 
 /// Tag, level of the table the entry was in, first address it covers.
 type Key = (u16, Level, u64);
 
-/// What a CPU remembers of the tables.
+/// What a CPU has cached of the tables.
 #[derive(Debug)]
 pub(crate) struct PaperTlb {
     root: PhysFrame,
@@ -86,7 +87,7 @@ impl PaperTlb {
         Level::ALL.iter().find_map(|level| self.leaves.get(&self.key(*level, address)).copied())
     }
 
-    /// The lowest table on the path to `address` that is remembered, and its level.
+    /// The lowest table on the path to `address` that is cached, and its level.
     pub(crate) fn table(&self, address: u64) -> Option<(PhysFrame, Level)> {
         Level::ALL.iter().find_map(|level| {
             let below = level.below()?;
@@ -102,7 +103,8 @@ impl PaperTlb {
         self.links.insert(self.key(level, address), table);
     }
 
-    /// Before a store through an entry remembered as clean, hardware walks again: it forgets this one.
+    /// Before a store through an entry that was cached as clean, hardware walks again: the entry is
+    /// dropped.
     pub(crate) fn forget_leaf(&mut self, address: u64) {
         for level in Level::ALL {
             let key = self.key(level, address);

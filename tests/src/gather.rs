@@ -1,4 +1,5 @@
-//! What a gather asks its caller to answer for, answered for: on paper one thread is the map lock.
+//! The unsafe calls of a gather, made safe: the kernel on paper has one thread, which is as good as
+//! the map lock.
 #![expect(unsafe_code, reason = "answers for what the test does")]
 
 use mmu_gather::pagetable::{Bounds, Level, MapError, VirtRange};
@@ -8,13 +9,13 @@ use x86_64::structures::paging::PhysFrame;
 use crate::kernel::PaperKernel;
 use crate::platform::Backing;
 
-/// The calls of a gather that are unsafe, for tests that may make none.
+/// The unsafe calls of a gather, for tests that may not use `unsafe`.
 pub trait GatherOnPaper {
     /// As [`MmuGather::remove_page`]; the test cleared the entry, or there never was one.
     fn queue_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level);
     /// As [`MmuGather::remove_pages`], likewise.
     fn queue_run(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange);
-    /// As [`MmuGather::free_pgtables`]; the areas are the test's to name.
+    /// As [`MmuGather::free_pgtables`]; the test names the areas.
     fn unhook_tables(&mut self, vmas: impl IntoIterator<Item = Vma<Backing>>, bounds: Bounds);
     /// As [`MmuGather::split_leaf`].
     ///
@@ -30,7 +31,8 @@ pub trait GatherOnPaper {
 
 impl GatherOnPaper for MmuGather<'_, PaperKernel> {
     fn queue_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
-        // SAFETY: the ledger counts the reference, and notices one that is dropped twice or too early.
+        // SAFETY: the ledger counts the reference, and notices one that is dropped twice or too
+        // early.
         unsafe { self.remove_page(frame, cleared, level) };
     }
 
@@ -40,7 +42,8 @@ impl GatherOnPaper for MmuGather<'_, PaperKernel> {
     }
 
     fn unhook_tables(&mut self, vmas: impl IntoIterator<Item = Vma<Backing>>, bounds: Bounds) {
-        // SAFETY: one thread: nobody faults. Where a test names areas that are not gone, the checker says so.
+        // SAFETY: one thread: nobody faults. Where a test names areas that are not gone, the
+        // checker says so.
         unsafe { self.free_pgtables(vmas, bounds) };
     }
 

@@ -24,7 +24,8 @@ pub type Bits = [AtomicU64; 1];
 /// An address space of this kernel.
 pub type PaperMm = Mm<Bits>;
 
-/// A table and, beside it, its lock and the note of its used lines: what a kernel finds in its `struct page`.
+/// A table and, beside it, its lock and the note of its used lines, which a kernel keeps in its
+/// `struct page`.
 #[repr(C, align(4096))]
 pub(crate) struct TablePage {
     entries: [u64; 512],
@@ -41,16 +42,17 @@ pub enum LineNotes {
     NotKept,
 }
 
-/// What the kernel makes of the engine's requests to flush, for tests of who notices.
+/// How the kernel answers the requests of the engine to flush. All but the first are wrong, for
+/// tests of what is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answers {
-    /// Every target flushes, then the request is answered for.
+    /// Every target flushes, then the kernel answers.
     Honest,
-    /// The request is answered for at once; nobody flushes.
+    /// The kernel answers at once; nobody flushes.
     AtOnce,
     /// The targets run the handler, which names the CPU that asked.
     ForAnother,
-    /// The targets flush; this CPU's own part is never called.
+    /// The targets flush; the part of the CPU that asked is left out.
     WithoutMeanwhile,
 }
 
@@ -94,7 +96,7 @@ pub enum Supply {
     Unlimited,
     /// This many more times.
     Left(u32),
-    /// The lowest bit says whether the next attempt succeeds; the bits rotate.
+    /// The lowest bit tells whether the next attempt succeeds; the bits rotate.
     Pattern(u64),
 }
 
@@ -141,7 +143,8 @@ pub struct PaperKernel {
 }
 
 impl PaperKernel {
-    /// A kernel on a machine as `options` say. CPU 0 plays first; no CPU has an address space loaded.
+    /// A kernel on a machine as `options` say. CPU 0 plays first; no CPU has an address space
+    /// loaded.
     #[must_use]
     pub fn new(options: Options) -> Self {
         let arena = Bump::new();
@@ -184,7 +187,7 @@ impl PaperKernel {
         free.get_or_init(|| Box::new(unsafe { Mm::new(&self.ids, self.new_table(), self.options.mode) }))
     }
 
-    /// The address space made as number `index`; hooks, which can borrow nothing, find theirs this way.
+    /// The address space made as number `index`; hooks, which cannot borrow one, find it this way.
     ///
     /// # Panics
     /// If there is none.

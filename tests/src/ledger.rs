@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
-/// Data pages have numbers where no heap address is, and no memory behind them.
+/// The first number of a data page: no heap address is there. Data pages have no memory behind
+/// them.
 const FIRST_PAGE: u64 = 1 << 48;
 
 /// What the kernel knows of one page, of whatever size.
@@ -13,9 +14,10 @@ const FIRST_PAGE: u64 = 1 << 48;
 pub struct PageAccount {
     /// Its size.
     pub len_bytes: u64,
-    /// References: one for each entry that maps it, given up through the gather.
+    /// References: one for each entry that maps the page, dropped through the gather.
     pub references: u32,
-    /// Entries that map it, given up when an entry is cleared, or after the flush if the page is a dirty one of a file.
+    /// Entries that map the page: one fewer when an entry is cleared, or after the flush if the
+    /// page is a dirty page of a file.
     pub mappings: u32,
     /// Whether the allocator has it back.
     pub freed: bool,
@@ -28,7 +30,7 @@ pub struct Ledger {
     next: u64,
 }
 
-/// What became of a reference that was given up.
+/// What became of a reference that was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Released {
     StillReferenced,
@@ -72,7 +74,7 @@ impl Ledger {
         self.pages.get(&frame).copied()
     }
 
-    /// Whether a page that has some of the `len_bytes` from `frame` on was freed.
+    /// Whether a page that overlaps the `len_bytes` from `frame` on was freed.
     #[must_use]
     pub fn is_freed(&self, frame: PhysFrame, len_bytes: u64) -> bool {
         let end = frame + len_bytes.div_ceil(4096);
@@ -114,7 +116,7 @@ impl Ledger {
         }
     }
 
-    /// Makes 512 pages of one.
+    /// Splits a page into 512.
     pub(crate) fn split(&mut self, frame: PhysFrame) {
         let Some(whole) = self.pages.remove(&frame) else { return };
         let part = PageAccount { len_bytes: whole.len_bytes / 512, ..whole };

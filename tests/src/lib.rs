@@ -1,22 +1,24 @@
-//! A kernel on paper: the smallest platform that embeds the engine, and what holds the engine to its rules.
+//! A kernel on paper: the smallest platform that embeds the engine, and what holds the engine to
+//! its rules.
 //!
-//! [`PaperKernel`] implements the three traits over an ordinary heap arena, on one thread. Its pretend CPUs keep every
-//! translation they ever filled until something invalidates it, everything that happens is written down in order, and a
-//! checker objects when a page or a table is freed that some CPU could still reach.
+//! [`PaperKernel`] implements the three traits over an ordinary heap arena, on one thread. Its
+//! pretend CPUs keep every translation they ever filled until something invalidates it, everything
+//! that happens is logged in order, and a checker reports each page or table that is freed while
+//! some CPU could still reach it.
 //!
 //! ```text
 //!  platform.rs   what an embedder writes: three impls, about 130 lines
 //!  kernel.rs     the kernel's data, and which memory can be had
 //!  program.rs    what programs and schedulers do: map, touch, switch, go lazy
 //!  cpu.rs        one CPU's TLB and structure cache
-//!  gather.rs     the unsafe calls of a gather, for tests that make none
+//!  gather.rs     the unsafe calls of a gather, made safe
 //!  ledger.rs     the counts of every page: who may be freed, once
-//!  check.rs      what is a violation
+//!  check.rs      what counts as a violation
 //!  log.rs        events in order, and hooks on them
 //! ```
 //!
-//! A hook runs at an event, in the middle of the engine's work. That is how one thread plays the part of two: the second
-//! CPU acts exactly where a race would let it.
+//! A hook runs at an event, in the middle of the engine's work. So one thread can play two CPUs:
+//! the second one acts exactly where a race would let it.
 #![deny(unsafe_code)]
 
 mod check;

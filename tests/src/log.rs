@@ -17,7 +17,7 @@ pub enum Event {
     LockAsked(PhysFrame),
     /// A leaf was cleared.
     LeafCleared(UnmappedLeaf),
-    /// A zap met an entry that is not present and not none.
+    /// A zap met an entry that is kept: not present, and not empty.
     NonPresentMet {
         /// The first address it covers.
         address: u64,
@@ -51,9 +51,9 @@ pub enum Event {
         /// Which.
         to: CpuId,
     },
-    /// The CPU that asked does its own part, while the others do theirs.
+    /// The CPU that asked flushes itself, while the others flush.
     Meanwhile,
-    /// A request has been answered for.
+    /// A request has been answered.
     Answered,
     /// Somebody looks at the state of this CPU.
     StateRead(CpuId),
@@ -70,9 +70,9 @@ pub enum Event {
     TableFreed(PhysFrame),
     /// The engine offered to run something else.
     Resched,
-    /// What the tlb crate reports.
+    /// An event of `mmu-tlb`.
     Tlb(TlbEvent),
-    /// What the gather crate reports.
+    /// An event of `mmu-gather`.
     Gather(GatherEvent),
 }
 
@@ -112,7 +112,7 @@ impl Log {
 }
 
 impl PaperKernel {
-    /// Writes `event` down, and runs the first hook that waits for it.
+    /// Logs `event`, and runs the first hook that waits for it.
     pub(crate) fn note(&self, event: Event) {
         let noted = Noted { event, on: self.here(), under_lock: self.is_a_lock_held() };
         self.log.events.borrow_mut().push(noted);

@@ -1,8 +1,8 @@
 //! Embedding the engine: everything a kernel writes to use it.
 //!
-//! Twenty-four methods, twelve of which the traits demand, in about 110 lines. The calls of `note` and `check_...` are this
-//! kernel's own; an embedder has no need of them. Frame numbers are heap addresses here, so a frame's pointer is its
-//! number.
+//! Twenty-four methods, twelve of which the traits demand, in about 110 lines. The calls of `note`
+//! and `check_...` are this kernel's own; an embedder does not need them. Frame numbers are heap
+//! addresses here, so the number of a frame is its pointer.
 #![expect(unsafe_code, reason = "the platform traits are unsafe: the engine believes what they say")]
 
 use core::ptr;
@@ -21,18 +21,19 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::kernel::{Answers, Bits, LineNotes, PaperKernel, TablePage};
 use crate::log::Event;
 
-/// What stands behind an area: this kernel's word for it, handed back by the engine with every page.
+/// What backs an area. The engine hands it back with every page of the area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
     /// Pages of the program's own: freed with their last mapping.
     Anonymous,
     /// Pages of a file: a dirty one keeps its mapcount until nobody can write to it any more.
     File,
-    /// Frames of a device: flushed for, never freed by us.
+    /// Frames of a device: they are flushed, and never freed by this kernel.
     Device,
 }
 
-/// What a CPU does while it waits for a lock. There is only one thread here: it would wait for ever.
+/// What a CPU does while it waits for a lock: it panics, because the only thread would wait for
+/// ever.
 #[derive(Debug)]
 pub struct Deadlock;
 
@@ -42,14 +43,16 @@ impl RelaxStrategy for Deadlock {
     }
 }
 
-// SAFETY: the pointer is to the entries of a `TablePage` in the arena, which is never reset while the kernel lives.
+// SAFETY: the pointer is to the entries of a `TablePage` in the arena, which is never reset while
+// the kernel lives.
 unsafe impl PageTableFrameMapping for PaperKernel {
     fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
         ptr::with_exposed_provenance_mut(address_of(frame))
     }
 }
 
-// SAFETY: tables come zeroed out of the arena and are never used twice; each has its own lock, beside its entries.
+// SAFETY: tables come zeroed out of the arena and are never used twice; each has its own lock,
+// beside its entries.
 unsafe impl TableMemory for PaperKernel {
     type Relax = Deadlock;
 
@@ -79,8 +82,8 @@ unsafe impl TableMemory for PaperKernel {
     }
 }
 
-// SAFETY: one thread plays every CPU: `here` says which, and nothing interrupts it. A target's flush runs to its end
-// inside `flush_others`. The pretend TLB drops what is named.
+// SAFETY: one thread plays every CPU: `here` says which, and nothing interrupts it. A target's
+// flush runs to its end inside `flush_others`. The pretend TLB drops what is named.
 unsafe impl Cpus for PaperKernel {
     type Bits = Bits;
 
@@ -111,7 +114,8 @@ unsafe impl Cpus for PaperKernel {
         for cpu in targets.iter() {
             self.note(Event::Ipi { to: cpu });
             let named = if answers == Answers::ForAnother { self.here() } else { cpu };
-            // SAFETY: `on` makes this thread that CPU, unless a test wants to see who notices.
+            // SAFETY: `on` makes this thread that CPU, unless a test wants the mistake to be
+            // noticed.
             self.on(named, || unsafe { flush_tlb_func(self, named, request) });
         }
         if answers != Answers::WithoutMeanwhile {
@@ -216,8 +220,9 @@ impl Pages for PaperKernel {
 
 impl PaperKernel {
     pub(crate) fn lock_of(&self, table: PhysFrame) -> &TableLock<Deadlock> {
-        // SAFETY: only frames of tables come here, and those are the first bytes of a `TablePage` in the arena, which lives
-        // as long as `self`. The entries are not touched through this reference.
+        // SAFETY: only frames of tables come here, and those are the first bytes of a `TablePage`
+        // in the arena, which lives as long as `self`. The entries are not touched through this
+        // reference.
         unsafe { &(*page_of(table)).lock }
     }
 

@@ -90,7 +90,7 @@ impl PaperKernel {
         self.put(mm, address, level, EntryValue::leaf(level, frame.start_address(), flags));
     }
 
-    /// Leaves a meaning where nothing is mapped.
+    /// Puts an entry that is kept where nothing is mapped.
     pub fn put_non_present(&self, mm: &PaperMm, address: u64, level: Level, meaning: NonPresent) {
         self.put(mm, address, level, meaning.encode());
     }
@@ -129,13 +129,14 @@ impl PaperKernel {
         tables
     }
 
-    /// Whether the table in `frame` has an entry that is not none.
+    /// Whether the table in `frame` has an entry that is not empty.
     #[must_use]
     pub fn has_entries(&self, table: PhysFrame) -> bool {
         !self.table(table).is_empty()
     }
 
-    /// Tables below the root with an entry that is not none in a line that is not noted as used (rule P4).
+    /// Tables below the root with an entry that is not empty in a line that is not noted as used
+    /// (rule P4).
     #[must_use]
     pub fn tables_with_unnoted_entries(&self, mm: &PaperMm) -> Vec<(Level, PhysFrame)> {
         let mut tables = Vec::new();
@@ -156,7 +157,8 @@ impl PaperKernel {
     }
 
     pub(crate) fn child_of<'m>(&'m self, view: TableView<'m>, address: u64) -> Option<TableView<'m>> {
-        // SAFETY: one thread; nobody frees tables meanwhile. The arena keeps even freed ones readable.
+        // SAFETY: one thread; nobody frees tables meanwhile. The arena keeps even freed ones
+        // readable.
         unsafe { view.child(self, address) }
     }
 
@@ -177,9 +179,10 @@ impl PaperKernel {
     /// Runs a program of `mm` on `cpu`.
     pub fn run(&self, cpu: CpuId, mm: &PaperMm) {
         self.on(cpu, || {
-            // SAFETY: every address space is in a box of this kernel's, which nobody opens.
+            // SAFETY: every address space is in a box of this kernel, and never moved out of it.
             let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
-            // SAFETY: this thread is that CPU while `on` runs; address spaces live as long as the kernel.
+            // SAFETY: this thread is that CPU while `on` runs; address spaces live as long as the
+            // kernel.
             unsafe { switch_mm(self, cpu, Some(next)) };
         });
         self.check_what_was_kept(cpu);
@@ -203,7 +206,7 @@ impl PaperKernel {
         self.on(cpu, || unsafe { enter_lazy_tlb(self, cpu) });
     }
 
-    /// Lets `cpu` give back what it borrowed.
+    /// Lets `cpu` drop the address space that it borrowed.
     pub fn leave_mm(&self, cpu: CpuId) {
         // SAFETY: as in `run`.
         self.on(cpu, || unsafe { leave_mm(self, cpu) });
@@ -221,13 +224,13 @@ impl PaperKernel {
         self.cpu(cpu).tlb.borrow().leaf(address)
     }
 
-    /// Every leaf that `cpu` remembers under the tag `pcid`.
+    /// Every leaf that `cpu` has cached under the tag `pcid`.
     #[must_use]
     pub fn cached_under(&self, cpu: CpuId, pcid: u16) -> Vec<Translation> {
         self.cpu(cpu).tlb.borrow().leaves_under(pcid).collect()
     }
 
-    /// A program on `cpu` reads or writes at `address`, through whatever the CPU remembers.
+    /// A program on `cpu` reads or writes at `address`, through what the CPU has cached.
     ///
     /// # Errors
     /// [`Fault`], as the hardware would raise it.
@@ -299,7 +302,7 @@ impl PaperKernel {
     }
 }
 
-/// Unmapping, by the shortest way.
+/// Unmapping, in one call each.
 impl PaperKernel {
     /// A gather on `mm`.
     #[must_use]
@@ -321,11 +324,12 @@ impl PaperKernel {
     /// If an area ends in the middle of a large leaf.
     pub fn unmap(&self, mm: &PaperMm, limits: &Limits, vmas: &[Vma<Backing>], bounds: Bounds) {
         let vmas = vmas.iter().copied();
-        // SAFETY: as in `gather`; no table lock is held, and the areas are the caller's to name.
+        // SAFETY: as in `gather`; no table lock is held, and the caller answers for the areas.
         unsafe { unmap_region(self, mm, limits, vmas, bounds, || {}) }.expect("no leaf is cut").free();
     }
 
-    /// Queues one page so often, at as many addresses, in one gather, and finishes it. Nothing maps the page.
+    /// Queues one page at `nr_pages` addresses in one gather, and finishes it. Nothing maps the
+    /// page.
     pub fn remove_single_pages(&self, mm: &PaperMm, limits: &Limits, nr_pages: u64) {
         let mut gather = self.gather(mm).with_limits(limits);
         let frame = self.ledger().new_page(4096);
@@ -352,11 +356,13 @@ impl PaperKernel {
 
     /// Unmaps everything; exit.
     pub fn exit(&self, mm: &PaperMm, limits: &Limits, vmas: &[Vma<Backing>]) {
-        // SAFETY: as in `gather`; no CPU runs a program of `mm` any more, by the caller's word.
+        // SAFETY: as in `gather`; no CPU runs a program of `mm` any more, which the caller answers
+        // for.
         unsafe { exit_mmap(self, mm, limits, vmas.iter().copied(), || {}) }.free();
     }
 
-    /// Reclaim takes the page at `address` out of `mm`; its flush comes with the batch. Gives the frame, unreleased.
+    /// Reclaim unmaps the page at `address` of `mm`; its flush comes with the batch. Returns the
+    /// frame, which is not released yet.
     ///
     /// # Panics
     /// If no 4 KiB page is mapped there.
@@ -377,7 +383,8 @@ impl PaperKernel {
     ) -> PhysFrame {
         let view = self.find_table(mm, address, level).expect("a mapped page");
         let locked = view.lock(self);
-        // SAFETY: the batch is told before the lock drops, and the caller frees the page after its flush.
+        // SAFETY: the batch is told before the lock drops, and the caller frees the page after its
+        // flush.
         let old = unsafe { locked.entry(address).get_and_clear() };
         batch.add_mm(self, mm.context());
         drop(locked);
@@ -386,22 +393,25 @@ impl PaperKernel {
         frame
     }
 
-    /// Unhooks the last-level table for `address` if it is there and empty, and leaves those above; whoever gets it queues it in
-    /// a gather, or loses it.
+    /// Unhooks the last-level table for `address` if it is there and empty, and leaves the tables
+    /// above. The caller queues it in a gather; otherwise it leaks.
     pub fn unhook_empty_table(&self, mm: &PaperMm, address: u64) -> Option<UnhookedTable> {
         let table = self.find_table(mm, address, Level::Pte).filter(|view| view.table().is_empty())?;
         let span = VirtRange::of_entry(Level::Pmd, address);
         let mut unhooked = None;
         let bounds = Bounds::between(Some(span.start()), Some(span.end()));
-        // SAFETY: one thread; nothing is mapped there. An `UnhookedTable` is freed by a gather's flush only.
+        // SAFETY: one thread; nothing is mapped there. An `UnhookedTable` is freed by a gather's
+        // flush only.
         unsafe { mm.space().unhook_tables(self, span, bounds, |table| unhooked = Some(table)) };
         debug_assert!(unhooked.as_ref().is_none_or(|unhooked| unhooked.frame() == table.frame()));
         unhooked
     }
 
-    /// The kernel itself frees one table, a root that nobody uses any more; or any other, as a mistake that the checker sees.
+    /// Frees a root that nobody uses any more; or any other table, which is a mistake that the
+    /// checker sees.
     pub fn free_one_table(&self, table: PhysFrame) {
-        // SAFETY: nothing is used again: the arena keeps even freed tables, and the checker says what was wrong.
+        // SAFETY: nothing is used again: the arena keeps even freed tables, and the checker says
+        // what was wrong.
         unsafe { self.free_tables(&[table]) };
     }
 

@@ -12,7 +12,7 @@ use mmu_tests::{Access, Backing, Bits, CPU, Fault, GIB, Options, PaperKernel, Pa
 /// Clears the entry at `address`, as the engine would, and tells nobody.
 fn clear_and_tell_nobody(kernel: &PaperKernel, mm: &PaperMm, address: u64) {
     let view = kernel.find_table(mm, address, Level::Pte).expect("mapped");
-    // SAFETY: on paper; what comes of it is what the checker must see.
+    // SAFETY: no memory is behind the page; the checker must see the stale translation.
     let _ = unsafe { view.lock(kernel).entry(address).get_and_clear() };
 }
 
@@ -129,11 +129,12 @@ fn a_cpu_outside_the_cpumask_of_what_it_has_loaded_is_seen() {
     let mm = kernel.new_mm();
     let _page = kernel.map(mm, GIB, Level::Pte);
     kernel.run(CPU[1], mm);
-    // No call can do it: the bit goes by force, from whichever of the two words it is in.
+    // No call does that, so the bit is cleared by force, in whichever of the two words it is.
     let words = core::ptr::from_ref(mm.context().cpumask()).cast::<AtomicU64>();
     for index in 0..2 {
         let word = words.wrapping_add(index);
-        // SAFETY: a set of one word is two atomic numbers (asserted above), which anybody may change.
+        // SAFETY: a set of one word is two atomic numbers (asserted above), which anybody may
+        // change.
         unsafe { &*word }.fetch_and(!(1 << CPU[1].number()), Ordering::Relaxed);
     }
     kernel.unmap(mm, &Limits::DEFAULT, &[area(GIB, GIB + 4096, Backing::Anonymous)], Bounds::whole());
@@ -158,7 +159,8 @@ fn a_pretend_tlb_keeps_everything_until_it_is_told() {
     kernel.invlpg(GIB);
     assert_eq!(kernel.touch(CPU[0], GIB, Access::Write), Err(Fault::NotPresent));
 
-    // The link to the table is remembered too, so an entry put back is found without a walk from the root.
+    // The link to the table is cached, too, so an entry that is put back is found without a walk
+    // from the root.
     let view = kernel.find_table(mm, GIB, Level::Pte).expect("linked");
     let value = EntryValue::leaf(
         Level::Pte,

@@ -1,11 +1,13 @@
-//! What safe code cannot even write: each case is a small embedder with one line that must not compile.
+//! What safe code cannot do, because it does not compile: each case is a small embedder with one
+//! such line.
 //!
-//! `TRYBUILD=overwrite cargo test -p mmu-tests --test compile_fail` writes down anew what the compiler says; `refused` marks the
-//! line. With another compiler than the one named in the workspace the words may differ, the errors may not.
+//! `TRYBUILD=overwrite cargo test -p mmu-tests --test compile_fail` writes the messages of the
+//! compiler anew; `refused` marks the line. With another compiler than the one that the workspace
+//! names the messages may differ, but not the errors.
 
 #[test]
 fn what_would_break_the_promise_does_not_compile() {
-    // `kernel.rs` is a module of the cases, and no case itself.
+    // `kernel.rs` is a module of the cases, not a case.
     let cases = trybuild::TestCases::new();
     for case in std::fs::read_dir("compile_fail").expect("cases") {
         let case = case.expect("a case").path();

@@ -73,7 +73,7 @@ fn dirty_pages_of_an_anonymous_area_need_no_flush_under_the_lock() {
     assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::DirtyFlush)), 0);
 }
 
-/// One flush for the table, however many of its pages are dirty.
+/// One flush for each table, however many of its pages are dirty.
 #[test]
 fn all_dirty_pages_of_a_table_share_one_flush() {
     let kernel = kernel_with_file(512, |_| true);
@@ -84,7 +84,8 @@ fn all_dirty_pages_of_a_table_share_one_flush() {
     assert_eq!(kernel.ledger().nr_held(), 0);
 }
 
-/// Only the bundle and one batch are looked through for delayed rmaps; none may ever be in another.
+/// Only the bundle and one batch are searched for delayed rmaps, so no delayed rmap may ever be in
+/// another batch.
 #[test]
 fn every_delayed_rmap_is_removed_exactly_once_at_every_batch_boundary() {
     let patterns: [fn(u64) -> bool; 5] =
@@ -98,7 +99,8 @@ fn every_delayed_rmap_is_removed_exactly_once_at_every_batch_boundary() {
                     zap(&kernel, &limits, 40);
                     let nr_dirty = (0..40).filter(|page| dirty(*page)).count();
                     let removed = kernel.count(|event| matches!(event, Event::RmapRemoved(_)));
-                    // A page freed with its rmap, or without one to remove, is a violation of the checker's.
+                    // The checker reports a page that is freed with its rmap, and an rmap that is
+                    // removed twice.
                     assert_eq!(removed, nr_dirty, "pattern {number}, {limits:?}");
                     assert_eq!(kernel.ledger().nr_held(), 0, "pattern {number}, {limits:?}");
                 }
@@ -107,7 +109,8 @@ fn every_delayed_rmap_is_removed_exactly_once_at_every_batch_boundary() {
     }
 }
 
-/// Clean pages wait in the gather across a dirty flush, and are covered by the flush they get.
+/// Clean pages wait in the gather across a dirty flush, and are freed after the flush of the
+/// gather.
 #[test]
 fn clean_and_dirty_pages_of_several_tables_all_go() {
     let kernel = PaperKernel::new(Options::default());

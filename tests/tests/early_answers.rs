@@ -1,4 +1,5 @@
-//! A flush that is answered for and not made: a debug build of the engine names it, whatever the kernel did wrong.
+//! A flush that was answered but not made: a debug build of the engine names it, whatever the
+//! kernel did wrong.
 #![cfg(debug_assertions)]
 
 use core::panic::AssertUnwindSafe;
@@ -23,7 +24,7 @@ fn kernel_that_answers(answers: Answers) -> PaperKernel {
     kernel
 }
 
-/// What the engine says when `flush` is answered for.
+/// What the engine says when `flush` is answered.
 fn said(kernel: &PaperKernel, flush: impl FnOnce()) -> String {
     let panic = catch_unwind(AssertUnwindSafe(flush)).expect_err("it must be named");
     kernel.take_violations();
@@ -86,7 +87,7 @@ fn nothing_is_freed_where_a_flush_was_answered_for_too_early() {
     }
 }
 
-/// The small kernel answers honestly: the check raises no false alarm where CPUs are lazy, elsewhere, or off.
+/// With right answers the check raises no false alarm, also where CPUs are lazy, elsewhere, or off.
 #[test]
 fn honest_answers_are_never_named() {
     let kernel = PaperKernel::new(Options { cpus: 8, ..Options::default() });

@@ -27,7 +27,7 @@ fn everything_goes_and_the_root_is_the_callers_to_free() {
                 kernel.touch(cpu, GIB, Access::Write).expect("mapped");
                 kernel.touch(cpu, 2 * GIB, Access::Write).expect("mapped");
             }
-            // The last program leaves; two CPUs keep the address space lazily.
+            // The last program leaves; two CPUs keep the address space loaded, lazily.
             kernel.stop(CPU[2]);
             kernel.stop(CPU[3]);
             kernel.go_lazy(CPU[0]);
@@ -37,7 +37,7 @@ fn everything_goes_and_the_root_is_the_callers_to_free() {
             assert_eq!(kernel.nr_tables(mm), [0; 4], "{supply:?}");
             assert_eq!(kernel.ledger().nr_held(), 0, "{supply:?}");
             assert!(!mm.context().is_loaded_somewhere(&kernel));
-            // The checker objects if a CPU still has it in CR3.
+            // The checker reports a root that a CPU still has in CR3.
             kernel.free_one_table(mm.space().root());
         }
     }
@@ -154,7 +154,8 @@ fn one_address_spaces_end_leaves_the_others_alone() {
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Ok(frame));
 }
 
-/// Were the root freed while it is in CR3, the next walk would go through whatever the page is used for then.
+/// If the root were freed while it is in CR3, the next walk would go through whatever the page
+/// holds by then.
 #[test]
 fn the_cpu_that_runs_the_exit_leaves_an_address_space_that_it_has_not_left_before() {
     for nr_pages in [0, 3] {

@@ -1,4 +1,4 @@
-//! How often a gather must flush before it is done, by how many batch pages it can have.
+//! How often a gather must flush in between, depending on how many batch pages it can have.
 
 use mmu_gather::pagetable::{Bounds, Level};
 use mmu_gather::{GatherEvent, Limits};
@@ -11,7 +11,7 @@ fn forced_flushes(kernel: &PaperKernel) -> usize {
     kernel.count(|event| *event == Event::Gather(GatherEvent::ForcedFlush))
 }
 
-/// Records, then forced flushes with all batch pages, one, none.
+/// Pages queued, then forced flushes with all batch pages, with one, and without any.
 const SINGLE_PAGES: [(u64, [usize; 3]); 4] =
     [(512, [0, 0, 73]), (9677, [0, 18, 1382]), (9678, [1, 18, 1382]), (262_144, [27, 508, 37449])];
 
@@ -80,7 +80,8 @@ fn runs_take_two_slots_and_force_a_flush_every_4849() {
     assert_eq!(kernel.ledger().nr_held(), 0);
 }
 
-/// Linux: "mm/mmu_gather: ensure tlb_remove_page pairs are never parted"; a length read as a frame frees a wrong page.
+/// Linux: "mm/mmu_gather: ensure tlb_remove_page pairs are never parted"; a length that is read as
+/// a frame frees a wrong page.
 #[test]
 fn a_run_is_never_cut_at_the_edge_of_a_batch_or_of_a_free_chunk() {
     for bundle_slots in 2..=8 {
@@ -109,7 +110,7 @@ fn a_run_is_never_cut_at_the_edge_of_a_batch_or_of_a_free_chunk() {
                     }
                 }
                 gather.flush().free();
-                // Wrong pages released would be violations; pages forgotten are these.
+                // Releasing a wrong page is a violation; this looks for pages that were forgotten.
                 assert_eq!(kernel.ledger().nr_held(), 0, "{limits:?}");
                 assert!(kernel.count(|event| matches!(event, Event::FreeChunk { slots } if *slots > usize::from(free_chunk) + 1)) == 0);
             }
@@ -143,7 +144,7 @@ fn a_batch_page_is_taken_only_when_there_is_something_to_put_there() {
     }
 }
 
-/// What a visit leaves full takes pages queued by hand, too, and loses none.
+/// A gather that a visit has left full takes pages queued by hand, too, and loses none of them.
 #[test]
 fn pages_queued_after_a_visit_that_used_the_last_slot_find_room() {
     for nr_pages in [7, 516] {
@@ -168,7 +169,7 @@ fn pages_queued_after_a_visit_that_used_the_last_slot_find_room() {
     }
 }
 
-/// Memory may be back a moment later: one refusal is not for ever.
+/// Memory may be available again a moment later: the gather asks again after a refusal.
 #[test]
 fn a_batch_page_that_was_refused_is_asked_for_again() {
     let kernel = PaperKernel::new(Options::default());
@@ -185,7 +186,8 @@ fn a_batch_page_that_was_refused_is_asked_for_again() {
     assert_eq!(forced_flushes(&kernel), 2, "each refusal forces one, and then there is room");
 }
 
-/// A batch is written where the kernel says: at an odd address it would be undefined, and on most machines merely slow.
+/// A batch is written where the kernel says. At an address that is not aligned, writing is
+/// undefined behaviour, although most machines would merely be slow.
 #[cfg(debug_assertions)]
 #[test]
 #[should_panic(expected = "is not aligned to 8 bytes")]
@@ -194,6 +196,6 @@ fn a_batch_page_that_is_not_aligned_is_named_by_a_debug_build() {
     let mut memory = vec![0_u64; 1024];
     let odd = memory.as_mut_ptr().cast::<u8>().wrapping_add(4);
     let page = core::ptr::NonNull::new(odd.cast()).expect("not null");
-    // SAFETY: it is not what it must be, which is to be named before anything is written.
+    // SAFETY: the address is not aligned, which must be reported before anything is written.
     let _page = unsafe { mmu_gather::BatchPage::new(page) };
 }

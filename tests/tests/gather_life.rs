@@ -62,7 +62,8 @@ fn a_flushed_gather_frees_as_well_when_dropped_as_when_told() {
     }
 }
 
-/// Empty gathers happen all the time; one that flushed everything would be slow, and nobody would notice (DragonOS).
+/// Empty gathers happen all the time. If they flushed everything, the kernel would be slow and no
+/// test would fail (DragonOS).
 #[test]
 fn an_empty_gather_flushes_nothing_and_frees_nothing() {
     let kernel = kernel_with_pages(Options::default(), 1);
@@ -116,7 +117,8 @@ fn two_gathers_on_one_mm_both_flush_all_of_it() {
     let vma = area(GIB, GIB + 8 * PAGE, Backing::Anonymous);
     let mut first = kernel.gather(mm);
     first.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE)).expect("no leaf is cut");
-    // The second finds the first's pages gone already, and must not return while they are usable.
+    // The second gather finds the pages of the first unmapped already, and must not return while a
+    // CPU can use them.
     let second = kernel.zap(mm, &vma, vma.range);
     assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::NestedFlush)), 1);
     for cpu in kernel.cpu_ids() {
@@ -127,7 +129,8 @@ fn two_gathers_on_one_mm_both_flush_all_of_it() {
     assert_eq!(kernel.ledger().nr_held(), 0);
 }
 
-/// The first to finish sees the second still open, and covers what the second cleared.
+/// The first gather to finish sees that the second is still open, and flushes what the second
+/// cleared, too.
 #[test]
 fn the_gather_that_finishes_first_covers_what_the_other_cleared() {
     let kernel = kernel_with_pages(Options::default(), 8);
@@ -263,14 +266,14 @@ fn a_table_queued_by_hand_is_flushed_and_freed_like_any_other() {
     assert!(!kernel.state(CPU[1]).has_loaded(mm.context()), "lazy CPUs were told");
 }
 
-/// The way down to an area is looked up while the area before it is being cleared.
+/// The tables of an area are looked up while the area before it is being cleared.
 #[test]
 fn a_page_that_appears_while_the_area_before_is_cleared_is_cleared_too() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     kernel.map(mm, GIB, Level::Pte);
     let vmas = [1, 2, 3].map(|gib| area(gib * GIB, gib * GIB + 4096, Backing::Anonymous));
-    // A fault in an area that nobody has detached: nothing led there so far but the root.
+    // A fault in an area that is not detached. Only the root existed there so far.
     kernel.once(
         |event| matches!(event, Event::Gather(GatherEvent::LockDropped { .. })),
         |kernel| {

@@ -95,7 +95,7 @@ fn four_levels_refuse_the_addresses_that_five_have() {
     kernel.map(mm, GIB, Level::Pte);
     let moved = gather.move_pages(range(GIB, GIB + PAGE), 1 << 48);
     assert!(matches!(moved, Err(MapError::NotUserSpace(_))));
-    // Nothing is there to zap or to free either.
+    // There is nothing to zap or to free there.
     gather
         .zap_vma_range(&area(1 << 48, (1 << 48) + GIB, Backing::Anonymous), range(1 << 48, (1 << 48) + GIB))
         .expect("no leaf is cut");

@@ -1,4 +1,5 @@
-//! Pages of 2 MiB and 1 GiB: unmapped whole, split at the ends of a range, and what failing to split leaves.
+//! Pages of 2 MiB and 1 GiB: unmapped whole, split at the ends of a range, and what happens when
+//! they cannot be split.
 
 use mmu_gather::pagetable::{Bounds, EntryValue, Level, Marker, MigrationAccess, NonPresent};
 use mmu_gather::tlb::PageSpan;
@@ -44,7 +45,8 @@ fn a_large_page_goes_with_one_invlpg_and_its_tables() {
     }
 }
 
-/// With small pages beside it the stride is theirs, and the large page's span still counts in full.
+/// With small pages beside it the stride is that of the small pages, and the whole span of the
+/// large page is still covered.
 #[test]
 fn a_large_page_beside_small_ones_is_flushed_at_the_small_stride() {
     let kernel = kernel_with_large_page(Level::Pmd);
@@ -80,7 +82,8 @@ fn splitting_maps_the_same_memory_in_smaller_pages() {
     }
 }
 
-/// A range that cuts one used to leave all of it behind, and its table could not go.
+/// Once, a range that cuts a large page left all of the page mapped, and its table could not be
+/// freed.
 #[test]
 fn a_migration_entry_or_marker_of_a_large_page_is_split_where_a_range_cuts_it() {
     let frame = PhysFrame::containing_address(PhysAddr::new(4 << 20));
@@ -173,7 +176,7 @@ fn a_split_without_memory_changes_nothing() {
     }
 }
 
-/// One table is enough to split 1 GiB into 2 MiB and no further: what is left maps the same memory.
+/// With one table 1 GiB can be split into 2 MiB pages and no further; those map the same memory.
 #[test]
 fn a_split_that_stops_half_way_still_maps_the_same_memory() {
     let kernel = kernel_with_large_page(Level::Pud);
@@ -193,7 +196,8 @@ fn a_split_that_stops_half_way_still_maps_the_same_memory() {
     assert_eq!(kernel.lookup(mm, cut).translate(cut), Some(before + (cut - AT)));
 }
 
-/// Both sizes cached at once is undefined on real CPUs: the old one is gone everywhere before the new one appears.
+/// On real CPUs it is undefined what happens when both sizes are cached, so the old one is flushed
+/// everywhere before the new one appears.
 #[test]
 fn while_a_leaf_is_split_its_entry_holds_a_migration_entry_and_the_old_size_is_flushed() {
     let kernel = kernel_with_large_page(Level::Pmd);
@@ -218,7 +222,8 @@ fn while_a_leaf_is_split_its_entry_holds_a_migration_entry_and_the_old_size_is_f
     assert_eq!(kernel.cached(CPU[1], AT).map(|leaf| leaf.len_bytes), Some(PAGE));
 }
 
-/// A leaf turns into a table between the zapper's look and its lock: the pages in it are to go all the same.
+/// A leaf turns into a table after the zapper has read it and before it has the lock: the pages
+/// below are unmapped all the same.
 #[test]
 fn a_leaf_that_is_split_under_the_zappers_eyes_is_zapped_in_pieces() {
     let kernel = kernel_with_large_page(Level::Pmd);
@@ -237,7 +242,8 @@ fn a_leaf_that_is_split_under_the_zappers_eyes_is_zapped_in_pieces() {
     assert_eq!(kernel.touch(CPU[1], AT, Access::Read), Err(Fault::NotPresent));
 }
 
-/// The memory type is part of the mapping: a device's memory must not become cacheable by being split.
+/// The memory type is part of the mapping: a device's memory must not become cacheable by being
+/// split.
 #[test]
 fn splitting_keeps_the_memory_type() {
     let large_pat = 1 << 12;
@@ -288,7 +294,7 @@ fn many_large_pages_are_flushed_in_few_steps_or_all_at_once() {
     assert_eq!(span.nr_pages(), 40);
 }
 
-/// A driver's result where the leaf was not split before.
+/// What a driver returns if the leaf was not split before.
 #[expect(unsafe_code, reason = "one thread stands in for the map lock")]
 fn unmap_or_zap(kernel: &PaperKernel, vma: &Vma<Backing>, zap: bool) -> Result<(), CutLeaf> {
     let (mm, limits) = (kernel.mm(0), &Limits::DEFAULT);
@@ -301,7 +307,7 @@ fn unmap_or_zap(kernel: &PaperKernel, vma: &Vma<Backing>, zap: bool) -> Result<(
     }
 }
 
-/// In every build: what is still mapped is never taken for unmapped.
+/// In every build, what is still mapped is never reported as unmapped.
 #[test]
 fn a_large_leaf_that_a_range_cuts_and_nobody_split_is_an_error_and_stays_mapped_with_its_tables() {
     for level in [Level::Pmd, Level::Pud] {
@@ -339,7 +345,8 @@ fn a_large_leaf_that_a_range_cuts_and_nobody_split_is_an_error_and_stays_mapped_
     }
 }
 
-/// Two areas meet in the middle of a leaf that nobody split: at exit nobody is left to use either half.
+/// Two areas meet in the middle of a leaf that was not split. At exit that is allowed: nobody uses
+/// either half any more.
 #[test]
 fn an_exit_takes_a_leaf_that_areas_cut_as_a_whole() {
     for level in [Level::Pmd, Level::Pud] {
@@ -361,7 +368,7 @@ fn an_exit_takes_a_leaf_that_areas_cut_as_a_whole() {
     }
 }
 
-/// A program must not be able to execute what it could not before its large page was cut.
+/// A split must not make anything executable that was not executable before.
 #[test]
 fn splitting_keeps_every_right_and_every_bit_that_software_uses() {
     let kept = PageTableFlags::NO_EXECUTE

@@ -1,4 +1,4 @@
-//! CPUs that merely borrow the address space in their CR3.
+//! Lazy CPUs: they have an address space in CR3 that they merely borrow.
 
 use mmu_gather::Limits;
 use mmu_gather::pagetable::{Bounds, Level};
@@ -68,9 +68,9 @@ fn freed_tables_reach_lazy_cpus_and_they_go_to_the_kernels_own_address_space() {
         kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());
         assert_eq!(kernel.count(|event| *event == Event::Ipi { to: CPU[1] }), 1);
         assert!(!kernel.state(CPU[1]).has_loaded(mm.context()));
-        // Speculation there finds no user address, freed or not.
+        // Speculation there finds no user page, freed or not.
         kernel.speculate(CPU[1], GIB + PAGE);
-        // And when the program comes back to this CPU, its slot is behind.
+        // When the program comes back to this CPU, the slot is behind, and the CPU flushes.
         kernel.run(CPU[1], mm);
         assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Err(Fault::NotPresent));
     }
@@ -121,7 +121,8 @@ fn a_lazy_cpu_that_runs_another_program_is_lazy_no_more() {
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Err(Fault::NotPresent));
 }
 
-/// A flush that was on its way when the CPU went lazy: it leaves instead of flushing, and is safe.
+/// The CPU went lazy while a flush was on its way to it: it leaves the address space instead of
+/// flushing, which is safe.
 #[test]
 fn a_request_that_finds_its_target_lazy_makes_it_leave() {
     let kernel = kernel_with_a_lazy_cpu(PcidSupport::On);
@@ -153,7 +154,8 @@ fn a_cpu_made_to_leave_is_not_interrupted_again() {
     }
 }
 
-/// The initiator itself may be the lazy one: a kernel thread that unmaps what it borrows.
+/// The CPU that unmaps may be lazy itself: a kernel thread that unmaps memory of the address space
+/// it borrows.
 #[test]
 fn a_lazy_initiator_leaves_too() {
     let kernel = kernel_with_a_lazy_cpu(PcidSupport::On);

@@ -1,9 +1,11 @@
-//! Limits chosen for what is about to be torn down: as few flushes as the default, and less memory waiting.
+//! Limits that fit what is about to be torn down: as few flushes as with the default, and less
+//! memory waiting.
 
 use mmu_gather::{GatherEvent, Limits};
 use mmu_tests::{Event, Options, PaperKernel};
 
-/// Forced flushes of a teardown of `nr_pages`, and whether any flush released more than `most_waiting` pages.
+/// Forced flushes of a teardown of `nr_pages`, and whether any flush released more than
+/// `most_waiting` pages.
 fn tear_down(nr_pages: u64, limits: &Limits, most_waiting: u64) -> (usize, bool) {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
@@ -24,7 +26,8 @@ fn limits_for_a_number_of_pages_force_as_few_flushes_as_the_default_and_hold_an_
         let limits = Limits::for_pages(nr_pages);
         let (default, _) = tear_down(nr_pages, &Limits::DEFAULT, u64::MAX);
         let share = nr_pages / (default as u64 + 1) + 1;
-        // Batches are equally long, which rounds up by less than a slot for each of at most 19.
+        // All batches have the same length, which is rounded up, by less than a slot for each of at
+        // most 19 batches.
         let (forced, beyond) = tear_down(nr_pages, &limits, share + 18);
         assert_eq!(forced, default, "{nr_pages} pages, {limits:?}");
         assert!(!beyond, "{nr_pages} pages: a flush held more than {share} pages and 18, {limits:?}");

@@ -1,4 +1,5 @@
-//! Random programs against a reference that is a few sets: which pages are mapped, and which tables must exist.
+//! Random programs against a reference that is a few sets: which pages are mapped, and which tables
+//! must exist.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +15,8 @@ use x86_64::structures::paging::PhysFrame;
 
 const PAGE: u64 = 4096;
 
-/// Where areas are: page numbers 0 to 47, spread so that neighbours share a table, a 1 GiB or a 512 GiB, or nothing.
+/// Where areas are: page numbers 0 to 47, spread so that neighbours share a table, or 1 GiB, or 512
+/// GiB, or nothing.
 const PLACES: [u64; 6] =
     [GIB, GIB + 2 * MIB - 4 * PAGE, GIB + 6 * MIB, 2 * GIB - 3 * PAGE, 512 * GIB - 2 * PAGE, 100 * TIB];
 
@@ -75,7 +77,7 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What must be true of one address space: areas a page each, their pages, the tables.
+/// What must hold for one address space: its areas of one page each, their pages, the tables.
 #[derive(Default)]
 struct Reference {
     areas: BTreeMap<u64, Backing>,
@@ -94,7 +96,7 @@ impl Reference {
         }
     }
 
-    /// Takes the areas out; the neighbours that stay decide which tables go.
+    /// Removes the areas; the neighbours that stay decide which tables are freed.
     fn unmap(&mut self, gone: VirtRange) -> Bounds {
         self.areas.retain(|at, _| !gone.contains(*at));
         self.pages.retain(|at, _| !gone.contains(*at));
@@ -105,7 +107,7 @@ impl Reference {
         Bounds::between(floor, ceiling)
     }
 
-    /// The areas in `range`, those that touch and are alike joined.
+    /// The areas in `range`; those that touch and are of the same kind are joined.
     fn areas_in(&self, range: VirtRange) -> Vec<Vma<Backing>> {
         let mut found: Vec<Vma<Backing>> = Vec::new();
         for (at, backing) in self.areas.range(range.start()..range.end()) {

@@ -63,7 +63,7 @@ fn meanings_move_too_and_holes_stay_holes() {
 
 #[test]
 fn moving_without_memory_moves_nothing() {
-    // From one last-level table into two others, which need four tables in all.
+    // From one last-level table into two others, for which four tables are needed in all.
     let (from, to) = (GIB, 600 * GIB - 4 * PAGE);
     for left in 0..4 {
         let (kernel, frames) = kernel_with_pages(from, 8);

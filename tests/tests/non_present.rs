@@ -1,4 +1,5 @@
-//! Entries that are not present, and not none: every kind goes or stays as the kernel says, and none is flushed for.
+//! Entries that are kept: not present, and not empty. Each kind is cleared or kept as the kernel
+//! says, and none needs a flush.
 
 use mmu_gather::Limits;
 use mmu_gather::pagetable::{Bounds, Decoded, EntryValue, Level, Marker, MigrationAccess, NonPresent};
@@ -68,7 +69,8 @@ fn entries_of_every_kind_among_pages_do_not_disturb_the_pages() {
     }
 }
 
-/// A table whose last-level entries were taken for "empty or present" would be lost, or free with a meaning in it.
+/// If every entry were taken for either empty or present, a table with kept entries would leak, or
+/// be freed with them.
 #[test]
 fn a_table_that_held_only_meanings_goes_with_its_area() {
     let kernel = PaperKernel::new(Options::default());
@@ -101,7 +103,8 @@ fn a_meaning_in_place_of_a_large_page_is_asked_about_at_its_level() {
     }
 }
 
-/// L1 terminal fault: a CPU that speculates past P = 0 must find no memory at the address the bits seem to name.
+/// L1 terminal fault: a CPU that speculates past P = 0 must find no memory at the address the bits
+/// seem to name.
 #[test]
 fn no_meaning_looks_like_the_address_of_memory() {
     for meaning in every_kind() {

@@ -1,4 +1,4 @@
-//! Arguments that make no sense: nothing owed is lost by them, in debug or release builds.
+//! Arguments that make no sense: no flush that is owed is lost, in debug and in release builds.
 
 use mmu_gather::pagetable::{Level, MapError};
 use mmu_gather::tlb::{FreedTables, PageSpan, flush_tlb_mm_range};
@@ -27,7 +27,8 @@ fn a_span_that_makes_no_sense_is_flushed_as_a_whole() {
             }
             let span = PageSpan { start, end, stride_shift };
             if span.nr_pages() > 1 << 20 && span.nr_pages() != u64::MAX && flush_ceiling == u64::MAX {
-                // It does make sense, to a kernel that never flushes all, and takes its time.
+                // Left out: this ceiling means never to flush all, so it would invalidate all these
+                // pages one by one.
                 continue;
             }
             assert!(!span.to_string().is_empty());

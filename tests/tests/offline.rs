@@ -1,4 +1,4 @@
-//! CPUs that are switched off: nobody waits for them, and they come back with nothing.
+//! CPUs that are switched off: nobody waits for them, and they come back with nothing cached.
 
 use mmu_gather::Limits;
 use mmu_gather::pagetable::{Bounds, Level};
@@ -38,7 +38,8 @@ fn a_cpu_that_is_off_is_asked_for_nothing_not_even_for_freed_tables() {
             assert!(kernel.state(CPU[2]).is_offline() && mm.context().cpumask().contains(CPU[2]));
             let _receipt = flush_tlb_mm(&kernel, mm.context());
             assert_eq!(asked(&kernel), [Event::Ipi { to: CPU[1] }], "{pcid:?}");
-            // The checker looks at every TLB when the table goes, that of the CPU that is off, too.
+            // When the table is freed, the checker looks at every TLB, also that of the CPU that is
+            // off.
             let vma = area(GIB, GIB + PAGE, Backing::Anonymous);
             kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());
             assert_eq!(asked(&kernel), [Event::Ipi { to: CPU[1] }]);

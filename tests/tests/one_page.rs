@@ -1,4 +1,5 @@
-//! One page, unmapped the short way: whatever is there, and whoever else is at work, it comes to what a gather does.
+//! One page, unmapped the short way: whatever is there, and whoever else is at work, the result is
+//! the same as with a gather.
 
 use core::cell::Cell;
 use std::rc::Rc;
@@ -79,7 +80,7 @@ enum Call {
     /// There are no neighbours: the table goes, too.
     MunmapTable,
     Zap,
-    /// No page for a table batch can be had.
+    /// There is no memory for a table batch.
     MunmapTableWithoutMemory,
 }
 
@@ -123,7 +124,8 @@ fn cases() -> impl Iterator<Item = Case> {
 }
 
 impl Case {
-    /// Whether it can be: what others clear must be there, and a neighbour must stay for its table to.
+    /// Whether the case is possible: what others clear must be there, and the table stays only if a
+    /// neighbour does.
     fn is_possible(self) -> bool {
         let is_page = matches!(
             self.there,
@@ -136,7 +138,7 @@ impl Case {
             Meanwhile::GatherHere | Meanwhile::ReclaimHere => is_page,
         };
         let table_goes = matches!(self.call, Call::MunmapTable | Call::MunmapTableWithoutMemory);
-        // A table goes only with all its pages, and never from under another gather that is at work in it.
+        // A table is freed only with all its pages, and never while another gather works in it.
         let alone = matches!(self.meanwhile, Meanwhile::Nobody | Meanwhile::Arrival);
         let nothing_left = is_page || matches!(self.there, There::Nothing | There::Swap);
         let few_cpus = self.online == OnlineCpus::Many || self.meanwhile != Meanwhile::Arrival;
@@ -203,7 +205,7 @@ impl Case {
         }
     }
 
-    /// What became of it: everything that was noted, and what is left.
+    /// The result: everything that was logged, and what is left.
     fn outcome(self, unmap: impl FnOnce(&PaperKernel, &PaperMm, &Vma<Backing>)) -> Outcome {
         let kernel = self.kernel();
         let mm = kernel.mm(0);
@@ -272,8 +274,9 @@ struct Outcome {
 }
 
 impl Outcome {
-    /// Without what may differ: where tables are; how often a lock is asked for and a preemption point offered; and the page of a file that was
-    /// flushed under the lock, which a gather frees at once, and the short way with the rest.
+    /// Leaves out what may differ: where tables are; how often a lock is taken and a preemption
+    /// point is offered; and when a page of a file that was flushed under the lock is freed: by a
+    /// gather at once, the short way with the rest.
     fn without_order_of_freeing(mut self) -> Self {
         let is_freeing = |noted: &Noted| {
             matches!(
@@ -282,7 +285,7 @@ impl Outcome {
             )
         };
         self.events.retain(|noted| !matches!(noted.event, Event::Resched | Event::LockAsked(_)));
-        // Tables lie elsewhere in every kernel.
+        // Each kernel has its tables at other addresses.
         let nowhere = PhysFrame::containing_address(PhysAddr::zero());
         for noted in &mut self.events {
             match &mut noted.event {

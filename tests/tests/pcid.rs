@@ -14,7 +14,8 @@ fn kernel_with(nr_mms: usize, pcid: PcidSupport) -> PaperKernel {
     kernel
 }
 
-/// Runs `mm` number `index` and reads its page; says under which tag, and whether the load dropped what was there.
+/// Runs `mm` number `index` and reads its page; returns the tag, and whether the CR3 load dropped
+/// what was cached under it.
 fn visit(kernel: &PaperKernel, cpu: CpuId, index: usize) -> (u16, CachedTranslations) {
     kernel.take_events();
     kernel.run(cpu, kernel.mm(index));
@@ -109,12 +110,13 @@ fn running_the_same_program_again_loads_nothing() {
     }
 }
 
-/// A recycled tag keeps the dead program's translations unless its next use drops them.
+/// A tag that is used again still has the translations of the dead program, unless the CR3 load
+/// drops them.
 #[test]
 fn a_new_address_space_never_sees_translations_of_a_dead_one_with_the_same_tag() {
     let kernel = kernel_with(8, PcidSupport::On);
     for index in 0..8 {
-        // `visit` reads the page, and checks that it is this address space's.
+        // `visit` reads the page, and checks that it is the page of this address space.
         visit(&kernel, CPU[0], index);
         kernel
             .zap(

@@ -1,4 +1,5 @@
-//! Frames that are not ours: nothing is queued, and yet the flush comes before the area can no longer be found.
+//! Frames that do not belong to the kernel: nothing is queued, and yet the flush must come before
+//! the area is unlinked.
 
 use mmu_gather::Limits;
 use mmu_gather::pagetable::{Bounds, Level};
@@ -44,7 +45,8 @@ fn device_frames_are_flushed_before_their_area_is_unlinked() {
     assert_eq!(kernel.nr_tables(mm), [0; 4]);
 }
 
-/// A mark that a later area's kind overwrites is lost (drafts of Linux's tlb_free_vmas, 2025).
+/// The mark for device frames must not be overwritten by the kind of a later area (drafts of
+/// Linux's tlb_free_vmas, 2025).
 #[test]
 fn an_ordinary_area_after_a_device_area_does_not_undo_the_flush() {
     let kernel = PaperKernel::new(Options::default());
@@ -56,7 +58,7 @@ fn an_ordinary_area_after_a_device_area_does_not_undo_the_flush() {
     assert_eq!(kernel.ledger().page(frame).map(|page| page.references), Some(1), "the device's own count");
 }
 
-/// A forced flush in the middle is no reason to forget that more of the device's frames were cleared since.
+/// After a forced flush in the middle, device frames that were cleared since still need a flush.
 #[test]
 fn a_forced_flush_half_way_does_not_undo_the_flush() {
     let kernel = PaperKernel::new(Options::default());
@@ -68,7 +70,8 @@ fn a_forced_flush_half_way_does_not_undo_the_flush() {
     map_device_frame(&kernel, mm, 2 * MIB);
     let last = area(2 * GIB, 2 * GIB + PAGE, Backing::Device);
     let frame = map_device_frame(&kernel, mm, 2 * GIB);
-    // The forced flushes drop everything; CPU 1 comes back to the last area just before it goes.
+    // The forced flushes drop everything; CPU 1 uses the last area again just before that one is
+    // unmapped.
     let table = kernel.find_table(mm, 2 * GIB, Level::Pte).expect("linked").frame();
     kernel.once(
         move |event| *event == Event::LockAsked(table),
@@ -80,7 +83,8 @@ fn a_forced_flush_half_way_does_not_undo_the_flush() {
     assert_eq!(kernel.nr_hooks_waiting(), 0);
 }
 
-/// An area with both kinds (Linux: VM_MIXEDMAP), larger than a batch: what is cleared in it after the forced flush counts.
+/// An area with both kinds (Linux: VM_MIXEDMAP), larger than a batch: what is cleared in it after
+/// the forced flush needs a flush, too.
 #[test]
 fn a_forced_flush_inside_an_area_does_not_undo_the_flush_for_the_rest_of_it() {
     let kernel = PaperKernel::new(Options::default());
@@ -107,7 +111,7 @@ fn without_device_frames_there_is_one_flush_and_it_comes_last() {
     assert_eq!(kernel.count(|event| matches!(event, Event::Ipi { .. })), 1);
 }
 
-/// The same mistake seen by the checker: a driver that frees before anything was flushed.
+/// The checker sees the mistake: a driver that frees before anything was flushed.
 #[test]
 fn a_driver_that_frees_before_the_flush_is_seen() {
     let kernel = PaperKernel::new(Options::default());
@@ -128,7 +132,8 @@ fn a_zapped_device_area_is_flushed_when_the_zap_returns() {
     flushed.free();
 }
 
-/// Another gather has cleared the device's entries and has not flushed yet: this one finds none, and unlinks the area.
+/// Another gather has cleared the entries of the device and has not flushed yet: this one finds
+/// them empty, and unlinks the area.
 #[test]
 #[expect(unsafe_code, reason = "one thread stands in for the map lock")]
 fn device_entries_another_gather_cleared_are_flushed_before_the_area_is_unlinked() {

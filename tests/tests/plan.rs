@@ -20,7 +20,7 @@ enum Ask {
     AllUpdated,
 }
 
-/// What is to be seen from outside.
+/// What can be seen from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Did {
     Nothing,
@@ -38,7 +38,8 @@ const VECTORS: [(u64, Ask, u64, Did, u64); 10] = [
     (5, Ask::Whole(6), 6, Did::All, 6),
     (5, Ask::AllUpdated, 6, Did::All, 6),
     (6, Ask::AllUpdated, 6, Did::Nothing, 6),
-    // A generation of zero is a generation like any other (Linux took it for "no generation", 2022).
+    // A generation of zero is a generation like any other (Linux took it for "no generation",
+    // 2022).
     (START, Ask::Pages(1), 1, Did::Pages, 1),
     (START, Ask::AllUpdated, 1, Did::All, 1),
 ];
@@ -169,7 +170,8 @@ fn a_batch_flush_finds_nothing_to_do_on_the_kernels_own_address_space() {
     assert_eq!(kernel.count(|event| matches!(event, Event::Invlpg { .. } | Event::Cr3 { .. })), 0);
 }
 
-/// What a slot may still cache: bit `g` is set while translations older than generation `g` may be there.
+/// What a slot may still cache: bit `g` is set while translations older than generation `g` may be
+/// there.
 ///
 /// Each generation changed pages of its own; a ranged request names those of one generation.
 #[derive(Clone, Copy)]
@@ -190,7 +192,8 @@ impl Stale {
     }
 }
 
-/// Every request in every situation with generations up to 6, against what may really be cached.
+/// Every request in every situation with generations up to 6, compared with what may really be
+/// cached.
 #[test]
 fn no_decision_ever_leaves_behind_what_the_slot_or_the_request_claims_is_gone() {
     const LAST: u64 = 6;
@@ -245,7 +248,7 @@ fn a_ranged_flush_of_a_large_page_takes_one_invlpg_a_stride() {
         (PageSpan { start: 0, end: 4096, stride_shift: 12 }, vec![0]),
         (PageSpan { start: 0, end: 4 << 20, stride_shift: 21 }, vec![0, 2 << 20]),
         (PageSpan { start: 1 << 30, end: 3 << 30, stride_shift: 30 }, vec![1 << 30, 2 << 30]),
-        // A last page that is only begun counts.
+        // A last page of which only a part is in the range counts.
         (PageSpan { start: 0, end: (2 << 20) + 4096, stride_shift: 21 }, vec![0, 2 << 20]),
     ] {
         assert_eq!(span.pages().collect::<Vec<_>>(), pages, "{span}");

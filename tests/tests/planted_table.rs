@@ -1,4 +1,5 @@
-//! The table of planted bugs in `planted/README.md`: written by `planted/run --write`, and never behind the patches.
+//! The table of planted bugs in `planted/README.md`: written by `planted/run --write`, with a row
+//! for each patch.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +13,7 @@ fn readme() -> String {
     fs::read_to_string(folder().join("README.md")).expect("the README of the planted bugs")
 }
 
-/// The name and the verdict of each row but the one of the unchanged tree.
+/// The name and the verdict of each row, except that of the unchanged tree.
 fn rows(readme: &str) -> Vec<(&str, &str)> {
     readme
         .lines()

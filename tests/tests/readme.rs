@@ -1,4 +1,4 @@
-//! The example in the README, compiled and run: what it shows is what is here, word by word.
+//! The example in the README, compiled and run. The README has this very text.
 #![expect(unsafe_code, reason = "a gather takes the map lock on trust")]
 
 use mmu_gather::pagetable::{Bounds, VirtRange};
@@ -14,7 +14,7 @@ struct MyMm<'k> {
     areas: RwLock<Areas>,
 }
 
-/// Its areas, in ascending order, each of which is unmapped as a whole here.
+/// Its areas, in ascending order; each of them is unmapped as a whole here.
 struct Areas(Vec<Vma<Backing>>);
 
 impl Areas {

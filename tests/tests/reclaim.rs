@@ -1,4 +1,5 @@
-//! One flush for pages taken from many address spaces, and those who notice that it is still to come.
+//! One flush for pages of many address spaces, and the calls that notice that this flush is still
+//! to come.
 
 use mmu_gather::Limits;
 use mmu_gather::pagetable::{Bounds, Level};
@@ -8,7 +9,8 @@ use x86_64::structures::paging::PhysFrame;
 
 const PAGE: u64 = 4096;
 
-/// Address spaces 0, 1 and 2, eight pages each, run on CPUs 1, 2 and 3, which have written to every page.
+/// Address spaces 0, 1 and 2, eight pages each, run on CPUs 1, 2 and 3, which have written to every
+/// page.
 fn three_programs() -> PaperKernel {
     let kernel = PaperKernel::new(Options::default());
     for index in 0..3 {
@@ -57,7 +59,7 @@ fn the_generation_rises_when_the_entry_is_cleared_not_when_the_flush_is_sent() {
     let mut batch = UnmapBatch::new();
     let frame = kernel.reclaim(&mut batch, mm, GIB);
     assert_eq!(mm.context().tlb_gen(), before.next());
-    // A CPU that comes back between the two finds it, though no request was sent.
+    // A CPU that comes back between the two flushes, although no request was sent to it.
     kernel.run(CPU[1], kernel.mm(1));
     kernel.run(CPU[1], mm);
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));
@@ -119,7 +121,7 @@ fn lazy_cpus_are_skipped_and_catch_up_when_they_wake() {
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));
 }
 
-/// The CPU that reclaims may itself run a program whose page went.
+/// The CPU that reclaims may itself run a program that loses a page.
 #[test]
 fn the_reclaiming_cpu_flushes_itself() {
     let kernel = three_programs();
@@ -133,7 +135,8 @@ fn the_reclaiming_cpu_flushes_itself() {
     assert_eq!(nr_ipis(&kernel), 0);
 }
 
-/// Reclaim cleared an entry of ours; the zapper skips it as none, and must not return while it is usable.
+/// Reclaim has cleared an entry, so the zapper finds it empty. The zapper must not return while a
+/// CPU can use the page.
 #[test]
 fn a_zapper_that_sees_a_deferred_flush_makes_its_own_flush_whole() {
     for zapped in [GIB, GIB + PAGE] {
@@ -171,7 +174,8 @@ fn a_deferred_flush_that_was_made_up_for_costs_nothing_twice() {
     kernel.release(frame, 1);
 }
 
-/// Reclaim takes another page while the flush for the first is under way: that one stays outstanding.
+/// Reclaim unmaps another page while the flush for the first is under way: the flush for the second
+/// stays outstanding.
 #[test]
 fn what_reclaim_adds_during_a_flush_stays_outstanding() {
     let kernel = three_programs();
@@ -210,7 +214,8 @@ fn large_pages_look_for_deferred_flushes_too() {
     kernel.release(frame, 1);
 }
 
-/// A large page at 2 GiB, in use on CPU 1, of which reclaim has just cleared the leaf; its flush is to come.
+/// A large page at 2 GiB, in use on CPU 1. Reclaim has just cleared its leaf and has not flushed
+/// yet.
 fn large_leaf_reclaimed(level: Level) -> (PaperKernel, UnmapBatch<PaperKernel>, PhysFrame) {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
@@ -229,7 +234,8 @@ fn assert_made_up_for(kernel: &PaperKernel, mut batch: UnmapBatch<PaperKernel>, 
     kernel.release(frame, 1);
 }
 
-/// Entries above the last level are read without their lock: whoever finds one empty takes it once, to see the note.
+/// Entries above the last level are read without their lock. A walk that finds one empty takes the
+/// lock once, to see the note of a deferred flush.
 #[test]
 fn reclaims_deferred_flush_of_a_large_leaf_is_made_up_for_by_whoever_finds_the_entry_empty() {
     for level in [Level::Pmd, Level::Pud] {
@@ -255,7 +261,8 @@ fn reclaims_deferred_flush_of_a_large_leaf_is_made_up_for_by_whoever_finds_the_e
     }
 }
 
-/// The line of a leaf that is gone may be forgotten by then: what is not noted is passed over without a look.
+/// The line of a leaf that is gone may no longer be noted as used, and lines that are not noted are
+/// not read.
 #[test]
 fn a_deferred_flush_is_seen_where_the_used_line_was_forgotten_too() {
     let (kernel, batch, frame) = large_leaf_reclaimed(Level::Pmd);

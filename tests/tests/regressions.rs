@@ -1,7 +1,8 @@
-//! Bugs that real kernels had, played on this engine: each must not happen here.
+//! Bugs that real kernels had, tried on this engine: none of them may happen here.
 //!
-//! The ordering bugs among them (CVE-2016-2069, CVE-2025-37964, CVE-2025-40174) need more than one thread; they are
-//! model-checked in the tlb crate. Those of device frames (CVE-2022-39188 and its sequels) are in `pfn_maps.rs`.
+//! The ordering bugs among them (CVE-2016-2069, CVE-2025-37964, CVE-2025-40174) need more than one
+//! thread; they are model-checked in the tlb crate. Those of device frames (CVE-2022-39188 and its
+//! sequels) are in `pfn_maps.rs`.
 
 use mmu_gather::pagetable::{Bounds, Level};
 use mmu_gather::tlb::{Concern, Cpus, FreedTables, PageSpan, TlbEvent, UnmapBatch, flush_tlb_mm_range};
@@ -25,8 +26,8 @@ fn kernel_in_use(nr_pages: u64) -> PaperKernel {
     kernel
 }
 
-/// Linux "mremap: properly flush TLB before releasing the page", 2018, CVE-2018-18281: moved, and freed at the new
-/// address by somebody else before the mover had flushed the old one.
+/// Linux "mremap: properly flush TLB before releasing the page", 2018, CVE-2018-18281: moved, and
+/// freed at the new address by somebody else before the mover had flushed the old one.
 #[test]
 fn a_page_that_moves_is_not_freed_at_its_new_address_before_the_old_one_is_flushed() {
     for access in [Access::Read, Access::Write] {
@@ -46,7 +47,7 @@ fn a_page_that_moves_is_not_freed_at_its_new_address_before_the_old_one_is_flush
     }
 }
 
-/// The same with reclaim in truncation's place.
+/// The same with reclaim instead of truncation.
 #[test]
 fn a_page_that_moves_is_not_reclaimed_at_its_new_address_before_the_old_one_is_flushed() {
     let kernel = kernel_in_use(1);
@@ -64,11 +65,12 @@ fn a_page_that_moves_is_not_reclaimed_at_its_new_address_before_the_old_one_is_f
     drop(mover);
 }
 
-/// Linux "mm: always flush VMA ranges affected by zap_page_range" and "fix MADV_[FREE|DONTNEED] TLB flush miss", 2017:
-/// the second zapper of a page finds nothing there, and returns before the first has flushed.
+/// Linux "mm: always flush VMA ranges affected by zap_page_range" and "fix MADV_[FREE|DONTNEED] TLB
+/// flush miss", 2017: the second zapper of a page finds nothing there, and returns before the first
+/// has flushed.
 #[test]
 fn the_second_zapper_of_a_page_does_not_return_while_the_page_is_usable() {
-    // One page goes a shorter way than more.
+    // One page is unmapped in a shorter way than several.
     for second_zaps in [1, 2, 3] {
         let kernel = kernel_in_use(3);
         let mm = kernel.mm(0);
@@ -82,8 +84,8 @@ fn the_second_zapper_of_a_page_does_not_return_while_the_page_is_usable() {
     }
 }
 
-/// Linux "mm: mmu_gather: remove __tlb_reset_range() for force flush", 2019: the flush forced by nesting had lost the
-/// marks of freed tables.
+/// Linux "mm: mmu_gather: remove __tlb_reset_range() for force flush", 2019: the flush forced by
+/// nesting had lost the marks of freed tables.
 #[test]
 fn a_nested_unmapping_that_frees_tables_tells_lazy_cpus() {
     let kernel = kernel_in_use(3);
@@ -96,8 +98,9 @@ fn a_nested_unmapping_that_frees_tables_tells_lazy_cpus() {
     drop(other);
 }
 
-/// Linux "mm: fix the TLB range flushed when __tlb_remove_page() runs out of slots" and "Fix TLB gather virtual address
-/// range invalidation corner cases", 2013: the flush in the middle of a table covered a wrong part of it.
+/// Linux "mm: fix the TLB range flushed when __tlb_remove_page() runs out of slots" and "Fix TLB
+/// gather virtual address range invalidation corner cases", 2013: the flush in the middle of a
+/// table covered a wrong part of it.
 #[test]
 fn a_flush_in_the_middle_of_a_table_covers_what_is_freed_with_it_and_no_more_is_lost() {
     for bundle_slots in 2..=8 {
@@ -105,7 +108,7 @@ fn a_flush_in_the_middle_of_a_table_covers_what_is_freed_with_it_and_no_more_is_
         let mm = kernel.mm(0);
         let limits = Limits { bundle_slots, batch_pages: 0, ..Limits::DEFAULT };
         let vma = area(GIB, GIB + 64 * PAGE, Backing::Anonymous);
-        // Between two forced flushes the program comes back to what is still mapped.
+        // Between two forced flushes the program uses what is still mapped.
         for _ in 0..8 {
             kernel.once(
                 |event| *event == Event::Resched,
@@ -125,8 +128,9 @@ fn a_flush_in_the_middle_of_a_table_covers_what_is_freed_with_it_and_no_more_is_
     }
 }
 
-/// Linux "mm: split tlb_flush_mmu() into flush and free", 2014: a write through an old entry after the page was declared
-/// clean is lost. The checker looks, when an rmap goes, that no CPU can write.
+/// Linux "mm: split tlb_flush_mmu() into flush and free", 2014: a write through an old entry after
+/// the page was declared clean is lost. The checker looks, when an rmap goes, that no CPU can
+/// write.
 #[test]
 fn no_cpu_writes_to_a_dirty_page_once_its_rmap_is_gone() {
     let kernel = kernel_in_use(3);
@@ -140,8 +144,8 @@ fn no_cpu_writes_to_a_dirty_page_once_its_rmap_is_gone() {
     assert_eq!(kernel.nr_hooks_waiting(), 0);
 }
 
-/// Linux "x86/mm: Flush more aggressively in lazy TLB mode", 2017: machine checks, because a lazy CPU speculated
-/// through tables that were something else by then.
+/// Linux "x86/mm: Flush more aggressively in lazy TLB mode", 2017: machine checks, because a lazy
+/// CPU speculated through tables that had been freed and used for something else.
 #[test]
 fn a_lazy_cpu_never_speculates_through_a_freed_table() {
     let kernel = kernel_in_use(3);
@@ -157,8 +161,9 @@ fn a_lazy_cpu_never_speculates_through_a_freed_table() {
     kernel.speculate(CPU[1], GIB);
 }
 
-/// Linux "mm/tlb, x86/mm: Support invalidating TLB caches for RCU_TABLE_FREE", 2018, and "mmu_gather: invalidate TLB
-/// correctly on batch allocation failure and flush", 2020: without memory, tables were freed before the flush.
+/// Linux "mm/tlb, x86/mm: Support invalidating TLB caches for RCU_TABLE_FREE", 2018, and
+/// "mmu_gather: invalidate TLB correctly on batch allocation failure and flush", 2020: without
+/// memory, tables were freed before the flush.
 #[test]
 fn without_a_page_for_the_batch_a_table_is_still_flushed_before_it_is_freed() {
     for lazy in [false, true] {
@@ -175,8 +180,8 @@ fn without_a_page_for_the_batch_a_table_is_still_flushed_before_it_is_freed() {
     }
 }
 
-/// Linux "x86/mm/tlb: Ignore f->new_tlb_gen when zero", 2022: the flush of a reclaim batch carries no generation, which
-/// was taken for an old one, and nothing was flushed.
+/// Linux "x86/mm/tlb: Ignore f->new_tlb_gen when zero", 2022: the flush of a reclaim batch carries
+/// no generation, which was taken for an old one, and nothing was flushed.
 #[test]
 fn the_flush_of_a_reclaim_batch_happens_on_a_cpu_of_any_generation() {
     for before in [0, 1, 5] {
@@ -195,8 +200,8 @@ fn the_flush_of_a_reclaim_batch_happens_on_a_cpu_of_any_generation() {
     }
 }
 
-/// Linux "x86/mm: Eliminate window where TLB flushes may be inadvertently skipped", 2025, CVE-2025-37964: a CPU between
-/// two address spaces was taken for one that is elsewhere.
+/// Linux "x86/mm: Eliminate window where TLB flushes may be inadvertently skipped", 2025,
+/// CVE-2025-37964: a CPU between two address spaces was taken for one that is elsewhere.
 #[test]
 fn a_cpu_in_the_middle_of_a_switch_is_told() {
     let kernel = kernel_in_use(1);
@@ -213,8 +218,8 @@ fn a_cpu_in_the_middle_of_a_switch_is_told() {
     assert_eq!(kernel.nr_hooks_waiting(), 0);
 }
 
-/// Linux "x86/mm: Fix flush_tlb_range() when used for zapping normal PMDs", 2025: a flush for a removed table that was
-/// taken for one of leaves.
+/// Linux "x86/mm: Fix flush_tlb_range() when used for zapping normal PMDs", 2025: a flush for a
+/// removed table that was taken for one of leaves.
 #[test]
 fn a_ranged_flush_for_tables_reaches_lazy_cpus() {
     let kernel = kernel_in_use(1);
@@ -227,7 +232,8 @@ fn a_ranged_flush_for_tables_reaches_lazy_cpus() {
     assert!(!kernel.state(CPU[1]).has_loaded(mm.context()));
 }
 
-/// Linux "free from FIRST_USER_ADDRESS", 2005, and the top of user space: a neighbour that is not there is not address 0.
+/// Linux "free from FIRST_USER_ADDRESS", 2005, and the top of user space: a neighbour that is not
+/// there is not address 0.
 #[test]
 fn the_first_and_the_last_page_of_user_space_give_up_all_their_tables() {
     let kernel = PaperKernel::new(Options::default());
@@ -246,8 +252,8 @@ fn the_first_and_the_last_page_of_user_space_give_up_all_their_tables() {
     assert_eq!(kernel.nr_tables(mm), [0; 4]);
 }
 
-/// OpenBSD and Linux on powerpc ("mm_cpumask trimming race", 2020): the bit was cleared while the CPU had the address
-/// space in CR3. The checker looks at every free.
+/// OpenBSD and Linux on powerpc ("mm_cpumask trimming race", 2020): the bit was cleared while the
+/// CPU had the address space in CR3. The checker looks at every free.
 #[test]
 fn a_cpu_that_comes_back_is_in_the_cpumask_again_before_it_loads_cr3() {
     let kernel = kernel_in_use(2);
@@ -258,7 +264,8 @@ fn a_cpu_that_comes_back_is_in_the_cpumask_again_before_it_loads_cr3() {
         |event| matches!(event, Event::Cr3 { .. }),
         |kernel| assert!(kernel.mm(0).context().cpumask().contains(CPU[1])),
     );
-    // A flush of tables finds it elsewhere, and takes it out; it comes back.
+    // A flush of tables finds that the CPU has left, and takes it out of the cpumask; then the CPU
+    // comes back.
     let span = PageSpan { start: GIB, end: GIB + PAGE, stride_shift: 12 };
     let _flushed = flush_tlb_mm_range(&kernel, mm.context(), span, FreedTables::Yes);
     assert!(!mm.context().cpumask().contains(CPU[1]));
@@ -267,7 +274,8 @@ fn a_cpu_that_comes_back_is_in_the_cpumask_again_before_it_loads_cr3() {
     kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());
 }
 
-/// Linux "mm: limit mmu_gather batching", 2013, and "cond_resched with large folios", 2024: soft lockups while freeing.
+/// Linux "mm: limit mmu_gather batching", 2013, and "cond_resched with large folios", 2024: soft
+/// lockups while freeing.
 #[test]
 fn freeing_a_full_gather_is_preempted_every_512_records() {
     let kernel = PaperKernel::new(Options::default());
@@ -298,7 +306,8 @@ fn no_cpu_has_a_dead_root_in_cr3() {
     kernel.free_one_table(mm.space().root());
 }
 
-/// Nanos: a flush skipped because the new mapping at the address "had no old one", which was unmapped and not flushed.
+/// Nanos: a flush was skipped because "there was no old mapping" at the address of a new one; the
+/// old mapping had been unmapped and not flushed.
 #[test]
 fn an_address_mapped_again_after_a_zap_never_shows_the_old_page() {
     let kernel = kernel_in_use(1);
@@ -311,7 +320,8 @@ fn an_address_mapped_again_after_a_zap_never_shows_the_old_page() {
     }
 }
 
-/// Redox: an acknowledgement counted in a place that two flushes share. Here a flush begins inside another's wait.
+/// Redox: two flushes counted their acknowledgements in one place. Here a flush begins while
+/// another one waits.
 #[test]
 fn a_flush_that_begins_while_another_waits_loses_neither() {
     let kernel = kernel_in_use(2);
@@ -338,7 +348,8 @@ fn a_flush_that_begins_while_another_waits_loses_neither() {
     }
 }
 
-/// The stride of freed tables skipped the last of them when the range did not begin at a multiple of it.
+/// When the range did not begin at a multiple of the stride, the flush skipped the last of the
+/// freed tables.
 #[test]
 fn tables_freed_for_a_range_that_begins_in_mid_table_are_all_flushed() {
     let kernel = PaperKernel::new(Options { flush_ceiling: u64::MAX, ..Options::default() });
@@ -349,7 +360,8 @@ fn tables_freed_for_a_range_that_begins_in_mid_table_are_all_flushed() {
         kernel.map(mm, address, Level::Pte);
         kernel.touch(CPU[1], address, Access::Read).expect("mapped");
     }
-    // The pages first, in a gather of their own: the flush of the second is for tables alone, 2 MiB at a time.
+    // The pages go first, in a gather of their own, so the flush of the second gather is for tables
+    // alone, 2 MiB at a time.
     kernel.zap(mm, &vma, vma.range).free();
     kernel.take_events();
     kernel.unmap(mm, &Limits::DEFAULT, &[vma], Bounds::whole());

@@ -20,8 +20,8 @@ const_assert!(size_of::<MmuGather<'_, PaperKernel>>() <= 256);
 const SMALL: Limits =
     Limits { bundle_slots: 3, batch_slots: 4, batch_pages: 2, table_slots: 2, free_chunk: 2 };
 
-/// Small pages, dirty pages of a file, a large page, a device's frame; all in use on CPUs 0 to 3, of which CPU 1 is lazy
-/// and CPU 2 runs something else by now.
+/// Small pages, dirty pages of a file, a large page, and a frame of a device. All were in use on
+/// CPUs 0 to 3; CPU 1 is lazy by now, and CPU 2 runs something else.
 fn busy_kernel(options: Options) -> (PaperKernel, Vec<Vma<Backing>>) {
     let kernel = PaperKernel::new(options);
     let mm = kernel.new_mm();
@@ -114,7 +114,8 @@ fn g2_the_flush_covers_every_address_cleared_since_the_last_flush_and_its_stride
         "2 MiB at a time, the old range forgotten"
     );
 
-    // A table counts as the entry of its parent, and one page of a range beside it makes the stride small again.
+    // A table counts as the entry that linked it, and one page beside it makes the stride small
+    // again.
     gather.unhook_tables([vma], Bounds::whole());
     gather.flush().free();
     let tables = invalidated(&kernel);
@@ -145,7 +146,7 @@ fn g3_nothing_is_freed_and_no_ipi_is_waited_for_under_a_page_table_lock_but_for_
     assert!(locked_ipis > 0, "dirty pages were there");
 }
 
-/// What is to be seen from outside, whatever memory there was.
+/// What can be seen from outside; the same, whatever memory there was.
 fn visible_result(kernel: &PaperKernel, vmas: &[Vma<Backing>]) -> (Vec<PhysFrame>, [u64; 4]) {
     let mut freed: Vec<PhysFrame> = kernel
         .take_events()
@@ -173,7 +174,7 @@ fn g4_allocation_failure_changes_speed_never_the_visible_result() {
     let (expected, _) = unmap(Supply::Unlimited, &Limits::DEFAULT);
     let mut fallbacks = 0;
     for pattern in 0..1u64 << 8 {
-        // The eight bits again and again.
+        // The eight bits, repeated.
         let pattern = pattern * 0x0101_0101_0101_0101;
         for limits in [Limits::DEFAULT, SMALL] {
             let (found, fell_back) = unmap(Supply::Pattern(pattern), &limits);
@@ -232,7 +233,8 @@ fn g6_if_another_gather_ran_on_the_same_mm_meanwhile_finish_flushes_the_whole_mm
     kernel.go_lazy(CPU[2]);
     let mut first = kernel.gather(mm);
     first.unmap_vmas([vma], vma.range).expect("no leaf is cut");
-    // Everything is none: by itself this one would have nothing to flush. When it returns, nobody may use the page.
+    // All entries are empty, so this gather has nothing of its own to flush. When it returns,
+    // nobody may use the page.
     kernel.zap(mm, &vma, range(GIB, GIB + PAGE)).free();
     assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));
     assert!(!kernel.state(CPU[2]).has_loaded(mm.context()), "tables included: lazy CPUs were told");
@@ -282,7 +284,7 @@ fn g7_the_work_between_two_preemption_points_is_bounded_whatever_the_range() {
     }
 }
 
-/// One page goes a way of its own, without a gather; more pages, and none at all, go the long one.
+/// One page is unmapped without a gather; several pages, or no page, with one.
 #[test]
 fn g6_holds_for_calls_of_any_size_short_way_or_long() {
     for (nr_pages, unmap) in [(1, false), (2, false), (9, false), (1, true), (2, true), (9, true)] {
@@ -315,7 +317,8 @@ fn g6_holds_for_calls_of_any_size_short_way_or_long() {
     }
 }
 
-/// Linux "x86/mm/tlb: Unify flush_tlb_func_local() and flush_tlb_func_remote()" and the flushes made concurrent with it, 2021.
+/// Linux "x86/mm/tlb: Unify flush_tlb_func_local() and flush_tlb_func_remote()" and the flushes
+/// made concurrent with it, 2021.
 #[test]
 fn the_initiator_flushes_while_the_others_do_and_not_after_they_have_answered() {
     for nr_pages in [1, 5, 100] {
@@ -341,7 +344,8 @@ fn the_initiator_flushes_while_the_others_do_and_not_after_they_have_answered() 
     }
 }
 
-/// Areas closer than a table's span are one walk: its parent is locked once, not once an area.
+/// Areas that are closer together than the span of a table are taken in one walk: the parent is
+/// locked once, not once for each area.
 #[test]
 fn areas_that_lie_close_together_are_taken_in_one_walk() {
     let locks = |gap: u64| {
@@ -369,7 +373,8 @@ fn areas_that_lie_close_together_are_taken_in_one_walk() {
     assert_eq!(locks(6 * MIB), 20, "too far apart");
 }
 
-/// The ceiling decides between INVLPGs and a whole flush, on every CPU, whatever it is.
+/// The ceiling decides between single INVLPGs and a full flush, on every CPU, whatever its value
+/// is.
 #[test]
 fn more_pages_than_the_ceiling_are_flushed_as_a_whole_and_no_more_than_it_one_by_one() {
     for ceiling in [0, 1, 7, 33, 511] {

@@ -27,7 +27,8 @@ fn walker(entry: &Entry, done: &AtomicBool, marked: &[AtomicU64]) {
     }
 }
 
-/// Maps and clears while a walker marks; how often a mark was seen. Panics if one was set and lost.
+/// Maps and clears while a walker sets dirty bits; returns how often one was seen. Panics if one
+/// was set and lost.
 fn play_against_a_walker(entry: &Entry) -> usize {
     const ROUNDS: u64 = 100_000;
     let (begun, done) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -85,7 +86,8 @@ fn p2_a_table_page_reachable_from_a_root_is_never_freed_or_reused_it_is_first_un
     kernel.zap(mm, &vma, vma.range).free();
     let pmd = kernel.find_table(mm, GIB, Level::Pmd).expect("linked").frame();
     let tables = kernel.tables(mm);
-    // When the parent's lock is asked for, the first table is still linked; when the table is reported, it is not.
+    // When the parent's lock is asked for, the first table is still linked; when the table is
+    // reported, it is not.
     let is_linked = |kernel: &PaperKernel| kernel.lookup(kernel.mm(0), GIB).level == Level::Pte;
     kernel.once(
         move |event| *event == Event::LockAsked(pmd),
@@ -109,7 +111,7 @@ fn p2_a_table_page_reachable_from_a_root_is_never_freed_or_reused_it_is_first_un
         assert!(unhooked < at(Event::TableFreed(table)), "{level:?}");
         assert!(!kernel.is_live_table(table));
     }
-    // That no freed table was reachable is the checker's to say, when the kernel is dropped.
+    // When the kernel is dropped, the checker says whether a freed table was reachable.
 }
 
 #[test]
@@ -119,7 +121,8 @@ fn p3_table_lifetime_is_decided_by_vmas_floor_and_ceiling_never_by_guess() {
     let (first, second) = (range(GIB, GIB + PAGE), range(GIB + 8 * PAGE, GIB + 9 * PAGE));
     let [low, high] = [first, second].map(|range| area(range.start(), range.end(), Backing::Anonymous));
     kernel.map_range(mm, first);
-    // The second area has no page yet: by the look of it the table could go with the first. It may not.
+    // The second area has no page yet, so the table looks unused once the first area is unmapped.
+    // It must stay.
     kernel.unmap(mm, &Limits::DEFAULT, &[low], Bounds::between(None, Some(second.start())));
     assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0]);
     kernel.map_range(mm, second);
@@ -128,7 +131,7 @@ fn p3_table_lifetime_is_decided_by_vmas_floor_and_ceiling_never_by_guess() {
     kernel.unmap(mm, &Limits::DEFAULT, &[high], Bounds::whole());
     assert_eq!(kernel.nr_tables(mm), [0; 4]);
 
-    // A neighbour a whole table away keeps what is above, and only that.
+    // A neighbour that is a whole table away keeps the tables above, and only those.
     kernel.run(CPU[1], mm);
     for at in [TIB, TIB + GIB] {
         kernel.map(mm, at, Level::Pte);
@@ -155,12 +158,13 @@ fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_
     holds("after mapping");
     assert_eq!(used_lines(GIB), [0, 8, 296, 504]);
 
-    // A line whose other pages stay: noted on. One that is left empty by a range that covers it: forgotten.
+    // A line whose other pages stay is still noted. A line that the range covers and leaves empty
+    // is not noted any more.
     kernel.zap(mm, &vma, range(GIB + 7 * PAGE, GIB + 304 * PAGE)).free();
     holds("after pages went");
     assert_eq!(used_lines(GIB), [0, 504]);
 
-    // What the kernel keeps keeps its line.
+    // An entry that is kept keeps its line noted.
     kernel.put_non_present(mm, GIB + 100 * PAGE, Level::Pte, NonPresent::Marker(Marker::Guard));
     kernel.zap(mm, &vma, vma.range).free();
     holds("after all pages went");
@@ -193,13 +197,15 @@ fn p4_where_a_kernel_notes_the_used_lines_of_its_tables_the_line_of_every_entry_
     assert_eq!(kernel.nr_tables(mm), [0; 4]);
 }
 
-/// A kernel that maps by means of its own, past the notes: what it maps would be passed over, and lost with its table.
+/// A kernel that writes entries itself and does not note the line: such entries would be passed
+/// over, and lost with their table.
 #[cfg(debug_assertions)]
 #[test]
 fn entries_written_past_the_notes_of_used_lines_are_named_by_a_debug_build() {
     use core::panic::AssertUnwindSafe;
     use std::panic::catch_unwind;
-    // In the last level, and above it, beside a leaf or beside a table, where its table's lock is taken or not.
+    // In the last level, and above it, beside a leaf or beside a table, where its table's lock is
+    // taken or not.
     let cases = [(Level::Pte, Level::Pte), (Level::Pmd, Level::Pmd), (Level::Pmd, Level::Pte)];
     for ((level, beside), exits) in cases.into_iter().flat_map(|case| [(case, false), (case, true)]) {
         let kernel = PaperKernel::new(Options::default());

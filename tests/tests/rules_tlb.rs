@@ -44,7 +44,7 @@ fn t1_order_is_change_the_page_table_raise_tlb_gen_then_look_who_must_be_told_tl
     assert_eq!(kernel.nr_hooks_waiting(), 0);
 }
 
-/// Holds the promise of every slot against what the pretend TLB really keeps.
+/// Compares the promise of every slot with what the pretend TLB really holds.
 fn assert_slots_are_true(kernel: &PaperKernel, nr_mms: usize) {
     for cpu in kernel.cpu_ids() {
         for (asid, slot) in kernel.state(cpu).slots() {
@@ -67,7 +67,7 @@ fn assert_slots_are_true(kernel: &PaperKernel, nr_mms: usize) {
 #[test]
 fn t2_nothing_older_than_gen_is_cached_in_a_slot_flushing_without_raising_is_legal_raising_without_flushing_is_not()
  {
-    // A small generator of sequences; the numbers are Knuth's.
+    // A small random generator; the constants are Knuth's.
     let mut random = 1u64;
     let mut below = |bound: u64| {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -116,7 +116,8 @@ fn t3_a_ranged_flush_is_enough_only_when_it_takes_the_slot_from_gen_minus_1_to_g
     assert_eq!(kernel.cached(CPU[1], GIB), None);
     assert!(kernel.cached(CPU[1], GIB + PAGE).is_some(), "from one generation to the next: the page alone");
 
-    // Reclaim raises the generation and tells nobody yet. The next ranged flush skips that generation.
+    // Reclaim raises the generation and tells nobody yet. The next ranged flush skips that
+    // generation.
     let mut batch = UnmapBatch::new();
     let frame = kernel.reclaim(&mut batch, mm, GIB + PAGE);
     let _flushed = flush_tlb_mm_range(&kernel, mm.context(), page_at(GIB + 2 * PAGE), FreedTables::No);

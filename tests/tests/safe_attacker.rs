@@ -1,10 +1,12 @@
-//! Somebody who may call whatever is safe, in any order, with any argument, and wants a page freed that a CPU still uses.
+//! An attacker who may make every safe call, in any order, with any argument, and wants a page
+//! freed that a CPU still uses.
 //!
-//! An honest kernel maps, runs programs, reclaims and unmaps; between its steps, and in the middle of the engine's work, the
-//! attacker calls every safe function of the three crates that takes part in state, on the gathers, contexts, batches, views and
-//! receipts that a kernel holds. The checker of the paper kernel objects when a page or a table is freed that some CPU can
-//! reach; this file objects when a CPU goes on using what a flush has promised to be gone, and when something leaks that nobody
-//! forgot on purpose.
+//! An honest kernel maps, runs programs, reclaims and unmaps; between its steps, and in the middle
+//! of the engine's work, the attacker calls every safe function of the three crates that takes part
+//! in state, on the gathers, contexts, batches, views and receipts that a kernel holds. The checker
+//! of the paper kernel reports a page or a table that is freed while some CPU can reach it. This
+//! file reports a CPU that still uses what a flush has promised to be gone, and a leak that was not
+//! made on purpose.
 #![forbid(unsafe_code)]
 
 #[path = "attacker/moves.rs"]
@@ -21,7 +23,7 @@ use proptest::test_runner::TestRunner;
 use ops::ops;
 use world::{Reached, attack};
 
-/// So many sequences, or more if PROPTEST_CASES asks for more.
+/// This many sequences, or more if PROPTEST_CASES asks for more.
 fn config() -> ProptestConfig {
     let asked = ProptestConfig::default();
     ProptestConfig { failure_persistence: None, cases: asked.cases.max(12_000), ..asked }
@@ -37,7 +39,7 @@ proptest! {
     }
 }
 
-/// An attack that comes to nothing finds nothing: what so many sequences reach, all together.
+/// An attack that reaches nothing proves nothing: this is what the sequences must reach together.
 #[test]
 fn the_sequences_come_to_something() {
     let mut runner = TestRunner::deterministic();

@@ -1,4 +1,5 @@
-//! Properties of sequences on the hosted machine: whatever bytes say, and whatever the generator makes up.
+//! Properties of sequences on the hosted machine, of those made from any bytes and of those that
+//! the generator makes.
 
 use arbitrary::{Arbitrary, Unstructured};
 use mmu_hosted::{
@@ -22,7 +23,7 @@ fn trial(fault: MachineFault) -> Trial {
     Trial { fault, ..Trial::default() }
 }
 
-/// All that is said of a run.
+/// All that a run reports.
 fn told(run: &Run) -> String {
     match &run.verdict {
         Verdict::Panicked(words) => format!("panic: {words}"),
@@ -87,7 +88,7 @@ proptest! {
             prop_assert_eq!(told(&one), told(&other));
             prop_assert!(one.events == other.events, "{:?}: two runs of one sequence differ\n{}", fault, sequence);
             prop_assert_eq!(one.reached, other.reached);
-            // And looking closely changes nothing.
+            // Recording more changes nothing.
             let last = judge_in(&sequence, trial(fault)).expect("memory");
             prop_assert_eq!(told(&one), told(&last));
         }
@@ -122,7 +123,7 @@ fn shrinking_keeps_the_sort_of_failure_and_leaves_no_step_that_can_go() {
     assert!(sorts.len() >= 8, "few sequences fail: {sorts:?}");
 }
 
-/// Sequences that were found once, each with what was planted then.
+/// Sequences that the fuzzer once found, each with the fault that was planted.
 const REPRODUCERS: [(&str, MachineFault, &str); 2] = [
     ("flush-skipped", MachineFault::SkipFlush, include_str!("../reproducers/flush-skipped.sequence")),
     ("interrupt-lost", MachineFault::DropIpi, include_str!("../reproducers/interrupt-lost.sequence")),
@@ -163,7 +164,7 @@ fn bytes_reach_every_operation() {
     assert!(seen.iter().all(|seen| *seen), "{seen:?}");
 }
 
-/// Saved bytes outlive new operations.
+/// Saved bytes keep their meaning when operations are added.
 #[test]
 fn a_byte_that_is_no_number_of_an_operation_means_what_it_meant_when_there_were_17() {
     for number in 0..=255u8 {

@@ -1,4 +1,5 @@
-//! Clearing an entry without a locked exchange: right exactly where hardware has nothing left to set.
+//! Clearing an entry without a locked exchange is right exactly where hardware has no bit left to
+//! set.
 #![expect(unsafe_code, reason = "shares a table between threads")]
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -42,7 +43,8 @@ fn an_entry_is_settled_exactly_if_no_step_of_hardware_changes_it() {
     for stale in [StaleWrites::Impossible, StaleWrites::Possible] {
         for value in all_flags().map(leaf) {
             let changes = steps(value, stale).iter().any(|after| *after != value);
-            // Settled by dirty alone, or by rights alone; never where something could still be set.
+            // An entry is settled by the dirty bit or by missing rights; never where a bit could
+            // still be set.
             assert_eq!(value.is_settled(stale), !changes, "{:?}, {stale:?}", value.flags());
         }
         assert!(!EntryValue::EMPTY.is_settled(stale));
@@ -59,29 +61,30 @@ fn the_bits_that_settle_a_line_settle_each_of_its_entries() {
 }
 
 const ROUNDS: usize = 40;
-/// Enough that clearing them takes about as long as a thread waits for a core on a busy machine.
+/// So many that clearing them takes about as long as a thread waits for a core on a busy machine.
 const TABLES: usize = 64;
 
-/// The race that the rule is about, on real memory: one thread is the page walker of a CPU whose program writes, and sets A and
-/// D as hardware does, in one step with a look at P; the other clears. Each bit set before the clear must come out of it.
+/// The race that the rule is about, on real memory: one thread is the page walker of a CPU whose
+/// program writes, and sets A and D as hardware does, in one step with a look at P; the other
+/// clears. The value that the clear returns must have each bit that was set before it.
 #[test]
 fn no_dirty_bit_is_lost_between_a_program_that_writes_and_a_clear_without_exchange() {
     let memory = Box::into_raw(Box::new([const { PageTable::new() }; TABLES])).cast::<[Table; TABLES]>();
-    // SAFETY: a `Table` has the size and alignment of a `PageTable` (asserted in its crate) and consists of atomics. The box
-    // is never freed, and nobody else refers to it.
+    // SAFETY: a `Table` has the size and alignment of a `PageTable` (asserted in its crate) and
+    // consists of atomics. The box is never freed, and nobody else refers to it.
     let tables: &[Table; TABLES] = unsafe { &*memory };
     let entries: Vec<&Entry> = tables.iter().flat_map(Table::entries).collect();
     let written: Vec<AtomicBool> = entries.iter().map(|_| AtomicBool::new(false)).collect();
     let (round, walking) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let kinds: Vec<PageTableFlags> = all_flags().collect();
-    // Told after the threads have finished: one that panics leaves the other waiting.
+    // Reported after the threads have finished: a thread that panics would leave the other waiting.
     let mut losses = Vec::new();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for now in 1..=ROUNDS {
                 wait_for(&round, 2 * now - 1);
                 walking.store(2 * now - 1, Ordering::Release);
-                // Somewhere else each time, and around until the round is over.
+                // Begins somewhere else each time, and goes around until the round is over.
                 for index in (now * 4099..).map(|index| index % entries.len()) {
                     if write(entries[index]) {
                         written[index].store(true, Ordering::Relaxed);

@@ -87,7 +87,8 @@ const fn place(address: u64, mode: PagingMode) -> u64 {
     if address > mode.user_end() { mode.user_end() - (TOP - address) } else { address }
 }
 
-/// A kernel in which tables for the whole range are linked, and a page of each neighbour is mapped at its near end.
+/// A kernel in which tables for the whole range are linked, and each neighbour has a page at the
+/// end next to the range.
 fn kernel_for(case: &Case, mode: PagingMode) -> (PaperKernel, Vma<Backing>) {
     let kernel = PaperKernel::new(Options { mode, ..Options::default() });
     let mm = kernel.new_mm();
@@ -135,7 +136,8 @@ fn with_five_levels_exactly_the_tables_between_floor_and_ceiling_go() {
     check_unmapping(PagingMode::FiveLevel);
 }
 
-/// The walk by itself, without a gather: each table comes once, after those below it, with the span it covered.
+/// The walk alone, without a gather: it yields each table once, after the tables below it, with the
+/// span it covered.
 #[test]
 fn tables_come_lowest_level_first_each_once() {
     for mode in [PagingMode::FourLevel, PagingMode::FiveLevel] {
@@ -178,7 +180,8 @@ fn unhook_tables(
     }
 }
 
-/// The floor of every run of areas but the first is the overall floor: what the areas between have left is covered.
+/// The floor of every run of areas but the first is the overall floor, so the tables between the
+/// runs are covered.
 #[test]
 fn areas_unmapped_together_leave_no_table_between_them() {
     for gap in [0, PAGE, 2 * M - PAGE, 2 * M, 2 * M + PAGE, 100 * M, 3 * G, 600 * G] {
@@ -196,7 +199,7 @@ fn areas_unmapped_together_leave_no_table_between_them() {
     }
 }
 
-/// Tables that only `mlock`ed-and-dropped or never touched pages left behind: an area without a single page.
+/// Tables of an area without a single page, which was never touched, or whose pages were dropped.
 #[test]
 fn an_area_without_pages_gives_up_its_empty_tables() {
     let kernel = PaperKernel::new(Options::default());

@@ -1,4 +1,5 @@
-//! A kernel whose own calls unwind: nothing is freed twice or too early, nothing aborts, and no flush is forgotten.
+//! A kernel whose own calls unwind: nothing is freed twice or too early, nothing aborts, and no
+//! flush is forgotten.
 
 use core::panic::AssertUnwindSafe;
 use std::panic::catch_unwind;
@@ -25,7 +26,7 @@ fn kernel_in_use(nr_pages: u64) -> (PaperKernel, VirtRange) {
     (kernel, pages)
 }
 
-/// Does `work`, in the middle of which a call of the kernel's unwinds at the event that `at` picks out.
+/// Does `work`; a call of the kernel unwinds in the middle of it, at the event that `at` picks out.
 fn unwinding(kernel: &PaperKernel, at: impl Fn(&Event) -> bool + 'static, work: impl FnOnce()) {
     kernel.once(at, |_| std::panic::resume_unwind(Box::new("the kernel's own")));
     let panic = catch_unwind(AssertUnwindSafe(work)).expect_err("it unwinds");
@@ -33,7 +34,7 @@ fn unwinding(kernel: &PaperKernel, at: impl Fn(&Event) -> bool + 'static, work: 
     assert_eq!(kernel.nr_hooks_waiting(), 0);
 }
 
-/// The next call that looks makes up for what was not flushed, and then all is as ever.
+/// The next call makes up for what was not flushed, and everything is as usual afterwards.
 fn assert_made_up_for(kernel: &PaperKernel, pages: VirtRange, lost: u64) {
     let mm = kernel.mm(0);
     assert_eq!(mm.open_gathers(), 0, "the count is right");
@@ -72,7 +73,8 @@ fn a_flush_that_unwinds_is_not_made_again_what_waits_leaks_and_the_next_call_mak
     }
 }
 
-/// The first pages are cleared already, and are in nobody's range; the page whose call unwinds is, too.
+/// The first pages are cleared already, and no gather has them in its range; the same holds for the
+/// page whose call unwinds.
 #[test]
 fn a_page_whose_unmapping_unwinds_is_flushed_for_by_the_gather_as_it_goes_or_by_the_next() {
     for nr_pages in [1, 3, 20] {
@@ -96,7 +98,8 @@ fn a_page_whose_unmapping_unwinds_is_flushed_for_by_the_gather_as_it_goes_or_by_
     }
 }
 
-/// The queue knows what was handed over only once all of it was: it must not be handed over again.
+/// The queue marks pages as handed over only after the whole slice was, so a slice whose call
+/// unwinds must not be handed over again.
 #[test]
 fn pages_whose_freeing_unwinds_are_not_freed_again() {
     for limits in [Limits::DEFAULT, Limits { bundle_slots: 3, batch_pages: 0, ..Limits::DEFAULT }] {
@@ -184,7 +187,7 @@ fn a_gather_that_is_used_again_after_its_freeing_unwound_frees_nothing_twice() {
             }
             gather.flush().free();
             assert_eq!(mm.open_gathers(), 0);
-            // The checker objects to a page that is released twice.
+            // The checker reports a page that is released twice.
             kernel.zap(mm, &vma, pages).free();
             assert_eq!(kernel.touch(CPU[1], GIB, Access::Write), Err(Fault::NotPresent));
             assert_eq!(kernel.take_violations(), [], "{nr_pages} pages");

@@ -1,101 +1,65 @@
 //! The bootable image: what a kernel needs of an x86_64 PC, and the small kernel on top of it.
 //!
 //! ```text
-//!   start.s, start   PVH entry -> long mode -> this order: boot information, frames, page tables, heap, gates, CPUs, workload
+//!   assembly   the `.s` files: PVH entry, traps, the program for ring 3
+//!      │
+//!   start      the order in which the machine is brought up
+//!      │
+//!   workloads  what the kernel is put to: threads, churn, lazy, ...
+//!      │
+//!   machine    all of what is below, as the small kernel wants it
+//!      │
+//!   checks     frames poisoned between two uses; stamps; violations; the self-test
+//!      │
+//!   cpu        several CPUs: state, calls, work, programs in ring 3, the watchdog
+//!      │
+//!   arch       one CPU and the devices of a PC
 //!
-//!   what a machine supplies to the kernel          where
-//!   -------------------------------------          -----
-//!   this CPU, its state                            percpu::this_cpu
-//!   INVLPG, CR3 with or without flush              mmu::invalidate_page, mmu::load_root
-//!   run on other CPUs and wait                     ipi::call_on
-//!   physical memory as pointers, frames            paging::phys_to_ptr, frames
-//!   ring 3 until a system call or fault            ring3::run
-//!   all CPUs at work                               smp::on_every_cpu
-//!   all of it, as the kernel wants it              machine
-//!
-//!   what the kernel is put to                      where
-//!   -------------------------                      -----
-//!   programs that stamp their memory               program, stamp
-//!   frames poisoned between two uses               ledger; what it finds ends the run: violation
-//!   the work                                       workload, phases: stage (drill, layouts), threads, churn, lazy, measure
+//!   what a machine supplies to the kernel    where
+//!   -------------------------------------    -----
+//!   this CPU, its state                      cpu::percpu::this_cpu
+//!   INVLPG, CR3 with or without flush        arch::mmu::invalidate_page, arch::mmu::load_root
+//!   run on other CPUs and wait               cpu::ipi::call_on
+//!   physical memory as pointers, frames      arch::phys_map::phys_to_ptr, arch::frames
+//!   ring 3 until a system call or fault      cpu::ring3::run_user
+//!   all CPUs at work                         cpu::smp::on_every_cpu
 //! ```
+//!
+//! Each room uses those below it and none above; no file uses one that uses it.
 //!
 //! # Invariants
 //!
-//! - **B1** Every gate switches interrupts off and has an interrupt stack of its kind: compiled code keeps data below its stack
-//!   pointer (the red zone of the psABI). (`descriptors`)
-//! - **B2** In ring 0, GS points to the running CPU's `Cpu`; `trap.s` swaps it at each crossing. (`percpu`)
-//! - **B3** All RAM is mapped at `PHYS_OFFSET`, and every root holds the same kernel half, which does not change after the
-//!   second CPU has started, except that stacks are added below tables that exist. (`paging`)
-//! - **B4** Interrupt handlers take no lock, allocate nothing and do not fault; a function passed to `ipi::call_on` decides for
-//!   itself which locks the code it interrupts may hold.
+//! - **B1** Every gate switches interrupts off and changes to the interrupt stack of its kind,
+//!   because compiled code keeps data below its stack pointer (the red zone of the psABI).
+//!   (`arch::descriptors`)
+//! - **B2** In ring 0, GS points to the running CPU's `Cpu`; `trap.s` swaps it at each crossing.
+//!   (`cpu::percpu`)
+//! - **B3** All RAM is mapped at `PHYS_OFFSET`, and every root holds the same kernel half, which
+//!   does not change after the second CPU has started, except that stacks are added below tables
+//!   that exist. (`arch::paging`)
+//! - **B4** Interrupt handlers take no lock, allocate nothing and do not fault; a function passed
+//!   to `cpu::ipi::call_on` may take a lock if its author knows that no interrupted code can hold
+//!   it.
 //!
-//! Assembly is in `asm` and the `.s` files only. Built as a library for the host, everything but the assembly is type-checked
-//! and its pure parts are tested; only `cfg(bare)`, which `image.toml` sets, makes an image of it.
+//! Assembly is in `arch::asm` and the `.s` files only. Built for the host, the crate is a library:
+//! everything but the assembly is type-checked, and the pure parts are tested. `image.toml` sets
+//! `cfg(bare)`, which makes an image of it.
 
 #![no_std]
 #![deny(unsafe_code)]
 
 extern crate alloc;
 
-pub mod agent;
-#[expect(unsafe_code, reason = "RDTSC; ports of the interval timer")]
-pub mod clock;
-#[expect(unsafe_code, reason = "the port of the exit device")]
-pub mod exit;
-#[expect(
-    unsafe_code,
-    reason = "the free list lives in the frames; whoever frees a frame proves that it is unreachable"
-)]
-pub mod frames;
-#[expect(unsafe_code, reason = "a borrowed function is used by other CPUs while its owner waits")]
-pub mod ipi;
-#[expect(unsafe_code, reason = "CR3 and CR4")]
-pub mod mmu;
-pub mod options;
-#[expect(unsafe_code, reason = "makes the mappings on which every pointer rests")]
-pub mod paging;
-#[expect(unsafe_code, reason = "the GS base as a reference")]
-pub mod percpu;
-#[expect(unsafe_code, reason = "the boot information is found by address")]
-pub mod pvh;
-#[expect(unsafe_code, reason = "enters ring 3")]
-pub mod ring3;
-#[expect(unsafe_code, reason = "ports of the serial line")]
-pub mod serial;
-#[expect(unsafe_code, reason = "starts CPUs, and lends them a borrowed function")]
-pub mod smp;
-pub mod trap;
-#[expect(unsafe_code, reason = "ports of the interval timer and the interrupt controller")]
-pub mod watchdog;
-
-#[expect(unsafe_code, reason = "tables are found by address")]
-mod acpi;
-#[expect(unsafe_code, reason = "device registers")]
-mod apic;
-#[expect(unsafe_code, reason = "assembly")]
-mod asm;
-mod churn;
-#[expect(unsafe_code, reason = "descriptor tables, segment registers, gates")]
-mod descriptors;
-#[expect(unsafe_code, reason = "gives the heap its memory")]
-mod heap;
-mod lazy;
-#[expect(unsafe_code, reason = "the words of a frame, found by address")]
-mod ledger;
+pub mod arch;
+#[cfg(bare)]
+#[expect(unsafe_code, reason = "includes the assembly")]
+mod assembly;
+mod checks;
+mod counted;
+pub mod cpu;
 #[expect(unsafe_code, reason = "answers for the machine to the kernel")]
 mod machine;
-mod measure;
-mod meeting;
-mod phases;
-mod program;
-mod self_test;
-mod stage;
-mod stamp;
+pub mod options;
 #[expect(unsafe_code, reason = "changes stacks; reads the boot information")]
 mod start;
-#[expect(unsafe_code, reason = "page tables and addresses made for the test")]
-mod test_space;
-mod threads;
-mod violation;
-mod workload;
+mod workloads;

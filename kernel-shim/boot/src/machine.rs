@@ -1,7 +1,7 @@
 //! This machine as the small kernel wants it: one file between the hardware half and the kernel.
 //!
-//! Thirteen of its methods are one line. What makes it longer are the ledger, which sees every frame that is given out or freed,
-//! and the three things it can do wrong when told to.
+//! Most of its methods are one line. The rest is the ledger, which is told of every frame that is
+//! given out or freed, and the three faults that the command line can plant.
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -12,12 +12,16 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 use x86_64::{PhysAddr, VirtAddr};
 
-use crate::ipi::{self, ServeCalls};
-use crate::ledger::{Ledger, words};
-use crate::mmu::{self, Cached};
-use crate::paging::{PHYS_OFFSET, phys_to_ptr, share_kernel_half};
-use crate::percpu::{CpuIndex, CpuMask, MAX_CPUS, online, this_index};
-use crate::{clock, frames, violation, watchdog};
+use crate::arch::mmu::{self, Cached};
+use crate::arch::paging::share_kernel_half;
+use crate::arch::phys_map::{ADDRESS_BITS, PHYS_OFFSET, phys_to_ptr};
+use crate::arch::{clock, frames};
+use crate::checks::ledger::{Ledger, frame_words};
+use crate::checks::violation;
+use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
+use crate::cpu::ipi::{self, ServeCalls};
+use crate::cpu::percpu::{online, this_index};
+use crate::cpu::watchdog;
 
 /// Frames that the allocator below the kernel keeps.
 const KEPT_FRAMES: u64 = 64;
@@ -27,40 +31,42 @@ const KEPT_FRAMES: u64 = 64;
 pub(crate) struct BareMachine {
     first_frame: u64,
     nr_frames: u64,
-    fault: Fault,
+    fault: PlantedFault,
     pub(crate) ledger: Ledger,
     cpus: [CpuState; MAX_CPUS],
     nr_freed: AtomicU64,
 }
 
-/// What the machine does wrong, on purpose.
+/// What the machine does wrong on purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fault {
+pub(crate) enum PlantedFault {
     /// Nothing.
     Absent,
-    /// A CPU that flushes itself, because it unmapped something, does nothing and says that it has.
+    /// A CPU that unmapped something does not flush itself, and reports that it has.
     SkipLocalFlush,
-    /// A CPU that is told by another to flush does nothing and says that it has.
+    /// A CPU that another CPU tells to flush does not flush, and reports that it has.
     SkipRemoteFlush,
-    /// A CPU that frees pages stops for a while in between, as if its hypervisor ran something else. Nothing is wrong with that,
-    /// but it shows what is: an emulator with fewer cores than CPUs would often let nobody run at the moment that matters.
+    /// A CPU that frees pages pauses now and then, as if its hypervisor ran something else. The
+    /// pause is harmless; it makes a page that is freed too early visible. Without it, an emulator
+    /// with fewer cores than CPUs would often run no other CPU between the free and the flush.
     Linger,
 }
 
-/// One freed page in so many is followed by a wait,
+/// One freed page in this many is followed by a pause,
 const LINGER_EVERY: u64 = 64;
-/// longer than the time slice of a host.
+/// which is longer than a time slice of the host.
 const LINGER_US: u64 = 5_000;
 
-/// What is known of one CPU; on a cache line of its own.
+/// What the machine keeps of one CPU; on a cache line of its own.
 #[derive(Debug)]
 #[repr(align(64))]
 struct CpuState {
     /// The root it has loaded.
     root: AtomicU64,
-    /// It carries out what another CPU asked for.
+    /// It is flushing because another CPU asked for it.
     is_told: AtomicBool,
-    /// How often it told others to flush, and how many cycles it waited: in all, and the shortest time.
+    /// How often it told others to flush, and how many cycles it waited for them: in all, and at
+    /// the least.
     nr_shootdowns: AtomicU64,
     waited: AtomicU64,
     least_waited: AtomicU64,
@@ -88,13 +94,14 @@ pub(crate) struct Shootdowns {
 }
 
 impl BareMachine {
-    /// The machine, with all memory that is left; the frame before the kernel's first is its page of zeroes.
+    /// The machine with all memory that is left. The frame below the first one that the kernel may
+    /// give out is its page of zeroes.
     ///
-    /// `None` if there is none left.
-    pub(crate) fn new(fault: Fault) -> Option<Self> {
+    /// `None` if no memory is left.
+    pub(crate) fn new(fault: PlantedFault) -> Option<Self> {
         let range = frames::hand_over(KEPT_FRAMES)?;
         let number = |frame: PhysFrame| frame.start_address().as_u64() >> 12;
-        for word in words(range.start) {
+        for word in frame_words(range.start) {
             word.store(0, Ordering::Relaxed);
         }
         Some(Self {
@@ -120,8 +127,8 @@ impl BareMachine {
         }
     }
 
-    /// What it does wrong.
-    pub(crate) const fn fault(&self) -> Fault {
+    /// The planted fault.
+    pub(crate) const fn fault(&self) -> PlantedFault {
         self.fault
     }
 
@@ -135,9 +142,10 @@ impl BareMachine {
         let address = VirtAddr::new_truncate(address);
         let mut frame = root;
         for index in [address.p4_index(), address.p3_index(), address.p2_index(), address.p1_index()] {
-            let entry = words(frame)[usize::from(index)].load(Ordering::Relaxed);
-            let next = PhysFrame::containing_address(PhysAddr::new(entry & 0x000f_ffff_ffff_f000));
-            // The tables may change meanwhile: whatever is read, only RAM is followed.
+            let entry = frame_words(frame)[usize::from(index)].load(Ordering::Relaxed);
+            let next = PhysFrame::containing_address(PhysAddr::new(entry & ADDRESS_BITS));
+            // The tables may change meanwhile, so an entry can hold anything: only addresses of RAM
+            // are followed.
             if entry & 1 == 0 || next.start_address().as_u64() >> 12 >= self.nr_frames {
                 return None;
             }
@@ -146,18 +154,19 @@ impl BareMachine {
         Some(frame)
     }
 
-    fn me(&self) -> &CpuState {
+    fn this_cpu_state(&self) -> &CpuState {
         &self.cpus[this_index().get()]
     }
 
     /// Whether a flush of this CPU is to be left out.
     fn skips_flush(&self) -> bool {
-        self.fault == Fault::SkipLocalFlush && !self.me().is_told.load(Ordering::Relaxed)
+        self.fault == PlantedFault::SkipLocalFlush && !self.this_cpu_state().is_told.load(Ordering::Relaxed)
     }
 
     fn check_freed(&self, frame: PhysFrame, role: FrameRole) {
         if role == FrameRole::Table {
-            // A root that is still in use would take its CPU along; nothing could be told afterwards.
+            // Checked first: a CPU whose root is overwritten with poison crashes, and then nothing
+            // can be printed.
             let loaded = |cpu: &CpuIndex| {
                 self.cpus[cpu.get()].root.load(Ordering::Relaxed) == frame.start_address().as_u64()
             };
@@ -166,9 +175,9 @@ impl BareMachine {
             }
         }
         if let Err((frame, wrong)) = self.ledger.freed(frame, role) {
-            violation::frame(&self.ledger, frame, wrong);
+            violation::bad_frame(&self.ledger, frame, wrong);
         }
-        if self.fault == Fault::Linger
+        if self.fault == PlantedFault::Linger
             && self.nr_freed.fetch_add(1, Ordering::Relaxed).is_multiple_of(LINGER_EVERY)
         {
             clock::wait_us(LINGER_US);
@@ -185,9 +194,10 @@ fn id_of(cpu: CpuIndex) -> CpuId {
     CpuId::new(u32::try_from(cpu.get()).unwrap_or(0))
 }
 
-// SAFETY: all RAM is mapped at `PHYS_OFFSET` for ever (B3). Code is never moved to another CPU here. `call_on_meanwhile` returns
-// after every target has run the function, in an interrupt, with interrupts off. INVLPG and MOV CR3 are the instructions, unless
-// a fault was asked for, whose point is to break this contract.
+// SAFETY: all RAM is mapped at `PHYS_OFFSET` for ever (B3). Code is never moved to another CPU
+// here. `call_on_meanwhile` returns after every target has run the function, in an interrupt, with
+// interrupts off. INVLPG and MOV CR3 are the instructions, unless a fault was asked for, whose
+// point is to break this contract.
 unsafe impl Machine for BareMachine {
     type Relax = ServeCalls;
     type Bits = [AtomicU64; 1];
@@ -226,7 +236,7 @@ unsafe impl Machine for BareMachine {
     fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
         let start = clock::cycles();
         let told = |cpu: CpuIndex| {
-            if self.fault != Fault::SkipRemoteFlush {
+            if self.fault != PlantedFault::SkipRemoteFlush {
                 let is_told = &self.cpus[cpu.get()].is_told;
                 is_told.store(true, Ordering::Relaxed);
                 work(id_of(cpu));
@@ -235,7 +245,7 @@ unsafe impl Machine for BareMachine {
         };
         ipi::call_on_meanwhile(mask_of(targets), &told, meanwhile);
         let cycles = clock::cycles().wrapping_sub(start);
-        let me = self.me();
+        let me = self.this_cpu_state();
         me.nr_shootdowns.fetch_add(1, Ordering::Relaxed);
         me.waited.fetch_add(cycles, Ordering::Relaxed);
         me.least_waited.fetch_min(cycles, Ordering::Relaxed);
@@ -250,8 +260,9 @@ unsafe impl Machine for BareMachine {
     }
 
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
-        // The same root again is a flush; another one is a switch, and must be made.
-        let before = self.me().root.swap(root.start_address().as_u64(), Ordering::Relaxed);
+        // Loading the same root again is a flush, which may be skipped; another root is a switch,
+        // which may not.
+        let before = self.this_cpu_state().root.swap(root.start_address().as_u64(), Ordering::Relaxed);
         if before == root.start_address().as_u64() && self.skips_flush() {
             return;
         }
@@ -281,14 +292,15 @@ unsafe impl Machine for BareMachine {
         match note {
             Note::Allocated(frame, role) => {
                 if let Err((frame, wrong)) = self.ledger.given_out(frame, role) {
-                    violation::frame(&self.ledger, frame, wrong);
+                    violation::bad_frame(&self.ledger, frame, wrong);
                 }
             }
             Note::Freed(frame, role) => self.check_freed(frame, role),
-            // The programs here check what they read, not who may write a page of a file.
+            // The programs of the image check what they read, not who may write to a page of a
+            // file.
             Note::MappedByNobody(_) => {}
             Note::Unmapped { root, range, .. } => self.ledger.unmapped(root, range),
-            // For telling, not for checking.
+            // These serve to explain a failure; nothing is checked with them.
             Note::Mapped { .. }
             | Note::Cleared { .. }
             | Note::Discarded { .. }

@@ -34,7 +34,8 @@ impl<'a> Options<'a> {
         self.get(key).map(|value| value.parse().map_err(|_| value)).transpose()
     }
 
-    /// Returns the keys that are not among `known`, so that a misspelt option is refused and not ignored.
+    /// Returns the keys that are not among `known`, so that a misspelt option is refused and not
+    /// ignored.
     pub fn unknown<'k>(&self, known: &'k [&str]) -> impl Iterator<Item = &'a str> + use<'a, 'k> {
         self.pairs().map(|(name, _)| name).filter(|name| !known.contains(name))
     }

@@ -1,4 +1,4 @@
-//! The engine's three traits, as an embedder who cares for speed would implement them.
+//! The engine's three traits, as a fast embedder would implement them.
 #![expect(unsafe_code, reason = "implements the engine's unsafe traits")]
 
 use core::cell::Cell;
@@ -35,14 +35,15 @@ pub trait Counting {
     fn released(frame: &Frame) -> bool;
 }
 
-/// Both counts dropped together after the flush, plainly: they are guarded by something held
-/// anyway.
+/// Both counts dropped together after the flush, without locked instructions: a lock that is held
+/// anyway guards them.
 #[derive(Debug)]
 pub struct Batched;
-/// The map count dropped as the entry is cleared, the reference after the flush, plainly.
+/// The map count dropped as the entry is cleared, the reference after the flush, without locked
+/// instructions.
 #[derive(Debug)]
 pub struct AtUnmap;
-/// One count for both, dropped after the flush, plainly.
+/// One count for both, dropped after the flush, without locked instructions.
 #[derive(Debug)]
 pub struct Combined;
 /// As [`AtUnmap`], with two locked instructions: what Linux does.
@@ -121,7 +122,7 @@ fn add(counter: &Cell<u64>, more: u64) {
     counter.set(counter.get() + more);
 }
 
-/// How many of its pages ahead of the one it releases the machine fetches metadata.
+/// How many pages ahead of the one that it releases the machine fetches metadata.
 const PREFETCH: usize = 16;
 /// Frames of a 2 MiB leaf.
 const BLOCK: u64 = 512;
@@ -192,8 +193,8 @@ impl<'m, C: Counting> Machine<'m, C> {
         // SAFETY: passed on to our caller.
         let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
         for cpu in self.numbers() {
-            // SAFETY: CPUs are only played: whoever runs this is each of them, one after the other;
-            // passed on to our caller.
+            // SAFETY: this thread plays every CPU, one after the other; the rest is passed on to
+            // our caller.
             unsafe { switch_mm(self, cpu, Some(next)) };
         }
     }
@@ -224,8 +225,8 @@ impl<'m, C: Counting> Machine<'m, C> {
         }
     }
 
-    /// Drops a reference; a page whose last it was comes before `chain`. Returns what the chain
-    /// begins with.
+    /// Drops a reference. A page without references is put in front of `chain`. Returns the first
+    /// page of the chain.
     #[inline(always)]
     fn release(&self, frame: PhysFrame, chain: u64) -> u64 {
         let physical = frame.start_address().as_u64();

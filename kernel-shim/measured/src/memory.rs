@@ -12,12 +12,12 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::shuffle::shuffle;
 
-/// Where physical address 0 is seen; constant, as a kernel's direct map is, so that no peer loads
-/// it from a variable.
+/// Where physical address 0 is mapped. It is constant, as in a kernel's direct map, so that no peer
+/// loads it from a variable.
 pub const PHYS_OFFSET: u64 = 0x2000_0000_0000;
 /// Bytes for table pages: reserved, touched only as far as they are used.
 pub const TABLE_BYTES: u64 = 6 << 30;
-/// Bytes of data frames. They are numbers only: nothing is behind them but their metadata.
+/// Bytes of data frames. They are numbers only: they have metadata and no memory.
 pub const DATA_BYTES: u64 = 64 << 30;
 
 const METADATA: u64 = PHYS_OFFSET + TABLE_BYTES;
@@ -80,7 +80,7 @@ pub enum Order {
     Shuffled,
 }
 
-/// The memory. One a process, because it lies at a fixed address.
+/// The memory; a process has only one, because it lies at a fixed address.
 ///
 /// Not shared between threads: the free lists are plain, like a kernel's per-CPU lists.
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl Memory {
     /// Maps the memory.
     ///
     /// # Errors
-    /// The host's, if the address space is taken, which a second memory in the same process does.
+    /// The host's, if the address range is taken, as it is for a second memory in the same process.
     pub fn map() -> io::Result<Self> {
         #[expect(clippy::cast_possible_truncation, reason = "x86_64: usize has 64 bits")]
         let (start, bytes) = (PHYS_OFFSET as usize, (TABLE_BYTES + METADATA_BYTES) as usize);
@@ -121,8 +121,8 @@ impl Memory {
         Ok(Self { free_tables: Cell::new(0), free_pages: Cell::new(0) })
     }
 
-    /// Forgets everything and makes the first `tables` frames free, in `order`; the shuffle is the
-    /// same every time.
+    /// Starts again with the first `tables` frames free, in `order`; the shuffle is the same every
+    /// time.
     ///
     /// # Panics
     /// If that is more than there are.
@@ -194,7 +194,8 @@ impl Memory {
         self.free_pages.set(physical);
     }
 
-    /// Puts a chain of pages on the free list: `first` leads to what was on it before.
+    /// Puts a chain of pages on the free list: `first` begins the chain, which ends with what was
+    /// on the list before.
     #[inline]
     pub fn free_chain(&self, first: u64) {
         self.free_pages.set(first);

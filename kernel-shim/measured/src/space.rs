@@ -10,8 +10,8 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 use crate::machine::{Bits, Counting, Machine};
 use crate::shape::{Leaf, Shape};
 
-/// The entries of one last-level (W5: second-level) table that an area covers; what the floors are
-/// told beforehand.
+/// The entries of one last-level (W5: second-level) table that an area covers; the floors are told
+/// these beforehand.
 #[derive(Clone, Copy, Debug)]
 pub struct Stretch {
     /// Physical address of the table.
@@ -22,7 +22,7 @@ pub struct Stretch {
     pub end: usize,
 }
 
-/// An entry that points to a table that goes.
+/// An entry that points to a table that is freed.
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
     /// Physical address of the table the entry is in.
@@ -42,7 +42,8 @@ pub struct Space<'s> {
     pub mm: Box<Mm<Bits>>,
     /// Where to look for leaves, in the order of the areas.
     pub stretches: Vec<Stretch>,
-    /// How the tables that go are linked, lowest level first within each table of the next level.
+    /// How the tables that are freed are linked, lowest level first within each table of the next
+    /// level.
     pub links: Vec<Link>,
     free_tables_before: u64,
 }
@@ -97,7 +98,7 @@ impl<'s> Space<'s> {
             space.put(machine, Level::Pmd, *block, &mut table);
         }
         if shape.is_one_by_one() {
-            // What stays keeps every table.
+            // Where pages stay, so do their tables.
         } else {
             space.find_links(machine, root, Level::P4d);
         }
@@ -125,7 +126,7 @@ impl<'s> Space<'s> {
         assert_eq!(freed, tables, "{:?}: tables freed", self.shape.workload);
     }
 
-    /// Tables below the root that go when everything does.
+    /// Tables below the root that are freed when everything is unmapped.
     #[must_use]
     pub const fn nr_tables(&self) -> u64 {
         self.links.len() as u64

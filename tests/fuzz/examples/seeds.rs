@@ -1,11 +1,13 @@
-//! Writes the first inputs of the fuzzers: what real programs did with memory, as far as a sequence can say it.
+//! Writes the first inputs of the fuzzers: what real programs did with memory, as far as a sequence
+//! can express it.
 //!
 //! ```text
 //! seeds DIRECTORY     writes DIRECTORY/sequence/* and DIRECTORY/text/*
 //! ```
 //!
-//! A layout becomes areas at their real addresses, touched, partly given up, forked, torn down. A log becomes its calls, threads
-//! as CPUs, processes as address spaces. Both are cut to what one input may hold.
+//! A layout becomes areas at their real addresses, touched, partly given up, forked, torn down. A
+//! log becomes its calls, threads as CPUs, processes as address spaces. Both are cut to what one
+//! input may hold.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -88,7 +90,8 @@ fn backing(vma: &LayoutVma) -> Backing {
     }
 }
 
-/// Areas are mapped and used by four CPUs, some lose pages or rights, a child is forked, and everything goes.
+/// Areas are mapped and used by four CPUs, some lose pages or rights, a child is forked, and
+/// everything goes.
 fn of_layout(layout: &Layout) -> Vec<Step> {
     let mm = MmId(0);
     let used: Vec<&LayoutVma> = layout.vmas.iter().filter(|vma| !vma.runs.is_empty()).collect();

@@ -1,4 +1,4 @@
-//! Prints the sequence that the bytes of a file are: what `teardown replay` reads.
+//! Prints the bytes of a file as the sequence that `teardown replay` reads.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,5 @@
-//! Bytes as text: no parser panics, and what one accepts it reads back as the same from what is printed.
+//! Bytes as text: no parser panics, and what a parser accepts reads back the same after it was
+//! printed.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

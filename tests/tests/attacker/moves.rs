@@ -22,7 +22,7 @@ impl World<'_> {
         match *op {
             Op::Map { mm, place } => {
                 let ((number, mm), (address, level, backing)) = (self.mm(mm), self.place(place));
-                // One page, or all from there on that are like it.
+                // One page, or all pages of the same kind from there on.
                 let like =
                     |(address, ..): &&(u64, Level, Backing)| *address >> 21 == self.place(place).0 >> 21;
                 let more = if place % 4 == 0 { 12 } else { 1 };
@@ -54,7 +54,8 @@ impl World<'_> {
             Op::Speculate { cpu, place } => {
                 let (number, (address, ..)) = (u32::from(cpu) % NR_CPUS, self.place(place));
                 let cpu = CpuId::new(number);
-                // What a lazy CPU remembers of pages may be old: nothing comes of it before it wakes.
+                // The pages that a lazy CPU has cached may be stale: it does not use them before it
+                // wakes.
                 let is_lazy = kernel.state(cpu).laziness() == Laziness::Lazy;
                 let is_old = is_lazy && kernel.cached(cpu, address).is_some();
                 if !self.offline.contains(&number) && !is_old {
@@ -100,7 +101,7 @@ impl World<'_> {
             Op::Munmap { mm, area } => {
                 let (number, mm) = self.mm(mm);
                 let (vmas, index) = (areas(), usize::from(area) % 5);
-                // Who unmaps has the map lock for himself.
+                // Unmapping holds the map lock for writing.
                 if !self.is_open(number) {
                     let below = index.checked_sub(1).map(|below| vmas[below].range.end());
                     let above = vmas.get(index + 1).map(|above| above.range.start());
@@ -305,7 +306,7 @@ impl World<'_> {
             }
             Op::MixReceipts { mm } => {
                 let context = self.mm(mm).1.context();
-                // The newest only: the others are kept for nothing, or lost.
+                // The newest only; older ones are kept unused, or lost.
                 self.receipts.retain(|receipt| !receipt.is_of(context) || receipt.scope().is_none());
                 self.receipts.reverse();
             }
@@ -375,7 +376,7 @@ impl World<'_> {
     }
 }
 
-/// Reclaim's own way, which is right: frees what it took once the flush has come back.
+/// What reclaim does when it does it right: it frees the pages after the flush has completed.
 pub(crate) fn flush_batch(kernel: &PaperKernel, batch: &mut Batch) -> (Vec<Taken>, Option<Flushed>) {
     let receipt = batch.batch.flush(kernel);
     let taken = mem::take(&mut batch.taken);
@@ -403,7 +404,8 @@ fn in_between(kernel: &PaperKernel, mm: usize, place: usize, what: u8) {
     }
 }
 
-/// What another CPU does while the engine is at work; a table lock may be held, for a flush of dirty pages.
+/// What another CPU does while the engine is at work; a table lock may be held, for a flush of
+/// dirty pages.
 fn in_the_middle(kernel: &PaperKernel, mm: usize, what: u8) {
     let mm = kernel.mm(mm);
     match what % 6 {

@@ -1,9 +1,10 @@
-//! What the attacker can do: every safe call that takes part in state, with arguments that need not make sense.
+//! What the attacker can do: every safe call that takes part in state, with arguments that need not
+//! make sense.
 
 use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 
-/// One move. Numbers are cut down to what there is; addresses may be anything.
+/// One move. Numbers are taken modulo what there is; addresses may be anything.
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     // What an honest kernel does meanwhile.
@@ -74,7 +75,7 @@ pub(crate) struct Nonsense {
     pub(crate) level: u8,
 }
 
-/// A range that may be of an area, of all, or of nothing that is.
+/// A range: of an area, of everything, or of nothing that exists.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NonsenseVma {
     pub(crate) range: Nonsense,
@@ -82,7 +83,7 @@ pub(crate) struct NonsenseVma {
     pub(crate) backing: u8,
 }
 
-/// A place, most often one of the first few: what is to meet must meet there.
+/// A place, most often one of the first few, so that moves meet.
 fn place() -> impl Strategy<Value = u8> {
     prop_oneof![3 => 0..3u8, 1 => any::<u8>()]
 }
@@ -155,7 +156,7 @@ fn of_gathers() -> impl Strategy<Value = Op> {
         1 => (n(), nonsense()).prop_map(|(gather, range)| Op::FindLargeLeaf { gather, range }),
         6 => n().prop_map(|gather| Op::Flush { gather }),
         2 => n().prop_map(|gather| Op::DropGather { gather }),
-        // Seldom: while one is forgotten every flush is a whole one.
+        // Seldom: after a gather was leaked, every flush is a full flush.
         1 => n().prop_map(|gather| match gather {
             0..40 => Op::ForgetGather { gather },
             _ => Op::Flush { gather },

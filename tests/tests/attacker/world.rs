@@ -17,12 +17,13 @@ use crate::moves::flush_batch;
 use crate::ops::{Address, Nonsense, NonsenseVma, Op};
 
 pub(crate) const PAGE: u64 = 4096;
-/// More than a gather has room for without a page for a batch.
+/// More pages than a gather has room for without a batch page.
 const AREA_PAGES: u64 = 10;
 pub(crate) const NR_CPUS: u32 = 4;
 pub(crate) const NR_MMS: usize = 2;
 
-/// Panics that are documented, and those of what the attacker gives to the engine.
+/// Panics that are documented, and those of closures and iterators that the attacker passes to the
+/// engine.
 const ALLOWED: [&str; 8] = [
     "belongs to another address space",
     "was not translated through",
@@ -34,7 +35,7 @@ const ALLOWED: [&str; 8] = [
     OWN,
 ];
 
-/// Those after which something is lost that was handed over.
+/// Of these, the panics after which something that was handed over is lost.
 const LOSES: [&str; 3] = [ALLOWED[0], ALLOWED[1], OWN];
 pub(crate) const OWN: &str = "the attacker's own";
 
@@ -66,9 +67,9 @@ pub(crate) fn areas() -> [Vma<Backing>; 5] {
 pub(crate) struct Open<'a> {
     pub(crate) gather: MmuGather<'a, PaperKernel>,
     pub(crate) mm: usize,
-    /// Places it has looked at and left empty: gone once it has flushed.
+    /// Places it has visited and left empty: gone once it has flushed.
     pub(crate) covered: BTreeSet<u64>,
-    /// Those of them that it cleared itself.
+    /// Of those, the places that it cleared itself.
     pub(crate) cleared: BTreeSet<u64>,
 }
 
@@ -98,15 +99,16 @@ pub(crate) struct World<'a> {
     pub(crate) offline: BTreeSet<u32>,
     /// The CPU on which all this is called.
     pub(crate) here: CpuId,
-    /// What some flush has promised that no CPU uses any more, and was not mapped since.
+    /// Places of which a flush has promised that no CPU uses them any more, and which were not
+    /// mapped since.
     pub(crate) promised: [BTreeSet<u64>; NR_MMS],
-    /// Whether something was forgotten on purpose, or the kernel was told another thing than is so.
+    /// Whether something was leaked on purpose, or the kernel was told something untrue.
     pub(crate) leaks: bool,
     pub(crate) nr_devices: usize,
     pub(crate) refused: BTreeSet<&'static str>,
 }
 
-/// What a sequence came to.
+/// What a sequence reached.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reached {
     pub(crate) pages_freed: usize,
@@ -208,7 +210,7 @@ impl<'a> World<'a> {
         })
     }
 
-    /// Nobody uses what was promised to be gone.
+    /// Checks that no CPU uses what was promised to be gone.
     fn check(&self) -> Result<(), String> {
         for (number, promised) in self.promised.iter().enumerate() {
             let mm = self.kernel.mm(number);
@@ -227,7 +229,7 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// An honest end: everybody finishes, and both address spaces go.
+    /// The end, done right: every gather finishes, and both address spaces exit.
     fn end(&mut self) -> Result<(), String> {
         let kernel = self.kernel;
         kernel.supply_batches(Supply::Unlimited);
@@ -299,7 +301,7 @@ impl<'a> World<'a> {
 
     pub(crate) fn vma(&mut self, vma: NonsenseVma) -> Vma<Backing> {
         let (range, mut backing) = (self.range(vma.range), backing(vma.backing));
-        // What is behind an area is the kernel's own word; that one is said as it is, most often.
+        // What backs an area is what the kernel says; most often it says the truth.
         if vma.backing < 230
             && let Some((.., really)) = self.places.iter().find(|(address, ..)| range.contains(*address))
         {
@@ -326,7 +328,7 @@ impl<'a> World<'a> {
         self.kernel.lookup(self.kernel.mm(mm), address).value.is_empty()
     }
 
-    /// What a zap over `range` has to answer for.
+    /// What a zap over `range` promises to be gone.
     pub(crate) fn in_range(&self, mm: usize, ranges: &[VirtRange]) -> (BTreeSet<u64>, BTreeSet<u64>) {
         let places = self.places.iter().map(|(address, ..)| *address);
         let covered: BTreeSet<u64> =
@@ -335,7 +337,7 @@ impl<'a> World<'a> {
         (covered, mapped)
     }
 
-    /// After a zap by gather `number`, whether it unwound or not: what of it is gone.
+    /// Notes what a zap by gather `number` has cleared, whether it unwound or not.
     pub(crate) fn zapped(&mut self, number: u8, covered: BTreeSet<u64>, mapped: &BTreeSet<u64>, whole: bool) {
         let Some(mm) = self.open(number).map(|open| open.mm) else { return };
         let gone: BTreeSet<u64> = covered.into_iter().filter(|place| self.is_empty(mm, *place)).collect();
@@ -350,7 +352,7 @@ impl<'a> World<'a> {
         self.promised[mm].extend(gone);
     }
 
-    /// Somebody puts a page there: what was to be promised of the place is not any more.
+    /// A page is mapped there, so nothing is promised of the place any more.
     pub(crate) fn mapped(&mut self, mm: usize, address: u64) {
         self.promised[mm].remove(&address);
         for open in self.gathers.iter_mut().filter(|open| open.mm == mm) {

@@ -71,7 +71,7 @@ fn is_freed<const CPUS: usize>(s: &State<CPUS>, space: Space, item: Item) -> boo
     matches!(s.space(space).fates[item as usize], Fate::Freed(_))
 }
 
-/// G1, T5. A page may be used only where a program runs; a lazy CPU may have it cached still.
+/// G1, T5. A freed page may still be cached on a lazy CPU; where a program runs, it may not.
 fn reaches_freed_page<const CPUS: usize>(s: &State<CPUS>) -> bool {
     (0..CPUS).filter(|cpu| s.cpus[*cpu].may_use_pages()).any(|cpu| {
         SPACES.iter().any(|space| {
@@ -146,7 +146,7 @@ fn cpumasks_are_true<const CPUS: usize>(s: &State<CPUS>) -> bool {
     (0..CPUS).all(|cpu| s.cpus[cpu].cr3.is_none_or(|space| s.space(space).cpumask & (1 << cpu) != 0))
 }
 
-/// Where nothing new is begun, everything comes to rest: one order of the steps is followed to its end.
+/// If nothing new is begun, all work ends: one order of the steps is followed to its end.
 fn can_end<const CPUS: usize>(model: &Model<CPUS>, s: &State<CPUS>) -> bool {
     let mut s = s.clone();
     let mut actions = Vec::new();

@@ -1,9 +1,11 @@
 //! The protocol of `mmu-tlb` as a machine of small steps, of which every state is visited.
 //!
-//! Two CPUs and two address spaces. In each state each CPU may switch, go lazy, wake, unmap a page, free a table, reclaim, or
-//! end an address space, as often as there is something left to do it to; every order of the steps is followed, and every
-//! delay of a store (x86-TSO, or weaker: see `Locked`). What a TLB may hold it does hold: entries only go, so the fullest TLB
-//! is the worst one. The checker is `stateright`, a breadth-first search; a counterexample is the shortest there is.
+//! Two CPUs and two address spaces. In each state each CPU may switch, go lazy, wake, unmap a page,
+//! free a table, reclaim, or end an address space, as often as there is something left to do it to.
+//! Every order of the steps is followed, and every delay of a store (x86-TSO, or weaker: see
+//! `Locked`). What a TLB may hold it does hold: entries are only removed, so the fullest TLB is the
+//! worst case. The checker is `stateright`, a breadth-first search; a counterexample is the
+//! shortest there is.
 //!
 //! ```text
 //!  state.rs            what there is
@@ -11,14 +13,16 @@
 //!  steps.rs, shoot.rs  what happens; the decision of a CPU that is told is the engine's own `plan`
 //!  claims.rs           what must hold in every state
 //!  planted.rs          23 bugs of the protocol, and what becomes of each
-//!  same_as_engine.rs   the same calls made of the engine and of this machine leave both in the same state
+//!  same_as_engine.rs   the same calls leave the engine and this model in the same state
 //! ```
 //!
-//! What this adds to the loom tests (`tlb/tests/loom`): those run the engine's own source, one scenario each; this runs a
-//! copy, and all scenarios there are up to three generations. What it leaves out: stores of one CPU that pass each other,
-//! more than two CPUs, more than one reclaim batch at a time, and pages mapped again.
+//! What this adds to the loom tests (`tlb/tests/loom`): those run the engine's own source, one
+//! scenario each; this runs a copy, and every scenario of up to three generations. What it leaves
+//! out: stores of one CPU that pass each other, more than two CPUs, more than one reclaim batch at
+//! a time, and pages mapped again.
 //!
-//! The counts are exact: a change of the protocol changes them. The larger machines take three minutes and 1 GiB, with two cores to themselves:
+//! The counts are exact: a change of the protocol changes them. The larger machines take three
+//! minutes and 1 GiB, with two cores to themselves:
 //!
 //! ```text
 //! cargo test --release -p mmu-tests --test tlb_gen_model -- --ignored --test-threads 1 --nocapture
@@ -58,7 +62,8 @@ const THE_TABLE: u8 = items(&[Item::Table]);
 const A_PAGE_AND_THE_TABLE: u8 = A_PAGE | THE_TABLE;
 const ALL: u8 = items(&ITEMS);
 
-/// Visits every state of `model`: nothing that must hold is broken, and all that can happen does, except `never`.
+/// Visits every state of `model`: whatever must hold does, and whatever can happen happens, except
+/// `never`.
 fn explore(what: &str, model: Model<2>, never: &[&str], states: usize) {
     let begun = Instant::now();
     let checker = model.checker().threads(2).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();

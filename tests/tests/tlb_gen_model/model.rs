@@ -18,9 +18,10 @@ pub(crate) enum Pcid {
 /// What a locked instruction does to the stores before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Locked {
-    /// Nothing: it joins the queue. What Rust promises of a read-modify-write, nearly: loads may pass it.
+    /// Nothing: its own store joins the queue, and later loads may pass it. That is about what Rust
+    /// promises of a read-modify-write.
     Queues,
-    /// It waits until they are in memory: x86.
+    /// It waits until they are in memory, as on x86.
     IsBarrier,
 }
 
@@ -29,7 +30,7 @@ pub(crate) enum Locked {
 pub(crate) enum Stores {
     /// Some time after, in order.
     Wait,
-    /// At once: interleavings alone, for longer stories.
+    /// At once: only interleavings are explored, for longer stories.
     AtOnce,
 }
 
@@ -77,7 +78,8 @@ pub(crate) struct Model<const CPUS: usize> {
     pub(crate) reclaimed: [u8; 2],
     /// By space: whether it may come to its end.
     pub(crate) exits: [bool; 2],
-    /// Whether the CPUs are alike, so that it does not matter which does what. Not where a story is to be told.
+    /// Whether the CPUs are interchangeable, so that it does not matter which one does what. Off
+    /// where a story is printed.
     pub(crate) alike: bool,
     pub(crate) bug: Option<Bug>,
 }
@@ -135,13 +137,13 @@ impl<const CPUS: usize> Model<CPUS> {
         self.bug == Some(bug)
     }
 
-    /// A fence lets nobody past whose stores are still on their way.
+    /// A fence waits until the stores of its CPU are in memory.
     pub(crate) fn fence(&self, s: &State<CPUS>, cpu: usize, missing: Bug) -> bool {
         s.cpus[cpu].stores.is_empty() || self.has(missing)
     }
 
-    /// A locked instruction on the generation of `space` can be carried out. It works on the newest value, so no other may
-    /// be on its way.
+    /// Whether a locked instruction on the generation of `space` can be carried out. It works on
+    /// the newest value, so no store to the generation may be on its way.
     pub(crate) fn may_raise(&self, s: &State<CPUS>, cpu: usize, space: Space) -> bool {
         let on_its_way = |store: &Store| matches!(store, Store::TlbGen(of, _) if *of == space);
         self.may_lock(s, cpu) && !s.cpus.iter().any(|cpu| cpu.stores.iter().any(on_its_way))
@@ -173,7 +175,7 @@ impl<const CPUS: usize> Model<CPUS> {
     pub(crate) fn all_actions(&self, s: &State<CPUS>, actions: &mut Vec<Action>) {
         for cpu in 0..CPUS {
             self.steps_of(s, cpu, actions);
-            // The queue of stores has its places; whoever begins something finds enough of them free.
+            // The queue of stores is bounded; an action begins only if enough places are free.
             let has_room = s.cpus[cpu].stores.remaining_capacity() >= 4;
             if s.cpus[cpu].main == Main::Run && s.cpus[cpu].interrupts_are_on() && has_room {
                 self.beginnings(s, cpu, actions);
@@ -242,7 +244,8 @@ impl<const CPUS: usize> Model<CPUS> {
         }
     }
 
-    /// Whether the last program has left `space`, nobody is on the way to it, and nothing else is being done to it.
+    /// Whether the last program has left `space`, no CPU is switching to it, and no other call
+    /// works on it.
     fn may_exit(&self, s: &State<CPUS>, cpu: usize, space: Space) -> bool {
         let in_use = s.cpus.iter().any(|state| {
             let busy = match state.main {

@@ -1,4 +1,4 @@
-//! Bugs of the protocol: each has a story that ends badly, and it is found.
+//! Bugs of the protocol: for each the model finds a story that ends in a violation.
 
 use core::fmt::Debug;
 use std::collections::BTreeSet;
@@ -38,7 +38,7 @@ pub(crate) fn tell<S, A: Debug>(title: &str, path: Path<S, A>) {
     }
 }
 
-/// The shortest story by which `bug` breaks what is `claimed` takes so many steps.
+/// Checks that the shortest story in which `bug` breaks `claimed` has this many steps.
 fn caught(bug: Bug, model: Model<2>, claimed: &'static str, steps: usize) {
     let only = HasDiscoveries::AnyOf(BTreeSet::from([claimed]));
     let checker = Model { bug: Some(bug), ..model }.checker().finish_when(only).spawn_bfs().join();
@@ -49,7 +49,7 @@ fn caught(bug: Bug, model: Model<2>, claimed: &'static str, steps: usize) {
     assert_eq!(found, steps, "{bug:?}: steps of the shortest story");
 }
 
-/// All states are visited, and of what must hold only these are broken.
+/// All states are visited, and only these claims are broken.
 fn breaks_only(bug: Bug, model: Model<2>, broken: &[&str]) {
     let never = HasDiscoveries::AllFailures;
     let checker =
@@ -72,7 +72,8 @@ fn a_fence_is_missing_in_the_switch() {
 #[test]
 fn a_fence_is_missing_after_the_generation_rises() {
     caught(Bug::NoFenceInRaise, PAGE, PAGE_REACHED, 9);
-    // The generation rises by a locked instruction. Rust does not promise that it is a barrier; x86 does.
+    // The generation rises by a locked instruction. Rust does not promise that it is a barrier; x86
+    // does.
     breaks_only(Bug::NoFenceInRaise, on_x86(PAGE), &[]);
 }
 
@@ -146,7 +147,8 @@ fn pages_are_flushed_alone_although_a_generation_was_skipped() {
 #[test]
 fn an_answer_comes_before_the_flush() {
     caught(Bug::AnsweredBeforeFlush, TABLE, TABLE_WALKED, 13);
-    // With pages alone it is what Linux could do and does not: no program runs before the handler has ended.
+    // With pages alone this is no bug, although Linux does not do it: no program runs before the
+    // handler has ended.
     breaks_only(Bug::AnsweredBeforeFlush, PAGE, &[NOT_FLUSHED]);
 }
 

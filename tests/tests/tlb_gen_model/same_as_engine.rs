@@ -1,8 +1,9 @@
-//! The machine and the engine, given the same calls one after another, go the same way.
+//! The model and the engine, given the same calls one after another, reach the same states.
 //!
-//! Whole calls only: what happens between two steps is what the machine is for. Compared after each call: both generations
-//! and cpumasks; of each CPU what it has loaded, whether it is lazy, its slots, CR3 with its tag, and what its TLB holds.
-//! While CR3 changes, `CpuTlb::concern` is asked about every CPU and compared too: there a CPU is seen SWITCHING.
+//! Whole calls only: what happens between two steps is left to the model. Compared after each call:
+//! both generations and cpumasks; of each CPU what it has loaded, whether it is lazy, its slots,
+//! CR3 with its tag, and what its TLB holds. While CR3 changes, the answer of `CpuTlb::concern`
+//! about every CPU is compared, too: at that moment a CPU is SWITCHING.
 
 #![expect(unsafe_code, reason = "plays the CPUs, which the engine takes on trust")]
 
@@ -51,13 +52,13 @@ struct Rig {
     spaces: [MmContext<Bits>; 2],
     present: [Cell<u8>; 2],
     batch: RefCell<UnmapBatch<Self>>,
-    /// What CR3 loads and flushes did, for those who change many spaces.
+    /// What CR3 loads and flushes did, for tests with many spaces.
     last_load: Cell<Option<(u64, u16, CachedTranslations)>>,
 }
 
 /// The context, which its rig does not move while it is used.
 fn pinned(context: &MmContext<Bits>) -> Pin<&MmContext<Bits>> {
-    // SAFETY: contexts are parts of what a test holds and lends out: nobody moves them meanwhile.
+    // SAFETY: the test owns the contexts and only lends them out, so they do not move.
     unsafe { Pin::new_unchecked(context) }
 }
 
@@ -95,7 +96,8 @@ impl Rig {
         let here = CpuId::new(u32::try_from(cpu).expect("few CPUs"));
         self.here.set(here);
         match op {
-            // SAFETY: one thread is all CPUs, and is `here` now; the contexts live as long as the rig.
+            // SAFETY: one thread is all CPUs, and is `here` now; the contexts live as long as the
+            // rig.
             Op::Run(space) => unsafe { switch_mm(self, here, Some(pinned(self.context(space)))) },
             // SAFETY: as above.
             Op::Stop => unsafe { switch_mm(self, here, None) },
@@ -135,7 +137,7 @@ impl Rig {
         }
     }
 
-    /// What the engine says of a CPU, held against what the machine says of one in that condition.
+    /// Compares what the engine says of a CPU with what the model says of a CPU in the same state.
     fn compare_concern(&self, switching: usize) {
         for cpu in 0..2 {
             let loaded = if cpu == switching { Loaded::Switching } else { self.loaded(cpu) };
@@ -199,8 +201,8 @@ impl Rig {
     }
 }
 
-// SAFETY: one thread plays all CPUs: whoever calls is on `here`, nothing interrupts, and a request runs on its target
-// before `flush_others` returns. The pretend TLB drops what is named.
+// SAFETY: one thread plays all CPUs: whoever calls is on `here`, nothing interrupts, and a request
+// runs on its target before `flush_others` returns. The pretend TLB drops what is named.
 unsafe impl Cpus for Rig {
     type Bits = Bits;
 
@@ -272,7 +274,7 @@ unsafe impl Cpus for Rig {
     }
 }
 
-/// Takes every step that is left, those of CPUs with something to do first.
+/// Takes every step that is left, first those of CPUs that have something to do.
 fn to_the_end(model: &Model<2>, state: &mut State<2>) {
     let mut actions = Vec::new();
     loop {
@@ -343,7 +345,7 @@ fn every_call_leaves_the_machine_and_the_engine_in_the_same_state() {
     assert!(seen.iter().all(|calls| *calls > 1000), "calls of each kind: {seen:?}");
 }
 
-/// With more spaces than slots, which the machine has room for only if it has one slot.
+/// With more spaces than slots. The model has two spaces, so it needs to have one slot here.
 #[test]
 fn the_slot_chosen_is_the_one_the_engine_chooses() {
     let mut numbers = Numbers(2);
@@ -352,7 +354,7 @@ fn the_slot_chosen_is_the_one_the_engine_chooses() {
     let spaces: [MmContext<Bits>; 9] =
         // SAFETY: these CPUs load none of the others.
         core::array::from_fn(|number| unsafe { MmContext::new(&ids, root(3 + number as u64)) });
-    // The machine has names for two spaces; here a slot's place in this list names its space.
+    // The model has names for two spaces only; here the index in this list names the space.
     let mut named: Vec<Option<usize>> = vec![None; usize::from(NR_DYN_ASIDS)];
     let mut gens = vec![0u8; usize::from(NR_DYN_ASIDS)];
     let mut next = 0;

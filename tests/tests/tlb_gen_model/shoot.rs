@@ -1,6 +1,6 @@
 //! What happens: a shootdown, and the handler on the other side.
 //!
-//! What a CPU does about a request is asked of the engine itself (`plan`).
+//! The engine itself (`plan`) decides what a CPU does about a request.
 
 use mmu_gather::tlb::{
     Action as Planned, Concern, Laziness, LoadedIs, Situation, TlbGen, Wanted, WhyNothing, plan,
@@ -155,7 +155,8 @@ impl<const CPUS: usize> Model<CPUS> {
         }
     }
 
-    /// The doing. Without a request (answered too early) all is flushed that is asked for.
+    /// Carries the decision out. Without a request, because it was answered too early, everything
+    /// that is asked for is flushed.
     pub(crate) fn carry_out(
         &self,
         s: &mut State<CPUS>,
@@ -206,7 +207,7 @@ impl<const CPUS: usize> Model<CPUS> {
 
 fn looking(members: u8, all_are_told: bool) -> ShootStep {
     if all_are_told {
-        // T5; what they have loaded does not matter.
+        // T5: it does not matter what they have loaded.
         ShootStep::Looking { left: 0, targets: members }
     } else {
         ShootStep::Looking { left: members, targets: 0 }

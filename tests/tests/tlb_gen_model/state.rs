@@ -2,7 +2,7 @@
 
 use arrayvec::ArrayVec;
 
-/// An address space. There is also the kernel's own, which maps nothing and is nowhere named.
+/// An address space. The kernel's own, which maps nothing, has no name here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Space {
     A,
@@ -43,14 +43,14 @@ pub(crate) enum Fate {
     Mapped,
     /// Its entry was cleared before this generation.
     Unhooked(u8),
-    /// Whoever unhooked it has been told that nobody uses it.
+    /// The CPU that unhooked it has been told that nobody uses it.
     Freed(u8),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Life {
     Alive,
-    /// The last program has left; nobody comes any more.
+    /// The last program has left; no CPU switches to the space any more.
     Exiting,
     RootFreed,
 }
@@ -133,7 +133,8 @@ pub(crate) enum Main {
     Shoot(Shoot),
     /// `UnmapBatch::add_mm`, after the generation was raised.
     AddMm(Space, Item, u8),
-    /// `exit_mmap` of a space with nothing mapped: who has it loaded? These are left to be asked.
+    /// `exit_mmap` of a space with nothing mapped: these CPUs are left to be asked whether they
+    /// have it loaded.
     Survey(Space, Option<u8>),
 }
 
@@ -183,7 +184,7 @@ pub(crate) enum ShootStep {
         left: u8,
         targets: u8,
     },
-    /// F6: the others have been sent to; this CPU's turn.
+    /// F6: requests were sent to the others; it is this CPU's turn.
     Here {
         targets: u8,
     },
@@ -217,7 +218,7 @@ pub(crate) struct CpuState<const CPUS: usize> {
     pub(crate) cr3: Option<Space>,
     /// The tag in CR3.
     pub(crate) tag: u8,
-    /// By tag and space, what is cached. As much as can be.
+    /// By tag and space, what is cached: as much as can be.
     pub(crate) tlb: [[u8; 2]; MAX_SLOTS],
     pub(crate) stores: ArrayVec<Store, 8>,
     pub(crate) main: Main,
@@ -275,7 +276,7 @@ impl<const CPUS: usize> CpuState<CPUS> {
         self.interrupts_are_on() && !self.own_lazy()
     }
 
-    /// What has no CPU's number in it.
+    /// The part of the state that names no CPU.
     fn without_names(&self) -> impl Ord + '_ {
         let Self { loaded, lazy, loaded_slot, next_slot, slots, cr3, tag, tlb, stores, .. } = self;
         ((loaded, lazy, loaded_slot, next_slot), (slots, cr3, tag, tlb, stores))
@@ -295,7 +296,7 @@ impl<const CPUS: usize> CpuState<CPUS> {
             }
         }
         if self.slots[0].space.is_some() && self.slots[1].space.is_some() {
-            // Both are in use, by the two spaces there are: none is taken over again.
+            // Both are in use by the two spaces there are, so neither is taken over again.
             self.next_slot = 0;
         }
         if self.loaded == Loaded::Init && self.cr3.is_none() && self.stores.is_empty() {
@@ -323,7 +324,7 @@ pub(crate) struct State<const CPUS: usize> {
     pub(crate) spaces: [SpaceState; 2],
     pub(crate) cpus: [CpuState<CPUS>; CPUS],
     pub(crate) batch: Option<Batch>,
-    /// Planted: the answers that came since a request was sent, whose ever they are.
+    /// Planted: the answers that came since a request was sent, whichever request they belong to.
     pub(crate) answers: u8,
     /// A generation went back: of a space, or of a slot that kept its context.
     pub(crate) went_back: bool,
@@ -380,7 +381,8 @@ impl<const CPUS: usize> State<CPUS> {
         *cell = SlotState { space: Some(space), tlb_gen };
     }
 
-    /// CR3 is written. Speculation fills in at once whatever can be: entries only go, so there is nothing to fill in later.
+    /// CR3 is written. Speculation fills in at once whatever can be cached: entries are only
+    /// removed, so nothing can be filled in later.
     pub(crate) fn load_cr3(&mut self, cpu: usize, space: Option<Space>, tag: u8, flush: bool) {
         let state = &mut self.cpus[cpu];
         state.cr3 = space;
@@ -391,7 +393,8 @@ impl<const CPUS: usize> State<CPUS> {
         self.fill(cpu);
     }
 
-    /// INVLPG of an address in `item`, in every space that the tag mixes up; it drops the links to tables as well.
+    /// INVLPG of an address in `item`, in every space that the tag mixes up; it drops the links to
+    /// tables as well.
     pub(crate) fn invlpg(&mut self, cpu: usize, item: Item) {
         let state = &mut self.cpus[cpu];
         for cached in &mut state.tlb[usize::from(state.tag)] {
@@ -407,7 +410,8 @@ impl<const CPUS: usize> State<CPUS> {
         }
     }
 
-    /// States that differ in names only become one: of the slots of a CPU, once both are in use, and of two CPUs.
+    /// States that differ only in names become one: in the names of the slots of a CPU, once both
+    /// are in use, and in those of two CPUs.
     pub(crate) fn rename(&mut self, cpus_are_alike: bool) {
         for cpu in &mut self.cpus {
             cpu.rename_slots();

@@ -1,6 +1,7 @@
-//! What happens: calls begin, and the switch goes its way.
+//! What happens: calls begin, and the steps of a switch.
 //!
-//! The engine's protocol, cut wherever another CPU could look. The letters are those of the tables in `tlb/src/lib.rs`.
+//! The protocol of the engine, cut wherever another CPU could read. The letters are those of the
+//! tables in `tlb/src/lib.rs`.
 
 use mmu_gather::tlb::Concern;
 
@@ -72,8 +73,9 @@ impl<const CPUS: usize> Model<CPUS> {
         }
     }
 
-    /// The handler has `deed` before it. When nothing is left it answers, once what it stored is in memory; nobody can tell
-    /// whether an answer comes with the last step or later, so it comes with it.
+    /// The handler has `deed` to do. When nothing is left, it answers as soon as its stores are in
+    /// memory. Nobody can tell whether an answer comes with the last step or later, so it comes
+    /// with that step.
     fn go_on(&self, s: &mut State<CPUS>, cpu: usize, initiator: usize, deed: Deed) {
         if deed == Deed::Done && s.cpus[cpu].stores.is_empty() {
             if !self.has(Bug::AnsweredBeforeFlush) {
@@ -180,7 +182,8 @@ impl<const CPUS: usize> Model<CPUS> {
     }
 
     pub(crate) fn load_init(&self, s: &mut State<CPUS>, cpu: usize) {
-        // With tags on the kernel's own has one to itself, under which there is nothing of a program's.
+        // With PCIDs on, the kernel's own space has a tag of its own, under which no user page is
+        // cached.
         s.load_cr3(cpu, None, 0, self.pcid == Pcid::Off);
         s.cpus[cpu].stores.push(Store::Loaded(Loaded::Init));
     }

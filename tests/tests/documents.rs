@@ -1,0 +1,149 @@
+//! What the documents say of the tree: the paths that they name exist, and the rules have their
+//! places.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Endings by which a word is known to be a file of this tree, wherever it stands.
+const ENDINGS: [&str; 10] =
+    [".rs", ".s", ".ld", ".md", ".toml", ".patch", ".sequence", ".layout", ".strace", ".snapshot"];
+/// What commands write, or where the reader puts in a name: that need not be there.
+const WRITTEN: [&str; 4] = ["target/", "corpus/", "failure.sequence", "NAME"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+fn read(file: &Path) -> String {
+    fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+}
+
+/// All files of the tree, build outputs and the history left aside.
+fn files() -> Vec<PathBuf> {
+    let (mut found, mut folders) = (Vec::new(), vec![root()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("a folder of the tree") {
+            let path = entry.expect("an entry of a folder").path();
+            match path.file_name().and_then(|name| name.to_str()) {
+                Some("target" | ".git") => {}
+                _ if path.is_dir() => folders.push(path),
+                _ => found.push(path),
+            }
+        }
+    }
+    found
+}
+
+/// The words of a document that may be paths: what stands between spaces, backticks, brackets and
+/// bars.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| c.is_whitespace() || "`()[]<>|\"';,=".contains(c))
+        .map(|word| word.trim_end_matches(['.', ':']))
+        .filter(|word| {
+            !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "_-./*".contains(c))
+        })
+}
+
+/// Why `word` of a document in `folder` is a path that does not lead anywhere, if it is one.
+fn dead_path(word: &str, folder: &Path, names: &BTreeSet<String>) -> Option<&'static str> {
+    let is_file = ENDINGS.iter().any(|ending| word.len() > ending.len() && word.ends_with(ending));
+    // An absolute path is of another tree, and `//` of a URL.
+    if word.starts_with('/') || word.contains("//") || WRITTEN.iter().any(|part| word.contains(part)) {
+        return None;
+    }
+    let Some((first, _)) = word.split_once('/') else {
+        // A bare name: the sentence says where, so one such file anywhere is enough.
+        return (is_file && !word.contains('*') && !names.contains(word)).then_some("no file has this name");
+    };
+    let places = [root(), folder.to_owned(), folder.join("src")];
+    // Of a pattern, the folder in front of it.
+    let fixed =
+        word.split_once('*').map_or(word, |(before, _)| before.rsplit_once('/').map_or("", |(dir, _)| dir));
+    let is_ours = is_file || places.iter().any(|place| place.join(first).is_dir());
+    (is_ours && !places.iter().any(|place| place.join(fixed).exists())).then_some("no such path")
+}
+
+#[test]
+fn every_path_that_a_document_names_exists() {
+    let files = files();
+    let names: BTreeSet<String> =
+        files.iter().filter_map(|file| Some(file.file_name()?.to_str()?.to_owned())).collect();
+    let mut dead = Vec::new();
+    let mut nr_documents = 0;
+    for file in files.iter().filter(|file| file.extension().is_some_and(|ending| ending == "md")) {
+        nr_documents += 1;
+        let folder = file.parent().expect("a file is in a folder");
+        for (number, line) in read(file).lines().enumerate() {
+            for word in words(line) {
+                if let Some(why) = dead_path(word, folder, &names) {
+                    dead.push(format!("{}:{}: {word}: {why}", file.display(), number + 1));
+                }
+            }
+        }
+    }
+    assert!(nr_documents >= 10, "only {nr_documents} documents were found");
+    assert!(dead.is_empty(), "{}", dead.join("\n"));
+}
+
+/// The rules: the package whose documentation has the sentences, the letter, and how many there
+/// are.
+const RULES: [(&str, char, u32); 3] = [("pagetable", 'P', 4), ("tlb", 'T', 6), ("gather", 'G', 7)];
+
+#[test]
+fn each_rule_has_its_sentence_its_test_and_its_row() {
+    let index = read(&root().join("CONTRIBUTING.md"));
+    for (package, letter, count) in RULES {
+        let sentences = read(&root().join(package).join("src/lib.rs"));
+        let tests = read(&root().join(format!("tests/tests/rules_{package}.rs")));
+        let numbers = |text: &str, before: &str, after: &str| -> BTreeSet<u32> {
+            let starts = text.lines().filter_map(|line| line.strip_prefix(before)?.split_once(after));
+            starts.filter_map(|(number, _)| number.parse().ok()).collect()
+        };
+        let all: BTreeSet<u32> = (1..=count).collect();
+        assert_eq!(numbers(&sentences, &format!("//! - **{letter}"), "**"), all, "sentences in {package}");
+        assert_eq!(
+            numbers(&tests, &format!("fn {}", letter.to_ascii_lowercase()), "_"),
+            all,
+            "tests of {package}"
+        );
+        assert_eq!(
+            numbers(&index, &format!("| {letter}"), " |"),
+            all,
+            "rows of {package} in CONTRIBUTING.md"
+        );
+    }
+}
+
+/// The code spans of `text` that name an item of ours: `Type`, `function_of_ours`, `Type::item`.
+fn items(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2).filter(|span| {
+        let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
+        let is_ours =
+            span.contains("::") || span.contains('_') || span.starts_with(|c: char| c.is_uppercase());
+        is_ours && span.split("::").all(is_name) && *span != "Display"
+    })
+}
+
+#[test]
+fn every_item_that_the_page_for_contributors_names_is_defined_somewhere() {
+    let sources: Vec<String> = files()
+        .iter()
+        .filter(|file| file.extension().is_some_and(|end| end == "rs"))
+        .map(|file| read(file))
+        .collect();
+    let page = read(&root().join("CONTRIBUTING.md"));
+    let is_defined = |name: &str| {
+        ["fn ", "const ", "struct ", "enum ", "trait "].iter().any(|keyword| {
+            let definition = format!("{keyword}{name}");
+            let ends = |text: &str| !text.starts_with(|c: char| c.is_alphanumeric() || c == '_');
+            sources.iter().any(|text| {
+                text.match_indices(&definition).any(|(at, found)| ends(&text[at + found.len()..]))
+            })
+        })
+    };
+    let named: BTreeSet<&str> = items(&page).flat_map(|span| span.split("::")).collect();
+    assert!(named.len() >= 10, "only {named:?} are named");
+    let gone: Vec<&str> = named.into_iter().filter(|name| !is_defined(name)).collect();
+    assert!(gone.is_empty(), "named in CONTRIBUTING.md and defined nowhere: {gone:?}");
+}
