@@ -1,9 +1,12 @@
 //! The peer table: the engine, the floors, other crates and Linux on the same work, in one run.
 //!
-//! `cargo bench -p mmu-benches --bench peers` prints it; `-- --test` runs every row once on small sizes; `-- --quick` takes
-//! fewer rounds; `-- --variants` adds what the same costs under other conditions; `-- --engine W1,W5` has only the floors and the
-//! engine, on these workloads; `-- --calls` has only the calls of few pages;
-//! `-- --write` takes all rows and puts them into README.md, here and of the project.
+//! `cargo bench -p mmu-benches --bench peers` prints it. After `--`:
+//!
+//! - `--test` runs every row once on small sizes, `--quick` takes fewer rounds;
+//! - `--variants` adds what the same costs under other conditions;
+//! - `--engine W1,W5` has only the floors and the engine, on these workloads;
+//! - `--calls` has only the calls of few pages;
+//! - `--write` takes all rows and puts them into README.md, here and of the project.
 
 use core::time::Duration;
 use std::io;
@@ -223,7 +226,8 @@ impl Calls {
     }
 }
 
-/// The same where a flush costs something: one other CPU runs the program, and takes a microsecond to interrupt.
+/// The same where a flush costs something: one other CPU runs the program, and takes a microsecond
+/// to interrupt.
 fn flush_table(memory: &Memory, size: Size, rounds: u32) -> String {
     let mut text = String::from("| | W2 | | W4 | |\n| --- | ---: | ---: | ---: | ---: |\n");
     let shapes = [Workload::W2Dense64, Workload::W4Areas].map(|workload| workload.shape(size));

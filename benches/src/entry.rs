@@ -189,7 +189,8 @@ impl Entry {
     }
 }
 
-/// Takes samples: one machine for each way of counting, so that batch pages are there as in a kernel that runs.
+/// Takes samples: one machine for each way of counting, so that batch pages are there as in a
+/// kernel that runs.
 #[derive(Debug)]
 pub struct Sampler<'m> {
     batched: [Machine<'m, Batched>; 2],

@@ -6,15 +6,16 @@ use crate::flush::flush_tlb_func;
 use crate::mmu::Cpus;
 use crate::request::FlushRequest;
 
-/// Has `targets` carry out `request`, calls `meanwhile`, and returns when all have answered. Pinned to
-/// the initiator.
+/// Has `targets` carry out `request`, calls `meanwhile`, and returns when all have answered. Pinned
+/// to the initiator.
 pub(crate) fn ask<C: Cpus>(
     cpus: &C,
     targets: &CpuSet<C::Bits>,
     request: &FlushRequest<'_, C::Bits>,
     meanwhile: impl FnOnce(),
 ) {
-    // Waits even if a call of the embedder unwinds: until then targets use `request`, on this stack.
+    // Waits even if a call of the embedder unwinds: until then targets use `request`, on this
+    // stack.
     let _until_answered = UntilAnswered { cpus, here: request.initiator() };
     cpus.flush_others(targets, request, meanwhile);
 }
@@ -61,9 +62,9 @@ fn take_back_from_cpus_that_are_off<C: Cpus>(cpus: &C, here: CpuId) {
 /// Carries out what other CPUs have asked of this one, each request once, and answers.
 ///
 /// A kernel calls this in the handler of its flush interrupt, and wherever it spins with interrupts
-/// off: a CPU that neither takes interrupts nor calls this keeps whoever flushes waiting. Where nothing
-/// was asked it reads one cache line and returns. Requests of several CPUs for one address space are
-/// served by one flush.
+/// off: a CPU that neither takes interrupts nor calls this keeps whoever flushes waiting. Where
+/// nothing was asked it reads one cache line and returns. Requests of several CPUs for one address
+/// space are served by one flush.
 ///
 /// A kernel that overrides [`flush_others`](Cpus::flush_others) does not need it.
 ///

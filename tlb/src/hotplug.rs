@@ -10,9 +10,9 @@ use crate::switch::switch_mm;
 /// Takes a CPU out of service: once this returns no flush waits for the CPU, not even a flush of
 /// freed tables.
 ///
-/// The CPU stays in cpumasks, which does no harm. Mail that it has not
-/// taken the initiator takes back; a kernel that overrides [`flush_others`](crate::Cpus::flush_others) answers,
-/// or takes a CPU as having answered once [`CpuTlb::is_offline`](crate::CpuTlb::is_offline) says so.
+/// The CPU stays in cpumasks, which does no harm. Mail that it has not taken the initiator takes
+/// back; a kernel that overrides [`flush_others`](crate::Cpus::flush_others) answers, or takes a
+/// CPU as having answered once [`CpuTlb::is_offline`](crate::CpuTlb::is_offline) says so.
 ///
 /// # Safety
 /// - It runs on `cpu`, interrupts off.

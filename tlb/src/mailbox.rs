@@ -1,7 +1,7 @@
 //! A CPU's mailbox: what other CPUs ask of it, and what it asks of them.
 //!
-//! In: requests of initiators, by pointer. Out: each request once to each of its targets, and to the
-//! initiator the news that all have answered. `shootdown` fills it, `delivery` empties it.
+//! In: requests of initiators, by pointer. Out: each request once to each of its targets, and to
+//! the initiator the news that all have answered. `shootdown` fills it, `delivery` empties it.
 //!
 //! ```text
 //!  initiator (CPU a)                               target (CPU b, interrupts off)
@@ -14,9 +14,10 @@
 //! ```
 //!
 //! - Answers are counted for each (initiator, target): no two requests share a count.
-//! - A CPU that waits takes its own mail, so two initiators never block each other, interrupts on or
-//!   off.
-//! - Mail that finds other mail unread sends no second interrupt: whoever takes the first takes both.
+//! - A CPU that waits takes its own mail, so two initiators never block each other, interrupts on
+//!   or off.
+//! - Mail that finds other mail unread sends no second interrupt: whoever takes the first takes
+//!   both.
 //! - Nothing is allocated. A CPU has at most one request out, and room for one of every other CPU.
 //!
 //! Other CPUs write two lines of a target's mailbox and one of the initiator's; a CPU without mail
@@ -113,7 +114,8 @@ impl<B: CpuBits> Mailbox<B> {
     pub(crate) fn post(&self, initiator: CpuId) -> Unread {
         let words = self.inbox.from.words();
         let (word, bit) = place(initiator);
-        // ORDERING: release, pairs with `take`: whoever finds the initiator there finds its request.
+        // ORDERING: release, pairs with `take`: whoever finds the initiator there finds its
+        // request.
         let mut before = words[word].fetch_or(bit, Ordering::Release);
         if words.len() > 1 {
             // ORDERING: release, pairs with `take`: whoever finds this bit finds the one before it.
@@ -130,8 +132,8 @@ impl<B: CpuBits> Mailbox<B> {
         let with_mail = match words {
             [_] => 1,
             _ if words_with_mail.load(Ordering::Relaxed) == 0 => 0,
-            // ORDERING: acquire, pairs with `post`. Cleared before the words are read: a bit that is set
-            // again meanwhile stays, and came with an interrupt.
+            // ORDERING: acquire, pairs with `post`. Cleared before the words are read: a bit that
+            // is set again meanwhile stays, and came with an interrupt.
             _ => words_with_mail.swap(0, Ordering::Acquire),
         };
         for number in members(with_mail) {
@@ -151,15 +153,16 @@ impl<B: CpuBits> Mailbox<B> {
     /// reference is used no longer than that.
     pub(crate) unsafe fn request(&self) -> &FlushRequest<'_, B> {
         let request = self.outbox.request.load(Ordering::Relaxed);
-        // SAFETY: `begin` stored it before the caller was posted to, from a reference that lives until
-        // the caller has answered. The shorter lifetime is that of this borrow.
+        // SAFETY: `begin` stored it before the caller was posted to, from a reference that lives
+        // until the caller has answered. The shorter lifetime is that of this borrow.
         unsafe { &*request.cast::<FlushRequest<'_, B>>() }
     }
 
-    /// M7: `target` has done what this CPU, the initiator, asked. The request is not touched any more.
+    /// M7: `target` has done what this CPU, the initiator, asked. The request is not touched any
+    /// more.
     pub(crate) fn answer(&self, target: CpuId) {
-        // ORDERING: release (`clear` is SeqCst), pairs with `is_answered`: what the target flushed, and
-        // its last use of what it held before, comes before the initiator goes on.
+        // ORDERING: release (`clear` is SeqCst), pairs with `is_answered`: what the target flushed,
+        // and its last use of what it held before, comes before the initiator goes on.
         self.outbox.unanswered.clear(target);
     }
 

@@ -95,8 +95,8 @@ pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 /// [`flush_interrupt`](crate::flush_interrupt) in the handler and wherever it spins with interrupts
 /// off. A kernel with calls to other CPUs of its own may override
 /// [`flush_others`](Self::flush_others) instead. Then it must see to it that a CPU which waits for
-/// answers keeps answering, so that two CPUs that flush at once both get on, and that no two requests
-/// share a count of answers. A kernel that only ever runs one CPU needs neither.
+/// answers keeps answering, so that two CPUs that flush at once both get on, and that no two
+/// requests share a count of answers. A kernel that only ever runs one CPU needs neither.
 ///
 /// # Safety
 /// - `cpu_state` returns the same state for the same CPU always, and a different one for each CPU;
@@ -155,9 +155,9 @@ pub unsafe trait Cpus {
     /// Has every CPU in `targets` run [`flush_tlb_func`](crate::flush_tlb_func) with `request`, and
     /// calls `meanwhile` on this CPU while they do.
     ///
-    /// Puts the request into the mailboxes of `targets` and interrupts those that have no other mail;
-    /// the flush that called it waits for the answers. Overridden, it waits itself. `targets` never
-    /// names the calling CPU and is not empty.
+    /// Puts the request into the mailboxes of `targets` and interrupts those that have no other
+    /// mail; the flush that called it waits for the answers. Overridden, it waits itself. `targets`
+    /// never names the calling CPU and is not empty.
     ///
     /// # Context
     /// Pinned. `request` lives on the caller's stack: no target uses it after it has answered.
@@ -173,8 +173,8 @@ pub unsafe trait Cpus {
         meanwhile: impl FnOnce(),
     ) {
         let here = request.initiator();
-        // SAFETY: called by the flush that made the request (the contract of this trait), which keeps
-        // it until this mailbox, found by the same `cpu_state`, says that all have answered.
+        // SAFETY: called by the flush that made the request (the contract of this trait), which
+        // keeps it until this mailbox, found by the same `cpu_state`, says that all have answered.
         unsafe { self.cpu_state(here).mailbox().begin(targets, request) };
         let mut to_interrupt = CpuSet::empty();
         for target in targets.iter() {
@@ -188,8 +188,8 @@ pub unsafe trait Cpus {
         meanwhile();
     }
 
-    /// Called again and again while this CPU waits for the answers to its request, whose handlers run
-    /// on other CPUs; between two calls it answers theirs.
+    /// Called again and again while this CPU waits for the answers to its request, whose handlers
+    /// run on other CPUs; between two calls it answers theirs.
     ///
     /// Unless overridden, a spin-loop hint (PAUSE). A kernel may sleep here, on a machine that has
     /// fewer cores than CPUs, until [`answered`](Self::answered) wakes it, or for a bounded time if

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use imports::{Crate, circles};
 
-/// The packages, and those of the workspace that each may depend on (tests and benches of a package left aside).
+/// The packages, and those of the workspace that each may depend on (tests and benches of a package
+/// left aside).
 const BELOW: &[(&str, &[&str])] = &[
     ("pagetable", &[]),
     ("tlb", &[]),

@@ -325,7 +325,8 @@ fn a_request_by_mail_writes_two_lines_of_the_mailboxes() {
     });
     let [own, other] = [0, 1].map(|cpu| Line::all_of(machine.cpus[cpu].mailbox()));
     let written = lines(&writes(&recorded.all()));
-    // The outbox of the one, the inbox of the other: the request, the interrupt's reason, the answer.
+    // The outbox of the one, the inbox of the other: the request, the interrupt's reason, the
+    // answer.
     assert_eq!(written.iter().filter(|line| own.contains(line)).count(), 1);
     assert_eq!(written.iter().filter(|line| other.contains(line)).count(), 1);
 }

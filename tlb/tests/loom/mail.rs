@@ -1,8 +1,8 @@
 //! The mailbox: requests that reach other CPUs through it, and the answers.
 //!
-//! Here each CPU takes its flush interrupts itself, between two steps of its story, as it takes them on
-//! hardware between two instructions. An interrupt is a flag that the initiator sets. Who waits looks at
-//! its mail without one, as the crate does.
+//! Here each CPU takes its flush interrupts itself, between two steps of its story, as it takes
+//! them on hardware between two instructions. An interrupt is a flag that the initiator sets. Who
+//! waits looks at its mail without one, as the crate does.
 #![expect(unsafe_code, reason = "plays the CPUs, which the crate's entry points take on trust")]
 
 use loom::sync::{Condvar, Mutex};
@@ -29,7 +29,8 @@ struct Lines {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Waiting {
     Spins,
-    /// Until somebody answers, or asks. loom cannot tell two CPUs that spin from two that never get on.
+    /// Until somebody answers, or asks. loom cannot tell two CPUs that spin from two that never get
+    /// on.
     Sleeps,
 }
 
@@ -243,8 +244,8 @@ fn two_cpus_that_flush_each_other_with_interrupts_off_both_get_on() {
     });
 }
 
-/// The second may find the first's mail unread, and sends no interrupt then; or late, while the target
-/// is at the first's.
+/// The second may find the first's mail unread, and sends no interrupt then; or late, while the
+/// target is at the first's.
 #[test]
 fn a_cpu_asked_by_two_answers_both() {
     explore_up_to(Some(2), &[PcidSupport::Off], |machine| {
@@ -293,7 +294,8 @@ fn a_cpu_that_goes_off_keeps_nobody_waiting_and_comes_back_without_old_mail() {
         machine.on(CPU[1]).use_page(0);
         let flusher = beside(&machine, &lines, CPU[0], |cpu0| {
             cpu0.unmap(0);
-            // The same mail box is used again, for a request that the CPU must not take for the first.
+            // The same mail box is used again, for a request that the CPU must not take for the
+            // first.
             cpu0.unmap(1);
         });
         play(&machine, &lines, CPU[1], |cpu1| {
@@ -308,7 +310,8 @@ fn a_cpu_that_goes_off_keeps_nobody_waiting_and_comes_back_without_old_mail() {
     });
 }
 
-/// It goes off without having taken the interrupt, and stays away: the initiator takes its request back.
+/// It goes off without having taken the interrupt, and stays away: the initiator takes its request
+/// back.
 #[test]
 fn a_cpu_that_stays_off_keeps_nobody_waiting() {
     explore_up_to(Some(2), &[PcidSupport::Off], |machine| {
