@@ -4,8 +4,8 @@ use core::hint::black_box;
 use core::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use mmu_benches::memory::{Memory, Order};
-use mmu_benches::shape::shuffle;
+use mmu_measured::memory::{Memory, Order};
+use mmu_measured::shuffle;
 
 fn free_lists(criterion: &mut Criterion) {
     let small = std::env::args().any(|argument| argument == "--test");

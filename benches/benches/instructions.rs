@@ -9,10 +9,10 @@ use std::process::ExitCode;
 
 use mmu_benches::document::Page;
 use mmu_benches::entry::{Counts, Entry, Meter, Path, Sampler};
-use mmu_benches::memory::Memory;
 use mmu_benches::peers::{Tables, Told};
-use mmu_benches::shape::{Size, Workload};
 use mmu_benches::steps::{Counted, count};
+use mmu_measured::memory::Memory;
+use mmu_measured::shape::{Size, Workload};
 
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/instructions.snapshot");
 /// A compiler update moves a few instructions; a real slowdown moves more.

@@ -1,9 +1,12 @@
 //! The peer table: the engine, the floors, other crates and Linux on the same work, in one run.
 //!
-//! `cargo bench -p mmu-benches --bench peers` prints it; `-- --test` runs every row once on small sizes; `-- --quick` takes
-//! fewer rounds; `-- --variants` adds what the same costs under other conditions; `-- --engine W1,W5` has only the floors and the
-//! engine, on these workloads; `-- --calls` has only the calls of few pages;
-//! `-- --write` takes all rows and puts them into README.md, here and of the project.
+//! `cargo bench -p mmu-benches --bench peers` prints it. After `--`:
+//!
+//! - `--test` runs every row once on small sizes, `--quick` takes fewer rounds;
+//! - `--variants` adds what the same costs under other conditions;
+//! - `--engine W1,W5` has only the floors and the engine, on these workloads;
+//! - `--calls` has only the calls of few pages;
+//! - `--write` takes all rows and puts them into README.md, here and of the project.
 
 use core::time::Duration;
 use std::io;
@@ -12,12 +15,12 @@ use mmu_benches::document::Page;
 use mmu_benches::entry::{Clock, Counts, Entry, Path, Sampler};
 use mmu_benches::flushes::{Flusher, flushing_sample};
 use mmu_benches::linux::{self, Way};
-use mmu_benches::machine::Machine;
-use mmu_benches::memory::Memory;
 use mmu_benches::peers::{Tables, Told};
 use mmu_benches::rounds::{Series, measure};
-use mmu_benches::shape::{Shape, Size, Workload};
 use mmu_gather::tlb::OnlineCpus;
+use mmu_measured::machine::Machine;
+use mmu_measured::memory::Memory;
+use mmu_measured::shape::{Shape, Size, Workload};
 
 /// The rows of the tables in README.md, and of the one there about what counting costs.
 const ROWS: [Entry; 5] = [
@@ -223,7 +226,8 @@ impl Calls {
     }
 }
 
-/// The same where a flush costs something: one other CPU runs the program, and takes a microsecond to interrupt.
+/// The same where a flush costs something: one other CPU runs the program, and takes a microsecond
+/// to interrupt.
 fn flush_table(memory: &Memory, size: Size, rounds: u32) -> String {
     let mut text = String::from("| | W2 | | W4 | |\n| --- | ---: | ---: | ---: | ---: |\n");
     let shapes = [Workload::W2Dense64, Workload::W4Areas].map(|workload| workload.shape(size));

@@ -13,12 +13,21 @@ use std::sync::Barrier;
 use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use mmu_benches::machine::Bits;
-use mmu_benches::preempted::cpu_time;
-use mmu_benches::threads::{Cpu, MAX_CPUS, Threads};
+use mmu_benches::threads::{ByMail, Cpu, MAX_CPUS, Play, Threads};
 use mmu_gather::tlb::{CtxIds, FreedTables, MmContext, PageSpan, flush_tlb_mm_range, switch_mm};
+use mmu_measured::machine::Bits;
+use mmu_measured::preempted::cpu_time;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
+
+/// How requests get to other CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// Through the engine's mailbox.
+    Mail,
+    /// Through one written by hand.
+    ByHand,
+}
 
 /// Who flushes what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,9 +50,11 @@ fn shootdown(criterion: &mut Criterion) {
             // Flushes at a time.
             let elements = if who == Who::AllTheSame { cpus as u64 } else { 1 };
             group.throughput(Throughput::Elements(elements));
-            group.bench_function(BenchmarkId::new("CPUs", cpus), |bencher| {
-                bencher.iter_custom(|iterations| run(who, cpus, iterations));
-            });
+            for how in [How::Mail, How::ByHand] {
+                group.bench_function(BenchmarkId::new(format!("{how:?}"), cpus), |bencher| {
+                    bencher.iter_custom(|iterations| run(who, how, cpus, iterations));
+                });
+            }
         }
         group.finish();
     }
@@ -95,7 +106,7 @@ fn nanoseconds(time: Duration) -> u64 {
 }
 
 /// How long `iterations` flushes of each initiator took, all at the same time.
-fn run(who: Who, cpus: usize, iterations: u64) -> Duration {
+fn run(who: Who, how: How, cpus: usize, iterations: u64) -> Duration {
     let threads = Threads::new(cpus);
     let ids = CtxIds::new();
     // Side by side: their own alignment keeps them apart.
@@ -109,7 +120,15 @@ fn run(who: Who, cpus: usize, iterations: u64) -> Duration {
             let (threads, spaces, ready, times) = (&threads, &spaces, &ready, &times);
             scope.spawn(move || {
                 // Spread over the cores by the operating system.
-                play(threads, spaces, ready, times, who, number, iterations);
+                #[expect(unsafe_code, reason = "plays a CPU")]
+                // SAFETY: each thread has its own number.
+                let cpu = unsafe { Cpu::new(threads, number) };
+                let space = &spaces[if who == Who::EachItsOwn { number as usize } else { 0 }];
+                let iterations = if who == Who::OneTellsAll && number != 0 { 0 } else { iterations };
+                match how {
+                    How::Mail => play(&ByMail::new(cpu), space, ready, times, iterations),
+                    How::ByHand => play(&cpu, space, ready, times, iterations),
+                }
             });
         }
     });
@@ -121,27 +140,16 @@ fn run(who: Who, cpus: usize, iterations: u64) -> Duration {
 }
 
 #[expect(unsafe_code, reason = "plays a CPU")]
-fn play(
-    threads: &Threads,
-    spaces: &[MmContext<Bits>],
-    ready: &Barrier,
-    times: &Times,
-    who: Who,
-    number: u32,
-    iterations: u64,
-) {
-    // SAFETY: each thread has its own number.
-    let cpu = unsafe { Cpu::new(threads, number) };
-    let space = if who == Who::EachItsOwn { &spaces[number as usize] } else { &spaces[0] };
+fn play<C: Play>(cpu: &C, space: &MmContext<Bits>, ready: &Barrier, times: &Times, iterations: u64) {
     // SAFETY: the spaces outlive the threads, and stay where they are.
     let pinned = unsafe { Pin::new_unchecked(space) };
     // SAFETY: this thread is that CPU, and the root is never walked.
-    unsafe { switch_mm(&cpu, cpu.id(), Some(pinned)) };
+    unsafe { switch_mm(cpu, cpu.cpu().id(), Some(pinned)) };
     ready.wait();
-    if who != Who::OneTellsAll || number == 0 {
+    if iterations > 0 {
         times.measure(|| {
             for _ in 0..iterations {
-                let _flushed = flush_tlb_mm_range(&cpu, space, PAGE, FreedTables::No);
+                let _flushed = flush_tlb_mm_range(cpu, space, PAGE, FreedTables::No);
             }
         });
     }

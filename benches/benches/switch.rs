@@ -5,9 +5,9 @@ use core::pin::Pin;
 use core::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use mmu_benches::machine::{Batched, Bits, Machine};
-use mmu_benches::memory::Memory;
 use mmu_gather::tlb::{CpuId, CtxIds, MmContext, NR_DYN_ASIDS, OnlineCpus, enter_lazy_tlb, switch_mm};
+use mmu_measured::machine::{Batched, Bits, Machine};
+use mmu_measured::memory::Memory;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 

@@ -5,12 +5,12 @@ use core::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mmu_benches::engine;
-use mmu_benches::machine::{Batched, Machine};
-use mmu_benches::memory::Memory;
-use mmu_benches::shape::{Size, Workload};
-use mmu_benches::space::Space;
 use mmu_gather::Limits;
 use mmu_gather::tlb::OnlineCpus;
+use mmu_measured::machine::{Batched, Machine};
+use mmu_measured::memory::Memory;
+use mmu_measured::shape::{Size, Workload};
+use mmu_measured::space::Space;
 
 fn walk(criterion: &mut Criterion) {
     let small = std::env::args().any(|argument| argument == "--test");

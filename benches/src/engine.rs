@@ -4,8 +4,8 @@
 use mmu_gather::pagetable::{Bounds, Level, VirtRange};
 use mmu_gather::{Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region, zap_page_range};
 
-use crate::machine::{Counting, Machine};
-use crate::space::Space;
+use mmu_measured::machine::{Counting, Machine};
+use mmu_measured::space::Space;
 
 /// The area at `range`, of pages with counts.
 #[must_use]

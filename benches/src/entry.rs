@@ -9,11 +9,11 @@ use mmu_gather::tlb::OnlineCpus;
 
 use crate::engine;
 use crate::floors::{self, Clear};
-use crate::machine::{AtUnmap, Batched, Combined, Counting, Locked, Machine};
-use crate::memory::Memory;
 use crate::peers::{self, Multiarch, Tables, Told};
-use crate::shape::{Shape, Workload};
-use crate::space::Space;
+use mmu_measured::machine::{AtUnmap, Batched, Combined, Counting, Locked, Machine};
+use mmu_measured::memory::Memory;
+use mmu_measured::shape::{Shape, Workload};
+use mmu_measured::space::Space;
 
 /// Measures pieces of work and adds them up.
 pub trait Meter {
@@ -62,7 +62,7 @@ pub enum Path {
     Discard,
 }
 
-/// How frames are counted; see [`crate::machine`].
+/// How frames are counted; see [`mmu_measured::machine`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counts {
     /// Both counts after the flush.
@@ -189,7 +189,8 @@ impl Entry {
     }
 }
 
-/// Takes samples: one machine for each way of counting, so that batch pages are there as in a kernel that runs.
+/// Takes samples: one machine for each way of counting, so that batch pages are there as in a
+/// kernel that runs.
 #[derive(Debug)]
 pub struct Sampler<'m> {
     batched: [Machine<'m, Batched>; 2],

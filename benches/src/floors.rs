@@ -8,9 +8,9 @@
 use core::hint::black_box;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::machine::{Batched, Counting, Machine};
-use crate::memory::{Memory, pointer};
-use crate::space::{Space, Stretch};
+use mmu_measured::machine::{Batched, Counting, Machine};
+use mmu_measured::memory::{Memory, pointer};
+use mmu_measured::space::{Space, Stretch};
 
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PRESENT: u64 = 1;

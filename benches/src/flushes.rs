@@ -9,10 +9,10 @@ use mmu_gather::Limits;
 
 use crate::engine;
 use crate::entry::Meter;
-use crate::machine::{Batched, Machine};
 use crate::peers::{Tables, Told, x86_64_flushing};
-use crate::shape::Shape;
-use crate::space::Space;
+use mmu_measured::machine::{Batched, Machine};
+use mmu_measured::shape::Shape;
+use mmu_measured::space::Space;
 
 /// What tears the space down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,7 @@
-//! What the benches share: a kernel small enough to cost nothing, the workloads, and the peers on
-//! the same tables.
+//! What the benches share: the rows of their tables, and the peers, on the machine and the
+//! workloads of `mmu_measured`.
 //!
 //! ```text
-//!  memory.rs     fake physical memory, 32 bytes of metadata a frame, intrusive free lists
-//!  machine.rs    the engine's three traits over it, as a fast embedder would write them
-//!  shape.rs      the workloads W1 to W7
-//!  space.rs      a shape as page tables, checked after it was torn down
 //!  engine.rs, floors.rs, peers.rs   what tears it down
 //!  linux.rs      the same shapes in Linux
 //!  entry.rs      the rows of the table
@@ -13,7 +9,6 @@
 //!  rounds.rs     samples, in rounds of random order
 //!  steps.rs      counts the instructions of a piece of code
 //!  threads.rs    threads that play CPUs
-//!  preempted.rs  whether a sample was disturbed
 //!  document.rs   figures in a README, written by the command that measures them
 //! ```
 //!
@@ -24,21 +19,11 @@
 
 pub mod document;
 pub mod engine;
-#[cfg(feature = "peers")]
 pub mod entry;
 pub mod floors;
-#[cfg(feature = "peers")]
 pub mod flushes;
 pub mod linux;
-pub mod machine;
-pub mod memory;
-#[cfg(feature = "peers")]
 pub mod peers;
-pub mod preempted;
-#[cfg(feature = "peers")]
 pub mod rounds;
-pub mod shape;
-pub mod space;
-#[cfg(feature = "peers")]
 pub mod steps;
 pub mod threads;

@@ -10,7 +10,7 @@ use std::io;
 
 use mmu_gather::pagetable::{Level, VirtRange};
 
-use crate::shape::{Shape, Workload};
+use mmu_measured::shape::{Shape, Workload};
 
 /// How the pages go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

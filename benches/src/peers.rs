@@ -13,10 +13,10 @@ use x86_64::structures::paging::mapper::{CleanUp, OffsetPageTable};
 use x86_64::structures::paging::{FrameDeallocator, Mapper, Page, PageSize, PhysFrame, Size2MiB, Size4KiB};
 use x86_64::{PhysAddr, VirtAddr};
 
-use crate::machine::{Batched, Counting, Machine};
-use crate::memory::{Memory, PHYS_OFFSET, pointer};
-use crate::shape::Shape;
-use crate::space::{self, Space};
+use mmu_measured::machine::{Batched, Counting, Machine};
+use mmu_measured::memory::{Memory, PHYS_OFFSET, pointer};
+use mmu_measured::shape::Shape;
+use mmu_measured::space::{self, Space};
 
 /// What a crate that works page by page is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +51,9 @@ trait PageByPage {
 
 /// Calls `peer` for the address of every page that may be mapped, and after each area.
 ///
-/// The loops are functions of their own, and the calls are inlined into each: a peer is measured as its best user would call it,
-/// not through a function that two loops share (41 instructions a page more).
+/// The loops are functions of their own, and the calls are inlined into each: a peer is measured as
+/// its best user would call it, not through a function that two loops share (41 instructions a page
+/// more).
 #[inline(always)]
 fn for_each(shape: &Shape, told: Told, peer: &mut impl PageByPage) {
     match told {
@@ -93,7 +94,8 @@ impl FrameDeallocator<Size4KiB> for Deallocator<'_> {
     }
 }
 
-/// `OffsetPageTable::unmap` for each page, the flush ignored, then `clean_up_addr_range` for each area.
+/// `OffsetPageTable::unmap` for each page, the flush ignored, then `clean_up_addr_range` for each
+/// area.
 #[inline(never)]
 pub fn x86_64<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, told: Told, tables: Tables) {
     match space.shape.level {
@@ -102,7 +104,8 @@ pub fn x86_64<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, told: To
     }
 }
 
-/// As [`x86_64()`], paying for an interrupt to `others` CPUs before each page is freed: its flush is a page's.
+/// As [`x86_64()`], paying for an interrupt to `others` CPUs before each page is freed: its flush
+/// is a page's.
 #[inline(never)]
 pub fn x86_64_flushing<C: Counting>(
     machine: &Machine<'_, C>,
@@ -179,8 +182,9 @@ static CURRENT: AtomicPtr<Memory> = AtomicPtr::new(ptr::null_mut());
 fn current<'m>() -> &'m Memory {
     let memory = CURRENT.load(Ordering::Relaxed);
     assert!(!memory.is_null(), "a Multiarch lives while its page table does");
-    // SAFETY: `Multiarch::new` stored it from a reference that outlives the page table, the only caller of the hooks, on
-    // the same thread (`Memory` is not `Sync`, and a `Multiarch` holds a reference to it).
+    // SAFETY: `Multiarch::new` stored it from a reference that outlives the page table, the only
+    // caller of the hooks, on the same thread (`Memory` is not `Sync`, and a `Multiarch` holds a
+    // reference to it).
     unsafe { &*memory }
 }
 
@@ -276,7 +280,8 @@ impl<'m, 's> Multiarch<'m, 's> {
         Self { space: Space::below(machine, shape, root), memory, table }
     }
 
-    /// `cursor().unmap` for each page, with one cursor for all where one call is for all: its flush is not compiled in here.
+    /// `cursor().unmap` for each page, with one cursor for all where one call is for all: its flush
+    /// is not compiled in here.
     #[inline(never)]
     pub fn unmap(&mut self, told: Told) {
         let (shape, memory) = (self.space.shape, self.memory);
@@ -287,7 +292,8 @@ impl<'m, 's> Multiarch<'m, 's> {
         }
     }
 
-    /// Drops the page table, the only way it frees tables; the space that is left can only be checked.
+    /// Drops the page table, the only way it frees tables; the space that is left can only be
+    /// checked.
     #[inline(never)]
     #[must_use]
     pub fn drop_tables(self) -> Space<'s> {

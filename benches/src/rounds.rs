@@ -9,8 +9,8 @@ use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 
 use crate::entry::{Clock, Entry, Sampler};
-use crate::preempted::times_preempted;
-use crate::shape::Shape;
+use mmu_measured::preempted::times_preempted;
+use mmu_measured::shape::Shape;
 
 /// What was measured of one row on one workload: nanoseconds a leaf, one number a round.
 #[derive(Clone, Debug, Default)]

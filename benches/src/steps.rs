@@ -1,7 +1,9 @@
-//! Counts the instructions of a piece of code, exactly, by stepping through a forked copy of this process.
+//! Counts the instructions of a piece of code, exactly, by stepping through a forked copy of this
+//! process.
 //!
-//! Needs no performance counters, which virtual machines rarely have, and no other program. The copy stops itself where the
-//! counting begins and ends; what stopping costs is counted on an empty piece and taken off.
+//! Needs no performance counters, which virtual machines rarely have, and no other program. The
+//! copy stops itself where the counting begins and ends; what stopping costs is counted on an empty
+//! piece and taken off.
 #![expect(unsafe_code, reason = "forks and traces")]
 
 use core::ptr;
@@ -28,14 +30,15 @@ fn stop() {
     unsafe { libc::raise(libc::SIGUSR1) };
 }
 
-/// Runs `work` in a forked copy of this process; returns how many user-mode instructions it spent between marks, and how
-/// many stretches it marked.
+/// Runs `work` in a forked copy of this process; returns how many user-mode instructions it spent
+/// between marks, and how many stretches it marked.
 ///
 /// # Errors
 /// The operating system's, if tracing is not allowed here; or if the copy failed.
 pub fn count(work: impl FnOnce(&mut Marks)) -> io::Result<Counted> {
     stay_on_one_cpu();
-    // SAFETY: the benches that count are single-threaded, so the copy may do whatever this process may.
+    // SAFETY: the benches that count are single-threaded, so the copy may do whatever this process
+    // may.
     let child = unsafe { libc::fork() };
     if child < 0 {
         return Err(io::Error::last_os_error());
@@ -70,7 +73,8 @@ fn stay_on_one_cpu() {
 const EXIT_NOT_TRACED: i32 = 77;
 
 fn exit(code: i32) -> ! {
-    // SAFETY: ends the copy without running what belongs to the parent (destructors, buffered output).
+    // SAFETY: ends the copy without running what belongs to the parent (destructors, buffered
+    // output).
     unsafe { libc::_exit(code) }
 }
 

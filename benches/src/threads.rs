@@ -1,16 +1,20 @@
 //! CPUs played by threads: flush requests go from one real core to another, and each thread polls
-//! for its interrupts.
+//! for its interrupts. Requests go through the engine's mailbox, or through one written by hand for
+//! this machine alone, which the engine's is held against.
 #![expect(unsafe_code, reason = "implements the engine's Cpus; requests are passed by pointer")]
 
+use core::cell::Cell;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
-use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, flush_tlb_func};
+use mmu_gather::tlb::{
+    Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, flush_interrupt, flush_tlb_func,
+};
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::machine::Bits;
+use mmu_measured::machine::Bits;
 
 /// The most CPUs there can be.
 pub const MAX_CPUS: usize = 16;
@@ -24,6 +28,33 @@ struct Mailbox {
     /// Bit `initiator` is set when its slot was filled.
     pending: AtomicU64,
     slots: [Padded; MAX_CPUS],
+}
+
+/// What a thread that plays a CPU does besides flushing.
+pub trait Play: Cpus<Bits = Bits> {
+    /// The CPU that this thread plays.
+    fn cpu(&self) -> &Cpu<'_>;
+
+    /// Answers the requests that have arrived.
+    fn poll(&self);
+
+    /// Answers others until all CPUs have called this.
+    fn answer_until_all_finish(&self) {
+        let threads = self.cpu().threads;
+        let all = threads.states.len();
+        threads.finished.fetch_add(1, Ordering::AcqRel);
+        let mut turns = 0;
+        while threads.finished.load(Ordering::Acquire) != all {
+            self.poll();
+            pause(&mut turns);
+        }
+    }
+}
+
+/// Gives way now and then: there may be more CPUs than cores.
+fn pause(turns: &mut u32) {
+    *turns = turns.wrapping_add(1);
+    if turns.is_multiple_of(64) { std::thread::yield_now() } else { core::hint::spin_loop() }
 }
 
 #[derive(Debug)]
@@ -101,9 +132,20 @@ impl<'t> Cpu<'t> {
         self.me
     }
 
-    /// Answers the requests that have arrived.
     #[inline]
-    pub fn poll(&self) {
+    fn count(&self) {
+        let counter = &self.threads.work[self.me.index()].invalidations;
+        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+}
+
+impl Play for Cpu<'_> {
+    fn cpu(&self) -> &Cpu<'_> {
+        self
+    }
+
+    #[inline]
+    fn poll(&self) {
         let mailbox = &self.threads.mailboxes[self.me.index()];
         if mailbox.pending.load(Ordering::Relaxed) == 0 {
             return;
@@ -125,29 +167,6 @@ impl<'t> Cpu<'t> {
             // used.
             slot.store(ptr::null_mut(), Ordering::Release);
         }
-    }
-
-    /// Answers others until all CPUs have called this.
-    pub fn answer_until_all_finish(&self) {
-        let all = self.threads.states.len();
-        self.threads.finished.fetch_add(1, Ordering::AcqRel);
-        self.wait(|| self.threads.finished.load(Ordering::Acquire) == all);
-    }
-
-    fn wait(&self, done: impl Fn() -> bool) {
-        let mut turns = 0u32;
-        while !done() {
-            self.poll();
-            turns += 1;
-            // There may be more CPUs than cores.
-            if turns.is_multiple_of(64) { std::thread::yield_now() } else { core::hint::spin_loop() }
-        }
-    }
-
-    #[inline]
-    fn count(&self) {
-        let counter = &self.threads.work[self.me.index()].invalidations;
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 }
 
@@ -189,7 +208,11 @@ unsafe impl Cpus for Cpu<'_> {
         for target in targets.iter() {
             let slot = &self.threads.mailboxes[target.index()].slots[self.me.index()].0;
             // ORDERING: acquire, pairs with the store in `poll`.
-            self.wait(|| slot.load(Ordering::Acquire).is_null());
+            let mut turns = 0;
+            while !slot.load(Ordering::Acquire).is_null() {
+                self.poll();
+                pause(&mut turns);
+            }
         }
     }
 
@@ -207,5 +230,76 @@ unsafe impl Cpus for Cpu<'_> {
         if cached == CachedTranslations::Flush {
             self.count();
         }
+    }
+}
+
+/// The same CPU, whose requests go through the engine's mailbox.
+#[derive(Debug)]
+pub struct ByMail<'t> {
+    cpu: Cpu<'t>,
+    turns: Cell<u32>,
+}
+
+impl<'t> ByMail<'t> {
+    /// That CPU.
+    #[must_use]
+    pub const fn new(cpu: Cpu<'t>) -> Self {
+        Self { cpu, turns: Cell::new(0) }
+    }
+}
+
+impl Play for ByMail<'_> {
+    fn cpu(&self) -> &Cpu<'_> {
+        &self.cpu
+    }
+
+    #[inline]
+    fn poll(&self) {
+        // SAFETY: this thread plays this CPU (contract of `Cpu::new`), and nothing interrupts it.
+        unsafe { flush_interrupt(self, self.cpu.me) };
+    }
+}
+
+// SAFETY: as for `Cpu`, whose states these are; requests go by mail, which each CPU takes in `poll`
+// and while it waits.
+unsafe impl Cpus for ByMail<'_> {
+    type Bits = Bits;
+
+    #[inline]
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        self.cpu.pinned(f)
+    }
+
+    #[inline]
+    fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<Bits> {
+        self.cpu.cpu_state(cpu)
+    }
+
+    fn init_root(&self) -> PhysFrame {
+        self.cpu.init_root()
+    }
+
+    /// Nothing: each CPU looks at its mail, as it does at what is written by hand.
+    fn send_flush_interrupt(&self, _targets: &CpuSet<Bits>) {}
+
+    fn wait_for_answers(&self, _answers: Answers<'_, Bits>) {
+        let mut turns = self.turns.get();
+        pause(&mut turns);
+        self.turns.set(turns);
+    }
+
+    #[inline]
+    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    #[inline]
+    fn invlpg(&self, address: u64) {
+        self.cpu.invlpg(address);
+    }
+
+    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
+        // SAFETY: passed on to our caller.
+        unsafe { self.cpu.load_cr3(root, pcid, cached) };
     }
 }

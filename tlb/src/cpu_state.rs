@@ -11,6 +11,7 @@ use x86_64::instructions::tlb::Pcid;
 
 use crate::cpuset::CpuBits;
 use crate::generation::{CtxId, MmContext, TlbGen};
+use crate::mailbox::Mailbox;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering};
 
 /// Whether CR4.PCIDE is set on every CPU.
@@ -115,6 +116,7 @@ pub struct CpuTlb<B: CpuBits> {
     next_asid: AtomicU16,
     slots: [SlotCell; NR_DYN_ASIDS as usize],
     shared: SharedLine<B>,
+    mailbox: Mailbox<B>,
 }
 
 #[derive(Debug)]
@@ -127,12 +129,13 @@ struct SharedLine<B: CpuBits> {
 
 #[cfg(not(mmu_loom))]
 mod layout {
-    use super::{CpuTlb, SharedLine};
+    use super::{CpuTlb, Mailbox, SharedLine};
     use crate::sync::AtomicU64;
     use static_assertions::{assert_impl_all, assert_not_impl_any, const_assert_eq};
 
     const_assert_eq!(core::mem::offset_of!(CpuTlb<[AtomicU64; 1]>, shared), 128);
-    const_assert_eq!(size_of::<CpuTlb<[AtomicU64; 1]>>(), 192);
+    const_assert_eq!(size_of::<CpuTlb<[AtomicU64; 1]>>(), 320);
+    const_assert_eq!(size_of::<Mailbox<[AtomicU64; 1]>>(), 128);
     const_assert_eq!(align_of::<SharedLine<[AtomicU64; 1]>>(), 64);
     const_assert_eq!(size_of::<SharedLine<[AtomicU64; 64]>>(), 64);
     assert_impl_all!(CpuTlb<[AtomicU64; 1]>: Send, Sync);
@@ -154,7 +157,14 @@ impl<B: CpuBits> CpuTlb<B> {
                 loaded_mm: AtomicPtr::new(ptr::null_mut()),
                 is_lazy: AtomicBool::new(false),
             },
+            mailbox: Mailbox::new(),
         }
+    }
+
+    /// What other CPUs ask of this one, and what it asks of them.
+    #[inline]
+    pub(crate) const fn mailbox(&self) -> &Mailbox<B> {
+        &self.mailbox
     }
 
     /// Whether the CPU has said that it merely borrows its address space.

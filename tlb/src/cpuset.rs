@@ -41,7 +41,7 @@ impl fmt::Display for CpuId {
 /// Sealed: if an implementor could share the words with other code, that code could take CPUs out
 /// of a cpumask.
 #[expect(private_bounds, reason = "seals the trait")]
-pub trait CpuBits: Words + fmt::Debug + Send + Sync {}
+pub trait CpuBits: Words + fmt::Debug + Send + Sync + 'static {}
 
 /// What [`CpuBits`] asks of a type; private, so that the trait is sealed.
 pub(crate) trait Words {
@@ -161,6 +161,16 @@ impl<B: CpuBits> CpuSet<B> {
         self.used.store(used, Ordering::Relaxed);
     }
 
+    /// Makes an empty set, which others remove members from later, the same as `other`.
+    pub(crate) fn copy_from(&self, other: &Self) {
+        let mut used = self.used.load(Ordering::Relaxed);
+        for (number, theirs) in other.used_words() {
+            self.bits.words()[number as usize].store(theirs.load(Ordering::Relaxed), Ordering::Relaxed);
+            used |= 1 << number;
+        }
+        self.used.store(used, Ordering::Relaxed);
+    }
+
     /// Removes every member of a set that nobody else sees.
     pub fn clear_all(&mut self) {
         for (_, word) in self.used_words() {
@@ -173,7 +183,8 @@ impl<B: CpuBits> CpuSet<B> {
     #[must_use]
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.used_words().all(|(_, word)| word.load(Ordering::Relaxed) == 0)
+        // ORDERING: acquire, pairs with `clear`: what the members did before they left comes first.
+        self.used_words().all(|(_, word)| word.load(Ordering::Acquire) == 0)
     }
 
     /// How many members there are now.
@@ -240,7 +251,7 @@ impl<B: CpuBits> CpuSet<B> {
 
 /// The numbers of the bits that are set, lowest first.
 #[inline]
-fn members(mut bits: u64) -> impl Iterator<Item = u32> {
+pub(crate) fn members(mut bits: u64) -> impl Iterator<Item = u32> {
     core::iter::from_fn(move || {
         let lowest = (bits != 0).then(|| bits.trailing_zeros())?;
         bits &= bits - 1;

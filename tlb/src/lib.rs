@@ -75,9 +75,15 @@
 //! know it: F2 is one instruction of assembly (`sync::fetch_add_fenced`) instead of two locked
 //! ones.
 //!
+//! # How requests travel
+//!
+//! F6 goes by mail: each [`CpuTlb`] has room for a request of every other CPU, and the kernel
+//! supplies one interrupt. `mailbox.rs` has the picture. A kernel with calls to other CPUs of its
+//! own overrides [`Cpus::flush_others`] instead.
+//!
 //! # How the protocol is checked
 //!
-//! - **loom** (`tests/loom`) proves of this very source, in eighteen tests of two or three CPUs,
+//! - **loom** (`tests/loom`) proves of this very source, in twenty-four tests of two or three CPUs,
 //!   that no execution that loom tries ends badly, and that memory passes from its last user to the
 //!   next owner in order. It does not prove: what no test does; more than 6 slots' worth of address
 //!   spaces; CPUs beyond the 64th; interleavings that loom passes over, many of which the corrected
@@ -104,8 +110,11 @@
 
 mod cpu_state;
 mod cpuset;
+mod delivery;
 mod flush;
 mod generation;
+mod hotplug;
+mod mailbox;
 mod mmu;
 mod request;
 mod shootdown;
@@ -117,10 +126,13 @@ mod unmap_batch;
 
 pub use cpu_state::{Asid, Concern, CpuTlb, Laziness, LoadedMm, NR_DYN_ASIDS, PcidSupport, Slot};
 pub use cpuset::{CpuBits, CpuId, CpuSet};
+pub use delivery::flush_interrupt;
 pub use flush::{Action, LoadedIs, Situation, WhyNothing, flush_tlb_func, plan};
 pub use generation::{CtxId, CtxIds, MmContext, TlbGen};
+pub use hotplug::{init_cpu, offline_cpu};
+pub use mailbox::Answers;
 pub use mmu::{CachedTranslations, Cpus, EarlyAnswer, OnlineCpus, SINGLE_PAGE_FLUSH_CEILING, TlbEvent};
 pub use request::{FlushKind, FlushRequest, FreedTables, PageSpan, Wanted};
 pub use shootdown::{Flushed, flush_tlb_batched_pending, flush_tlb_mm, flush_tlb_mm_range};
-pub use switch::{enter_lazy_tlb, init_cpu, leave_mm, offline_cpu, switch_mm};
+pub use switch::{enter_lazy_tlb, leave_mm, switch_mm};
 pub use unmap_batch::UnmapBatch;

@@ -12,6 +12,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::cpu_state::{CpuTlb, PcidSupport};
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
 use crate::generation::{CtxId, TlbGen};
+use crate::mailbox::{Answers, Unread};
 use crate::request::{FlushRequest, FreedTables, PageSpan};
 
 /// What a CR3 load does to the translations already cached under the PCID it loads.
@@ -88,18 +89,22 @@ pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 
 /// The CPUs of the machine: what a kernel supplies to this crate.
 ///
-/// # Contract between CPUs
-/// [`flush_others`](Self::flush_others) runs with interrupts **on** and holds no lock that an
-/// interrupt handler takes. A CPU that waits for answers keeps answering, so that two CPUs that
-/// flush at once both get on. Waiting is per request: never count answers in something that two
-/// requests share.
+/// # How requests reach other CPUs
+/// Through the mailbox in each [`CpuTlb`]: the kernel supplies
+/// [`send_flush_interrupt`](Self::send_flush_interrupt), and calls
+/// [`flush_interrupt`](crate::flush_interrupt) in the handler and wherever it spins with interrupts
+/// off. A kernel with calls to other CPUs of its own may override
+/// [`flush_others`](Self::flush_others) instead. Then it must see to it that a CPU which waits for
+/// answers keeps answering, so that two CPUs that flush at once both get on, and that no two
+/// requests share a count of answers. A kernel that only ever runs one CPU needs neither.
 ///
 /// # Safety
 /// - `cpu_state` returns the same state for the same CPU always, and a different one for each CPU;
 /// - `pinned` and `without_interrupts` do what they say, and `pinned` names the CPU it runs on;
-/// - `flush_others` returns only after every target has run
+/// - `flush_others`, if it is overridden, returns only after every target has run
 ///   [`flush_tlb_func`](crate::flush_tlb_func) for this request, or is off
-///   ([`CpuTlb::is_offline`]);
+///   ([`CpuTlb::is_offline`]); if it calls that of another implementor, `cpu_state` does, too, for
+///   the answers are waited for there;
 /// - `online_cpus`, `pcid_support` and `init_root` tell the truth: a CPU that `online_cpus` denies
 ///   is told nothing;
 /// - contexts of this machine are flushed with this machine. There is one; where a process has
@@ -117,7 +122,8 @@ pub unsafe trait Cpus {
     type Bits: CpuBits;
 
     /// Runs `f` on one CPU without being moved to another, and passes it the number of that CPU.
-    /// Interrupts stay as they are.
+    /// Interrupts stay as they are; nothing else that flushes runs on the CPU meanwhile (preemption
+    /// is off).
     fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R;
 
     /// The state of one CPU.
@@ -126,20 +132,80 @@ pub unsafe trait Cpus {
     /// The top table of the kernel's own address space, which maps no user address.
     fn init_root(&self) -> PhysFrame;
 
-    /// Has every CPU in `targets` run [`flush_tlb_func`](crate::flush_tlb_func) with `request`,
-    /// calls `meanwhile` on this CPU while they do, and waits for all of them.
+    /// Interrupts every CPU in `targets`, which then calls
+    /// [`flush_interrupt`](crate::flush_interrupt).
     ///
-    /// `targets` never names the calling CPU and is not empty.
+    /// `targets` never names the calling CPU and is not empty. A CPU that has been sent one and has
+    /// not called yet gets no second one.
     ///
     /// # Context
-    /// Pinned, interrupts on. `request` lives on the caller's stack: no target uses it after it has
-    /// answered.
+    /// Pinned. An interrupt that is lost keeps the caller of the flush waiting for ever.
+    ///
+    /// # Panics
+    /// Unless overridden: a kernel with several CPUs overrides this or
+    /// [`flush_others`](Self::flush_others).
+    ///
+    /// # Source
+    /// Linux: native_send_call_func_ipi, arch/x86/kernel/apic/ipi.c.
+    #[doc(alias = "native_send_call_func_ipi")]
+    fn send_flush_interrupt(&self, targets: &CpuSet<Self::Bits>) {
+        panic!("CPUs {targets:?} must flush, and this kernel has no send_flush_interrupt");
+    }
+
+    /// Has every CPU in `targets` run [`flush_tlb_func`](crate::flush_tlb_func) with `request`, and
+    /// calls `meanwhile` on this CPU while they do.
+    ///
+    /// Puts the request into the mailboxes of `targets` and interrupts those that have no other
+    /// mail; the flush that called it waits for the answers. Overridden, it waits itself. `targets`
+    /// never names the calling CPU and is not empty.
+    ///
+    /// # Context
+    /// Pinned. `request` lives on the caller's stack: no target uses it after it has answered.
+    /// Interrupts are on or off; a kernel that overrides this may ask that they be on.
+    ///
+    /// # Source
+    /// Linux: smp_call_function_many_cond, kernel/smp.c.
+    #[doc(alias = "smp_call_function_many_cond")]
     fn flush_others(
         &self,
         targets: &CpuSet<Self::Bits>,
         request: &FlushRequest<'_, Self::Bits>,
         meanwhile: impl FnOnce(),
-    );
+    ) {
+        let here = request.initiator();
+        // SAFETY: called by the flush that made the request (the contract of this trait), which
+        // keeps it until this mailbox, found by the same `cpu_state`, says that all have answered.
+        unsafe { self.cpu_state(here).mailbox().begin(targets, request) };
+        let mut to_interrupt = CpuSet::empty();
+        for target in targets.iter() {
+            if self.cpu_state(target).mailbox().post(here) == Unread::First {
+                to_interrupt.insert(target);
+            }
+        }
+        if !to_interrupt.is_empty() {
+            self.send_flush_interrupt(&to_interrupt);
+        }
+        meanwhile();
+    }
+
+    /// Called again and again while this CPU waits for the answers to its request, whose handlers
+    /// run on other CPUs; between two calls it answers theirs.
+    ///
+    /// Unless overridden, a spin-loop hint (PAUSE). A kernel may sleep here, on a machine that has
+    /// fewer cores than CPUs, until [`answered`](Self::answered) wakes it, or for a bounded time if
+    /// CPUs may go off meanwhile: only here is it noticed that one will not answer.
+    ///
+    /// # Context
+    /// Pinned; interrupts as the caller of the flush has them.
+    fn wait_for_answers(&self, _answers: Answers<'_, Self::Bits>) {
+        core::hint::spin_loop();
+    }
+
+    /// This CPU has answered a request of `initiator`, which may be waiting for no other.
+    ///
+    /// # Context
+    /// Interrupts are off; in the handler of the flush interrupt.
+    fn answered(&self, _initiator: CpuId) {}
 
     /// Runs `f` with interrupts off on this CPU.
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {

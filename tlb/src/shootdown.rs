@@ -3,6 +3,7 @@
 
 use crate::cpu_state::Concern;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
+use crate::delivery::ask;
 use crate::flush::{flush_tlb_func, flush_tlb_func_inlined};
 use crate::generation::{CtxId, MmContext, TlbGen};
 use crate::mmu::{Cpus, EarlyAnswer, OnlineCpus, TlbEvent};
@@ -185,7 +186,7 @@ fn interrupt<C: Cpus>(
     request: FlushRequest<'_, C::Bits>,
 ) {
     let here = request.initiator();
-    cpus.flush_others(targets, &request, || {
+    ask(cpus, targets, &request, || {
         // SAFETY: pinned to `here`, interrupts off.
         flush_here(cpus, mm, here, || unsafe { flush_tlb_func(cpus, here, &request) });
     });

@@ -1,8 +1,9 @@
 //! `teardown boot`, as far as it goes without an emulator, and with one where it is installed.
 
 use clap::Parser;
-use mmu_cli::boot::{BootArgs, BootError, boot};
-use mmu_cli::boot_report::BootReport;
+use mmu_cli::boot::error::BootError;
+use mmu_cli::boot::report::BootReport;
+use mmu_cli::commands::boot::{BootArgs, boot};
 
 #[derive(Debug, Parser)]
 struct Line {
@@ -76,7 +77,7 @@ fn a_flush_that_a_cpu_skips_is_seen_in_memory() {
         let words = ["--workload", "short", "--cpus", "2", "--fault", fault];
         let Some(report) = booted(&words) else { return };
         assert_eq!((report.ending, report.report.violations), ("violation", 1), "{fault}: {report:?}");
-        let story = &report.report.stories[0];
+        let story = &report.report.told_violations[0];
         for word in ["cpu ", "address 0x", "read ", "expected ", "frame 0x", "freed at step "] {
             assert!(story.contains(word), "{fault}: no {word:?} in {story}");
         }
@@ -87,6 +88,6 @@ fn a_flush_that_a_cpu_skips_is_seen_in_memory() {
 fn a_hang_ends_with_the_state_of_every_cpu() {
     let Some(report) = booted(&["--workload", "hang", "--watchdog", "1", "--cpus", "2"]) else { return };
     assert_eq!(report.ending, "hang");
-    let story = &report.report.stories[0];
+    let story = &report.report.told_violations[0];
     assert!(story.contains("cpu 0: in ring 0, hanging on purpose") && story.contains("cpu 1: "), "{story}");
 }

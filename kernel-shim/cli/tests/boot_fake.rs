@@ -1,4 +1,5 @@
-//! `teardown boot` with an emulator that does not do what it should: one line, exit code 2, and nothing left running.
+//! `teardown boot` with an emulator that does not do what it should: one line, exit code 2, and
+//! nothing left running.
 
 use core::time::Duration;
 use std::os::unix::fs::PermissionsExt;
@@ -55,10 +56,10 @@ fn a_run_of_which_anything_is_missing_is_not_called_clean() {
     let good = boot(&emulator(&folder, &printed(&GOOD, "exit 33")), &[]).output().expect("it starts");
     assert_eq!(good.status.code(), Some(0), "{good:?}");
     for (missing, said) in [
-        (0, "did not say how many CPUs"),
-        (2, "did not do its part `lazy`"),
-        (3, "did not sum up"),
-        (4, "did not say its verdict"),
+        (0, "did not print how many CPUs"),
+        (2, "did not run its part `lazy`"),
+        (3, "did not print its totals"),
+        (4, "did not print a verdict"),
     ] {
         let mut lines = GOOD.to_vec();
         lines.remove(missing);
@@ -81,7 +82,7 @@ fn an_emulator_that_says_nothing_has_shown_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     for status in ["33", "35", "0"] {
         let output = boot(&emulator(&folder, &format!("exit {status}")), &[]).output().expect("it starts");
-        assert!(refused(&output).contains("said nothing"), "{status}: {output:?}");
+        assert!(refused(&output).contains("printed nothing"), "{status}: {output:?}");
     }
 }
 
@@ -90,7 +91,7 @@ fn a_fault_that_nobody_noticed_is_said_to_be_so() {
     let folder = tempfile::tempdir().expect("a folder");
     let qemu = emulator(&folder, &printed(&GOOD, "exit 33"));
     let output = boot(&qemu, &["--fault", "skip-remote-flush"]).output().expect("it starts");
-    assert!(refused(&output).contains("nobody noticed the fault skip-remote-flush"), "{output:?}");
+    assert!(refused(&output).contains("the planted fault skip-remote-flush was not noticed"), "{output:?}");
 }
 
 #[test]

@@ -1,12 +1,14 @@
-//! Every state that a page can have, in every kind of area, shared or private, with every right: each run ends, and rightly.
+//! Every state that a page can have, in every kind of area, shared or private, with every right:
+//! each run ends, and rightly.
 
 use core::time::Duration;
 use std::sync::mpsc;
 use std::thread;
 
-use mmu_cli::layout::{Layout, PageState};
-use mmu_cli::report::Report;
-use mmu_cli::run::{RunOptions, run_layout};
+use mmu_cli::input::layout::{Layout, PageState};
+use mmu_cli::output::report::Report;
+use mmu_cli::run::pass::RunOptions;
+use mmu_cli::run::teardown::run_layout;
 
 const KINDS: [&str; 7] =
     ["anon", "heap", "stack", "file \"f\"", "shared \"m\"", "hugetlb \"h\"", "pfn \"d\""];
@@ -43,8 +45,8 @@ fn verdict(text: &str) -> Verdict {
     }
 }
 
-/// Whether such an area can hold such a page: frames that nobody counts are in areas of such frames and nowhere else, and where no
-/// file is there are no pages of one.
+/// Whether such an area can hold such a page: frames that nobody counts are in areas of such frames
+/// and nowhere else, and where no file is there are no pages of one.
 fn is_possible(state: PageState, kind: &str) -> bool {
     match kind.split(' ').next() {
         Some("pfn") => state == PageState::Pfn,
@@ -55,8 +57,9 @@ fn is_possible(state: PageState, kind: &str) -> bool {
     }
 }
 
-/// Once, a write to a large page whose entry did not allow it was answered by nothing, and tried for ever: 23 of these. And pages
-/// of the program's own in an area of device frames were never freed, and blamed on the engine.
+/// Once, a write to a large page whose entry did not allow it was answered by nothing, and tried
+/// for ever: 23 of these. And pages of the program's own in an area of device frames were never
+/// freed, and blamed on the engine.
 #[test]
 fn every_state_in_every_kind_of_area_ends_with_the_right_verdict() {
     let mut cases = Vec::new();

@@ -1,21 +1,12 @@
 //! The commands `teardown fuzz` and `teardown replay` as a person meets them.
 
+mod common;
+
 use std::path::Path;
-use std::process::{Command, Output};
 
 use serde_json::Value;
 
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).expect("the report is JSON")
-}
-
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
+use common::{json, stdout as text, teardown};
 
 fn path(directory: &tempfile::TempDir, name: &str) -> String {
     directory.path().join(name).to_str().expect("a path of this host").to_owned()
@@ -51,7 +42,7 @@ fn the_summary_counts_the_boundaries_and_names_those_not_reached() {
     let text = text(&output);
     let (summary, missed) = text.split_once('\n').expect("two lines");
     assert!(summary.contains(" of 36 boundaries"), "{text}");
-    assert!(missed.starts_with("not reached: "), "{text}");
+    assert!(missed.starts_with("boundaries not reached: "), "{text}");
     assert!(missed.contains("generation gap"), "{text}");
 }
 

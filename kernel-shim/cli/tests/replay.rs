@@ -1,14 +1,8 @@
 //! `teardown replay --explain` and `--html` as a person meets them.
 
-use std::process::{Command, Output};
+mod common;
 
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
+use common::{stdout as text, teardown};
 
 /// Two programs use a page, one takes it away.
 const DISCARD: &str = "\
@@ -66,7 +60,7 @@ fn the_timeline_of_a_violation_shows_who_cached_cleared_asked_and_freed() {
     // What happens at other addresses does not explain it.
     assert!(!drawn.contains("uses 40001000"), "{text}");
     let words = &text[drawn.len()..];
-    assert!(words.contains("came to hold that at step "), "{text}");
+    assert!(words.contains("cached that at step "), "{text}");
     assert!(words.contains("raised the generation of m1 to 1 at step "), "{text}");
     assert!(words.contains("Rule G"), "{text}");
     assert!(text.ends_with("NOT CLEAN\n"), "{text}");

@@ -1,31 +1,21 @@
 //! The command `teardown run` as a person meets it: reports, exit codes, errors.
 
-use std::process::{Command, Output, Stdio};
+mod common;
+
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+use common::{assert_clean, json, stderr, stdout, teardown};
+
 const SMALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/layouts/redis-swapped.layout");
 const DENSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/layouts/sqlite-query.layout");
-
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).expect("the report is JSON")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
 
 #[test]
 fn a_layout_is_torn_down_without_a_violation_or_a_leak() {
     let output = teardown(&["run", "--layout", DENSE, "--format", "json"]);
     let report = json(&output);
-    for count in ["violations", "leaked_frames", "leaked_tables", "double_frees"] {
-        assert_eq!(report[count], 0, "{count} in {report}");
-    }
+    assert_clean(&report);
     let layout = &report["layouts"][0];
     assert_eq!(layout["name"], "sqlite-query");
     assert_eq!(layout["pages"], 180_432);
@@ -53,7 +43,7 @@ fn every_planted_fault_is_found_and_its_story_names_cpu_address_frame_entry_and_
     for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
         let output = teardown(&["run", "--layout", DENSE, "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let text = stdout(&output);
         for word in
             ["violation: ", "CPU ", " address 0x", " frame 0x", "freed at step ", "through its ", "NOT CLEAN"]
         {
@@ -159,7 +149,8 @@ fn a_captured_layout_reads_back() {
     assert_eq!(leftovers, 1, "a temporary file was left");
 }
 
-/// Once, a name could print a line of its own, a verdict for example, and a long one ended the command with a panic.
+/// Once, a name could print a line of its own, a verdict for example, and a long one ended the
+/// command with a panic.
 #[test]
 fn text_of_an_input_is_shown_on_one_line_and_obeyed_by_no_terminal() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -178,7 +169,7 @@ fn text_of_an_input_is_shown_on_one_line_and_obeyed_by_no_terminal() {
         args.extend(fault);
         for format in ["text", "json"] {
             let output = teardown(&[&args[..], &["--format", format]].concat());
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let text = stdout(&output);
             assert!(text.contains("\\u{a}clean") || text.contains("\\nclean"), "{text}");
             assert!(text.chars().all(|char| char == '\n' || !char.is_control()), "{text:?}");
             assert!(!text.lines().any(|line| line.starts_with("clean: violations 0\\u")), "{text}");

@@ -1,23 +1,20 @@
-//! The command `teardown sweep` as a person meets it: flags, files, errors; and counts that are the same in every run.
+//! The command `teardown sweep` as a person meets it: flags, files, errors; and counts that are the
+//! same in every run.
+
+mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use mmu_cli::bundled::LAYOUTS;
-use mmu_cli::layout::Layout;
+use mmu_cli::input::bundled::LAYOUTS;
+use mmu_cli::input::layout::Layout;
 use serde_json::Value;
 
+use common::{stderr, teardown};
+
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sweep.snapshot");
-
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
 
 fn sweep(args: &[&str]) -> Output {
     let output = teardown(&[&["sweep"], args].concat());
@@ -299,7 +296,8 @@ fn the_page_needs_nothing_else_and_names_axes_and_units() {
     ] {
         assert!(page.contains(words), "no {words:?} in the page");
     }
-    // Two views, by size and by CPUs; in each, a line differs from the next in colour, dash and mark.
+    // Two views, by size and by CPUs; in each, a line differs from the next in colour, dash and
+    // mark.
     assert_eq!(page.matches("class=\"view\"").count(), 2);
     for style in [
         "c0\"><path class=\"line\" stroke-dasharray=\"\"",
@@ -458,8 +456,9 @@ fn the_memory_tables_of_the_readme_are_what_a_sweep_finds() {
     let text = String::from_utf8_lossy(&text).into_owned();
     let mut settings = 0;
     for words in text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()) {
-        // A row: setting, bar, ten numbers of which the last is the batch pages, bytes, unit, stretch, bar, two dashes.
-        let [batch, "|", _, flushes, _, _, _, _, _, _, batch_pages, bytes, unit, _, "|", "-", "|", "-"] =
+        // A row: setting, bar, pages, tables, flushes, seven numbers, batch pages, bytes, unit,
+        // stretch, bar, two dashes.
+        let [batch, "|", _, _, flushes, _, _, _, _, _, _, _, batch_pages, bytes, unit, _, "|", "-", "|", "-"] =
             words[..]
         else {
             continue;

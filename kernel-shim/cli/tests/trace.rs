@@ -1,33 +1,19 @@
 //! The command `teardown trace` as a person meets it: reports, exit codes, errors.
 
+mod common;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// Small logs of several threads, of several processes, with forks, with calls that wait for one another.
+use common::{assert_clean, json, stderr, stdout, teardown};
+
+/// Small logs of several threads, of several processes, with forks, with calls that wait for one
+/// another.
 const SMALL: [&str; 4] = ["redis-bgsave", "rustc-hello", "python-numpy", "sort-parallel"];
 
 fn log(name: &str) -> String {
     format!("{}/../../tests/traces/{name}.strace", env!("CARGO_MANIFEST_DIR"))
-}
-
-fn teardown(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_teardown")).args(args).output().expect("the command starts")
-}
-
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).expect("the report is JSON")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn assert_clean(report: &Value) {
-    for count in ["violations", "leaked_frames", "leaked_tables", "double_frees"] {
-        assert_eq!(report[count], 0, "{count} in {report}");
-    }
 }
 
 /// A file in a folder that goes with the test.
@@ -44,7 +30,7 @@ fn every_bundled_log_replays_without_a_violation_or_a_leak() {
     let report = json(&output);
     assert_clean(&report);
     let logs = report["layouts"].as_array().expect("one entry a log");
-    assert_eq!(logs.len(), mmu_cli::bundled::TRACES.len());
+    assert_eq!(logs.len(), mmu_cli::input::bundled::TRACES.len());
     for log in logs {
         assert!(log["pages"].as_u64().is_some_and(|pages| pages > 100), "{log}");
         assert!(log["tables"]["pte"].as_u64().is_some_and(|tables| tables > 0), "{log}");
@@ -59,7 +45,7 @@ fn every_planted_fault_is_found_and_told() {
     for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
         let output = teardown(&["trace", &log("redis-bgsave"), "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let text = stdout(&output);
         for word in
             ["redis-bgsave: violation: ", "CPU ", " address 0x", " frame 0x", "through its ", "NOT CLEAN"]
         {
@@ -166,7 +152,8 @@ fn a_call_that_cannot_have_succeeded_is_an_error_at_its_line() {
 #[test]
 fn what_was_only_assumed_to_be_there_gives_way() {
     let folder = tempfile::tempdir().expect("a folder");
-    // The program's own area; a stack's place; a shared mapping made twice; moves over areas that are neighbours here.
+    // The program's own area; a stack's place; a shared mapping made twice; moves over areas that
+    // are neighbours here.
     let text = "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n\
                 7 mprotect(0x555555554000, 8192, PROT_READ) = 0\n\
                 7 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x555555555000\n\
@@ -197,7 +184,7 @@ fn what_was_only_assumed_to_be_there_gives_way() {
         assert_clean(&json(&output));
     }
     let text = String::from_utf8(teardown(&["trace", path]).stdout).expect("UTF-8");
-    assert!(text.contains("odd: 22 calls, 3 threads, 3 address spaces; 1 areas assumed"), "{text}");
+    assert!(text.contains("odd: 22 calls, 3 threads, 3 address spaces; 1 area assumed"), "{text}");
 }
 
 #[test]
@@ -227,7 +214,7 @@ fn guard_pages_of_a_log_are_put_in_place_where_memory_is_private() {
     assert_clean(&guarded);
     // The shared half of it.
     let text = String::from_utf8(replayed(&path, "text").stdout).expect("UTF-8");
-    assert!(text.contains("1 madvise calls without effect on pages"), "{text}");
+    assert!(text.contains("1 madvise call without effect on pages"), "{text}");
     // Programs get fewer pages where they are refused.
     let free = json(&replayed(&log("MADV_MERGEABLE"), "json"));
     let pages = |report: &Value| report["layouts"][0]["pages"].as_u64().expect("a count");
@@ -258,7 +245,7 @@ fn what_is_not_replayed_is_counted_by_name_and_said_with_the_verdict() {
     assert_eq!((&log["dropped_thread_calls"], &log["dropped_threads"]), (&3.into(), &2.into()));
     assert!(
         verdict.starts_with(
-            "clean but for what was not replayed (1 shmat, 1 shmdt, 3 calls of 2 threads that the log does not start): "
+            "clean except for the calls that were not made (1 shmat, 1 shmdt, 3 calls of 2 threads that the log does not start): "
         ),
         "{verdict}"
     );
@@ -280,7 +267,8 @@ fn calls_by_their_older_and_newer_names_are_replayed() {
     }
 }
 
-/// Once, the address space of the thread that had the number before was never taken down, and the engine was blamed.
+/// Once, the address space of the thread that had the number before was never taken down, and the
+/// engine was blamed.
 #[test]
 fn a_thread_that_starts_itself_or_one_that_runs_is_bad_input() {
     let folder = tempfile::tempdir().expect("a folder");

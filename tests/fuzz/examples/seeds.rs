@@ -13,9 +13,9 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::ExitCode;
 
-use mmu_cli::bundled::{LAYOUTS, TRACES};
-use mmu_cli::layout::{Layout, LayoutVma, PageState, Prot, Sharing, VmaKind};
-use mmu_cli::strace::{Advice, Backing as TraceBacking, ChildMemory, MemoryCall, Trace};
+use mmu_cli::input::bundled::{LAYOUTS, TRACES};
+use mmu_cli::input::layout::{Layout, LayoutVma, PageState, Prot, Sharing, VmaKind};
+use mmu_cli::input::strace::{Advice, Backing as TraceBacking, ChildMemory, MemoryCall, Trace};
 use mmu_gather::pagetable::VirtRange;
 use mmu_hosted::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Sequence, Step, generate};
 use mmu_kernel_shim::UserAccess;

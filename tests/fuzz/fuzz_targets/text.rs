@@ -3,8 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mmu_cli::layout::Layout;
-use mmu_cli::strace::Trace;
+use mmu_cli::input::layout::Layout;
+use mmu_cli::input::strace::Trace;
 use mmu_hosted::Sequence;
 
 fuzz_target!(|text: &str| {

@@ -1,8 +1,10 @@
-//! Which file of a package uses which: `use` declarations, paths in code, and paths in the arguments of macros.
+//! Which file of a package uses which: `use` declarations, paths in code, and paths in the
+//! arguments of macros.
 //!
-//! In: the root file of a crate. Out: its files, and for each the files that define what it names. A name that a file
-//! re-exports leads to the file that defines it. Not counted: `mod` declarations, what a file re-exports from the files below
-//! it, code under `#[cfg(test)]`, comments. Names that macros make up and methods of traits are not seen.
+//! In: the root file of a crate. Out: its files, and for each the files that define what it names.
+//! A name that a file re-exports leads to the file that defines it. Not counted: `mod`
+//! declarations, what a file re-exports from the files below it, code under `#[cfg(test)]`,
+//! comments. Names that macros make up and methods of traits are not seen.
 
 use core::fmt::Write as _;
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,7 +96,8 @@ impl Crate {
         uses
     }
 
-    /// The file that defines what `name` means in the module at `place`, if it is one of this crate.
+    /// The file that defines what `name` means in the module at `place`, if it is one of this
+    /// crate.
     fn defining(&self, place: &Place, name: &[String], depth: usize) -> Option<&PathBuf> {
         let module = self.modules.get(place)?;
         let (first, rest) = name.split_first()?;
@@ -292,7 +295,8 @@ fn defined(item: &Item) -> Option<&Ident> {
     })
 }
 
-/// The circles among `uses`: each a set of files that all lead to each other, with the arrows between them in words.
+/// The circles among `uses`: each a set of files that all lead to each other, with the arrows
+/// between them in words.
 pub(crate) fn circles(of: &Crate, uses: &Uses) -> Vec<String> {
     let reach: BTreeMap<&PathBuf, BTreeSet<&PathBuf>> =
         uses.keys().map(|file| (file, reached_from(file, uses))).collect();

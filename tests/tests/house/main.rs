@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use imports::{Crate, circles};
 
-/// The packages, and those of the workspace that each may depend on (tests and benches of a package left aside).
+/// The packages, and those of the workspace that each may depend on (tests and benches of a package
+/// left aside).
 const BELOW: &[(&str, &[&str])] = &[
     ("pagetable", &[]),
     ("tlb", &[]),
@@ -16,9 +17,10 @@ const BELOW: &[(&str, &[&str])] = &[
     ("kernel-shim", &["gather"]),
     ("kernel-shim/hosted", &["gather", "kernel-shim"]),
     ("kernel-shim/boot", &["gather", "kernel-shim"]),
-    ("kernel-shim/cli", &["gather", "kernel-shim", "kernel-shim/hosted", "benches"]),
+    ("kernel-shim/measured", &["gather"]),
+    ("kernel-shim/cli", &["gather", "kernel-shim", "kernel-shim/hosted", "kernel-shim/measured"]),
     ("tests", &["gather"]),
-    ("benches", &["gather"]),
+    ("benches", &["gather", "kernel-shim/measured"]),
 ];
 
 fn root() -> PathBuf {

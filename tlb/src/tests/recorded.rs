@@ -112,6 +112,7 @@ recorded!(pub AtomicU64, u64);
 impl AtomicU64 {
     methods! {
         Write fetch_add(value: u64, order: Ordering) -> u64;
+        Write swap(value: u64, order: Ordering) -> u64;
         Write fetch_or(value: u64, order: Ordering) -> u64;
         Write fetch_and(value: u64, order: Ordering) -> u64;
         Write compare_exchange(old: u64, new: u64, done: Ordering, not: Ordering) -> Result<u64, u64>;

@@ -122,9 +122,25 @@ pub(crate) struct Cpu<'a> {
     here: CpuId,
 }
 
+/// The bytes of `page`.
+pub(crate) fn span_of(page: usize) -> PageSpan {
+    let start = page as u64 * PAGE;
+    PageSpan { start, end: start + PAGE, stride_shift: 12 }
+}
+
 /// What happens on this CPU.
 impl<'a> Cpu<'a> {
-    fn with_interrupts_off<R>(&self, f: impl FnOnce() -> R) -> R {
+    /// The program's address space.
+    pub(crate) fn mm(&self) -> &'a MmContext<Bits> {
+        &self.machine.mm
+    }
+
+    /// Another one.
+    pub(crate) fn other(&self) -> &'a MmContext<Bits> {
+        &self.machine.other
+    }
+
+    pub(crate) fn with_interrupts_off<R>(&self, f: impl FnOnce() -> R) -> R {
         let off = self.machine.interrupts[self.here.index()].lock().expect("no panic before");
         let result = f();
         drop(off);
@@ -222,11 +238,11 @@ impl<'a> Cpu<'a> {
 
 /// What an unmapping does, in the order of the gather.
 impl Cpu<'_> {
-    fn clear(&self, page: usize) {
+    pub(crate) fn clear(&self, page: usize) {
         self.machine.entries[page].swap(false, Ordering::AcqRel);
     }
 
-    fn free(&self, page: usize) {
+    pub(crate) fn free(&self, page: usize) {
         self.machine.freed_pages[page].store(true, Ordering::Relaxed);
         self.machine.contents[page].with_mut(|_| ());
     }
@@ -234,9 +250,7 @@ impl Cpu<'_> {
     /// Clears the entry of `page`, flushes, frees.
     pub(crate) fn unmap(&self, page: usize) {
         self.clear(page);
-        let start = page as u64 * PAGE;
-        let span = PageSpan { start, end: start + PAGE, stride_shift: 12 };
-        let _flushed = flush_tlb_mm_range(self, &self.machine.mm, span, FreedTables::No);
+        let _flushed = flush_tlb_mm_range(self, &self.machine.mm, span_of(page), FreedTables::No);
         self.free(page);
     }
 

@@ -21,6 +21,7 @@
 #![cfg(mmu_loom)]
 
 mod machine;
+mod mail;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -36,10 +37,20 @@ const BOTH: [PcidSupport; 2] = [PcidSupport::Off, PcidSupport::On];
 
 /// Runs `scenario` in every way that loom knows, and prints in how many.
 fn explore(pcid: &[PcidSupport], scenario: impl Fn(Arc<Machine>) + Send + Sync + Copy + 'static) {
+    explore_up_to(None, pcid, scenario);
+}
+
+/// As [`explore`], with at most so many preemptions in one execution.
+fn explore_up_to(
+    preemptions: Option<usize>,
+    pcid: &[PcidSupport],
+    scenario: impl Fn(Arc<Machine>) + Send + Sync + Copy + 'static,
+) {
     let (begun, executions) = (Instant::now(), Arc::new(AtomicUsize::new(0)));
     for pcid in pcid.iter().copied() {
         let mut builder = Builder::new();
         builder.max_branches = 10_000;
+        builder.preemption_bound = preemptions;
         let count = executions.clone();
         builder.check(move || {
             count.fetch_add(1, Ordering::Relaxed);
