@@ -11,14 +11,14 @@ use mmu_pagetable::{Level, StaleWrites, TableView, UnhookedTable, VirtRange};
 use mmu_tlb::{Flushed, flush_tlb_mm, flush_tlb_mm_range};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::batch::{PageQueue, Room};
 use crate::limits::Limits;
 use crate::mm::{Mm, OpenGather};
 use crate::platform::{GatherEvent, Platform};
+use crate::queue::batch::{PageQueue, Room};
+use crate::queue::table_batch::{Queued, TableQueue};
+use crate::queue::waiting::{Covered, Waiting};
+use crate::queue::word::Slot;
 use crate::range::FlushRange;
-use crate::slot::Slot;
-use crate::table_batch::{Queued, TableQueue};
-use crate::waiting::{Covered, Waiting};
 use crate::zap::CutLeaf;
 
 /// What a gather may assume about other users of the address space.

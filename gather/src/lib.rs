@@ -61,7 +61,6 @@
 
 #[cfg(feature = "bumpalo")]
 mod arena;
-mod batch;
 mod entries;
 mod free_pgtables;
 mod gather;
@@ -70,13 +69,10 @@ mod mm;
 mod move_tables;
 mod one_page;
 mod platform;
+mod queue;
 mod range;
-mod slot;
-mod spare;
 mod split;
-mod table_batch;
 mod teardown;
-mod waiting;
 mod zap;
 
 pub use mmu_pagetable as pagetable;
@@ -88,7 +84,7 @@ pub use gather::{FlushedGather, GatherMode, MmuGather};
 pub use limits::Limits;
 pub use mm::Mm;
 pub use platform::{BatchPage, Disposition, Fate, GatherEvent, Pages, Platform, UnmappedLeaf, Vma, VmaKind};
-pub use slot::{FreedFrames, FreedPages, PageRun};
+pub use queue::word::{FreedFrames, FreedPages, PageRun};
 pub use split::SplitError;
 pub use teardown::{exit_mmap, shift_arg_pages, unmap_region, zap_page_range};
 pub use zap::CutLeaf;

@@ -7,12 +7,12 @@
 use mmu_pagetable::{Bounds, Level, StaleWrites, TableView, VirtRange};
 use mmu_tlb::{FreedTables, PageSpan, flush_tlb_mm, flush_tlb_mm_range};
 
-use crate::entries::{DelayedRmaps, Locked, zap_one};
+use crate::entries::zap_loop::{DelayedRmaps, Locked, zap_one};
 use crate::gather::FlushedGather;
 use crate::mm::{Mm, OpenGather};
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
-use crate::slot::{FreedPages, Runs, Slot, Which};
-use crate::waiting::Covered;
+use crate::queue::waiting::Covered;
+use crate::queue::word::{FreedPages, Runs, Slot, Which};
 
 /// The page, not looked at yet.
 pub(crate) struct OnePage<'a, K: Platform> {

@@ -7,7 +7,7 @@ use mmu_pagetable::{EntryValue, Level, NonPresent, TableMemory, VirtRange};
 use mmu_tlb::Cpus;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::slot::FreedPages;
+use crate::queue::word::FreedPages;
 
 /// Everything a kernel supplies. Implemented for whatever implements the three traits; there is nothing to add.
 pub trait Platform: TableMemory + Cpus + Pages {}

@@ -5,14 +5,14 @@ use core::{fmt, mem};
 
 use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
 
-use crate::batch::Room;
-use crate::entries::{
+use crate::entries::zap_loop::{
     Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries,
 };
 use crate::gather::{DeferredFlushes, GatherMode, MmuGather, PfnMaps};
 use crate::limits::Limits;
 use crate::mm::OwesFlush;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
+use crate::queue::batch::Room;
 
 /// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
 const FETCH_AHEAD: u64 = 16;

@@ -6,9 +6,9 @@ use core::mem;
 use mmu_tlb::{CpuBits, Flushed, MmContext};
 use static_assertions::assert_not_impl_any;
 
-use crate::batch::PageQueue;
 use crate::platform::{GatherEvent, Platform};
-use crate::table_batch::TableQueue;
+use crate::queue::batch::PageQueue;
+use crate::queue::table_batch::TableQueue;
 
 /// What is left of the receipt of a flush, once it is known to be one of everything that waits: the proof, which takes no room.
 #[derive(Debug)]

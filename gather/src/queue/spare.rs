@@ -5,8 +5,8 @@ use core::mem::{self, MaybeUninit};
 
 use arrayvec::ArrayVec;
 
-use crate::batch::Room;
-use crate::slot::Slot;
+use crate::queue::batch::Room;
+use crate::queue::word::Slot;
 
 /// How many slots are stored at a time where that can be: as many as entries share a cache line.
 pub(crate) const LINE: usize = 8;

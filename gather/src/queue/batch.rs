@@ -9,8 +9,8 @@ use static_assertions::const_assert_eq;
 
 use crate::limits::Limits;
 use crate::platform::{BatchPage, GatherEvent, Pages};
-use crate::slot::{FreedPages, Runs, Slot, Which};
-use crate::spare::{Spare, fill};
+use crate::queue::spare::{Spare, fill};
+use crate::queue::word::{FreedPages, Runs, Slot, Which};
 
 /// One batch page. Linux: struct mmu_gather_batch.
 struct Batch {

@@ -11,8 +11,8 @@ use mmu_pagetable::{Decoded, Entry, EntryValue, Level, Lines, LockedTable, Stale
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::platform::{Disposition, Fate, Platform, UnmappedLeaf, Vma};
-use crate::slot::Slot;
-use crate::spare::{LINE, Slots, Spare};
+use crate::queue::spare::{LINE, Slots, Spare};
+use crate::queue::word::Slot;
 
 /// How entries are taken out.
 pub(crate) trait Clear: Copy {
