@@ -5,9 +5,10 @@ use core::mem;
 
 use mmu_pagetable::{Bounds, Level, VirtRange};
 
-use crate::gather::{MmuGather, PfnMaps};
-use crate::mm::OwesFlush;
+use crate::gather::MmuGather;
+use crate::open_gather::OwesFlush;
 use crate::platform::{Platform, Vma};
+use crate::state::PfnMaps;
 
 impl<K: Platform> MmuGather<'_, K> {
     /// Unhooks the tables that only `vmas` used, and queues them; they are freed after the next flush.

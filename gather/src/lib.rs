@@ -61,17 +61,23 @@
 
 #[cfg(feature = "bumpalo")]
 mod arena;
+mod cut_leaf;
 mod entries;
+mod flush_policy;
+mod flushed_gather;
 mod free_pgtables;
 mod gather;
 mod limits;
 mod mm;
 mod move_tables;
 mod one_page;
+mod open_gather;
 mod platform;
 mod queue;
 mod range;
+mod remove;
 mod split;
+mod state;
 mod teardown;
 mod zap;
 
@@ -80,11 +86,12 @@ pub use mmu_tlb as tlb;
 
 #[cfg(feature = "bumpalo")]
 pub use arena::BatchArena;
-pub use gather::{FlushedGather, GatherMode, MmuGather};
-pub use limits::Limits;
+pub use cut_leaf::CutLeaf;
+pub use flushed_gather::FlushedGather;
+pub use gather::MmuGather;
+pub use limits::{GatherMode, Limits};
 pub use mm::Mm;
 pub use platform::{BatchPage, Disposition, Fate, GatherEvent, Pages, Platform, UnmappedLeaf, Vma, VmaKind};
-pub use queue::word::{FreedFrames, FreedPages, PageRun};
+pub use queue::freed_pages::{FreedFrames, FreedPages, PageRun};
 pub use split::SplitError;
 pub use teardown::{exit_mmap, shift_arg_pages, unmap_region, zap_page_range};
-pub use zap::CutLeaf;

@@ -1,15 +1,30 @@
 //! How much a gather may hold before it must flush.
 
-use crate::gather::GatherMode;
+/// What a gather may assume about other users of the address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GatherMode {
+    /// Other CPUs may run programs in it: entries are cleared with a locked exchange, unless hardware has nothing left to set
+    /// in them ([`EntryValue::is_settled`](mmu_pagetable::EntryValue::is_settled)).
+    ///
+    /// There is no mode of its own for a single CPU. Were entries cleared there with plain stores, a program that preempts in
+    /// between could set a dirty bit that is then lost; were pages freed at once, it could use a stale entry (such a mode was
+    /// removed from Linux for that reason). That flushes are local, [`OnlineCpus::One`](mmu_tlb::OnlineCpus::One) says.
+    Shared,
+    /// The whole address space is dying and no program runs in it any more, though lazy CPUs may have it loaded: plain
+    /// stores, full flushes. The first makes the lazy CPUs leave, so the later ones find nobody to interrupt, and nothing is
+    /// gained by holding much: a gather in this mode takes one batch page at the most
+    /// ([`Limits::EXIT_BATCH_PAGES`]), whatever its limits.
+    FullMm,
+}
 
 /// Capacities, all of them upper bounds of what one gather keeps unfreed.
 ///
 /// The default is Linux's. Tests shrink them so that every boundary runs; a kernel short of memory may too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Slots used of the eight on the stack; 2 to 8. Linux: MMU_GATHER_BUNDLE.
+    /// WordSink used of the eight on the stack; 2 to 8. Linux: MMU_GATHER_BUNDLE.
     pub bundle_slots: u16,
-    /// Slots used of the 510 in a batch page; 2 to 510. Linux: MAX_GATHER_BATCH.
+    /// WordSink used of the 510 in a batch page; 2 to 510. Linux: MAX_GATHER_BATCH.
     pub batch_slots: u16,
     /// Batch pages a gather takes at the most, one after the other: 19 pages are 9690 slots, "below 10 000 pages a
     /// flush is safe without a preemption point". Linux: MAX_GATHER_BATCH_COUNT.
@@ -22,9 +37,9 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Slots on the stack.
+    /// WordSink on the stack.
     pub const BUNDLE_SLOTS: usize = 8;
-    /// Slots in a batch page: (4096 - 8 for the link - 8 for the length) / 8.
+    /// WordSink in a batch page: (4096 - 8 for the link - 8 for the length) / 8.
     pub const BATCH_SLOTS: usize = 510;
     /// Tables in a table batch page: (4096 - 8 for the length) / 8.
     pub const TABLE_SLOTS: usize = 511;
@@ -74,7 +89,7 @@ impl Limits {
 
     /// These limits, as far as a gather in `mode` can use them.
     #[inline]
-    pub(crate) const fn of(self, mode: GatherMode) -> Self {
+    pub(crate) const fn usable_in(self, mode: GatherMode) -> Self {
         match mode {
             GatherMode::FullMm if self.batch_pages > Self::EXIT_BATCH_PAGES => {
                 Self { batch_pages: Self::EXIT_BATCH_PAGES, ..self }

@@ -1,7 +1,6 @@
 //! One address space, as the engine sees it.
 #![expect(unsafe_code, reason = "takes a root table on trust; pins a field")]
 
-use core::mem;
 use core::pin::Pin;
 
 #[cfg(not(mmu_loom))]
@@ -78,6 +77,12 @@ impl<B: CpuBits> Mm<B> {
         self.open_gathers.load(Ordering::Acquire)
     }
 
+    /// Whether a gather is open besides that of the caller, which is counted too.
+    #[inline]
+    pub(crate) fn has_other_gathers(&self) -> bool {
+        self.open_gathers() > 1
+    }
+
     #[inline]
     pub(crate) fn open_gather(&self) {
         // ORDERING: made visible by the unlock of the first table lock the gather takes, to whoever locks it next: a
@@ -89,46 +94,5 @@ impl<B: CpuBits> Mm<B> {
     pub(crate) fn close_gather(&self) {
         // ORDERING: release: comes after the flush.
         self.open_gathers.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// One count in [`Mm::open_gathers`], which is counted out when this is closed. If a call of the kernel's own unwinds before, the
-/// count goes down all the same, and whoever looks next makes up for the flush that did not come.
-#[must_use]
-pub(crate) struct OpenGather<'a, B: CpuBits>(&'a Mm<B>);
-
-impl<'a, B: CpuBits> OpenGather<'a, B> {
-    #[inline(always)]
-    pub(crate) fn new(mm: &'a Mm<B>) -> Self {
-        mm.open_gather();
-        Self(mm)
-    }
-
-    /// The count of a gather that is being dropped.
-    pub(crate) const fn taken_over(mm: &'a Mm<B>) -> Self {
-        Self(mm)
-    }
-
-    /// INVARIANT: G6, the count goes down only after the flush.
-    #[inline(always)]
-    pub(crate) fn close(self) {
-        self.0.close_gather();
-        mem::forget(self);
-    }
-}
-
-impl<B: CpuBits> Drop for OpenGather<'_, B> {
-    fn drop(&mut self) {
-        self.0.context.owe_flush();
-        self.0.close_gather();
-    }
-}
-
-/// Notes, when dropped, that entries were cleared and nobody is going to flush for them. Forgotten where all went well.
-pub(crate) struct OwesFlush<'a, B: CpuBits>(pub(crate) &'a MmContext<B>);
-
-impl<B: CpuBits> Drop for OwesFlush<'_, B> {
-    fn drop(&mut self) {
-        self.0.owe_flush();
     }
 }

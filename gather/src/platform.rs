@@ -7,7 +7,7 @@ use mmu_pagetable::{EntryValue, Level, NonPresent, TableMemory, VirtRange};
 use mmu_tlb::Cpus;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::queue::word::FreedPages;
+use crate::queue::freed_pages::FreedPages;
 
 /// Everything a kernel supplies. Implemented for whatever implements the three traits; there is nothing to add.
 pub trait Platform: TableMemory + Cpus + Pages {}
@@ -186,7 +186,7 @@ pub enum GatherEvent {
     TableFallback,
     /// A flush completed and this much is freed now.
     Released {
-        /// Slots of pages: one a page, two a run.
+        /// WordSink of pages: one a page, two a run.
         slots: u64,
         /// Tables.
         tables: u64,

@@ -102,7 +102,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let _flushed = flush_tlb_mm_range(kernel, mm.context(), span, FreedTables::No);
 
         // SAFETY: `allocate_table` returned this zeroed frame and nobody else knows it.
-        fill(unsafe { TableView::new(kernel, table, below) }, old, level, below);
+        map_the_same(unsafe { TableView::new(kernel, table, below) }, old, level, below);
         // SAFETY: the view is live as above; the table is ours, of the level below.
         let linked = unsafe { mm.space().link_table(kernel, view, address, marker, table) };
         debug_assert!(linked.is_ok(), "somebody replaced the migration entry at {address:#x}: {linked:?}");
@@ -166,7 +166,7 @@ const LARGE_PAT: u64 = 1 << 12;
 const SMALL_PAT: u64 = 1 << 7;
 
 /// Fills `table` with 512 leaves that map what `old` mapped.
-fn fill(table: TableView<'_>, old: EntryValue, level: Level, below: Level) {
+fn map_the_same(table: TableView<'_>, old: EntryValue, level: Level, below: Level) {
     let first = old.leaf_address(level);
     let mut flags = old.flags() - PageTableFlags::HUGE_PAGE;
     flags.insert(PageTableFlags::PRESENT);

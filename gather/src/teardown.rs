@@ -4,12 +4,13 @@
 use mmu_pagetable::{Bounds, MapError, VirtRange};
 use mmu_tlb::{Laziness, flush_tlb_mm, switch_mm};
 
-use crate::gather::{FlushedGather, MmuGather};
+use crate::cut_leaf::CutLeaf;
+use crate::flushed_gather::FlushedGather;
+use crate::gather::MmuGather;
 use crate::limits::Limits;
 use crate::mm::Mm;
 use crate::one_page::OnePage;
 use crate::platform::{Platform, Vma};
-use crate::zap::CutLeaf;
 
 /// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of munmap.
 ///
@@ -120,7 +121,7 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
-    leave(kernel, mm);
+    leave_on_this_cpu(kernel, mm);
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
     let cut = gather.unmap_vmas(vmas.clone(), mm.space().user_range());
@@ -145,7 +146,7 @@ where
 
 /// Has this CPU go to the kernel's own address space, if it has `mm` loaded and is not lazy. (A lazy one goes by itself, when it
 /// flushes.)
-fn leave<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
+fn leave_on_this_cpu<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
     kernel.pinned(|here| {
         let state = kernel.cpu_state(here);
         if state.has_loaded(mm.context()) && state.laziness() == Laziness::Active {

@@ -1,51 +1,27 @@
 //! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use core::{fmt, mem};
+use core::mem;
 
-use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
+use mmu_pagetable::{Decoded, Level, LockedTable, TableView, VirtRange};
 
-use crate::entries::zap_loop::{
-    Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries,
-};
-use crate::gather::{DeferredFlushes, GatherMode, MmuGather, PfnMaps};
-use crate::limits::Limits;
-use crate::mm::OwesFlush;
+use crate::cut_leaf::CutLeaf;
+use crate::entries::clearing::{Clear, NoProgramRuns, ProgramsMayRun};
+use crate::entries::leaf_size::{Large, Leaves, Small};
+use crate::entries::part::Part;
+use crate::entries::progress::{Kept, Stop};
+use crate::entries::zap_loop::zap_entries;
+use crate::flush_policy::{flush_dirty, stale_writes};
+use crate::gather::MmuGather;
+use crate::limits::{GatherMode, Limits};
+use crate::open_gather::OwesFlush;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
-use crate::queue::batch::Room;
+use crate::queue::spare::Room;
+use crate::queue::word::DelayedRmaps;
+use crate::state::PfnMaps;
 
 /// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
 const FETCH_AHEAD: u64 = 16;
-
-/// A 2 MiB or 1 GiB leaf that reaches beyond what was to be unmapped; it is still mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CutLeaf {
-    /// The first address it maps.
-    pub address: u64,
-    /// The level of the table that its entry is in: 2 MiB or 1 GiB.
-    pub level: Level,
-}
-
-impl CutLeaf {
-    /// The addresses it maps.
-    #[must_use]
-    pub const fn range(&self) -> VirtRange {
-        VirtRange::of_entry(self.level, self.address)
-    }
-}
-
-impl fmt::Display for CutLeaf {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "the large page at {} reaches beyond what is unmapped, and was not split before",
-            self.range()
-        )
-    }
-}
-
-impl core::error::Error for CutLeaf {}
 
 /// How one visit under a table lock ended.
 struct Visit {
@@ -269,17 +245,22 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.note_deferred_flushes();
         let visit = match self.state.mode {
             GatherMode::Shared => {
-                let clear = Locked(self.stale_writes());
+                let stale = stale_writes(self.mm, self.state.deferred, self.state.rights);
+                let clear = ProgramsMayRun(stale);
                 self.clear_entries(vma, &locked, range, leaves, clear)
             }
-            GatherMode::FullMm => self.clear_entries(vma, &locked, range, leaves, Exclusive),
+            GatherMode::FullMm => self.clear_entries(vma, &locked, range, leaves, NoProgramRuns),
         };
-        if visit.rmaps == DelayedRmaps::Some {
-            // The stated exception of G3: once the lock drops, writeback may take the page for clean while another CPU
-            // still writes to it through an old entry.
-            kernel.observe_gather(GatherEvent::DirtyFlush);
-            self.flush_tlb_only();
-            self.waiting.pages.remove_delayed_rmaps(kernel);
+        if visit.rmaps == DelayedRmaps::Queued {
+            let gather = &mut *self;
+            flush_dirty(
+                kernel,
+                || {
+                    gather.flush_tlb_only();
+                    gather
+                },
+                |gather| gather.waiting.pages.remove_delayed_rmaps(kernel),
+            );
         }
         drop(locked);
         // At most 512 a table.
@@ -288,19 +269,6 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.carry_on(visit.room, visit.rmaps);
         kernel.cond_resched();
         visit.next
-    }
-
-    /// Whether an entry that cannot be written may still be written through what a CPU has cached of it.
-    ///
-    /// Rights are taken away between the beginning and the flush of a gather, another's (rule G6) or this one, which notes it, or
-    /// by reclaim, whose flushes are noted: if there is none of these, whoever wrote to the entry before we had its lock has
-    /// flushed.
-    fn stale_writes(&self) -> StaleWrites {
-        if self.is_nested() || self.state.deferred == DeferredFlushes::Seen {
-            StaleWrites::Possible
-        } else {
-            self.state.rights
-        }
     }
 
     /// Whether large leaves are freed so many at a time: in a dying address space, where a flush costs next to nothing.
@@ -312,7 +280,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     fn carry_on(&mut self, room: Room, rmaps: DelayedRmaps) {
         if room == Room::Full {
             self.forced_flush();
-        } else if rmaps == DelayedRmaps::Some {
+        } else if rmaps == DelayedRmaps::Queued {
             // Nothing may wait on with its "delay" mark: it would lose its rmap twice.
             self.flush_mmu();
         }
@@ -333,14 +301,13 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         let part = Part::new(locked, range, level);
         let mut next = part.first;
         let mut kept = Kept::Nothing;
-        let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
+        let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::Absent, room: Room::Left };
         // If a call of the kernel's unwinds, what was cleared is not noted: it is flushed for by whoever looks next.
         let owes_flush = OwesFlush(self.mm.context());
         loop {
-            let (done, room) = self
-                .waiting
-                .pages
-                .fill(&self.limits, |spare| zap_entries(kernel, vma, &part, next, spare, leaves, clear));
+            let (done, room) = self.waiting.pages.fill_batch(&self.limits, |spare| {
+                zap_entries(kernel, vma, &part, next, spare, leaves, clear)
+            });
             next = done.next;
             visit.leaves += done.leaves;
             if let Some(cleared) = done.cleared(&part, level) {
@@ -350,8 +317,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             if done.kept == Kept::Something {
                 kept = Kept::Something;
             }
-            if done.rmaps == DelayedRmaps::Some {
-                visit.rmaps = DelayedRmaps::Some;
+            if done.rmaps == DelayedRmaps::Queued {
+                visit.rmaps = DelayedRmaps::Queued;
                 self.waiting.pages.note_delayed_rmaps();
             }
             // At the end a page for a batch is not asked for before something is to go there.

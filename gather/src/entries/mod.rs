@@ -1,3 +1,15 @@
-//! The loop over the entries of a locked table, and what it is told and tells.
+//! The entries of one locked table: the one part of the engine that runs once a page.
+//!
+//! ```text
+//!  clearing.rs   how an entry is cleared ──┐
+//!  leaf_size.rs  which leaves, 4 KiB or large ──► zap_loop.rs ──► progress.rs  how far, what was cleared
+//!  part.rs       which entries of which table ──┘       └──► queue: the pages
+//! ```
+//!
+//! The walk over tables (zap.rs) uses it, and the path of one page (one_page.rs).
 
+pub(crate) mod clearing;
+pub(crate) mod leaf_size;
+pub(crate) mod part;
+pub(crate) mod progress;
 pub(crate) mod zap_loop;

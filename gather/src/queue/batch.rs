@@ -9,32 +9,25 @@ use static_assertions::const_assert_eq;
 
 use crate::limits::Limits;
 use crate::platform::{BatchPage, GatherEvent, Pages};
-use crate::queue::spare::{Spare, fill};
-use crate::queue::word::{FreedPages, Runs, Slot, Which};
+use crate::queue::freed_pages::{FreedPages, Which};
+use crate::queue::spare::{Room, SpareSlots, lend_spare};
+use crate::queue::word::{BatchWord, DelayedRmaps, Runs};
 
 /// One batch page. Linux: struct mmu_gather_batch.
 struct Batch {
     next: Option<NonNull<Batch>>,
-    slots: ArrayVec<Slot, { Limits::BATCH_SLOTS }>,
+    slots: ArrayVec<BatchWord, { Limits::BATCH_SLOTS }>,
 }
 
 const_assert_eq!(size_of::<Batch>(), 4096);
 const_assert_eq!(align_of::<Batch>(), 8);
-
-/// Whether another record fits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "a full queue must be flushed before the next record"]
-pub(crate) enum Room {
-    Left,
-    Full,
-}
 
 /// The queue. Batch pages are kept and used again after a flush; [`give_back`](Self::give_back) returns them.
 ///
 /// INVARIANT: `first` starts a list of pages that only this queue knows; `active` is one of them, or `None` for the
 /// bundle; batches after `active` are empty.
 pub(crate) struct PageQueue {
-    bundle: ArrayVec<Slot, { Limits::BUNDLE_SLOTS }>,
+    bundle: ArrayVec<BatchWord, { Limits::BUNDLE_SLOTS }>,
     delayed_rmaps: DelayedRmaps,
     /// Whether a run was queued since the last time everything was freed.
     runs: Runs,
@@ -43,19 +36,13 @@ pub(crate) struct PageQueue {
     active: Option<NonNull<Batch>>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DelayedRmaps {
-    None,
-    Some,
-}
-
 impl PageQueue {
     #[inline]
     pub(crate) fn new() -> Self {
         Self {
             bundle: ArrayVec::new(),
-            delayed_rmaps: DelayedRmaps::None,
-            runs: Runs::None,
+            delayed_rmaps: DelayedRmaps::Absent,
+            runs: Runs::Absent,
             batch_pages: 0,
             first: None,
             active: None,
@@ -64,7 +51,7 @@ impl PageQueue {
 
     /// A queue that holds `slot`, which is no run.
     #[inline(always)]
-    pub(crate) fn of(slot: Option<Slot>) -> Self {
+    pub(crate) fn of(slot: Option<BatchWord>) -> Self {
         let mut queue = Self::new();
         queue.bundle.extend(slot);
         queue
@@ -75,37 +62,41 @@ impl PageQueue {
     /// One slot is left unused unless a run takes the last two: a record never waits for a second batch. Whoever used up
     /// the room calls [`next_batch`](Self::next_batch).
     #[inline]
-    pub(crate) fn fill<R>(&mut self, limits: &Limits, store: impl FnOnce(&mut Spare<'_>) -> R) -> (R, Room) {
+    pub(crate) fn fill_batch<R>(
+        &mut self,
+        limits: &Limits,
+        store: impl FnOnce(&mut SpareSlots<'_>) -> R,
+    ) -> (R, Room) {
         match self.active {
-            None => fill(&mut self.bundle, usize::from(limits.bundle_slots) - 1, store),
+            None => lend_spare(&mut self.bundle, usize::from(limits.bundle_slots) - 1, store),
             Some(mut batch) => {
                 // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
                 let batch = unsafe { batch.as_mut() };
-                fill(&mut batch.slots, usize::from(limits.batch_slots) - 1, store)
+                lend_spare(&mut batch.slots, usize::from(limits.batch_slots) - 1, store)
             }
         }
     }
 
     /// Stores one page. There is room: the batch is not [full](Self::is_full).
     #[inline]
-    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, slot: Slot) -> Room {
+    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, slot: BatchWord) -> Room {
         self.store(kernel, limits, &[slot])
     }
 
     /// Notes that rmaps of pages just stored are to be removed after the flush, under the same table lock.
     #[inline]
     pub(crate) const fn note_delayed_rmaps(&mut self) {
-        self.delayed_rmaps = DelayedRmaps::Some;
+        self.delayed_rmaps = DelayedRmaps::Queued;
     }
 
     /// Stores a run of pages: two slots that are never parted.
-    pub(crate) fn push_run<K: Pages>(&mut self, kernel: &K, limits: &Limits, run: [Slot; 2]) -> Room {
-        self.runs = Runs::Some;
+    pub(crate) fn push_run<K: Pages>(&mut self, kernel: &K, limits: &Limits, run: [BatchWord; 2]) -> Room {
+        self.runs = Runs::Queued;
         self.store(kernel, limits, &run)
     }
 
     #[inline]
-    fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[Slot]) -> Room {
+    fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[BatchWord]) -> Room {
         // One slot is left unused unless a run takes the last two: a record never waits for a second batch.
         let nearly_full = match self.active {
             None => {
@@ -126,7 +117,7 @@ impl PageQueue {
     #[cold]
     pub(crate) fn next_batch<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> Room {
         // Removing rmaps walks the bundle and the active batch only, under a lock: do not let that grow.
-        if self.delayed_rmaps == DelayedRmaps::Some && self.active.is_some() {
+        if self.delayed_rmaps == DelayedRmaps::Queued && self.active.is_some() {
             return Room::Full;
         }
         let kept = self.kept();
@@ -163,11 +154,11 @@ impl PageQueue {
     /// Delayed pages are in the bundle and the first batch at the most, because the queue was flushed before, or counted
     /// as full, whenever it would have needed another.
     pub(crate) fn remove_delayed_rmaps<K: Pages>(&mut self, kernel: &K) {
-        if self.delayed_rmaps == DelayedRmaps::None {
+        if self.delayed_rmaps == DelayedRmaps::Absent {
             return;
         }
         // First: if the kernel's call unwinds, they are not removed again.
-        self.delayed_rmaps = DelayedRmaps::None;
+        self.delayed_rmaps = DelayedRmaps::Absent;
         kernel.remove_rmaps(FreedPages::new(&self.bundle, Which::DelayedRmap, self.runs));
         if let Some(active) = self.active {
             // SAFETY: by the invariant the page is ours alone.
@@ -191,7 +182,7 @@ impl PageQueue {
             next = batch.next;
         }
         self.active = None;
-        self.runs = Runs::None;
+        self.runs = Runs::Absent;
         slots
     }
 
@@ -207,7 +198,7 @@ impl PageQueue {
     ///
     /// Not `mem::replace`: that loads sixteen bytes at a time what was stored eight at a time just before, for which a CPU waits.
     #[inline]
-    pub(crate) fn leave(&mut self) -> Self {
+    pub(crate) fn take(&mut self) -> Self {
         let mut bundle = ArrayVec::new();
         for slot in &self.bundle {
             bundle.push(*slot);
@@ -286,7 +277,7 @@ impl PageQueue {
 }
 
 #[inline]
-fn append<const N: usize>(slots: &mut ArrayVec<Slot, N>, record: &[Slot]) {
+fn append<const N: usize>(slots: &mut ArrayVec<BatchWord, N>, record: &[BatchWord]) {
     // There is room for two: a batch counts as full one slot early. A capacity error would lose a page, so say so.
     let stored = slots.try_extend_from_slice(record);
     debug_assert!(stored.is_ok(), "G5: a record was pushed into a full batch");
@@ -294,8 +285,8 @@ fn append<const N: usize>(slots: &mut ArrayVec<Slot, N>, record: &[Slot]) {
 
 /// At most `free_chunk` pages at a time (rule G7), or one run of more; returns how many slots.
 #[inline]
-fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs) -> u64 {
-    if runs == Runs::Some || slots.len() > usize::from(free_chunk) {
+fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) -> u64 {
+    if runs == Runs::Queued || slots.len() > usize::from(free_chunk) {
         free_in_chunks(kernel, free_chunk, slots, runs);
     } else if !slots.is_empty() {
         kernel.free_pages(FreedPages::new(slots, Which::All, runs));
@@ -305,12 +296,12 @@ fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs)
 }
 
 #[inline(never)]
-fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs) {
+fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) {
     let mut rest = slots;
     while !rest.is_empty() {
         let chunk = match runs {
-            Runs::None => usize::from(free_chunk).min(rest.len()),
-            Runs::Some => chunk_with_runs(rest, u64::from(free_chunk)),
+            Runs::Absent => usize::from(free_chunk).min(rest.len()),
+            Runs::Queued => chunk_with_runs(rest, u64::from(free_chunk)),
         };
         let (now, later) = rest.split_at(chunk);
         kernel.free_pages(FreedPages::new(now, Which::All, runs));
@@ -321,7 +312,7 @@ fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: R
 
 /// How many slots the records take that come to no more than `nr_pages` pages; those of the first record at least. Reads
 /// from the front: a length may look like anything.
-fn chunk_with_runs(slots: &[Slot], nr_pages: u64) -> usize {
+fn chunk_with_runs(slots: &[BatchWord], nr_pages: u64) -> usize {
     let (mut used, mut pages) = (0, 0);
     while let Some(slot) = slots.get(used) {
         let (record, length) = match slots.get(used + 1) {

@@ -12,6 +12,7 @@
 //! flush alone. The gather, the zap loop and the path of one page use it.
 
 pub(crate) mod batch;
+pub(crate) mod freed_pages;
 pub(crate) mod spare;
 pub(crate) mod table_batch;
 pub(crate) mod waiting;

@@ -82,7 +82,7 @@ impl TableQueue {
 
     /// The queue, moved out of here; what stays behind is empty.
     #[inline]
-    pub(crate) const fn leave(&mut self) -> Self {
+    pub(crate) const fn take(&mut self) -> Self {
         Self { batch: self.batch.take() }
     }
 

@@ -16,7 +16,7 @@ pub(crate) struct Covered(());
 
 impl Covered {
     #[inline]
-    pub(crate) fn by<B: CpuBits>(mm: &MmContext<B>, receipt: Flushed) -> Self {
+    pub(crate) fn from_receipt<B: CpuBits>(mm: &MmContext<B>, receipt: Flushed) -> Self {
         debug_assert!(receipt.is_of(mm), "G1: {receipt:?} is of another address space");
         Self(())
     }
@@ -28,7 +28,7 @@ struct HandedOver<'w>(&'w mut Waiting);
 
 impl Drop for HandedOver<'_> {
     fn drop(&mut self) {
-        let _leaked = self.0.leave();
+        let _leaked = self.0.take();
     }
 }
 
@@ -54,8 +54,8 @@ impl Waiting {
 
     /// Everything that waits, moved out of here; what stays behind is empty.
     #[inline]
-    pub(crate) fn leave(&mut self) -> Self {
-        Self { pages: self.pages.leave(), tables: self.tables.leave() }
+    pub(crate) fn take(&mut self) -> Self {
+        Self { pages: self.pages.take(), tables: self.tables.take() }
     }
 
     /// The one way from pending to free. INVARIANT: G1, it takes the receipt of a flush of everything here.

@@ -1,8 +1,5 @@
 //! One page, or one run of pages, waiting in a batch.
 
-use core::fmt;
-use core::slice;
-
 use static_assertions::const_assert_eq;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
@@ -10,16 +7,16 @@ use x86_64::structures::paging::PhysFrame;
 /// 64 bits of a batch: a frame with flags in the low bits, or the length of the run whose frame is in the slot before.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(transparent)]
-pub(crate) struct Slot(u64);
+pub(crate) struct BatchWord(u64);
 
-const_assert_eq!(size_of::<Slot>(), 8);
+const_assert_eq!(size_of::<BatchWord>(), 8);
 
 /// The rmap of this page is taken away after the flush, still under the table lock.
 const DELAY_RMAP: u64 = 1 << 0;
 /// The next slot is the length of the run.
 const LENGTH_FOLLOWS: u64 = 1 << 1;
 
-impl Slot {
+impl BatchWord {
     #[inline]
     pub(crate) fn page(frame: PhysFrame) -> Self {
         Self(frame.start_address().as_u64())
@@ -39,6 +36,12 @@ impl Slot {
         self.0 & LENGTH_FOLLOWS != 0
     }
 
+    /// Whether the page loses its rmap after the flush, still under the table lock.
+    #[inline]
+    pub(crate) const fn delays_rmap(self) -> bool {
+        self.0 & DELAY_RMAP != 0
+    }
+
     /// The length of the run that the slot before begins.
     pub(crate) const fn length(self) -> u32 {
         // A run's length is a u32 when it goes in.
@@ -46,173 +49,21 @@ impl Slot {
     }
 
     #[inline]
-    fn frame(self) -> PhysFrame {
+    pub(crate) fn frame(self) -> PhysFrame {
         PhysFrame::containing_address(PhysAddr::new_truncate(self.0 & !0xfff))
     }
-}
-
-/// Pages that go together: `nr_pages` references on the 4 KiB frames from `frame` on.
-///
-/// A large leaf is one page here (its first frame): one entry held one reference.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageRun {
-    /// The first frame.
-    pub frame: PhysFrame,
-    /// How many frames in a row; at least 1.
-    pub nr_pages: u32,
-}
-
-/// A slice of the pages a gather collected.
-///
-/// [`free_pages`](crate::Pages::free_pages) gets one only after every CPU that may hold a translation of its pages has
-/// flushed. Runs are never cut in two.
-#[derive(Clone, Copy)]
-pub struct FreedPages<'a> {
-    slots: &'a [Slot],
-    which: Which,
-    runs: Runs,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Which {
-    All,
-    DelayedRmap,
 }
 
 /// Whether there may be runs among the records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Runs {
-    None,
-    Some,
+    Absent,
+    Queued,
 }
 
-impl<'a> FreedPages<'a> {
-    pub(crate) const fn new(slots: &'a [Slot], which: Which, runs: Runs) -> Self {
-        Self { slots, which, runs }
-    }
-
-    /// The frames, if all of these are single pages, each with one reference: always so, unless the kernel itself queued runs
-    /// with [`remove_pages`](crate::MmuGather::remove_pages).
-    ///
-    /// The length is known and the iterator can be copied, so that a second one can run ahead and fetch metadata.
-    #[inline]
-    #[must_use]
-    pub fn frames(&self) -> Option<FreedFrames<'a>> {
-        (self.runs == Runs::None && self.which == Which::All).then(|| FreedFrames(self.slots.iter()))
-    }
-
-    /// The runs, in the order they were unmapped.
-    #[inline]
-    pub fn iter(&self) -> impl Iterator<Item = PageRun> + 'a {
-        let mut slots = self.slots.iter();
-        let which = self.which;
-        core::iter::from_fn(move || {
-            loop {
-                let slot = *slots.next()?;
-                let nr_pages = if slot.length_follows() { slots.next()?.length() } else { 1 };
-                if which == Which::All || slot.0 & DELAY_RMAP != 0 {
-                    return Some(PageRun { frame: slot.frame(), nr_pages });
-                }
-            }
-        })
-    }
-
-    /// How many slots the slice has: no fewer than there are runs, at most twice as many.
-    #[must_use]
-    pub const fn nr_slots(&self) -> usize {
-        self.slots.len()
-    }
-}
-
-/// The frames of single pages, in the order they were unmapped.
-#[derive(Clone)]
-pub struct FreedFrames<'a>(slice::Iter<'a, Slot>);
-
-impl FreedFrames<'_> {
-    /// Calls `each` for every frame in turn, and `fetch` for every frame but the first when it is `distance` frames off, 1 or
-    /// more: for kernels that look at metadata of each, which `fetch` asks the cache for.
-    ///
-    /// Five instructions a page fewer than two of these iterators side by side.
-    #[inline]
-    pub fn for_each_fetching(
-        self,
-        distance: usize,
-        mut fetch: impl FnMut(PhysFrame),
-        mut each: impl FnMut(PhysFrame),
-    ) {
-        let slots = self.0.as_slice();
-        let ahead = slots.get(distance..).unwrap_or_default();
-        let (now, last) = slots.split_at(ahead.len());
-        // The first one's turn comes at once.
-        slots.iter().take(distance).skip(1).for_each(|slot| fetch(slot.frame()));
-        for (slot, later) in now.iter().zip(ahead) {
-            fetch(later.frame());
-            each(slot.frame());
-        }
-        last.iter().for_each(|slot| each(slot.frame()));
-    }
-}
-
-impl Iterator for FreedFrames<'_> {
-    type Item = PhysFrame;
-
-    #[inline]
-    fn next(&mut self) -> Option<PhysFrame> {
-        self.0.next().map(|slot| slot.frame())
-    }
-
-    #[inline]
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        self.0.size_hint()
-    }
-
-    #[inline]
-    fn nth(&mut self, n: usize) -> Option<PhysFrame> {
-        self.0.nth(n).map(|slot| slot.frame())
-    }
-}
-
-impl ExactSizeIterator for FreedFrames<'_> {}
-
-impl fmt::Debug for FreedFrames<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.clone()).finish()
-    }
-}
-
-impl fmt::Debug for FreedPages<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.iter()).finish()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use core::cell::Cell;
-
-    #[test]
-    fn every_frame_is_fetched_once_and_so_many_frames_before_its_turn() {
-        const NUMBERS: [u64; 20] = [7, 3, 9, 1, 2, 8, 30, 31, 32, 33, 5, 6, 99, 98, 97, 4, 11, 12, 13, 10];
-        let frame = |number: u64| PhysFrame::containing_address(PhysAddr::new(number << 12));
-        let slots = NUMBERS.map(|number| Slot::page(frame(number)));
-        for (nr_frames, distance) in [(0, 3), (1, 1), (1, 16), (3, 8), (8, 8), (9, 8), (20, 1), (20, 16)] {
-            let frames = FreedPages::new(&slots[..nr_frames], Which::All, Runs::None).frames();
-            // The turn of the first comes at once.
-            let (fetched, done) = (Cell::new(nr_frames.min(1)), Cell::new(0));
-            frames.expect("no runs").for_each_fetching(
-                distance,
-                |later| {
-                    assert_eq!(later, frame(NUMBERS[fetched.get()]));
-                    fetched.set(fetched.get() + 1);
-                },
-                |now| {
-                    assert_eq!(now, frame(NUMBERS[done.get()]));
-                    assert_eq!(fetched.get(), nr_frames.min(done.get() + distance + 1));
-                    done.set(done.get() + 1);
-                },
-            );
-            assert_eq!((fetched.get(), done.get()), (nr_frames, nr_frames), "{distance} ahead");
-        }
-    }
+/// Whether pages whose rmap must go after the flush, under the lock that is still held, are queued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DelayedRmaps {
+    Absent,
+    Queued,
 }
