@@ -4,13 +4,13 @@ use core::fmt;
 
 use mmu_pagetable::{Level, VirtRange};
 
-/// A 2 MiB or 1 GiB leaf that reaches beyond what was to be unmapped; it is still mapped.
+/// A 2 MiB or 1 GiB leaf that reaches beyond what was to be unmapped. It is still mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CutLeaf {
     /// The first address it maps.
     pub address: u64,
-    /// The level of the table that its entry is in: 2 MiB or 1 GiB.
+    /// The level of the table that its entry is in: `Pmd` for 2 MiB, `Pud` for 1 GiB.
     pub level: Level,
 }
 

@@ -1,4 +1,4 @@
-//! A gather that has flushed: what is left of it, to be freed when the locks are dropped.
+//! What is left of a gather that has flushed, to be freed when the locks are dropped.
 
 use core::{fmt, mem};
 
@@ -9,24 +9,25 @@ use crate::queue::table_batch::TableQueue;
 use crate::queue::waiting::{Covered, Waiting};
 use crate::queue::word::BatchWord;
 
-/// A gather whose flush has completed: what it holds may be freed, and need not be yet.
+/// The pages and tables of a gather whose flush has completed. Holding one proves that no CPU
+/// holds a translation through them: they may be freed at any time.
 ///
-/// Made to be freed after the locks are dropped; dropping it frees too.
+/// It is made to be freed after the locks are dropped. Dropping it frees, too.
 #[must_use = "drop the locks, then free"]
 pub struct FlushedGather<'a, K: Platform> {
     pub(crate) kernel: &'a K,
     pub(crate) waiting: Waiting,
-    /// [`Limits::free_chunk`].
+    /// As [`Limits::free_chunk`].
     pub(crate) free_chunk: u16,
-    /// INVARIANT: there is one unless nothing waits.
+    /// INVARIANT: there is a receipt unless nothing waits.
     pub(crate) receipt: Option<Covered>,
 }
 
 impl<'a, K: Platform> FlushedGather<'a, K> {
-    /// What is left of unmapping one page; `receipt` is that of its flush, if there was one.
+    /// What is left of unmapping one page; `receipt` is that of the flush, if there was one.
     #[inline(always)]
     pub(crate) fn of_page(kernel: &'a K, word: Option<BatchWord>, receipt: Option<Covered>) -> Self {
-        let waiting = Waiting { pages: PageQueue::of(word), tables: TableQueue::new() };
+        let waiting = Waiting { pages: PageQueue::of_page(word), tables: TableQueue::new() };
         let receipt = if word.is_some() { receipt } else { None };
         Self { kernel, waiting, free_chunk: Limits::DEFAULT.free_chunk, receipt }
     }
@@ -54,7 +55,8 @@ impl<'a, K: Platform> FlushedGather<'a, K> {
 
 impl<K: Platform> Drop for FlushedGather<'_, K> {
     fn drop(&mut self) {
-        // The receipt is gone if the kernel's own code unwound while it was handed what waits: the rest of that leaks.
+        // The receipt is gone if the kernel's own code unwound while it was handed what waits. The
+        // rest of that leaks.
         if self.receipt.is_some() || self.waiting.is_empty() {
             self.finish();
         }

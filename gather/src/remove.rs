@@ -1,4 +1,5 @@
-//! What is put into a gather: pages and tables that are unhooked, and entries that changed otherwise.
+//! What is put into a gather: pages whose entries are cleared, tables that are unhooked, and notes
+//! of entries that changed otherwise.
 #![expect(unsafe_code, reason = "the entry is cleared by the caller; a table may be freed alone")]
 
 use mmu_pagetable::{Level, StaleWrites, UnhookedTable, VirtRange};
@@ -11,9 +12,12 @@ use crate::queue::table_batch::Queued;
 use crate::queue::word::BatchWord;
 
 impl<K: Platform> MmuGather<'_, K> {
-    /// Notes that entries of `level` tables covering `range` lost rights, or changed otherwise in a way that CPUs must not
-    /// miss; for mprotect and its like, which queue no page. The gather is begun before the first entry changes: another that
-    /// clears such an entry relies on it (an entry that is read-only now may still get its dirty bit set until the flush).
+    /// Notes that entries of `level` tables covering `range` lost rights, or changed otherwise in a
+    /// way that CPUs must not miss: for mprotect and its like, which queue no page.
+    ///
+    /// The gather is begun before the first entry changes. Another gather that clears such an entry
+    /// relies on that: an entry that is read-only now may still get its dirty bit set until the
+    /// flush.
     ///
     /// # Context
     /// The lock of the table is still held.
@@ -26,16 +30,18 @@ impl<K: Platform> MmuGather<'_, K> {
         self.state.rights = StaleWrites::Possible;
     }
 
-    /// Queues the page at `frame`, whose `level` entry covering `cleared` the caller has just cleared. Flushes and frees if
-    /// that fills the gather.
+    /// Queues the page at `frame`, whose `level` entry covering `cleared` the caller has just
+    /// cleared. Flushes and frees if that fills the gather.
     ///
     /// # Context
     /// No table lock is held.
     ///
     /// # Safety
-    /// - The entry of a `level` table of this address space that mapped `frame` at `cleared` is empty, cleared by the caller
-    ///   in one step ([`LockedEntry::get_and_clear`](mmu_pagetable::LockedEntry::get_and_clear)), and nobody else queues or
-    ///   frees what it held: one reference on the page, which now belongs to the gather;
+    /// - The entry of a `level` table of this address space that mapped `frame` at `cleared` is
+    ///   empty, cleared by the caller in one step
+    ///   ([`LockedEntry::get_and_clear`](mmu_pagetable::LockedEntry::get_and_clear));
+    /// - nobody else queues or frees what it held: one reference on the page, which now belongs to
+    ///   the gather;
     /// - no other mapping relies on that reference.
     ///
     /// # Source
@@ -49,11 +55,12 @@ impl<K: Platform> MmuGather<'_, K> {
         }
     }
 
-    /// Queues `nr_pages` references on the frames from `frame` on, as one record of two slots; otherwise as
-    /// [`remove_page`](Self::remove_page).
+    /// Queues `nr_pages` references on the frames from `frame` on, as one run, which takes two
+    /// slots; otherwise as [`remove_page`](Self::remove_page).
     ///
     /// # Safety
-    /// As for [`remove_page`](Self::remove_page), for each of the `nr_pages` frames and the last-level entries of `cleared`.
+    /// As for [`remove_page`](Self::remove_page), for each of the `nr_pages` frames and the
+    /// last-level entries of `cleared`.
     ///
     /// # Source
     /// Linux: tlb_remove_page with encoded nr_pages, since folios are unmapped in runs.
@@ -75,7 +82,8 @@ impl<K: Platform> MmuGather<'_, K> {
     /// No table lock is held.
     ///
     /// # Panics
-    /// If the table was part of another address space, or does not cover `address`: the flush would not be one for it.
+    /// If the table was part of another address space, or does not cover `address`: the flush would
+    /// not cover the table then.
     ///
     /// # Source
     /// Linux: tlb_remove_table, mm/mmu_gather.c.
@@ -86,7 +94,8 @@ impl<K: Platform> MmuGather<'_, K> {
         self.queue_table(&table, address);
     }
 
-    /// As [`remove_table`](Self::remove_table), of a table of this address space that covers `address`.
+    /// As [`remove_table`](Self::remove_table), for a table of this address space that covers
+    /// `address`.
     #[inline]
     pub(crate) fn queue_table(&mut self, table: &UnhookedTable, address: u64) {
         self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level()));
@@ -97,16 +106,18 @@ impl<K: Platform> MmuGather<'_, K> {
             Queued::NoBatch(alone) => {
                 self.kernel.observe_gather(GatherEvent::TableFallback);
                 self.flush_tlb_only();
-                // INVARIANT: G1, `range` held this table, so the flush just done was made for it too.
+                // INVARIANT: G1, `range` held this table, so the flush just made covers it.
                 let receipt = self.take_receipt();
-                // SAFETY: an `UnhookedTable` was taken in, of which there is one, and its flush was made just now.
+                // SAFETY: it was taken in as an `UnhookedTable`, of which there is one alone, and
+                // has been flushed for just now.
                 unsafe { self.kernel.free_tables(&[alone]) };
                 self.free_all(receipt);
             }
         }
     }
 
-    /// Makes room for a record, if the visit of a table ended with none and nothing was queued since.
+    /// Makes room for a page or run, if the visit of a table used up the room and nothing was
+    /// queued since.
     #[inline]
     fn make_room(&mut self) {
         if self.waiting.pages.is_full(&self.limits)

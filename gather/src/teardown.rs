@@ -1,4 +1,4 @@
-//! The drivers: whole operations in the order that is right.
+//! The drivers: whole operations, with their steps in the order that is right.
 #![expect(unsafe_code, reason = "the map lock is taken on trust")]
 
 use mmu_pagetable::{Bounds, MapError, VirtRange};
@@ -12,17 +12,21 @@ use crate::mm::Mm;
 use crate::one_page::OnePage;
 use crate::platform::{Platform, Vma};
 
-/// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of munmap.
+/// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of
+/// munmap.
 ///
-/// What comes back has been flushed from every CPU; drop the map lock, then free it. `unlink` runs between the pages and
-/// the tables: there the embedder takes the areas out of its rmap (Linux: unlink_anon_vmas, unlink_file_vma), so that
-/// nobody finds an area whose tables are going. Device frames have been flushed for by then.
+/// What comes back has been flushed from every CPU: drop the map lock, then free it. `unlink` runs
+/// after the pages are unmapped and before the tables are unhooked. There the embedder takes the
+/// areas out of its rmap (Linux: unlink_anon_vmas, unlink_file_vma), so that nobody finds an area
+/// whose tables are going. Device frames have been flushed for by then.
 ///
-/// Before detaching, [`split_leaf`](MmuGather::split_leaf) both ends of the range: afterwards nothing can fail.
+/// Call [`split_leaf`](MmuGather::split_leaf) for both ends of the range before the areas are
+/// detached; then nothing can fail here.
 ///
 /// # Errors
-/// [`CutLeaf`] if that was forgotten and an area ends in the middle of a large leaf. The leaf is still mapped, and no table was
-/// freed; all else was unmapped and flushed, and was freed under the map lock. The area must not be forgotten.
+/// [`CutLeaf`] if that was forgotten and an area ends in the middle of a large leaf. The leaf is
+/// still mapped, and no table was freed. Everything else was unmapped and flushed, and was freed
+/// under the map lock. The kernel must keep the area, for the leaf is mapped in it.
 ///
 /// # Safety
 /// As for [`MmuGather::new`] and [`MmuGather::free_pgtables`].
@@ -63,13 +67,16 @@ where
     })
 }
 
-/// Removes the pages of `range` in one area and keeps its tables: madvise(MADV_DONTNEED), truncation.
+/// Removes the pages of `range` in one area and keeps its tables: madvise(MADV_DONTNEED),
+/// truncation.
 ///
 /// # Errors
-/// [`CutLeaf`] if the range ends in the middle of a large leaf, which is still mapped; all else was removed, flushed and freed.
+/// [`CutLeaf`] if the range ends in the middle of a large leaf, which is still mapped. Everything
+/// else was removed, flushed and freed.
 ///
 /// # Safety
-/// As for [`MmuGather::new`]; the map lock for reading is enough, and several of these may run at once.
+/// As for [`MmuGather::new`]; the map lock for reading is enough, and several of these may run at
+/// once.
 ///
 /// # Source
 /// Linux: zap_page_range_single, mm/memory.c.
@@ -96,16 +103,19 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
     })
 }
 
-/// Unmaps everything: the last program has left the address space.
+/// Unmaps everything, after the last program has left the address space.
 ///
-/// If the CPU that runs this has it loaded, lazily or not, it goes to the kernel's own address space. When this returns no CPU has it
-/// loaded, lazy ones included, so the root table is the caller's to free, after the rest.
+/// If the CPU that runs this has the address space loaded, lazily or not, it switches to the
+/// kernel's own. When this returns no CPU has it loaded, lazy ones included: the root table is the
+/// caller's to free, after what comes back was freed.
 ///
 /// # Panics
-/// If another CPU has it loaded all the same, and is not lazy: its root would be freed under that CPU's CR3.
+/// If another CPU has the address space loaded all the same, and is not lazy: the root would be
+/// freed while it is in that CPU's CR3.
 ///
 /// # Safety
-/// - As for [`MmuGather::new_fullmm`] and [`MmuGather::free_pgtables`], with `vmas` all the areas there are;
+/// - As for [`MmuGather::new_fullmm`] and [`MmuGather::free_pgtables`], with `vmas` all the areas
+///   there are;
 /// - no other CPU has the address space loaded but lazily, and none switches to it any more.
 ///
 /// # Source
@@ -121,7 +131,7 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
-    leave_on_this_cpu(kernel, mm);
+    leave_here(kernel, mm);
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
     let cut = gather.unmap_vmas(vmas.clone(), mm.space().user_range());
@@ -132,8 +142,9 @@ where
     unsafe { gather.free_pgtables(vmas, Bounds::whole()) };
     let flushed = gather.flush();
     if mm.context().may_be_loaded_somewhere(kernel) {
-        // Nothing was mapped, so nothing was flushed, and somebody is still here, lazily. Such a flush makes it leave. A CPU
-        // that is switching may still have the root in CR3 as well.
+        // Nothing was mapped, so nothing was flushed, and a CPU still has the address space loaded
+        // lazily: a flush makes it leave. A CPU that is switching may still have the root in CR3,
+        // too.
         let _left = flush_tlb_mm(kernel, mm.context());
         assert!(
             !mm.context().is_loaded_somewhere(kernel),
@@ -144,9 +155,9 @@ where
     flushed
 }
 
-/// Has this CPU go to the kernel's own address space, if it has `mm` loaded and is not lazy. (A lazy one goes by itself, when it
-/// flushes.)
-fn leave_on_this_cpu<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
+/// Switches this CPU to the kernel's own address space, if it has `mm` loaded and is not lazy. (A
+/// lazy CPU leaves when it flushes.)
+fn leave_here<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
     kernel.pinned(|here| {
         let state = kernel.cpu_state(here);
         if state.has_loaded(mm.context()) && state.laziness() == Laziness::Active {
@@ -156,13 +167,16 @@ fn leave_on_this_cpu<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
     });
 }
 
-/// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the tables left behind.
+/// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the
+/// tables left behind.
 ///
-/// `old` is where the stack is, `next_area_start` the area above it, if any. The area itself already spans both places.
+/// `old` is where the stack is, and `next_area_start` where the area above it starts, if there is
+/// one. The area of the stack already spans both places.
 ///
 /// # Errors
-/// [`MapError`] if tables for the new place could not be had, `shift` leads out of user space, something is mapped at the new
-/// place, or a large leaf is in the old one; nothing was moved.
+/// [`MapError`] if tables for the new place could not be had, if `shift` leads out of user space,
+/// if something is mapped at the new place, or if a large leaf is in the old one. Nothing was moved
+/// then.
 ///
 /// # Safety
 /// As for [`MmuGather::new`], the map lock being held for writing.
@@ -184,7 +198,7 @@ pub unsafe fn shift_arg_pages<'a, K: Platform>(
     let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
     // SAFETY: passed on to our caller.
     unsafe { gather.move_page_tables(old, new.start()) }?;
-    // Where the two places overlap only the part above the new one is given up.
+    // If the two places overlap, only the part above the new one is given up.
     let given_up = VirtRange::new(old.start().max(new.end()), old.end());
     if let Ok(given_up) = given_up {
         gather.free_pgd_range(given_up, Bounds::between(Some(new.end()), next_area_start));

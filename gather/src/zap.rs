@@ -1,4 +1,4 @@
-//! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
+//! Clearing leaves: `zap` removes pages, and keeps the tables.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
 use core::mem;
@@ -8,7 +8,7 @@ use mmu_pagetable::{Decoded, Level, LockedTable, TableView, VirtRange};
 use crate::cut_leaf::CutLeaf;
 use crate::entries::clearing::{Clear, NoProgramRuns, ProgramsMayRun};
 use crate::entries::leaf_size::{Large, Leaves, Small};
-use crate::entries::part::Part;
+use crate::entries::part::TablePart;
 use crate::entries::progress::{Kept, Stop};
 use crate::entries::zap_loop::zap_entries;
 use crate::flush_policy::{flush_dirty, stale_writes};
@@ -20,7 +20,8 @@ use crate::queue::spare::Room;
 use crate::queue::word::DelayedRmaps;
 use crate::state::PfnMaps;
 
-/// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
+/// A table is fetched so many tables before its turn: in sparse memory each has a line of entries
+/// that is in no cache.
 const FETCH_AHEAD: u64 = 16;
 
 /// How one visit under a table lock ended.
@@ -29,7 +30,7 @@ struct Visit {
     next: u64,
     /// Leaves cleared.
     leaves: usize,
-    /// Whether a page must not lose its rmap before a flush under this lock.
+    /// Whether pages were queued that lose their rmaps only after a flush under this lock.
     rmaps: DelayedRmaps,
     room: Room,
 }
@@ -44,15 +45,17 @@ enum Passed {
 impl<'a, K: Platform> MmuGather<'a, K> {
     /// Clears every leaf of `vmas` that lies in `range`, and queues the pages.
     ///
-    /// `vmas` comes in ascending order. Does not flush at the end; whoever calls it finishes the gather.
+    /// `vmas` comes in ascending order. There is no flush at the end: the caller finishes the
+    /// gather.
     ///
     /// # Context
     /// No table lock is held; preemption points inside.
     ///
     /// # Errors
-    /// [`CutLeaf`] if the range, or an area, ends in the middle of a large leaf: that one is still mapped, everything else is
-    /// not. [`split_leaf`](crate::MmuGather::split_leaf) at both ends, before, makes sure of it. Never in a gather of a dying
-    /// address space: the leaf goes as a whole there.
+    /// [`CutLeaf`] if the range, or an area, ends in the middle of a large leaf. That leaf is still
+    /// mapped, and everything else is not. It never comes back after
+    /// [`split_leaf`](crate::MmuGather::split_leaf) at both ends, nor in a gather of a dying
+    /// address space, where the whole leaf is unmapped.
     ///
     /// # Source
     /// Linux: unmap_vmas, mm/memory.c.
@@ -62,7 +65,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         range: VirtRange,
     ) -> Result<(), CutLeaf> {
         self.zap_vmas(vmas, range);
-        self.whole_leaves()
+        self.report_cut_leaf()
     }
 
     fn zap_vmas(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, range: VirtRange) {
@@ -70,7 +73,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         let mut vmas = vmas.into_iter().filter_map(|vma| Some((vma, vma.range.intersect(range)?)));
         let Some((mut vma, mut part)) = vmas.next() else { return };
         let mut table = self.last_level_table(part);
-        // One area ahead: while this one is cleared, the caches fetch what the next one needs.
+        // The walk is one area ahead: while this one is cleared, the caches fetch the entries that
+        // the next one needs.
         for (next_vma, next_part) in vmas {
             let next_table = self.last_level_table(next_part);
             if let Some(table) = next_table {
@@ -94,16 +98,17 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         if let Some(range) = range.intersect(self.mm.space().user_range()) {
             self.zap_user_range(vma, range, self.last_level_table(range));
         }
-        self.whole_leaves()
+        self.report_cut_leaf()
     }
 
-    /// Says so once, if a leaf was left because it was cut.
+    /// Reports the leaf that was left mapped because a range cut it, if there is one, once.
     #[inline]
-    fn whole_leaves(&mut self) -> Result<(), CutLeaf> {
+    fn report_cut_leaf(&mut self) -> Result<(), CutLeaf> {
         self.state.cut.take().map_or(Ok(()), Err)
     }
 
-    /// `table` is the [`last_level_table`](Self::last_level_table) of `range`, which stays one until the map lock is dropped.
+    /// `table` is the [`last_level_table`](Self::last_level_table) of `range`. It stays a table
+    /// until the map lock is dropped.
     #[inline]
     fn zap_user_range(&mut self, vma: &Vma<K::Area>, range: VirtRange, table: Option<TableView<'a>>) {
         if vma.kind == VmaKind::PfnMap {
@@ -113,7 +118,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             self.zap_pte_range(vma, view, range);
             return;
         }
-        // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed while we walk.
+        // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed
+        // while we walk.
         let view = unsafe { self.mm.space().lowest_table_of(self.kernel, range) };
         self.zap_table(vma, view, range);
     }
@@ -124,7 +130,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         unsafe { self.mm.space().last_level_table(self.kernel, range) }
     }
 
-    /// Clears the leaves below `view` in `range`, which lies inside its span.
+    /// Clears the leaves below `view` in `range`, which lies inside the span of `view`.
     #[doc(alias = "zap_pud_range")]
     #[doc(alias = "zap_pmd_range")]
     fn zap_table(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, range: VirtRange) {
@@ -134,7 +140,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             return;
         };
         let kernel = self.kernel;
-        // Where the first part begins, if nothing was passed over before.
+        // The end of what was looked at: the next part begins there if nothing was passed over.
         let mut seen_up_to = range.start();
         let mut passed_over = Passed::Nothing;
         for used in view.used_parts(kernel, range) {
@@ -152,7 +158,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                     }
                     Decoded::Table(frame) => {
                         self.prefetch_table(view, address + FETCH_AHEAD * level.entry_span(), used);
-                        // SAFETY: as in `zap_user_range`; P2: the link leads to a live table of the level below.
+                        // SAFETY: as in `zap_user_range`; by P2 the link leads to a live table of
+                        // the level below.
                         let child = unsafe { TableView::new(kernel, frame, below) };
                         self.zap_table(vma, child, part);
                         part.end()
@@ -164,13 +171,15 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             }
         }
         if passed_over == Passed::Empty || seen_up_to != range.end() {
-            // Some may be empty because reclaim has just cleared them, large leaves, and is still to flush.
+            // An entry may be empty because reclaim has just cleared a large leaf there, for which
+            // it is still to flush.
             self.note_deferred_flushes_of(view);
         }
         kernel.cond_resched();
     }
 
-    /// Fetches what will be looked at first in the table that the entry for `address` points to, if that lies in `range`.
+    /// Has the cache fetch what is looked at first in the table that the entry for `address` points
+    /// to, if `address` lies in `range`.
     #[inline]
     fn prefetch_table(&self, view: TableView<'_>, address: u64, range: VirtRange) {
         if range.contains(address) {
@@ -183,8 +192,9 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// Clears the entries of `range` in one last-level table, which covers all of it.
     ///
-    /// Works through the table in visits: a visit ends at the end of the range or when the queue is full. The forced flush
-    /// and the freeing come after the lock was dropped, then the next visit begins where the last one stopped.
+    /// It works through the table in visits. A visit ends at the end of the range, or when the
+    /// queue is full: then the lock is dropped, what waits is flushed for and freed, and the next
+    /// visit begins where the last one stopped.
     #[inline(never)]
     fn zap_pte_range(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, range: VirtRange) {
         let mut rest = range;
@@ -197,23 +207,25 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
     }
 
-    /// Clears the 2 MiB or 1 GiB leaves, and the non-present meanings in their place, from `address` on until `end` or until
-    /// there is a table to be looked into; returns where that is.
+    /// Clears the 2 MiB or 1 GiB leaves, and what stands in their place and is not present, from
+    /// `address` on until `end`, or until an entry points to a table; returns where that is.
     ///
-    /// A leaf that reaches beyond either end is left alone, and noted; in a dying address space it goes as a whole.
+    /// A leaf that reaches beyond either end is kept, and noted. In a dying address space the whole
+    /// leaf is unmapped.
     #[doc(alias = "zap_huge_pmd")]
     #[doc(alias = "zap_huge_pud")]
     fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, address: u64, end: u64) -> u64 {
         let level = view.level();
         let span = level.entry_span();
         let (mut whole_start, mut whole_end) = (address, end & !(span - 1));
-        if self.frees_by_shares() {
+        if self.unmaps_whole_leaves() {
             whole_start &= !(span - 1);
             whole_end = (end + (span - 1)) & !(span - 1);
             whole_end = whole_end.min(whole_start.saturating_add(span * Limits::EXIT_LARGE_LEAVES as u64));
         }
         match VirtRange::new(whole_start, whole_end) {
-            // Not before where we are: what was rounded out to may be a table by now.
+            // Never back to before `address`: the entry that the start was rounded down to may
+            // point to a table by now.
             Ok(whole) if whole_start.is_multiple_of(span) => {
                 self.visit(vma, view, whole, Large(level)).max(address)
             }
@@ -222,7 +234,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 if matches!(view.load(address).decode(level), Decoded::Leaf(_)) {
                     self.state.cut.get_or_insert(CutLeaf { address: range.start(), level });
                 } else {
-                    // A leaf a moment ago, perhaps, which reclaim has just cleared.
+                    // It may have been a leaf a moment ago, which reclaim has just cleared.
                     self.note_deferred_flushes_of(view);
                 }
                 range.end().min(end)
@@ -230,8 +242,9 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
     }
 
-    /// Takes the lock of `view` and clears entries of `range` until its end, until the queue is full, or until an entry is a
-    /// table; flushes and frees if need be, with no lock held, and returns the first address not visited.
+    /// Takes the lock of `view` and clears entries of `range` until its end, until the queue is
+    /// full, or until an entry points to a table. Then it flushes and frees if need be, with no
+    /// lock held, and returns the first address not visited.
     fn visit(
         &mut self,
         vma: &Vma<K::Area>,
@@ -241,7 +254,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ) -> u64 {
         let kernel = self.kernel;
         let locked = view.lock(kernel);
-        // An entry that is none may have been cleared by reclaim, whose flush is still to come.
+        // An empty entry may have been cleared by reclaim, whose flush is still to come.
         self.note_deferred_flushes();
         let visit = match self.state.mode {
             GatherMode::Shared => {
@@ -266,22 +279,24 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         // At most 512 a table.
         let leaves = u32::try_from(visit.leaves).unwrap_or(u32::MAX);
         kernel.observe_gather(GatherEvent::LockDropped { leaves });
-        self.carry_on(visit.room, visit.rmaps);
+        self.flush_after_visit(visit.room, visit.rmaps);
         kernel.cond_resched();
         visit.next
     }
 
-    /// Whether large leaves are freed so many at a time: in a dying address space, where a flush costs next to nothing.
-    fn frees_by_shares(&self) -> bool {
+    /// Whether large leaves are unmapped whole, and freed [`Limits::EXIT_LARGE_LEAVES`] at a time:
+    /// in a dying address space, where a flush costs next to nothing.
+    fn unmaps_whole_leaves(&self) -> bool {
         self.state.mode == GatherMode::FullMm
     }
 
-    /// What must be done between two visits, with no lock held.
-    fn carry_on(&mut self, room: Room, rmaps: DelayedRmaps) {
+    /// Flushes and frees after a visit, if need be, with no lock held.
+    fn flush_after_visit(&mut self, room: Room, rmaps: DelayedRmaps) {
         if room == Room::Full {
             self.forced_flush();
         } else if rmaps == DelayedRmaps::Queued {
-            // Nothing may wait on with its "delay" mark: it would lose its rmap twice.
+            // A page must not wait any longer with its mark "delay rmap": it would lose its rmap
+            // twice.
             self.flush_mmu();
         }
     }
@@ -298,11 +313,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ) -> Visit {
         let kernel = self.kernel;
         let level = leaves.level();
-        let part = Part::new(locked, range, level);
+        let part = TablePart::new(locked, range, level);
         let mut next = part.first;
         let mut kept = Kept::Nothing;
         let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::Absent, room: Room::Left };
-        // If a call of the kernel's unwinds, what was cleared is not noted: it is flushed for by whoever looks next.
+        // If a call of the kernel unwinds, what was cleared is not noted: the flush is left to
+        // whoever looks next.
         let owes_flush = OwesFlush(self.mm.context());
         loop {
             let (done, room) = self.waiting.pages.fill_batch(&self.limits, |spare| {
@@ -321,7 +337,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 visit.rmaps = DelayedRmaps::Queued;
                 self.waiting.pages.note_delayed_rmaps();
             }
-            // At the end a page for a batch is not asked for before something is to go there.
+            // At the end of the range a new batch page is not asked for, until there is something
+            // to put into it.
             if room == Room::Full && (next != part.end || !self.waiting.pages.needs_new_page(&self.limits)) {
                 visit.room = self.waiting.pages.next_batch(kernel, &self.limits);
             }
@@ -330,14 +347,15 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             }
         }
         mem::forget(owes_flush);
-        if level > Level::Pte && visit.leaves >= Limits::EXIT_LARGE_LEAVES && self.frees_by_shares() {
+        if level > Level::Pte && visit.leaves >= Limits::EXIT_LARGE_LEAVES && self.unmaps_whole_leaves() {
             visit.room = Room::Full;
         }
         if next != part.end {
             visit.next = part.address(next, level);
         }
         if kept == Kept::Nothing {
-            // SAFETY: the loop has passed these entries, under the lock that is still held, and left none of them.
+            // SAFETY: the loop has passed these entries under the lock that is still held, and kept
+            // none of them.
             unsafe { locked.forget_cleared_lines(&(part.first..next)) };
         }
         visit

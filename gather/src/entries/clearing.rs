@@ -1,26 +1,30 @@
-//! How an entry is cleared: what may be assumed of programs and of the hardware meanwhile.
+//! How an entry is cleared, and what that assumes about programs and the page-walk hardware.
 #![expect(unsafe_code, reason = "takes entries out, of tables whose lock is held")]
 
 use mmu_pagetable::{Entry, EntryValue, StaleWrites};
 use x86_64::structures::paging::PageTableFlags;
 
-/// How entries are taken out.
+/// A way to clear entries.
 pub(crate) trait Clear: Copy {
-    /// With these bits a leaf can be taken with a plain store, whatever else it has. (Without them it may be so still.)
+    /// A leaf that has all of these bits can be cleared with a plain store. (Others may allow it,
+    /// too: [`take`](Self::take) decides.)
     const ENOUGH: PageTableFlags;
-    /// Takes the value out of one entry, which held `seen` just now.
+    /// Clears one entry, which held `seen` just now, and returns what it held.
     ///
     /// # Safety
-    /// The lock of the entry's table is held, since before `seen` was read; the page is flushed for before it is freed; and what
-    /// the implementor says of others is true.
+    /// - The lock of the entry's table is held, since before `seen` was read;
+    /// - the page is flushed for before it is freed;
+    /// - what the implementor says of programs is true.
     unsafe fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue;
 }
 
-/// No program runs in the address space any more: plain stores for all.
+/// No program runs in the address space any more, so nobody writes through an entry: plain stores
+/// clear all of them.
 #[derive(Clone, Copy)]
 pub(crate) struct NoProgramRuns;
 
-/// Other CPUs may walk: plain stores where hardware has nothing left to set, locked exchanges elsewhere.
+/// Programs may run on other CPUs: a plain store clears an entry in which hardware has nothing
+/// left to set, a locked exchange any other.
 #[derive(Clone, Copy)]
 pub(crate) struct ProgramsMayRun(pub(crate) StaleWrites);
 

@@ -1,11 +1,11 @@
-//! Which leaves the loop looks for: 4 KiB, or large ones.
+//! Which leaves the loop looks for: 4 KiB ones, or large ones.
 
 use mmu_pagetable::Level;
 use x86_64::structures::paging::PageTableFlags;
 
-/// Which leaves a table has.
+/// The leaves that a table has.
 pub(crate) trait Leaves: Copy {
-    /// The bits that every one has.
+    /// The bits that each of them has.
     const BITS: PageTableFlags;
     /// The level of the table.
     fn level(self) -> Level;

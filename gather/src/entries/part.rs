@@ -2,10 +2,10 @@
 
 use mmu_pagetable::{Entry, Level, Lines, LockedTable, VirtRange};
 
-/// The part of a locked table to go through. It borrows the guard: while there is one, the lock is held.
-pub(crate) struct Part<'l> {
+/// Entries of a locked table. It borrows the guard: while there is one, the lock is held.
+pub(crate) struct TablePart<'l> {
     pub(crate) entries: &'l [Entry; 512],
-    /// The address of the first entry of the table.
+    /// The address that the first entry of the table maps.
     pub(crate) start: u64,
     pub(crate) used: Lines,
     /// The entry to begin with.
@@ -14,7 +14,7 @@ pub(crate) struct Part<'l> {
     pub(crate) end: usize,
 }
 
-impl<'l> Part<'l> {
+impl<'l> TablePart<'l> {
     /// The entries of `range`, which lies inside the span of the table; `level` is the table's.
     #[inline]
     pub(crate) fn new<R>(locked: &'l LockedTable<'_, R>, range: VirtRange, level: Level) -> Self {
@@ -27,7 +27,7 @@ impl<'l> Part<'l> {
         }
     }
 
-    /// The address of an entry.
+    /// The address that an entry maps.
     #[inline(always)]
     pub(crate) const fn address(&self, index: usize, level: Level) -> u64 {
         self.start + ((index as u64) << level.entry_shift())

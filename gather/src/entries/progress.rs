@@ -4,43 +4,43 @@ use core::ops::Range;
 
 use mmu_pagetable::{Level, VirtRange};
 
-use crate::entries::part::Part;
+use crate::entries::part::TablePart;
 use crate::queue::word::DelayedRmaps;
 
 /// Why the loop stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// At the end, or for want of room.
+    /// It came to the end, or there was no room for another page.
     Done,
-    /// Before an entry that points to a table.
+    /// The next entry points to a table.
     Table,
 }
 
 /// What the loop did.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Done {
+pub(crate) struct Progress {
     /// The first entry not looked at.
     pub(crate) next: usize,
     /// Leaves cleared.
     pub(crate) leaves: usize,
-    /// The first leaf cleared; `usize::MAX` so far.
+    /// The first leaf cleared; `usize::MAX` until there is one.
     low: usize,
     /// One past the last leaf cleared.
     high: usize,
-    /// Whether something was left where it was, and passed over.
+    /// Whether an entry was kept: left as it was, and passed over.
     pub(crate) kept: Kept,
     pub(crate) rmaps: DelayedRmaps,
     pub(crate) stop: Stop,
 }
 
-/// Whether all entries that the loop has passed are none.
+/// Which of the entries that the loop has passed are not empty now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kept {
     Nothing,
     Something,
 }
 
-impl Done {
+impl Progress {
     #[inline(always)]
     pub(crate) const fn at(first: usize) -> Self {
         Self {
@@ -54,9 +54,9 @@ impl Done {
         }
     }
 
-    /// The addresses of the leaves cleared.
+    /// The addresses that the leaves mapped which were cleared.
     #[inline]
-    pub(crate) fn cleared(&self, part: &Part<'_>, level: Level) -> Option<VirtRange> {
+    pub(crate) fn cleared(&self, part: &TablePart<'_>, level: Level) -> Option<VirtRange> {
         let first = part.address(self.low.min(self.high), level);
         VirtRange::new(first, part.address(self.high, level)).ok()
     }

@@ -1,8 +1,10 @@
-//! The loop over the entries of a locked table: the one part of the engine that runs once a page.
+//! The loop over the entries of a locked table.
 //!
-//! It goes by whole cache lines. Lines of eight entries that are none, which in sparse memory most are, are passed over; lines of
-//! leaves that can all be taken with plain stores are taken; in any other line each entry is looked at alone. It stays a function of
-//! its own, so that its few values keep their registers, and knows the embedder's page calls, which are inlined into it.
+//! It goes by whole cache lines of eight entries. Lines of empty entries, which most lines of
+//! sparse memory are, are passed over; lines of leaves that can all be cleared with plain stores
+//! are cleared at once; in any other line each entry is looked at alone. The loop stays a function
+//! of its own, so that its few values keep their registers; the embedder's page calls are inlined
+//! into it.
 #![expect(unsafe_code, reason = "takes entries out, of tables whose lock it is shown")]
 
 use mmu_pagetable::{Decoded, Entry, EntryValue, Level, LockedTable};
@@ -10,13 +12,14 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::entries::clearing::Clear;
 use crate::entries::leaf_size::{Leaves, Small};
-use crate::entries::part::Part;
-use crate::entries::progress::{Done, Kept, Stop};
+use crate::entries::part::TablePart;
+use crate::entries::progress::{Kept, Progress, Stop};
 use crate::platform::{Disposition, Fate, Platform, UnmappedLeaf, Vma};
 use crate::queue::spare::{LINE, SpareSlots, WordSink};
 use crate::queue::word::{BatchWord, DelayedRmaps};
 
-/// Clears the entries of `part` from `first` on, until its end, until `spare` is full, or before a table.
+/// Clears the entries of `part` from `first` on, until its end, until `spare` is full, or until an
+/// entry points to a table.
 ///
 /// # Context
 /// The lock of the table is held.
@@ -24,16 +27,16 @@ use crate::queue::word::{BatchWord, DelayedRmaps};
 pub(crate) fn zap_entries<K: Platform>(
     kernel: &K,
     vma: &Vma<K::Area>,
-    part: &Part<'_>,
+    part: &TablePart<'_>,
     first: usize,
     spare: &mut SpareSlots<'_>,
     leaves: impl Leaves,
     clear: impl Clear,
-) -> Done {
+) -> Progress {
     let zap_loop = ZapLoop { kernel, area: vma.area, start: part.start, leaves, clear };
-    let mut done = Done::at(first);
+    let mut done = Progress::at(first);
     while done.next < part.end {
-        // INVARIANT: P4, what lies between is none.
+        // INVARIANT: P4, the entries of unused lines, which are passed over, are empty.
         let run = part.used.first_run(&(done.next..part.end));
         done.next = run.start;
         if !zap_loop.zap_consecutive(&part.entries[run], spare, &mut done) {
@@ -43,7 +46,8 @@ pub(crate) fn zap_entries<K: Platform>(
     done
 }
 
-/// Clears the entry for the page at `address`; the word in which the page waits, if it is to be freed.
+/// Clears the entry for the page at `address`; returns the word in which the page waits, if it is
+/// to be freed.
 ///
 /// # Context
 /// As for [`zap_entries`].
@@ -54,9 +58,9 @@ pub(crate) fn zap_one<K: Platform>(
     locked: &LockedTable<'_, K::Relax>,
     address: u64,
     clear: impl Clear,
-) -> (Done, Option<BatchWord>) {
+) -> (Progress, Option<BatchWord>) {
     let zap_loop = ZapLoop { kernel, area, start: address, leaves: Small, clear };
-    let (mut done, mut word) = (Done::at(0), None);
+    let (mut done, mut word) = (Progress::at(0), None);
     let entry = locked.view().table().entry(Level::Pte.index(address));
     zap_loop.zap_entry(entry, &mut word, &mut done);
     (done, word)
@@ -67,11 +71,14 @@ fn bits_of_any(line: &[Entry; LINE]) -> u64 {
     line.iter().fold(0, |any, entry| any | entry.load().bits())
 }
 
-/// INVARIANT: made where the lock of the table is shown, and used on its entries alone.
+/// What stays the same from one entry to the next.
+///
+/// INVARIANT: it is made where the lock of a table is shown, and used on that table's entries
+/// alone.
 struct ZapLoop<'k, K: Platform, L, C> {
     kernel: &'k K,
     area: K::Area,
-    /// The address of the first entry.
+    /// The address that the first entry maps.
     start: u64,
     leaves: L,
     clear: C,
@@ -88,9 +95,10 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
         self.start + ((index as u64) << self.leaves.level().entry_shift())
     }
 
-    /// Goes through entries that follow one another, the first of which is `done.next`; whether to the end.
+    /// Goes through entries that follow one another, the first of which is `done.next`; returns
+    /// whether it came to their end.
     #[inline(always)]
-    fn zap_consecutive(&self, entries: &[Entry], spare: &mut SpareSlots<'_>, done: &mut Done) -> bool {
+    fn zap_consecutive(&self, entries: &[Entry], spare: &mut SpareSlots<'_>, done: &mut Progress) -> bool {
         let (mut lines, rest) = entries.as_chunks::<LINE>();
         loop {
             let empty = lines.iter().take_while(|line| bits_of_any(line) == 0).count();
@@ -112,9 +120,9 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
         self.zap_one_by_one(rest, spare, done)
     }
 
-    /// Looks at entries one by one; whether at all of them.
+    /// Looks at entries one by one; returns whether it looked at all of them.
     #[inline(always)]
-    fn zap_one_by_one(&self, entries: &[Entry], words: &mut impl WordSink, done: &mut Done) -> bool {
+    fn zap_one_by_one(&self, entries: &[Entry], words: &mut impl WordSink, done: &mut Progress) -> bool {
         for entry in entries {
             if !self.zap_entry(entry, words, done) {
                 return false;
@@ -124,21 +132,26 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
         true
     }
 
-    /// Whether all entries of the line are leaves that can be taken with plain stores.
+    /// Whether all entries of the line are leaves that plain stores can clear.
     #[inline(always)]
     fn has_only_plain_leaves(&self, line: &[Entry; LINE]) -> bool {
         let enough = L::BITS.union(C::ENOUGH).bits();
         line.iter().fold(u64::MAX, |all, entry| all & entry.load().bits()) & enough == enough
     }
 
-    /// Clears as many lines from the first on as consist of leaves that can all be taken with plain stores, and fit; returns
-    /// how many.
+    /// Clears lines from the first on, while their entries are leaves that plain stores can clear,
+    /// and their pages fit; returns how many.
     #[inline(always)]
-    fn zap_plain_lines(&self, lines: &[[Entry; LINE]], spare: &mut SpareSlots<'_>, done: &mut Done) -> usize {
+    fn zap_plain_lines(
+        &self,
+        lines: &[[Entry; LINE]],
+        spare: &mut SpareSlots<'_>,
+        done: &mut Progress,
+    ) -> usize {
         let enough = L::BITS.union(C::ENOUGH).bits();
         let mut lines = lines.iter();
         let mut here = done.next;
-        // A line some of whose pages the kernel keeps.
+        // The words of a line of which the kernel keeps some pages.
         let mut in_part = None;
         let mut taken = spare.push_lines(|| {
             let line = lines.as_slice().first()?;
@@ -148,8 +161,9 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
             }
             lines.next();
             for entry in line {
-                // SAFETY: by the invariant the lock is held since before the values were read. With `C::ENOUGH` they are settled,
-                // or no program runs here. The caller notes what was cleared before the lock drops.
+                // SAFETY: by the invariant the lock is held since before the values were read. All
+                // have the bits of `C::ENOUGH`: they are settled, or no program runs here. The
+                // caller notes what was cleared before the lock drops.
                 unsafe { entry.clear_settled() };
             }
             let words: [Option<BatchWord>; LINE] =
@@ -176,9 +190,9 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
         taken
     }
 
-    /// Looks at one entry; whether the loop can go on to the next.
+    /// Looks at one entry; returns whether the loop can go on to the next.
     #[inline(always)]
-    fn zap_entry(&self, entry: &Entry, words: &mut impl WordSink, done: &mut Done) -> bool {
+    fn zap_entry(&self, entry: &Entry, words: &mut impl WordSink, done: &mut Progress) -> bool {
         let index = done.next;
         let seen = entry.load();
         if seen.is_empty() {
@@ -188,9 +202,10 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
             if words.is_full() {
                 return false;
             }
-            // A and D from the exchange wherever hardware may still set them, never from the read before it.
-            // SAFETY: by the invariant the lock is held since before `seen` was read. The caller notes what was cleared before the
-            // lock drops; who made `clear` knows what others may do.
+            // Where hardware may still set A and D they come from the exchange, not from `seen`.
+            // SAFETY: by the invariant the lock is held since before `seen` was read. The caller
+            // notes what was cleared before the lock drops; whoever made `clear` knows what others
+            // may do.
             let old = unsafe { self.clear.take(entry, seen) };
             if let Some(word) = self.tell_of_leaf(old, index, done) {
                 words.push(word);
@@ -212,9 +227,10 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
         }
     }
 
-    /// Tells the kernel of a leaf that was cleared; the word in which its page waits, if it is to be freed.
+    /// Tells the kernel of a leaf that was cleared; returns the word in which its page waits, if it
+    /// is to be freed.
     #[inline(always)]
-    fn tell_of_leaf(&self, value: EntryValue, index: usize, done: &mut Done) -> Option<BatchWord> {
+    fn tell_of_leaf(&self, value: EntryValue, index: usize, done: &mut Progress) -> Option<BatchWord> {
         let level = self.leaves.level();
         let frame = PhysFrame::containing_address(value.leaf_address(level));
         let leaf = UnmappedLeaf { address: self.address(index), level, value, frame };
@@ -229,7 +245,7 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
     }
 }
 
-/// What became of an entry that is something, but no leaf.
+/// What became of an entry that is neither empty nor a leaf.
 enum Met {
     Cleared,
     Kept,
@@ -252,7 +268,8 @@ fn not_a_leaf<K: Platform>(
             if fate == Fate::Keep {
                 return Met::Kept;
             }
-            // SAFETY: its lock is held. Nothing is cached from an entry that is not present: no range, no flush.
+            // SAFETY: the lock of its table is held. No CPU caches an entry that is not present, so
+            // there is nothing to note and nothing to flush.
             unsafe { entry.store(EntryValue::EMPTY) };
             Met::Cleared
         }

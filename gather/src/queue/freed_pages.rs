@@ -1,4 +1,4 @@
-//! What the kernel is handed: a slice of the pages that waited.
+//! What the kernel is handed to free: a slice of the pages that waited.
 
 use core::{fmt, slice};
 
@@ -8,7 +8,7 @@ use crate::queue::word::{BatchWord, Runs};
 
 /// Pages that go together: `nr_pages` references on the 4 KiB frames from `frame` on.
 ///
-/// A large leaf is one page here (its first frame): one entry held one reference.
+/// A large leaf is one page here, its first frame, because its entry held one reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRun {
     /// The first frame.
@@ -17,10 +17,10 @@ pub struct PageRun {
     pub nr_pages: u32,
 }
 
-/// A slice of the pages a gather collected.
+/// A slice of the pages that a gather collected.
 ///
-/// [`free_pages`](crate::Pages::free_pages) gets one only after every CPU that may hold a translation of its pages has
-/// flushed. Runs are never cut in two.
+/// [`free_pages`](crate::Pages::free_pages) gets one only after every CPU that may hold a
+/// translation of its pages has flushed. Runs are never cut in two.
 #[derive(Clone, Copy)]
 pub struct FreedPages<'a> {
     slots: &'a [BatchWord],
@@ -28,6 +28,7 @@ pub struct FreedPages<'a> {
     runs: Runs,
 }
 
+/// Which pages of the slice are meant.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Which {
     All,
@@ -39,10 +40,11 @@ impl<'a> FreedPages<'a> {
         Self { slots, which, runs }
     }
 
-    /// The frames, if all of these are single pages, each with one reference: always so, unless the kernel itself queued runs
-    /// with [`remove_pages`](crate::MmuGather::remove_pages).
+    /// The frames, if all of these are single pages, each with one reference. They always are,
+    /// unless the kernel itself queued runs with [`remove_pages`](crate::MmuGather::remove_pages).
     ///
-    /// The length is known and the iterator can be copied, so that a second one can run ahead and fetch metadata.
+    /// The iterator knows its length and can be copied, so that a second one can run ahead and
+    /// fetch metadata.
     #[inline]
     #[must_use]
     pub fn frames(&self) -> Option<FreedFrames<'a>> {
@@ -56,16 +58,16 @@ impl<'a> FreedPages<'a> {
         let which = self.which;
         core::iter::from_fn(move || {
             loop {
-                let slot = *slots.next()?;
-                let nr_pages = if slot.length_follows() { slots.next()?.length() } else { 1 };
-                if which == Which::All || slot.delays_rmap() {
-                    return Some(PageRun { frame: slot.frame(), nr_pages });
+                let word = *slots.next()?;
+                let nr_pages = if word.length_follows() { slots.next()?.length() } else { 1 };
+                if which == Which::All || word.delays_rmap() {
+                    return Some(PageRun { frame: word.frame(), nr_pages });
                 }
             }
         })
     }
 
-    /// How many slots the slice has: no fewer than there are runs, at most twice as many.
+    /// How many slots the slice has: at least one for each [`PageRun`], and at most two.
     #[must_use]
     pub const fn nr_slots(&self) -> usize {
         self.slots.len()
@@ -77,10 +79,11 @@ impl<'a> FreedPages<'a> {
 pub struct FreedFrames<'a>(slice::Iter<'a, BatchWord>);
 
 impl FreedFrames<'_> {
-    /// Calls `each` for every frame in turn, and `fetch` for every frame but the first when it is `distance` frames off, 1 or
-    /// more: for kernels that look at metadata of each, which `fetch` asks the cache for.
+    /// Calls `each` for every frame in turn, and `fetch` for every frame but the first while it is
+    /// `distance` frames (at least 1) away from its turn: for kernels that look at metadata of
+    /// each frame, which `fetch` asks the cache for.
     ///
-    /// Five instructions a page fewer than two of these iterators side by side.
+    /// That takes five instructions a page fewer than two of these iterators side by side.
     #[inline]
     pub fn for_each_fetching(
         self,
@@ -91,13 +94,13 @@ impl FreedFrames<'_> {
         let slots = self.0.as_slice();
         let ahead = slots.get(distance..).unwrap_or_default();
         let (now, last) = slots.split_at(ahead.len());
-        // The first one's turn comes at once.
-        slots.iter().take(distance).skip(1).for_each(|slot| fetch(slot.frame()));
-        for (slot, later) in now.iter().zip(ahead) {
+        // The turn of the first comes at once: fetching it would be no use.
+        slots.iter().take(distance).skip(1).for_each(|word| fetch(word.frame()));
+        for (word, later) in now.iter().zip(ahead) {
             fetch(later.frame());
-            each(slot.frame());
+            each(word.frame());
         }
-        last.iter().for_each(|slot| each(slot.frame()));
+        last.iter().for_each(|word| each(word.frame()));
     }
 }
 
@@ -106,7 +109,7 @@ impl Iterator for FreedFrames<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<PhysFrame> {
-        self.0.next().map(|slot| slot.frame())
+        self.0.next().map(|word| word.frame())
     }
 
     #[inline]
@@ -116,7 +119,7 @@ impl Iterator for FreedFrames<'_> {
 
     #[inline]
     fn nth(&mut self, n: usize) -> Option<PhysFrame> {
-        self.0.nth(n).map(|slot| slot.frame())
+        self.0.nth(n).map(|word| word.frame())
     }
 }
 
@@ -147,7 +150,7 @@ mod tests {
         let slots = NUMBERS.map(|number| BatchWord::page(frame(number)));
         for (nr_frames, distance) in [(0, 3), (1, 1), (1, 16), (3, 8), (8, 8), (9, 8), (20, 1), (20, 16)] {
             let frames = FreedPages::new(&slots[..nr_frames], Which::All, Runs::Absent).frames();
-            // The turn of the first comes at once.
+            // The first frame's turn comes at once.
             let (fetched, done) = (Cell::new(nr_frames.min(1)), Cell::new(0));
             frames.expect("no runs").for_each_fetching(
                 distance,

@@ -1,15 +1,19 @@
 //! What waits for a flush: pages and tables, until they are handed to the kernel.
 //!
 //! ```text
-//!  zap loop ──► spare.rs ──► batch.rs ────────┐
-//!              (room in     (pages, chained)  ├──► waiting.rs ──► the kernel's allocator
-//!               a batch)    table_batch.rs ───┘    (with the receipt of a flush)
-//!                           (tables, one page)
+//!  entries ──► spare.rs ───► batch.rs ────────┐
+//!              (unused      (pages, chained)  ├──► waiting.rs ──► freed_pages.rs ──► the kernel's
+//!               slots)      table_batch.rs ───┘    (on the        (a slice of        allocator
+//!                           (tables, one page)      receipt of     what waited)
+//!                                                   a flush)
 //! ```
 //!
 //! In: cleared entries, as words of a batch (word.rs), and unhooked tables. Out: slices for
-//! [`free_pages`](crate::Pages::free_pages) and [`free_tables`](mmu_pagetable::TableMemory::free_tables), on the receipt of a
-//! flush alone. The gather, the zap loop and the path of one page use it.
+//! [`free_pages`](crate::Pages::free_pages) and
+//! [`free_tables`](mmu_pagetable::TableMemory::free_tables), on the receipt of a flush alone. The
+//! gather uses it, the loop over entries, and the path of one page.
+//!
+//! A *slot* is a place in a batch, and a *word* what it holds: a page, or one half of a run.
 
 pub(crate) mod batch;
 pub(crate) mod freed_pages;

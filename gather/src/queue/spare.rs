@@ -1,4 +1,4 @@
-//! Filling a row of slots from the front without looking at its length each time.
+//! Filling a row of slots from the front, without updating its length for each word.
 #![expect(unsafe_code, reason = "slots are written first, and counted once afterwards")]
 
 use core::mem::{self, MaybeUninit};
@@ -7,25 +7,27 @@ use arrayvec::ArrayVec;
 
 use crate::queue::word::BatchWord;
 
-/// How many slots are stored at a time where that can be: as many as entries share a cache line.
+/// How many words are stored at a time, where that is possible: as many as a cache line of a table
+/// has entries.
 pub(crate) const LINE: usize = 8;
 
-/// Whether another record fits.
+/// Whether another page or run fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "a full queue must be flushed before the next record"]
+#[must_use = "a full queue must be flushed before the next page"]
 pub(crate) enum Room {
     Left,
     Full,
 }
 
-/// Room at the end of a row of slots, while [`lend_spare`] lets somebody fill it.
+/// The unused slots at the end of a row, while [`lend_spare`] lends them to be filled.
 ///
 /// INVARIANT: every slot that has left `free` has been written.
 pub(crate) struct SpareSlots<'q> {
     free: &'q mut [MaybeUninit<BatchWord>],
 }
 
-/// Lets `store` store slots at the end of `slots`, as many as fit below `limit`; says whether room is left there.
+/// Lets `store` store words at the end of `slots`, as many as fit below `limit`; returns whether
+/// room is left there.
 ///
 /// If `store` unwinds, what it stored is lost: pages leak, none is freed too early.
 #[inline]
@@ -39,16 +41,17 @@ pub(crate) fn lend_spare<const N: usize, R>(
     let mut spare = SpareSlots { free: &mut slots.spare_capacity_mut()[..room] };
     let result = store(&mut spare);
     let left = spare.free.len();
-    // SAFETY: by the invariant of `SpareSlots` all slots below `limit` but the last `left` are written; `limit` is at most `N`.
+    // SAFETY: by the invariant of `SpareSlots` all slots below `limit` but the last `left` are
+    // written; `limit` is at most `N`.
     unsafe { slots.set_len(limit - left) };
     (result, if left == 0 { Room::Full } else { Room::Left })
 }
 
-/// What takes slots one by one.
+/// What takes words one by one: slots of a batch, or a variable on the path of one page.
 pub(crate) trait WordSink {
     fn is_full(&self) -> bool;
-    /// Stores one slot. It fits.
-    fn push(&mut self, slot: BatchWord);
+    /// Stores one word. It fits.
+    fn push(&mut self, word: BatchWord);
 }
 
 impl WordSink for SpareSlots<'_> {
@@ -58,10 +61,10 @@ impl WordSink for SpareSlots<'_> {
     }
 
     #[inline]
-    fn push(&mut self, slot: BatchWord) {
+    fn push(&mut self, word: BatchWord) {
         let (first, rest) =
             mem::take(&mut self.free).split_first_mut().expect("G5: stored where there is room");
-        first.write(slot);
+        first.write(word);
         self.free = rest;
     }
 }
@@ -73,36 +76,36 @@ impl WordSink for Option<BatchWord> {
     }
 
     #[inline]
-    fn push(&mut self, slot: BatchWord) {
-        *self = Some(slot);
+    fn push(&mut self, word: BatchWord) {
+        *self = Some(word);
     }
 }
 
 impl SpareSlots<'_> {
-    /// Stores lines of slots, as many as fit and `next` has; returns how many.
+    /// Stores lines of words, until no line fits or `next` has no more; returns how many.
     #[inline(always)]
     pub(crate) fn push_lines(&mut self, mut next: impl FnMut() -> Option<[BatchWord; LINE]>) -> usize {
         let free = mem::take(&mut self.free);
         let mut stored = 0;
         for room in free.as_chunks_mut::<LINE>().0 {
-            let Some(slots) = next() else { break };
-            *room = slots.map(MaybeUninit::new);
+            let Some(words) = next() else { break };
+            *room = words.map(MaybeUninit::new);
             stored += 1;
         }
         self.free = &mut free[stored * LINE..];
         stored
     }
 
-    /// Stores those of `slots` that are some, in order. All of them fit.
+    /// Stores the words that are there, in order. There is room for all eight.
     #[inline(always)]
-    pub(crate) fn push_some(&mut self, slots: [Option<BatchWord>; LINE]) {
+    pub(crate) fn push_some(&mut self, words: [Option<BatchWord>; LINE]) {
         let free = mem::take(&mut self.free);
         let (line, _) = free.split_first_chunk_mut::<LINE>().expect("G5: stored where there is room");
         let mut used = 0;
         #[expect(clippy::manual_flatten, reason = "flatten is not unrolled: 15 instructions more a page")]
-        for slot in &slots {
-            if let Some(slot) = slot {
-                line[used].write(*slot);
+        for word in &words {
+            if let Some(word) = word {
+                line[used].write(*word);
                 used += 1;
             }
         }

@@ -1,19 +1,20 @@
-//! One page, or one run of pages, waiting in a batch.
+//! One word of a batch: a page that waits, or one half of a run of pages.
 
 use static_assertions::const_assert_eq;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
-/// 64 bits of a batch: a frame with flags in the low bits, or the length of the run whose frame is in the slot before.
+/// What one slot of a batch holds: a frame with flags in its low bits, or the length of the run
+/// whose frame is in the slot before.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(transparent)]
 pub(crate) struct BatchWord(u64);
 
 const_assert_eq!(size_of::<BatchWord>(), 8);
 
-/// The rmap of this page is taken away after the flush, still under the table lock.
+/// The rmap of this page is removed after the flush, while the table lock is still held.
 const DELAY_RMAP: u64 = 1 << 0;
-/// The next slot is the length of the run.
+/// The next slot holds the length of the run.
 const LENGTH_FOLLOWS: u64 = 1 << 1;
 
 impl BatchWord {
@@ -36,7 +37,7 @@ impl BatchWord {
         self.0 & LENGTH_FOLLOWS != 0
     }
 
-    /// Whether the page loses its rmap after the flush, still under the table lock.
+    /// Whether the page was queued by [`delaying_rmap`](Self::delaying_rmap).
     #[inline]
     pub(crate) const fn delays_rmap(self) -> bool {
         self.0 & DELAY_RMAP != 0
@@ -44,7 +45,7 @@ impl BatchWord {
 
     /// The length of the run that the slot before begins.
     pub(crate) const fn length(self) -> u32 {
-        // A run's length is a u32 when it goes in.
+        // A run's length is a u32 when it is stored.
         (self.0 & 0xffff_ffff) as u32
     }
 
@@ -54,14 +55,15 @@ impl BatchWord {
     }
 }
 
-/// Whether there may be runs among the records.
+/// Whether runs of pages were queued; if not, every word is a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Runs {
     Absent,
     Queued,
 }
 
-/// Whether pages whose rmap must go after the flush, under the lock that is still held, are queued.
+/// Whether pages were queued whose rmaps are removed after a flush, under the table lock that is
+/// still held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DelayedRmaps {
     Absent,
