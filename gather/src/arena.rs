@@ -14,6 +14,16 @@ use crate::platform::BatchPage;
 /// It is for embedders that have no page allocator at hand, for fuzz runs and benches. A gather
 /// holds at most 20 pages at once, and the arena grows to that and no further. It is not shared
 /// between threads: an embedder has one for each CPU.
+///
+/// # Examples
+/// ```
+/// # use mmu_gather::BatchArena;
+/// let arena = BatchArena::new(Some(1 << 20));
+/// // `Pages::allocate_batch` and `Pages::free_batch` of a kernel that has this arena.
+/// // SAFETY: the page is given back, just below.
+/// let page = unsafe { arena.allocate() }.expect("below the limit");
+/// arena.free(page);
+/// ```
 #[derive(Debug)]
 pub struct BatchArena {
     arena: Bump,

@@ -36,6 +36,26 @@ impl<K: Platform> MmuGather<'_, K> {
     ///
     /// # Source
     /// Linux: free_pgtables, mm/memory.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let vma = area(0x1000, 0x5000);
+    /// # kernel.map(&mm, vma.range);
+    /// # let tables_before = kernel.free_tables.borrow().len();
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([vma], vma.range)?;
+    /// // SAFETY: the pages are gone, and there is no other area.
+    /// unsafe { gather.free_pgtables([vma], Bounds::between(None, None)) };
+    /// gather.flush().free();
+    /// assert_eq!(kernel.free_tables.borrow().len(), tables_before + 3, "all but the root");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub unsafe fn free_pgtables(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, bounds: Bounds) {
         self.flush_pfn_maps();
         let mut vmas = vmas.into_iter().map(|vma| vma.range).peekable();

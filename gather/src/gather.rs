@@ -53,6 +53,24 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ///
     /// # Source
     /// Linux: tlb_gather_mmu, mm/mmu_gather.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// let vma = area(0x1000, 0x5000);
+    /// kernel.map(&mm, vma.range);
+    /// // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([vma], vma.range)?;
+    /// assert_eq!(kernel.freed_pages.get(), 0, "they wait for the flush");
+    /// drop(gather); // flushes, and frees
+    /// assert_eq!(kernel.freed_pages.get(), 4);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[doc(alias = "tlb_gather_mmu")]
     #[must_use]
     #[inline]
@@ -137,10 +155,34 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ///
     /// # Source
     /// Linux: tlb_flush_mmu, mm/mmu_gather.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let (low, high) = (area(0x1000, 0x5000), area(0x8000, 0x9000));
+    /// # kernel.map(&mm, low.range);
+    /// # kernel.map(&mm, high.range);
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([low], low.range)?;
+    /// gather.flush_mmu();
+    /// assert_eq!(kernel.freed_pages.get(), 4);
+    /// gather.unmap_vmas([high], high.range)?;
+    /// gather.flush().free();
+    /// assert_eq!(kernel.freed_pages.get(), 5);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[doc(alias = "tlb_flush_mmu")]
     pub fn flush_mmu(&mut self) {
         self.flush_tlb_only();
-        self.release();
+        if !self.waiting.is_empty() {
+            let receipt = self.take_receipt();
+            self.free_all(receipt);
+        }
     }
 
     /// Completes the unmapping: when this returns, no CPU can use any address that was unmapped.
@@ -155,6 +197,29 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ///
     /// # Source
     /// Linux: the first half of tlb_finish_mmu, mm/mmu_gather.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let vma = area(0x1000, 0x5000);
+    /// # kernel.map(&mm, vma.range);
+    /// # kernel.run(CPU[1], Some(&mm));
+    /// # assert!(kernel.touch(CPU[1], &mm, 0x1000));
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([vma], vma.range)?;
+    /// assert!(kernel.touch(CPU[1], &mm, 0x1000), "the other CPU still has it in its TLB");
+    /// let flushed = gather.flush();
+    /// assert!(!kernel.touch(CPU[1], &mm, 0x1000));
+    /// // Here the locks are dropped.
+    /// flushed.free();
+    /// assert_eq!(kernel.freed_pages.get(), 4);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[doc(alias = "tlb_finish_mmu")]
     #[must_use = "drop the locks, then free"]
     #[inline]
@@ -266,10 +331,6 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         let (span, tables) = (self.state.range.span(), self.state.range.tables());
         let receipt = flush(self.kernel, self.mm, scope, span, tables);
         self.state.phase = Phase::Open;
-        self.note_flushed(receipt, scope);
-    }
-
-    fn note_flushed(&mut self, receipt: Covered, scope: Scope) {
         if scope == Scope::WholeMm {
             // It made up for every flush that was owed when it began.
             self.state.deferred = DeferredFlushes::NotSeen;
@@ -280,14 +341,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.state.receipt = Some(receipt);
     }
 
-    /// Frees everything that waits, on the receipt of the last flush.
-    fn release(&mut self) {
-        if !self.waiting.is_empty() {
-            let receipt = self.take_receipt();
-            self.free_all(receipt);
-        }
-    }
-
+    /// Frees everything that waits.
     pub(crate) fn free_all(&mut self, receipt: Covered) {
         self.state.phase = Phase::InKernel;
         self.waiting.free_all(self.kernel, self.limits.free_chunk, receipt);

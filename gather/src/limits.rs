@@ -80,6 +80,15 @@ impl Limits {
     /// one is of whatever is left: 10 000 pages make one of 9678 and one of 322. With these limits
     /// both are of 5000, so half as much memory waits at the peak. A wrong guess costs speed or
     /// memory, never the result (rule G4). A run counts as two pages.
+    ///
+    /// # Examples
+    /// ```
+    /// # use mmu_gather::Limits;
+    /// assert_eq!(Limits::for_pages(6).batch_pages, 0, "they fit on the stack");
+    /// // Two flushes of 5000 pages each.
+    /// let half = Limits::for_pages(10_000);
+    /// assert_eq!((half.batch_pages, Limits::DEFAULT.batch_pages), (10, 19));
+    /// ```
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "at most 19 pages of 510 slots, as the default's")]
     pub const fn for_pages(nr_pages: u64) -> Self {

@@ -35,6 +35,21 @@ impl<B: CpuBits> Mm<B> {
     /// # Safety
     /// - As for [`AddressSpace::new`];
     /// - as for [`MmContext::new`].
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// let root = kernel.allocate_table().expect("a frame is left");
+    /// // SAFETY: `root` is an empty table of this memory and of no other address space; the kernel
+    /// // has one source of names.
+    /// let mm = Box::pin(unsafe { Mm::new(&kernel.ids, root, PagingMode::FourLevel) });
+    /// kernel.run(CPU[0], Some(&mm)); // switch_mm, with mm.as_ref().pinned_context()
+    /// # kernel.run(CPU[0], None);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub unsafe fn new(ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
         Self {

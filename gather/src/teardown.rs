@@ -33,6 +33,29 @@ use crate::platform::{Platform, Vma};
 ///
 /// # Source
 /// Linux: unmap_region, mm/vma.c.
+///
+/// # Examples
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+/// use mmu_gather::unmap_region;
+///
+/// # fn main() -> Result<(), CutLeaf> {
+/// # let kernel = Kernel::new();
+/// # let mm = kernel.new_mm();
+/// # let (low, high) = (area(0x1000, 0x5000), area(0x8000, 0x9000));
+/// # kernel.map(&mm, low.range);
+/// # kernel.map(&mm, high.range);
+/// let neighbours = Bounds::between(Some(low.range.end()), None);
+/// let unlink = || { /* take the area out of the kernel's rmap */ };
+/// // SAFETY: this thread alone unmaps, and `low` is the one neighbour.
+/// let flushed =
+///     unsafe { unmap_region(&kernel, &mm, &Limits::DEFAULT, [high], neighbours, unlink) }?;
+/// // Here the map lock is dropped.
+/// flushed.free();
+/// assert_eq!(kernel.freed_pages.get(), 1);
+/// # Ok(())
+/// # }
+/// ```
 pub unsafe fn unmap_region<'a, K, I>(
     kernel: &'a K,
     mm: &'a Mm<K::Bits>,
@@ -80,6 +103,27 @@ where
 ///
 /// # Source
 /// Linux: zap_page_range_single, mm/memory.c.
+///
+/// # Examples
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+/// use mmu_gather::zap_page_range;
+///
+/// # fn main() -> Result<(), CutLeaf> {
+/// # let kernel = Kernel::new();
+/// # let mm = kernel.new_mm();
+/// # let vma = area(0x1000, 0x5000);
+/// # kernel.map(&mm, vma.range);
+/// let part = VirtRange::new(0x2000, 0x4000).expect("aligned, and not empty");
+/// // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+/// let flushed = unsafe { zap_page_range(&kernel, &mm, &Limits::DEFAULT, &vma, part) }?;
+/// flushed.free();
+/// assert_eq!(kernel.freed_pages.get(), 2);
+/// // The next use of the area faults, and finds its tables in place.
+/// kernel.map(&mm, part);
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "zap_page_range_single")]
 pub unsafe fn zap_page_range<'a, K: Platform>(
     kernel: &'a K,
@@ -120,6 +164,25 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
 ///
 /// # Source
 /// Linux: exit_mmap, mm/mmap.c.
+///
+/// # Examples
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+/// # fn main() -> Result<(), CutLeaf> {
+/// # let kernel = Kernel::new();
+/// # let mm = kernel.new_mm();
+/// # let vma = area(0x1000, 0x5000);
+/// # kernel.map(&mm, vma.range);
+/// kernel.run(CPU[0], Some(&mm));
+/// // SAFETY: the thread that calls this is the last of `mm`; there is no other area.
+/// let flushed = unsafe { exit_mmap(&kernel, &mm, &Limits::DEFAULT, [vma], || ()) };
+/// flushed.free();
+/// // SAFETY: no CPU has the root in CR3 any more, and nothing is mapped below it.
+/// unsafe { kernel.free_tables(&[mm.space().root()]) };
+/// assert_eq!(kernel.free_tables.borrow().len(), 15, "every table has come back");
+/// # Ok(())
+/// # }
+/// ```
 pub unsafe fn exit_mmap<'a, K, I>(
     kernel: &'a K,
     mm: &'a Mm<K::Bits>,

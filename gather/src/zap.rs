@@ -59,6 +59,26 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ///
     /// # Source
     /// Linux: unmap_vmas, mm/memory.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let (low, high) = (area(0x1000, 0x5000), area(0x8000, 0x9000));
+    /// # kernel.map(&mm, low.range);
+    /// # kernel.map(&mm, high.range);
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// // Part of the first area, and all of the second.
+    /// gather.unmap_vmas([low, high], area(0x3000, 0x10_0000).range)?;
+    /// gather.flush().free();
+    /// assert_eq!(kernel.freed_pages.get(), 3);
+    /// assert!(kernel.touch(CPU[0], &mm, 0x1000) && !kernel.touch(CPU[0], &mm, 0x3000));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn unmap_vmas(
         &mut self,
         vmas: impl IntoIterator<Item = Vma<K::Area>>,

@@ -56,8 +56,8 @@ struct Machine {
     cpus: [CpuTlb<Bits>; 3],
     /// Whoever holds one runs on that CPU, with interrupts off there.
     interrupts: [Mutex<()>; 3],
-    /// Whether each CPU has the page in its TLB. Others read it without a lock: whoever relies on it
-    /// has been told by a flush.
+    /// Whether each CPU has the page in its TLB. Others read it without a lock: whoever relies on
+    /// it has been told by a flush.
     cached: [AtomicBool; 3],
     mm: Mm<Bits>,
     table: Mutex<Table>,
@@ -118,7 +118,8 @@ impl<'a> Cpu<'a> {
         drop(table);
         if found {
             let page = VirtRange::new(PAGE, 2 * PAGE).expect("not empty");
-            // SAFETY: the entry was found and taken under its lock, once, and its page has no other reference.
+            // SAFETY: the entry was found and taken under its lock, once, and its page has no other
+            // reference.
             unsafe { gather.remove_page(frame(9), page, Level::Pte) };
         }
         let flushed = gather.flush();
@@ -163,8 +164,8 @@ unsafe impl TableMemory for Cpu<'_> {
 }
 
 // SAFETY: a thread is one CPU, and holds the lock of its interrupts where they are to be off. A
-// flush runs to its end on its target before `flush_others` returns. The pretended TLB drops what is
-// named, and more.
+// flush runs to its end on its target before `flush_others` returns. The pretended TLB drops what
+// is named, and more.
 unsafe impl Cpus for Cpu<'_> {
     type Bits = Bits;
 
