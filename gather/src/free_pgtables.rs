@@ -100,8 +100,8 @@ impl<K: Platform> MmuGather<'_, K> {
         }
         let (kernel, mm) = (self.kernel, self.mm);
         let sink = |table: mmu_pagetable::UnhookedTable| {
-            // An address inside the range: that of one page's table must not widen the flush of
-            // that page.
+            // An address inside the range, not the start of the table's span: freeing the table of
+            // one page must not widen the flush of that page.
             let address = table.span().start().max(range.start());
             self.queue_table(&table, address);
             kernel.cond_resched();

@@ -53,9 +53,9 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ///
     /// # Errors
     /// [`CutLeaf`] if the range, or an area, ends in the middle of a large leaf. That leaf is still
-    /// mapped, and everything else is not. It never comes back after
-    /// [`split_leaf`](crate::MmuGather::split_leaf) at both ends, nor in a gather of a dying
-    /// address space, where the whole leaf is unmapped.
+    /// mapped, and everything else is not. The error cannot come back after
+    /// [`split_leaf`](crate::MmuGather::split_leaf) at both ends, nor from a gather of a dying
+    /// address space, which unmaps the whole leaf.
     ///
     /// # Source
     /// Linux: unmap_vmas, mm/memory.c.
@@ -121,7 +121,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.report_cut_leaf()
     }
 
-    /// Reports the leaf that was left mapped because a range cut it, if there is one, once.
+    /// Reports a leaf that was kept because a range cut it, if there is one; no leaf is reported
+    /// twice.
     #[inline]
     fn report_cut_leaf(&mut self) -> Result<(), CutLeaf> {
         self.state.cut.take().map_or(Ok(()), Err)
@@ -191,8 +192,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             }
         }
         if passed_over == Passed::Empty || seen_up_to != range.end() {
-            // An entry may be empty because reclaim has just cleared a large leaf there, for which
-            // it is still to flush.
+            // An entry may be empty because reclaim has just cleared a large leaf there, and has
+            // not flushed yet.
             self.note_deferred_flushes_of(view);
         }
         kernel.cond_resched();
@@ -285,6 +286,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             GatherMode::FullMm => self.clear_entries(vma, &locked, range, leaves, NoProgramRuns),
         };
         if visit.rmaps == DelayedRmaps::Queued {
+            // The stated exception of G3.
             let gather = &mut *self;
             flush_dirty(
                 kernel,

@@ -1,6 +1,6 @@
-// The machine of the small kernel, and the three traits that it implements for the engine. It has two
-// CPUs, and sixteen frames of memory for tables, in an ordinary process: a TLB is a set of addresses,
-// an interrupt is a call, and one thread plays both CPUs in turn.
+// The machine of the small kernel, and the three traits that it implements for the engine. It has
+// two CPUs, and sixteen frames of memory for tables, in an ordinary process: a TLB is a set of
+// addresses, an interrupt is a call, and one thread plays both CPUs in turn.
 
 use core::cell::{Cell, RefCell, UnsafeCell};
 use core::pin::Pin;
@@ -8,16 +8,14 @@ use core::ptr::NonNull;
 use core::sync::atomic::AtomicU64;
 use std::collections::BTreeSet;
 
-use mmu_gather::pagetable::{
-    Bounds, EntryValue, Level, PagingMode, TableLock, TableMemory, VirtRange,
-};
+use mmu_gather::pagetable::{Bounds, EntryValue, Level, PagingMode, TableLock, TableMemory, VirtRange};
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushRequest, flush_tlb_func, init_cpu,
     switch_mm,
 };
 use mmu_gather::{
-    BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages,
-    UnmappedLeaf, Vma, VmaKind, exit_mmap,
+    BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf,
+    Vma, VmaKind, exit_mmap,
 };
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
@@ -70,8 +68,8 @@ unsafe impl TableMemory for Kernel {
     }
 }
 
-// SAFETY: the thread stays on the CPU that it plays, and every target has flushed when `flush_others`
-// returns; `invlpg` and `load_cr3` drop what the instructions drop.
+// SAFETY: the thread stays on the CPU that it plays, and every target has flushed when
+// `flush_others` returns; `invlpg` and `load_cr3` drop what the instructions drop.
 unsafe impl Cpus for Kernel {
     type Bits = Bits;
 
@@ -169,8 +167,8 @@ impl Kernel {
 
     fn new_mm(&self) -> MyMm {
         let root = self.allocate_table().expect("a frame is left");
-        // SAFETY: the root is an empty table that is this address space's alone, and `ids` is the one
-        // source of names.
+        // SAFETY: the root is an empty table that is this address space's alone, and `ids` is the
+        // one source of names.
         Box::pin(unsafe { Mm::new(&self.ids, root, PagingMode::FourLevel) })
     }
 

@@ -222,7 +222,7 @@ impl PageQueue {
         }
     }
 
-    /// Returns the batch pages. Nothing is queued.
+    /// Returns the batch pages; called when nothing is queued any more.
     #[inline]
     pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: pages queued and never freed");

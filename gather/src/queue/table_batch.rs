@@ -94,7 +94,7 @@ impl TableQueue {
         self.batch.is_some()
     }
 
-    /// Returns the batch page. Nothing is queued.
+    /// Returns the batch page; called when nothing is queued any more.
     #[inline]
     pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: tables queued and never freed");
