@@ -1,10 +1,12 @@
 //! Instructions for each leaf torn down, counted exactly; and a check that they have not grown.
 //!
 //! `cargo bench -p mmu-benches --bench instructions` prints the table; `-- --check` (and `-- --test`) compares the engine's
-//! rows with `instructions.snapshot` and fails if one has grown by more than 2 percent; `-- --bless` writes the snapshot.
+//! rows with `instructions.snapshot` and fails if one has grown by more than 2 percent; `-- --bless` writes the
+//! snapshot and the table in README.md.
 
 use std::process::ExitCode;
 
+use mmu_benches::document::Page;
 use mmu_benches::entry::{Counts, Entry, Meter, Path, Sampler};
 use mmu_benches::memory::Memory;
 use mmu_benches::peers::{Tables, Told};
@@ -56,6 +58,10 @@ fn main() -> ExitCode {
     let text = render(&table);
     print!("{text}");
     if has("--bless") {
+        if let Err(error) = Page::here("README.md").write("instructions", &text) {
+            eprintln!("README.md: {error}");
+            return ExitCode::FAILURE;
+        }
         let engine: Table = table.into_iter().take(ENGINE.len()).collect();
         if let Err(error) = std::fs::write(SNAPSHOT, render(&engine)) {
             eprintln!("{SNAPSHOT}: {error}");

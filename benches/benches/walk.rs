@@ -9,6 +9,7 @@ use mmu_benches::machine::{Batched, Machine};
 use mmu_benches::memory::Memory;
 use mmu_benches::shape::{Size, Workload};
 use mmu_benches::space::Space;
+use mmu_gather::Limits;
 use mmu_gather::tlb::OnlineCpus;
 
 fn walk(criterion: &mut Criterion) {
@@ -24,12 +25,12 @@ fn walk(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("look every page up", workload.name()), |bencher| {
             bencher.iter(|| black_box(engine::look_up(&machine, &space)));
         });
-        engine::discard(&machine, &space);
+        engine::discard(&machine, &space, &Limits::DEFAULT);
         let _ = memory.take_free_pages();
         let tables = space.stretches.len() as u64;
         group.throughput(Throughput::Elements(tables));
         group.bench_function(BenchmarkId::new("pass over empty tables", workload.name()), |bencher| {
-            bencher.iter(|| engine::discard(&machine, &space));
+            bencher.iter(|| engine::discard(&machine, &space, &Limits::DEFAULT));
         });
     }
     group.finish();

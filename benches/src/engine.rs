@@ -94,11 +94,9 @@ pub fn look_up<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) -> u64 
 /// # Panics
 /// As [`munmap`].
 #[inline(never)]
-pub fn discard<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
+pub fn discard<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
     for area in &space.shape.areas {
         // SAFETY: this thread alone changes the space.
-        unsafe { zap_page_range(machine, &space.mm, &Limits::DEFAULT, &vma(*area), *area) }
-            .expect(WHOLE)
-            .free();
+        unsafe { zap_page_range(machine, &space.mm, limits, &vma(*area), *area) }.expect(WHOLE).free();
     }
 }

@@ -58,6 +58,8 @@ pub enum Path {
     MunmapEach,
     /// As [`Munmap`](Self::Munmap), this CPU being the only one: plain stores.
     OneCpu,
+    /// One madvise(MADV_DONTNEED) an area.
+    Discard,
 }
 
 /// How frames are counted; see [`crate::machine`].
@@ -80,7 +82,7 @@ pub enum Entry {
     ClearOnly,
     /// Counts, free list and tables, too.
     Floor(Clear),
-    /// The same for one page at a time, with what the protocol asks of whoever has other CPUs.
+    /// The same for one call at a time, with what the protocol asks of whoever has other CPUs.
     Protocol,
     /// The engine.
     Engine(Path, Counts),
@@ -121,6 +123,15 @@ impl Entry {
         Self::Engine(Path::Munmap, Counts::Batched),
         Self::Engine(Path::MunmapEach, Counts::Batched),
     ];
+    /// The rows of the table of calls.
+    pub const CALLS: [Self; 6] = [
+        Self::Protocol,
+        Self::Engine(Path::Munmap, Counts::Batched),
+        Self::Engine(Path::Discard, Counts::Batched),
+        Self::X86_64(Told::Areas, Tables::Freed),
+        Self::X86_64(Told::Areas, Tables::Kept),
+        Self::Multiarch(Told::Areas, Tables::Kept),
+    ];
     /// The floor with plain stores: what exit is held against.
     pub const PLAIN: Self = Self::Floor(Clear::Plain);
     /// The floor with locked exchanges: what munmap is held against.
@@ -129,10 +140,10 @@ impl Entry {
     /// Whether the row means anything for `workload`.
     #[must_use]
     pub const fn applies_to(self, workload: Workload) -> bool {
-        let one_by_one = matches!(workload, Workload::W7OnePage);
+        let one_by_one = matches!(workload, Workload::W7OnePage | Workload::Calls(_));
         match self {
             Self::Engine(Path::Exit, _) => !one_by_one,
-            Self::Protocol => one_by_one,
+            Self::Protocol | Self::Engine(Path::Discard, _) => one_by_one,
             Self::Engine(Path::MunmapEach, _) => matches!(workload, Workload::W4Areas),
             // Elsewhere every page of the areas exists.
             Self::X86_64(Told::Pages, _) | Self::Multiarch(Told::Pages, _) => {
@@ -160,6 +171,7 @@ impl Entry {
                     Path::Munmap => "munmap",
                     Path::MunmapEach => "a munmap an area",
                     Path::OneCpu => "munmap, one CPU online",
+                    Path::Discard => "DONTNEED",
                 };
                 let counts = match counts {
                     Counts::Batched => "",
@@ -239,6 +251,7 @@ impl<'m> Sampler<'m> {
             }
             meter.measure(|| match path {
                 Path::Exit => engine::exit(machine, &space, &self.limits),
+                Path::Discard => engine::discard(machine, &space, &self.limits),
                 _ if shape.is_one_by_one() => engine::munmap_each(machine, &space, &self.limits),
                 Path::Munmap | Path::OneCpu => engine::munmap(machine, &space, &self.limits),
                 Path::MunmapEach => engine::munmap_each(machine, &space, &self.limits),

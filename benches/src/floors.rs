@@ -69,11 +69,13 @@ pub fn tear_down<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, clear
 #[repr(align(64))]
 struct Shared(AtomicU64);
 
-/// One page at a time, with all that the protocol asks of a CPU that is not alone: counts itself in, goes down from the root, locks
-/// the table, clears the entry, raises the generation, looks who has the space loaded, invalidates the page here, counts itself
-/// out. Written out for this one case: four levels, pages that programs have written to, no table that goes.
+/// One call at a time, with all that the protocol asks of a CPU that is not alone: counts itself in, goes down from the root,
+/// locks the table, clears the entries, raises the generation, looks who has the space loaded, invalidates the pages here, frees
+/// them, counts itself out. Written out for this one case: four levels, areas inside one table that stays, pages that programs
+/// have written to. The frames wait in `frames` meanwhile.
 #[inline(never)]
 pub fn unmap_one_by_one<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
+    let mut frames = Vec::with_capacity(512);
     let [gathers, generation, loaded] = [const { Shared(AtomicU64::new(0)) }; 3];
     let [gathers, generation, loaded] = black_box([&gathers.0, &generation.0, &loaded.0]);
     let memory = machine.memory();
@@ -86,20 +88,23 @@ pub fn unmap_one_by_one<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>
             // SAFETY: an entry of a table that no one else uses while a floor runs.
             table = unsafe { link.read() } & ADDRESS;
         }
-        let page = entry(table, index_of(area.start(), 12));
+        let first = index_of(area.start(), 12);
+        let end = first + index_of(area.end() - area.start(), 12);
         let locked = memory.frame(table).lock().lock();
-        // SAFETY: as above.
-        let frame = unsafe { page.read() } & ADDRESS;
-        // SAFETY: as above.
-        unsafe { page.write(0) };
+        frames.clear();
+        take(Stretch { table, first, end }, Clear::Plain, &mut frames);
         drop(locked);
         black_box(generation.fetch_add(1, Ordering::SeqCst));
         if loaded.load(Ordering::SeqCst) != 0 {
             return;
         }
-        machine.counts.invlpgs.set(machine.counts.invlpgs.get() + 1);
+        machine.counts.invlpgs.set(machine.counts.invlpgs.get() + (end - first) as u64);
+        let mut chain = memory.chain_start();
+        for frame in &frames {
+            chain = release_one(memory, *frame, chain);
+        }
+        memory.free_chain(chain);
         gathers.fetch_sub(1, Ordering::Release);
-        memory.free_chain(release_one(memory, frame, memory.chain_start()));
     }
 }
 

@@ -15,6 +15,7 @@
 //! teardown is timed, and after each the frames and tables it claims to have freed are counted.
 #![deny(unsafe_code)]
 
+pub mod document;
 pub mod engine;
 #[cfg(feature = "peers")]
 pub mod entry;

@@ -248,21 +248,17 @@ impl PageByPage for ByCursor<'_, '_> {
     fn area(&mut self, _range: VirtRange) {}
 }
 
-/// A cursor a page, where each is a call of its own.
-struct ByCursors<'a, 'm> {
-    table: &'a mut Table,
-    memory: &'m Memory,
-}
-
-impl PageByPage for ByCursors<'_, '_> {
-    #[inline(always)]
-    fn page(&mut self, address: u64) {
-        if let Ok((frame, _, _)) = self.table.cursor().unmap(AxVirtAddr::from_usize(to_usize(address))) {
-            release(self.memory, frame.as_usize() as u64);
+/// A cursor a call.
+#[inline(never)]
+fn for_each_call(shape: &Shape, table: &mut Table, memory: &Memory) {
+    for range in &shape.areas {
+        let mut peer = ByCursor { cursor: table.cursor(), memory };
+        let mut address = range.start();
+        while address < range.end() {
+            peer.page(address);
+            address += shape.level.entry_span();
         }
     }
-
-    fn area(&mut self, _range: VirtRange) {}
 }
 
 impl<'m, 's> Multiarch<'m, 's> {
@@ -285,7 +281,7 @@ impl<'m, 's> Multiarch<'m, 's> {
     pub fn unmap(&mut self, told: Told) {
         let (shape, memory) = (self.space.shape, self.memory);
         if shape.is_one_by_one() {
-            for_each(shape, told, &mut ByCursors { table: &mut self.table, memory });
+            for_each_call(shape, &mut self.table, memory);
         } else {
             for_each(shape, told, &mut ByCursor { cursor: self.table.cursor(), memory });
         }

@@ -56,6 +56,8 @@ pub enum Workload {
     W6Shuffled,
     /// One page at a time, in random order: the odd pages of 2 MiB whose even pages stay; 100,000 times.
     W7OnePage,
+    /// Calls of so many pages in random order, in a table that stays: after each area a page stays.
+    Calls(usize),
 }
 
 impl Workload {
@@ -70,6 +72,18 @@ impl Workload {
         Self::W7OnePage,
     ];
 
+    /// Calls of few pages, as programs make most: munmap and DONTNEED of 1 to 64 pages.
+    pub const CALLS: [Self; 8] = [
+        Self::Calls(1),
+        Self::Calls(2),
+        Self::Calls(4),
+        Self::Calls(8),
+        Self::Calls(16),
+        Self::Calls(33),
+        Self::Calls(64),
+        Self::Calls(256),
+    ];
+
     /// Its short name.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -81,6 +95,7 @@ impl Workload {
             Self::W5Huge => "W5",
             Self::W6Shuffled => "W6",
             Self::W7OnePage => "W7",
+            Self::Calls(_) => "calls",
         }
     }
 
@@ -100,12 +115,14 @@ impl Workload {
             Self::W4Areas => Shape::areas(self, pick(10_000, 40), u64::MAX),
             Self::W5Huge => Shape::huge(self, pick(32768, 1024)),
             Self::W6Shuffled => Shape::dense(self, pick(1024 * MIB, 8 * MIB), Order::Shuffled),
-            Self::W7OnePage if size == Size::Tiny => Shape::one_page(self, 1, 64),
-            Self::W7OnePage => Shape::one_page(self, pick(100_000 / 256 + 1, 1), 256),
+            Self::W7OnePage if size == Size::Tiny => Shape::calls(self, 1, 1, 64),
+            Self::W7OnePage => Shape::calls(self, pick(100_000 / 256 + 1, 1), 1, 256),
+            Self::Calls(pages) => Shape::calls(self, pick(400, 1), pages, 256),
         }
     }
 
-    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7 has no other size than its own.
+    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7 and calls have no
+    /// other size than their own.
     #[must_use]
     pub fn of_leaves(self, leaves: u64) -> Option<Shape> {
         // W6 samples its frames from 64 times as many.
@@ -126,7 +143,7 @@ impl Workload {
             Self::W4Areas => Some(Shape::areas(self, u64::MAX, leaves)),
             Self::W5Huge => Some(Shape::huge(self, leaves)),
             Self::W6Shuffled => Some(Shape::dense(self, leaves << 12, Order::Shuffled)),
-            Self::W7OnePage => None,
+            Self::W7OnePage | Self::Calls(_) => None,
         }
     }
 }
@@ -147,9 +164,9 @@ pub struct Shape {
     pub workload: Workload,
     /// Level of the tables that hold the leaves.
     pub level: Level,
-    /// The areas that go, ascending.
+    /// The areas that go; ascending, but for W7 and calls, which take one after the other in this order.
     pub areas: Vec<VirtRange>,
-    /// Their pages; ascending, but for W7, which unmaps one after the other in this order.
+    /// Their pages; ascending within an area.
     pub leaves: Vec<Leaf>,
     /// 2 MiB leaves among them, where the others are 4 KiB; ascending.
     pub blocks: Vec<Leaf>,
@@ -162,7 +179,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Whether each leaf goes by a call of its own.
+    /// Whether each area goes by a call of its own, in a table that stays.
     #[must_use]
     pub const fn is_one_by_one(&self) -> bool {
         !self.staying.is_empty()
@@ -244,12 +261,17 @@ impl Shape {
         Self { areas: vec![area(START, blocks << 21)], leaves, ..Self::new(workload, Level::Pmd) }
     }
 
-    fn one_page(workload: Workload, repeats: u64, pages: usize) -> Self {
-        let all = (0..512).map(|page| Leaf { address: START + (page << 12), physical: frame(page) });
-        let (staying, mut leaves): (Vec<Leaf>, Vec<Leaf>) = all.partition(|leaf| leaf.address & 0x1000 == 0);
-        shuffle(&mut leaves);
-        leaves.truncate(pages);
-        let areas = leaves.iter().map(|leaf| area(leaf.address, 4096)).collect();
+    /// Areas of `pages` pages in 2 MiB, at most `most` of them, and a page that stays after each.
+    fn calls(workload: Workload, repeats: u64, pages: usize, most: usize) -> Self {
+        let all: Vec<Leaf> =
+            (0..512).map(|page| Leaf { address: START + (page << 12), physical: frame(page) }).collect();
+        let (staying, mut parts): (Vec<&[Leaf]>, Vec<&[Leaf]>) =
+            all.chunks_exact(pages + 1).map(|part| part.split_at(1)).unzip();
+        shuffle(&mut parts);
+        parts.truncate(most);
+        let bytes = (pages as u64) << 12;
+        let areas = parts.iter().map(|part| area(part[0].address, bytes)).collect();
+        let [staying, leaves] = [staying.concat(), parts.concat()];
         Self { areas, leaves, staying, repeats, ..Self::new(workload, Level::Pte) }
     }
 }
