@@ -8,7 +8,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::gather::MmuGather;
 use crate::platform::{GatherEvent, Platform};
 use crate::queue::spare::Room;
-use crate::queue::table_batch::Queued;
+use crate::queue::table_batch::TableQueued;
 use crate::queue::word::BatchWord;
 
 impl<K: Platform> MmuGather<'_, K> {
@@ -101,9 +101,9 @@ impl<K: Platform> MmuGather<'_, K> {
         self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level()));
         self.state.range.unhooked(table.level(), address);
         match self.waiting.tables.push(self.kernel, &self.limits, table.frame()) {
-            Queued::Room => {}
-            Queued::Full => self.forced_flush(),
-            Queued::NoBatch(alone) => {
+            TableQueued::RoomLeft => {}
+            TableQueued::Full => self.forced_flush(),
+            TableQueued::NoBatch(alone) => {
                 self.kernel.observe_gather(GatherEvent::TableFallback);
                 self.flush_tlb_only();
                 // INVARIANT: G1, `range` held this table, so the flush just made covers it.

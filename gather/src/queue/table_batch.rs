@@ -20,9 +20,9 @@ const_assert_eq!(align_of::<TableBatch>(), 8);
 /// What became of a table that was to be queued.
 #[derive(Debug)]
 #[must_use]
-pub(crate) enum Queued {
+pub(crate) enum TableQueued {
     /// It waits, and there is room for more.
-    Room,
+    RoomLeft,
     /// It waits, and the batch is full now.
     Full,
     /// No page for a batch could be had; the table still belongs to the caller.
@@ -39,11 +39,11 @@ impl TableQueue {
         Self { batch: None }
     }
 
-    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, table: PhysFrame) -> Queued {
+    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, table: PhysFrame) -> TableQueued {
         let mut batch = match self.batch {
             Some(batch) => batch,
             None => {
-                let Some(page) = kernel.allocate_batch() else { return Queued::NoBatch(table) };
+                let Some(page) = kernel.allocate_batch() else { return TableQueued::NoBatch(table) };
                 let batch = page.into_inner().cast::<TableBatch>();
                 // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of
                 // `BatchPage::new`); a `TableBatch` has that size and alignment (asserted above).
@@ -55,9 +55,9 @@ impl TableQueue {
         // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
         let batch = unsafe { batch.as_mut() };
         match batch.try_push(table) {
-            Ok(()) if batch.len() < usize::from(limits.table_slots) => Queued::Room,
-            Ok(()) => Queued::Full,
-            Err(refused) => Queued::NoBatch(refused.element()),
+            Ok(()) if batch.len() < usize::from(limits.table_slots) => TableQueued::RoomLeft,
+            Ok(()) => TableQueued::Full,
+            Err(refused) => TableQueued::NoBatch(refused.element()),
         }
     }
 
