@@ -5,30 +5,57 @@ use core::mem;
 
 use mmu_pagetable::{Bounds, Level, VirtRange};
 
-use crate::gather::{MmuGather, PfnMaps};
-use crate::mm::OwesFlush;
+use crate::gather::MmuGather;
+use crate::open_gather::OwesFlush;
 use crate::platform::{Platform, Vma};
+use crate::state::PfnMaps;
 
 impl<K: Platform> MmuGather<'_, K> {
-    /// Unhooks the tables that only `vmas` used, and queues them; they are freed after the next flush.
+    /// Unhooks the tables that only `vmas` used, and queues them; they are freed after the next
+    /// flush.
     ///
-    /// `vmas` comes in ascending order, all its leaves are gone, and `bounds` are the neighbours that stay: end of the area
-    /// below, start of the area above. Areas that lie closer together than 2 MiB are taken in one walk.
+    /// `vmas` comes in ascending order, and all its leaves are gone. `bounds` are the neighbours
+    /// that stay: the end of the area below, and the start of the area above. Areas that lie closer
+    /// together than 2 MiB are taken in one walk.
     ///
-    /// Areas of device frames are flushed for first, if [`flush_pfn_maps`](Self::flush_pfn_maps) was not called.
+    /// Areas of device frames are flushed for first, if
+    /// [`flush_pfn_maps`](Self::flush_pfn_maps) was not called.
     ///
     /// # Context
     /// No table lock is held; preemption points inside.
     ///
     /// # Safety
     /// Until [`flush`](Self::flush) has returned:
-    /// - the areas are detached: nobody faults in them or walks there, and no page is mapped in them any more;
-    /// - outside `vmas` nothing is mapped, and nobody faults, between `bounds`; the neighbours do not grow into it.
+    /// - the areas are detached: nobody faults in them or walks there, and no page is mapped in
+    ///   them any more;
+    /// - between `bounds`, outside `vmas`, nothing is mapped and nobody faults, and the neighbours
+    ///   do not grow into that space.
     ///
-    /// A table that does not keep to it is freed with what it maps, or while somebody puts an entry into it.
+    /// Otherwise a table is freed together with what it maps, or while somebody puts an entry into
+    /// it.
     ///
     /// # Source
     /// Linux: free_pgtables, mm/memory.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let vma = area(0x1000, 0x5000);
+    /// # kernel.map(&mm, vma.range);
+    /// # let tables_before = kernel.free_tables.borrow().len();
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([vma], vma.range)?;
+    /// // SAFETY: the pages are gone, and there is no other area.
+    /// unsafe { gather.free_pgtables([vma], Bounds::between(None, None)) };
+    /// gather.flush().free();
+    /// assert_eq!(kernel.free_tables.borrow().len(), tables_before + 3, "all but the root");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub unsafe fn free_pgtables(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, bounds: Bounds) {
         self.flush_pfn_maps();
         let mut vmas = vmas.into_iter().map(|vma| vma.range).peekable();
@@ -44,9 +71,10 @@ impl<K: Platform> MmuGather<'_, K> {
 
     /// Makes every CPU forget the device frames unmapped so far, if there were any; frees nothing.
     ///
-    /// Called before the areas are made impossible to find: from then on the frames' owner, who looks for areas to unmap
-    /// before it frees, finds none and no longer waits for us (CVE-2022-39188). Entries that another open gather has cleared and
-    /// not flushed count too: this one found them none.
+    /// It is to be called before the areas can no longer be found. From then on the owner of the
+    /// frames, who looks for areas to unmap before it frees, finds none and does not wait for this
+    /// gather (CVE-2022-39188). The flush covers entries that another open gather has cleared and
+    /// not flushed, too, for this one found them empty.
     ///
     /// # Context
     /// As for [`flush_tlb_only`](Self::flush_tlb_only), no table lock held.
@@ -66,21 +94,24 @@ impl<K: Platform> MmuGather<'_, K> {
     /// # Source
     /// Linux: free_pgd_range, mm/memory.c.
     pub(crate) fn free_pgd_range(&mut self, range: VirtRange, bounds: Bounds) {
-        // Most often the neighbours need them all: nothing is made ready for it then.
+        // Most often the neighbours need all of the tables, and nothing below is needed.
         if bounds.spans_of(range).is_none() {
             return;
         }
         let (kernel, mm) = (self.kernel, self.mm);
         let sink = |table: mmu_pagetable::UnhookedTable| {
-            // An address of the range, so that freeing one page's table does not widen a one-page flush.
+            // An address inside the range, not the start of the table's span: freeing the table of
+            // one page must not widen the flush of that page.
             let address = table.span().start().max(range.start());
             self.queue_table(&table, address);
             kernel.cond_resched();
         };
-        // Tables that were unhooked together and not queued yet leak, if a call of the kernel's unwinds in the sink.
+        // If a call of the kernel unwinds in the sink, tables that were unhooked together with this
+        // one and are not queued yet leak; the flush for them is left to whoever looks next.
         let owes_flush = OwesFlush(mm.context());
-        // SAFETY: the constructor's caller holds the map lock, and by this function's context nobody walks the range. The
-        // sink queues; tables leave the queue only through `free_all`, after a flush of what `range` noted.
+        // SAFETY: the constructor's caller holds the map lock, and by the promise of our caller
+        // nobody walks the range. The sink queues; tables leave the queue only through `free_all`,
+        // after a flush of what `range` noted.
         unsafe { mm.space().unhook_tables(kernel, range, bounds, sink) };
         mem::forget(owes_flush);
     }

@@ -1,51 +1,30 @@
-//! The gather itself: on the stack of whoever unmaps, from the first entry cleared to the last page freed.
-#![expect(
-    unsafe_code,
-    reason = "the constructors take the map lock on trust; a flushed gather leaves its queues behind"
-)]
+//! The gather itself, on the stack of whoever unmaps: from the first entry cleared to the flush.
+#![expect(unsafe_code, reason = "the constructors take the map lock on trust")]
 
 use core::convert::Infallible;
 use core::{fmt, mem};
 
-use mmu_pagetable::{Level, StaleWrites, TableView, UnhookedTable, VirtRange};
-use mmu_tlb::{Flushed, flush_tlb_mm, flush_tlb_mm_range};
-use x86_64::structures::paging::PhysFrame;
+use mmu_pagetable::{StaleWrites, TableView};
 
-use crate::batch::{PageQueue, Room};
-use crate::limits::Limits;
-use crate::mm::{Mm, OpenGather};
+use crate::flush_policy::{Scope, flush, scope_before_the_last, scope_of_the_last};
+use crate::flushed_gather::FlushedGather;
+use crate::limits::{GatherMode, Limits};
+use crate::mm::Mm;
+use crate::open_gather::{OpenGather, close_after};
 use crate::platform::{GatherEvent, Platform};
+use crate::queue::waiting::{Covered, Waiting};
 use crate::range::FlushRange;
-use crate::slot::Slot;
-use crate::table_batch::{Queued, TableQueue};
-use crate::waiting::{Covered, Waiting};
-use crate::zap::CutLeaf;
-
-/// What a gather may assume about other users of the address space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GatherMode {
-    /// Other CPUs may run programs in it: entries are cleared with a locked exchange, unless hardware has nothing left to set
-    /// in them ([`EntryValue::is_settled`](mmu_pagetable::EntryValue::is_settled)).
-    ///
-    /// There is no mode of its own for a single CPU. Were entries cleared there with plain stores, a program that preempts in
-    /// between could set a dirty bit that is then lost; were pages freed at once, it could use a stale entry (such a mode was
-    /// removed from Linux for that reason). That flushes are local, [`OnlineCpus::One`](mmu_tlb::OnlineCpus::One) says.
-    Shared,
-    /// The whole address space is dying and no program runs in it any more, though lazy CPUs may have it loaded: plain
-    /// stores, full flushes. The first makes the lazy CPUs leave, so the later ones find nobody to interrupt, and nothing is
-    /// gained by holding much: a gather in this mode takes one batch page at the most
-    /// ([`Limits::EXIT_BATCH_PAGES`]), whatever its limits.
-    FullMm,
-}
+use crate::state::{DeferredFlushes, PfnMaps, Phase, State};
 
 /// Collects what one thread unmaps from one address space, and frees it after a flush.
 ///
-/// At most 256 bytes, made to live on a kernel stack; not to be moved to another thread. Holding one proves that nothing
-/// it collected has been freed before every CPU was told. Dropped unfinished, it finishes itself (rule G5).
+/// At most 256 bytes, made to live on a kernel stack; not to be moved to another thread. Holding
+/// one proves that nothing it collected has been freed before every CPU was told. Dropped
+/// unfinished, it finishes itself (rule G5).
 ///
 /// ```text
 /// MmuGather::new ─► unmap_vmas ─► free_pgtables ─► flush ─► (locks dropped) ─► FlushedGather::free
-///                      └── full: flush and free what is queued, outside the table lock, then carry on
+///                      └── full: flush and free what is queued, without the table lock, then go on
 /// ```
 ///
 /// Linux: struct mmu_gather, where the variable is called `tlb`; here `tlb` means the hardware.
@@ -58,59 +37,40 @@ pub struct MmuGather<'a, K: Platform> {
     pub(crate) waiting: Waiting,
 }
 
-/// What is known until the flush.
-pub(crate) struct State {
-    pub(crate) mode: GatherMode,
-    pub(crate) pfn_maps: PfnMaps,
-    pub(crate) range: FlushRange,
-    /// Whether flushes that others owe were seen under a table lock: the next flush is of the whole address space.
-    pub(crate) deferred: DeferredFlushes,
-    /// Whether this gather took rights away since its last flush ([`MmuGather::changed`]): CPUs may write still.
-    pub(crate) rights: StaleWrites,
-    pub(crate) phase: Phase,
-    /// A large leaf that a range cut, and that was left alone.
-    pub(crate) cut: Option<CutLeaf>,
-    /// The last flush. INVARIANT: while `range` is empty it covers everything that waits.
-    receipt: Option<Covered>,
-}
-
-/// Whether flushes of reclaim, or of a call that unwound, were seen to be owed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum DeferredFlushes {
-    NotSeen,
-    Seen,
-}
-
-/// Whether the gather can finish itself when it is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// Yes: entries are cleared and noted, and what waits is in the queues.
-    Open,
-    /// The kernel is carrying out a flush, or is being handed what waits. If the gather is dropped now the kernel's own code
-    /// has unwound: doing it again might unwind again, which aborts, and would free some of it twice. What waits leaks.
-    InKernel,
-}
-
-/// Whether entries of a [`PfnMap`](crate::VmaKind::PfnMap) area were cleared. Sticky: a later area does not undo it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PfnMaps {
-    NotSeen,
-    Seen,
-}
-
 impl<'a, K: Platform> MmuGather<'a, K> {
     /// Begins to unmap part of `mm`, whose programs may be running on other CPUs.
     ///
     /// # Safety
-    /// - Until [`flush`](Self::flush) returns (or the gather is dropped) the caller holds the embedder's map lock of `mm`, for
-    ///   reading at least (Linux: mmap_lock): no table below `mm` is freed meanwhile but by this gather;
-    /// - `mm` is an address space of `kernel`: its tables are in that memory, and those CPUs alone load it.
+    /// - Until [`flush`](Self::flush) returns (or the gather is dropped) the caller holds the
+    ///   embedder's map lock of `mm`, for reading at least (Linux: mmap_lock): no table below `mm`
+    ///   is freed meanwhile but by this gather;
+    /// - `mm` is an address space of `kernel`: its tables are in that memory, and those CPUs alone
+    ///   load it.
     ///
-    /// That is promised of whatever the gather is told to do: its safe calls take any range. A kernel that frees tables under a
-    /// lock held for reading (munmap after a downgrade) keeps the other gathers of that time to areas that are not detached.
+    /// The promise covers whatever the gather is told to do, for its safe calls take any range. A
+    /// kernel that frees tables under a lock held for reading (munmap after a downgrade) keeps the
+    /// other gathers of that time to areas that are not detached.
     ///
     /// # Source
     /// Linux: tlb_gather_mmu, mm/mmu_gather.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// let vma = area(0x1000, 0x5000);
+    /// kernel.map(&mm, vma.range);
+    /// // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([vma], vma.range)?;
+    /// assert_eq!(kernel.freed_pages.get(), 0, "they wait for the flush");
+    /// drop(gather); // flushes, and frees
+    /// assert_eq!(kernel.freed_pages.get(), 4);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[doc(alias = "tlb_gather_mmu")]
     #[must_use]
     #[inline]
@@ -120,8 +80,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// Begins to tear down all of `mm`: the last program has left it, and nobody can come back.
     ///
-    /// Were a program still running there, dirty bits could be lost; stale translations could not: the flush at the end
-    /// reaches every CPU all the same.
+    /// If a program still ran there, dirty bits could be lost. Stale translations could not: the
+    /// flush at the end reaches every CPU all the same.
     ///
     /// # Safety
     /// As for [`new`](Self::new); and no program runs in `mm` any more, nor comes back.
@@ -137,6 +97,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     #[inline]
     fn begin(kernel: &'a K, mm: &'a Mm<K::Bits>, mode: GatherMode) -> Self {
+        // A `const` block, because the type is generic; sizes of other types are `const_assert`s.
         const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
         mm.open_gather();
         Self {
@@ -152,16 +113,17 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 cut: None,
                 receipt: None,
             },
-            limits: Limits::DEFAULT.of(mode),
+            limits: Limits::DEFAULT.usable_in(mode),
             waiting: Waiting::new(),
         }
     }
 
-    /// The same gather, holding no more than `limits` allow. Before anything is queued.
+    /// The same gather, holding no more than `limits` allow. To be called before anything is
+    /// queued.
     #[must_use]
     #[inline]
     pub fn with_limits(mut self, limits: &Limits) -> Self {
-        self.limits = limits.clamped().of(self.state.mode);
+        self.limits = limits.clamped().usable_in(self.state.mode);
         self
     }
 
@@ -171,113 +133,18 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         self.state.mode
     }
 
-    /// Notes that entries of `level` tables covering `range` lost rights, or changed otherwise in a way that CPUs must not
-    /// miss; for mprotect and its like, which queue no page. The gather is begun before the first entry changes: another that
-    /// clears such an entry relies on it (an entry that is read-only now may still get its dirty bit set until the flush).
-    ///
-    /// # Context
-    /// The lock of the table is still held.
-    ///
-    /// # Source
-    /// Linux: tlb_flush_pte_range, include/asm-generic/tlb.h.
-    #[doc(alias = "tlb_flush_pte_range")]
-    pub fn changed(&mut self, range: VirtRange, level: Level) {
-        self.state.range.cleared(range, level);
-        self.state.rights = StaleWrites::Possible;
-    }
-
-    /// Queues the page at `frame`, whose `level` entry covering `cleared` the caller has just cleared. Flushes and frees if
-    /// that fills the gather.
-    ///
-    /// # Context
-    /// No table lock is held.
-    ///
-    /// # Safety
-    /// - The entry of a `level` table of this address space that mapped `frame` at `cleared` is empty, cleared by the caller
-    ///   in one step ([`LockedEntry::get_and_clear`](mmu_pagetable::LockedEntry::get_and_clear)), and nobody else queues or
-    ///   frees what it held: one reference on the page, which now belongs to the gather;
-    /// - no other mapping relies on that reference.
-    ///
-    /// # Source
-    /// Linux: tlb_remove_page, include/asm-generic/tlb.h.
-    #[doc(alias = "tlb_remove_page")]
-    pub unsafe fn remove_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
-        self.make_room();
-        self.state.range.cleared(cleared, level);
-        if self.waiting.pages.push(self.kernel, &self.limits, Slot::page(frame)) == Room::Full {
-            self.forced_flush();
-        }
-    }
-
-    /// Queues `nr_pages` references on the frames from `frame` on, as one record of two slots; otherwise as
-    /// [`remove_page`](Self::remove_page).
-    ///
-    /// # Safety
-    /// As for [`remove_page`](Self::remove_page), for each of the `nr_pages` frames and the last-level entries of `cleared`.
-    ///
-    /// # Source
-    /// Linux: tlb_remove_page with encoded nr_pages, since folios are unmapped in runs.
-    #[doc(alias = "__tlb_remove_folio_pages")]
-    pub unsafe fn remove_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) {
-        self.make_room();
-        self.state.range.cleared(cleared, Level::Pte);
-        let run = Slot::run(frame, nr_pages);
-        if self.waiting.pages.push_run(self.kernel, &self.limits, run) == Room::Full {
-            self.forced_flush();
-        }
-    }
-
-    /// Queues a table that was unhooked. `address` lies in its span and was given up by the caller.
-    ///
-    /// If no batch page can be had, the table is flushed for and freed at once, alone (rule G4).
-    ///
-    /// # Context
-    /// No table lock is held.
-    ///
-    /// # Panics
-    /// If the table was part of another address space, or does not cover `address`: the flush would not be one for it.
-    ///
-    /// # Source
-    /// Linux: tlb_remove_table, mm/mmu_gather.c.
-    #[doc(alias = "tlb_remove_table")]
-    pub fn remove_table(&mut self, table: UnhookedTable, address: u64) {
-        assert!(table.root() == self.mm.space().root(), "G1: {table:?} belongs to another address space");
-        assert!(table.span().contains(address), "G2: {address:#x} was not translated through {table:?}");
-        self.queue_table(&table, address);
-    }
-
-    /// As [`remove_table`](Self::remove_table), of a table of this address space that covers `address`.
-    #[inline]
-    pub(crate) fn queue_table(&mut self, table: &UnhookedTable, address: u64) {
-        self.kernel.observe_gather(GatherEvent::TableUnhooked(table.level()));
-        self.state.range.unhooked(table.level(), address);
-        match self.waiting.tables.push(self.kernel, &self.limits, table.frame()) {
-            Queued::Room => {}
-            Queued::Full => self.forced_flush(),
-            Queued::NoBatch(alone) => {
-                self.kernel.observe_gather(GatherEvent::TableFallback);
-                self.flush_tlb_only();
-                // INVARIANT: G1, `range` held this table, so the flush just done was made for it too.
-                let receipt = self.take_receipt();
-                // SAFETY: an `UnhookedTable` was taken in, of which there is one, and its flush was made just now.
-                unsafe { self.kernel.free_tables(&[alone]) };
-                self.free_all(receipt);
-            }
-        }
-    }
-
     /// Makes every CPU forget what was cleared so far. Frees nothing.
     ///
     /// # Context
-    /// As for [`flush_tlb_mm_range`]; under a table lock only for dirty pages and moved ones (rule G3).
+    /// As for [`flush_tlb_mm_range`](mmu_tlb::flush_tlb_mm_range); under a table lock only for
+    /// dirty pages and moved ones (rule G3).
     ///
     /// # Source
     /// Linux: tlb_flush_mmu_tlbonly, include/asm-generic/tlb.h.
     #[doc(alias = "tlb_flush_mmu_tlbonly")]
     pub fn flush_tlb_only(&mut self) {
         if !self.state.range.is_empty() {
-            let scope = if self.is_nested() { Scope::Whole } else { self.scope() };
-            self.shoot_down(scope);
+            self.flush_scope(scope_before_the_last(self.mm, self.own_scope()));
         }
     }
 
@@ -288,22 +155,71 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ///
     /// # Source
     /// Linux: tlb_flush_mmu, mm/mmu_gather.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let (low, high) = (area(0x1000, 0x5000), area(0x8000, 0x9000));
+    /// # kernel.map(&mm, low.range);
+    /// # kernel.map(&mm, high.range);
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([low], low.range)?;
+    /// gather.flush_mmu();
+    /// assert_eq!(kernel.freed_pages.get(), 4);
+    /// gather.unmap_vmas([high], high.range)?;
+    /// gather.flush().free();
+    /// assert_eq!(kernel.freed_pages.get(), 5);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[doc(alias = "tlb_flush_mmu")]
     pub fn flush_mmu(&mut self) {
         self.flush_tlb_only();
-        self.release();
+        if !self.waiting.is_empty() {
+            let receipt = self.take_receipt();
+            self.free_all(receipt);
+        }
     }
 
-    /// Completes the unmapping: when this returns, no CPU can use any address that was unmapped. Frees nothing yet.
+    /// Completes the unmapping: when this returns, no CPU can use any address that was unmapped.
+    /// Frees nothing yet.
     ///
-    /// If another gather was open on the address space meanwhile, all of it is flushed, tables included: entries this one
-    /// found none may have been cleared by the other, which has not flushed yet (rule G6).
+    /// If another gather was open on the address space meanwhile, all of it is flushed, tables
+    /// included: entries that this one found empty may have been cleared by the other, which has
+    /// not flushed yet (rule G6).
     ///
     /// # Context
     /// The map lock is still held; it may be dropped as soon as this returns.
     ///
     /// # Source
     /// Linux: the first half of tlb_finish_mmu, mm/mmu_gather.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let vma = area(0x1000, 0x5000);
+    /// # kernel.map(&mm, vma.range);
+    /// # kernel.run(CPU[1], Some(&mm));
+    /// # assert!(kernel.touch(CPU[1], &mm, 0x1000));
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([vma], vma.range)?;
+    /// assert!(kernel.touch(CPU[1], &mm, 0x1000), "the other CPU still has it in its TLB");
+    /// let flushed = gather.flush();
+    /// assert!(!kernel.touch(CPU[1], &mm, 0x1000));
+    /// // Here the locks are dropped.
+    /// flushed.free();
+    /// assert_eq!(kernel.freed_pages.get(), 4);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[doc(alias = "tlb_finish_mmu")]
     #[must_use = "drop the locks, then free"]
     #[inline]
@@ -313,34 +229,40 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
     }
 
-    /// Does `work`, then flushes: as [`flush`](Self::flush), with nothing moved between the two.
+    /// Calls `unmap`, then flushes as [`flush`](Self::flush) does.
     ///
-    /// Only what waits moves on, field by field: a copy of all of it, sixteen bytes at a time, waits for the narrow stores that
-    /// filled them, which took longer (11 ns) than beginning and finishing a gather takes now.
+    /// The gather is not moved between the two, and afterwards only what waits moves on, field by
+    /// field. A copy of the whole gather, sixteen bytes at a time, would wait for the narrower
+    /// stores that filled it: that took longer (11 ns) than beginning and finishing a gather takes
+    /// now.
     ///
-    /// If `work` fails, what waits is flushed for and freed at once, and the error comes back.
+    /// If `unmap` fails, what waits is flushed for and freed at once, and the error comes back.
     #[inline]
     pub(crate) fn flush_after<E>(
         mut self,
-        work: impl FnOnce(&mut Self) -> Result<(), E>,
+        unmap: impl FnOnce(&mut Self) -> Result<(), E>,
     ) -> Result<FlushedGather<'a, K>, E> {
-        work(&mut self)?;
-        let receipt = self.finish_flush();
-        let waiting = self.waiting.leave();
+        unmap(&mut self)?;
+        let mm = self.mm;
+        let receipt = close_after(mm, || self.last_flush());
+        let waiting = self.waiting.take();
         let (kernel, free_chunk) = (self.kernel, self.limits.free_chunk);
-        // Closed, and nothing waits in it: there is nothing left for it to do when dropped.
+        // Closed, and nothing waits in it: `drop` would have nothing left to do.
         mem::forget(self);
         Ok(FlushedGather { kernel, free_chunk, waiting, receipt })
     }
 
-    /// Reclaim may have cleared entries here and not flushed yet; the next flush makes up for it.
+    /// Notes that reclaim may have cleared entries here and not flushed yet; the next flush makes
+    /// up for it.
     ///
-    /// The engine calls it wherever it looks at entries. An embedder that looks itself (mprotect, fork), and whose call promises
-    /// that no CPU uses what was there, does too: an entry that is not present may be one that a CPU still uses.
+    /// The engine calls it wherever it looks at entries. An embedder calls it where it looks
+    /// itself (mprotect, fork), if its call promises that no CPU uses what was there: an entry
+    /// that is not present may be one that a CPU still uses.
     ///
     /// # Context
-    /// The lock of the table that the entries are in is held, or was since they were read. Of tables above the last level, whose
-    /// entries are read without it, [`note_deferred_flushes_of`](Self::note_deferred_flushes_of) takes it.
+    /// The lock of the table that the entries are in is held, or was since they were read. For
+    /// tables above the last level, whose entries are read without their lock, call
+    /// [`note_deferred_flushes_of`](Self::note_deferred_flushes_of), which takes it.
     ///
     /// # Source
     /// Linux: flush_tlb_batched_pending, mm/rmap.c.
@@ -353,11 +275,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
     }
 
-    /// As [`note_deferred_flushes`](Self::note_deferred_flushes), after entries of `view` were found empty without its lock,
-    /// and passed over.
+    /// As [`note_deferred_flushes`](Self::note_deferred_flushes), after entries of `view` were
+    /// found empty without its lock, and passed over.
     ///
-    /// Reclaim clears an entry and then notes that its flush is to come, both under the lock of the table: whoever takes the
-    /// lock after having seen the entry empty sees the note, too. Reading the note alone is not enough.
+    /// Reclaim clears an entry and then notes that its flush is to come, both under the lock of
+    /// the table: whoever takes that lock after having seen the entry empty sees the note, too.
+    /// Reading the note without the lock is not enough.
     ///
     /// # Context
     /// No table lock is held.
@@ -367,92 +290,59 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         drop(locked);
     }
 
-    /// Makes room for a record, if the visit of a table ended with none and nothing was queued since.
-    #[inline]
-    fn make_room(&mut self) {
-        if self.waiting.pages.is_full(&self.limits)
-            && self.waiting.pages.next_batch(self.kernel, &self.limits) == Room::Full
-        {
-            self.forced_flush();
-        }
-    }
-
-    /// The gather is full: flushes and frees, then it can go on.
+    /// The gather is full: flushes and frees, so that it can go on.
     pub(crate) fn forced_flush(&mut self) {
         self.kernel.observe_gather(GatherEvent::ForcedFlush);
         self.flush_mmu();
     }
 
-    #[inline]
-    pub(crate) fn is_nested(&self) -> bool {
-        self.mm.open_gathers() > 1
-    }
-
-    /// Makes every CPU forget what this gather cleared, and what others that are open cleared and have not flushed.
+    /// Makes every CPU forget what this gather cleared, and what other gathers that are open have
+    /// cleared and not flushed.
     #[inline(always)]
     pub(crate) fn flush_for_all_gathers(&mut self) {
-        if self.is_nested() {
-            self.kernel.observe_gather(GatherEvent::NestedFlush);
-            self.shoot_down(Scope::Whole);
-        } else if self.state.deferred == DeferredFlushes::Seen || !self.state.range.is_empty() {
-            self.shoot_down(self.scope());
+        let nothing = self.state.range.is_empty() && self.state.deferred == DeferredFlushes::NotSeen;
+        let own = if nothing { Scope::Nothing } else { self.own_scope() };
+        let scope = scope_of_the_last(self.kernel, self.mm, own);
+        if scope != Scope::Nothing {
+            self.flush_scope(scope);
         }
     }
 
-    /// Flushes for the last time and closes the gather; returns the receipt, if anything waits for it.
+    /// Flushes for the last time; returns the receipt, if anything waits for it.
     #[inline(always)]
-    fn finish_flush(&mut self) -> Option<Covered> {
+    fn last_flush(&mut self) -> Option<Covered> {
         self.flush_for_all_gathers();
-        let receipt = if self.waiting.is_empty() { None } else { Some(self.take_receipt()) };
-        // INVARIANT: G6, the count goes down only after the flush.
-        self.mm.close_gather();
-        receipt
+        if self.waiting.is_empty() { None } else { Some(self.take_receipt()) }
     }
 
-    /// How much must be flushed when no other gather is open.
+    /// How much is to be flushed when no other gather is open, if anything is.
     #[inline]
-    fn scope(&self) -> Scope {
+    fn own_scope(&self) -> Scope {
         if self.state.mode == GatherMode::FullMm || self.state.deferred == DeferredFlushes::Seen {
-            Scope::Whole
+            Scope::WholeMm
         } else {
             Scope::Range
         }
     }
 
     #[inline(never)]
-    fn shoot_down(&mut self, scope: Scope) {
-        let (kernel, context) = (self.kernel, self.mm.context());
+    fn flush_scope(&mut self, scope: Scope) {
         self.state.phase = Phase::InKernel;
-        let receipt = match (scope, self.state.range.span()) {
-            (Scope::Range, Some(span)) => {
-                flush_tlb_mm_range(kernel, context, span, self.state.range.tables())
-            }
-            _ => flush_tlb_mm(kernel, context),
-        };
+        let (span, tables) = (self.state.range.span(), self.state.range.tables());
+        let receipt = flush(self.kernel, self.mm, scope, span, tables);
         self.state.phase = Phase::Open;
-        self.note_flushed(receipt, scope);
-    }
-
-    fn note_flushed(&mut self, receipt: Flushed, scope: Scope) {
-        if scope == Scope::Whole {
-            // Whatever was owed when it began has been made up for.
+        if scope == Scope::WholeMm {
+            // It made up for every flush that was owed when it began.
             self.state.deferred = DeferredFlushes::NotSeen;
         }
         // INVARIANT: G2, the range is emptied together with the flush, nowhere else.
         self.state.range.reset();
         self.state.rights = StaleWrites::Impossible;
-        self.state.receipt = Some(Covered::by(self.mm.context(), receipt));
+        self.state.receipt = Some(receipt);
     }
 
-    /// Frees everything that waits, on the strength of the last flush.
-    fn release(&mut self) {
-        if !self.waiting.is_empty() {
-            let receipt = self.take_receipt();
-            self.free_all(receipt);
-        }
-    }
-
-    fn free_all(&mut self, receipt: Covered) {
+    /// Frees everything that waits.
+    pub(crate) fn free_all(&mut self, receipt: Covered) {
         self.state.phase = Phase::InKernel;
         self.waiting.free_all(self.kernel, self.limits.free_chunk, receipt);
         self.state.phase = Phase::Open;
@@ -460,90 +350,28 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// The receipt of the last flush, which covers everything queued.
     #[inline]
-    fn take_receipt(&mut self) -> Covered {
+    pub(crate) fn take_receipt(&mut self) -> Covered {
         debug_assert!(self.state.range.is_empty(), "G1: {:?} not flushed before freeing", self.state.range);
         if self.state.receipt.is_none() {
-            // Nothing was flushed since something was queued. That cannot be; if it is, flush all.
-            self.shoot_down(Scope::Whole);
+            // Something was queued and nothing flushed since. That cannot be; if it is, flush all.
+            self.flush_scope(Scope::WholeMm);
         }
         self.state.receipt.take().expect("a flush leaves one")
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Scope {
-    Range,
-    Whole,
-}
-
 impl<K: Platform> Drop for MmuGather<'_, K> {
     fn drop(&mut self) {
+        let open = OpenGather::taken_over(self.mm);
         if self.state.phase == Phase::InKernel {
-            // What waits leaks. What was not flushed is flushed by whoever looks next.
-            self.mm.context().owe_flush();
-            self.mm.close_gather();
+            // What waits leaks. Dropping `open` leaves the flush to whoever looks next.
             return;
         }
-        // A visit that unwound owes a flush of entries that `range` does not know.
+        // The visit of a table that unwound owes a flush of entries that `range` does not know.
         self.note_deferred_flushes();
-        // Should the flush unwind: this is not run again.
-        let open = OpenGather::taken_over(self.mm);
-        self.flush_for_all_gathers();
-        let receipt = if self.waiting.is_empty() { None } else { Some(self.take_receipt()) };
-        open.close();
+        // If the flush unwinds, `drop` is not run again: `open` is dropped then.
+        let receipt = open.close_after(|| self.last_flush());
         self.waiting.finish(self.kernel, self.limits.free_chunk, receipt);
-    }
-}
-
-/// A gather whose flush has completed: what it holds may be freed, and need not be yet.
-///
-/// Made to be freed after the locks are dropped; dropping it frees too.
-#[must_use = "drop the locks, then free"]
-pub struct FlushedGather<'a, K: Platform> {
-    kernel: &'a K,
-    waiting: Waiting,
-    /// [`Limits::free_chunk`].
-    free_chunk: u16,
-    /// INVARIANT: there is one unless nothing waits.
-    receipt: Option<Covered>,
-}
-
-impl<'a, K: Platform> FlushedGather<'a, K> {
-    /// What is left of unmapping one page; `receipt` is that of its flush, if there was one.
-    #[inline(always)]
-    pub(crate) fn of_page(kernel: &'a K, slot: Option<Slot>, receipt: Option<Covered>) -> Self {
-        let waiting = Waiting { pages: PageQueue::of(slot), tables: TableQueue::new() };
-        let receipt = if slot.is_some() { receipt } else { None };
-        Self { kernel, waiting, free_chunk: Limits::DEFAULT.free_chunk, receipt }
-    }
-
-    /// Hands the pages and tables to the kernel, a slice at a time.
-    ///
-    /// # Context
-    /// No lock is held; preemption points inside.
-    ///
-    /// # Source
-    /// Linux: the second half of tlb_finish_mmu, mm/mmu_gather.c.
-    #[inline(always)]
-    pub fn free(mut self) {
-        self.finish();
-        // `forget`: drop glue would become an out-of-line call.
-        mem::forget(self);
-    }
-
-    #[inline(always)]
-    fn finish(&mut self) {
-        let receipt = self.receipt.take();
-        self.waiting.finish(self.kernel, self.free_chunk, receipt);
-    }
-}
-
-impl<K: Platform> Drop for FlushedGather<'_, K> {
-    fn drop(&mut self) {
-        // The receipt is gone if the kernel's own code unwound while it was handed what waits: the rest of that leaks.
-        if self.receipt.is_some() || self.waiting.is_empty() {
-            self.finish();
-        }
     }
 }
 
@@ -554,11 +382,5 @@ impl<K: Platform> fmt::Debug for MmuGather<'_, K> {
             .field("range", &self.state.range)
             .field("waiting", &self.waiting)
             .finish_non_exhaustive()
-    }
-}
-
-impl<K: Platform> fmt::Debug for FlushedGather<'_, K> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FlushedGather").field("waiting", &self.waiting).finish_non_exhaustive()
     }
 }

@@ -1,7 +1,6 @@
 //! One address space, as the engine sees it.
 #![expect(unsafe_code, reason = "takes a root table on trust; pins a field")]
 
-use core::mem;
 use core::pin::Pin;
 
 #[cfg(not(mmu_loom))]
@@ -13,17 +12,20 @@ use mmu_pagetable::{AddressSpace, PagingMode};
 use mmu_tlb::{CpuBits, CtxIds, MmContext};
 use x86_64::structures::paging::PhysFrame;
 
-/// What an embedder puts in its mm structure: the paging structures, the TLB context, and the gathers that are open.
+/// What an embedder puts in its mm structure: the paging structures, the TLB context, and the count
+/// of open gathers.
 ///
-/// It must not move while a CPU has it loaded: [`switch_mm`](mmu_tlb::switch_mm) takes its [context](Self::pinned_context)
-/// pinned, so an `Mm` lives in a `Pin<Box<Mm>>`, in a `Pin<Arc<..>>`, or in a structure that is pinned.
+/// It must not move while a CPU has it loaded: [`switch_mm`](mmu_tlb::switch_mm) takes its
+/// [context](Self::pinned_context) pinned, so an `Mm` lives in a `Pin<Box<Mm>>`, in a
+/// `Pin<Arc<..>>`, or in a structure that is pinned.
 /// Linux: the parts of mm_struct that mm/mmu_gather.c and arch/x86/mm/tlb.c use.
 #[derive(Debug)]
 pub struct Mm<B: CpuBits> {
     space: AddressSpace,
     context: MmContext<B>,
-    /// Gathers begun and not yet flushed. Linux: tlb_flush_pending. 64 bits: one that is forgotten (`mem::forget`) counts for ever,
-    /// and no number of them brings the count back to none.
+    /// Gathers begun and not yet flushed. Linux: tlb_flush_pending. It has 64 bits, because a
+    /// gather that is forgotten (`mem::forget`) counts for ever: no number of them makes the count
+    /// wrap.
     open_gathers: AtomicU64,
 }
 
@@ -33,6 +35,21 @@ impl<B: CpuBits> Mm<B> {
     /// # Safety
     /// - As for [`AddressSpace::new`];
     /// - as for [`MmContext::new`].
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// let root = kernel.allocate_table().expect("a frame is left");
+    /// // SAFETY: `root` is an empty table of this memory and of no other address space; the kernel
+    /// // has one source of names.
+    /// let mm = Box::pin(unsafe { Mm::new(&kernel.ids, root, PagingMode::FourLevel) });
+    /// kernel.run(CPU[0], Some(&mm)); // switch_mm, with mm.as_ref().pinned_context()
+    /// # kernel.run(CPU[0], None);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub unsafe fn new(ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
         Self {
@@ -62,73 +79,41 @@ impl<B: CpuBits> Mm<B> {
     #[must_use]
     #[inline]
     pub fn pinned_context(self: Pin<&Self>) -> Pin<&MmContext<B>> {
-        // SAFETY: `context` is pinned whenever the `Mm` is: it is reached by shared references only, and `Mm` has neither a
-        // `Drop` of its own nor `Unpin`, which `MmContext` has not.
+        // SAFETY: `context` is pinned whenever the `Mm` is: it is reached by shared references
+        // only, `Mm` has no `Drop` of its own, and is not `Unpin`, because `MmContext` is not.
         unsafe { self.map_unchecked(|mm| &mm.context) }
     }
 
     /// Gathers begun on this address space and not yet flushed.
     ///
-    /// Whoever finds an entry none or write-protected under its table lock while this is not zero cannot conclude that
-    /// no CPU uses the old translation. Linux: mm_tlb_flush_pending.
+    /// Whoever finds an entry empty or write-protected under its table lock, while this is not
+    /// zero, cannot conclude that no CPU uses the old translation. Linux: mm_tlb_flush_pending.
     #[doc(alias = "mm_tlb_flush_pending")]
     #[must_use]
     #[inline]
     pub fn open_gathers(&self) -> u64 {
+        // ORDERING: acquire, pairs with `close_gather`: its flush comes before what follows here.
         self.open_gathers.load(Ordering::Acquire)
+    }
+
+    /// Whether a gather is open besides that of the caller, which is counted too.
+    #[inline]
+    pub(crate) fn has_other_gathers(&self) -> bool {
+        self.open_gathers() > 1
     }
 
     #[inline]
     pub(crate) fn open_gather(&self) {
-        // ORDERING: made visible by the unlock of the first table lock the gather takes, to whoever locks it next: a
-        // gather that skips an entry this one cleared also sees the count (rule G6).
+        // ORDERING: the unlock of a table lock that this gather takes makes the count visible to
+        // whoever takes that lock next: a gather that passes over an entry which this one cleared
+        // sees the count, too (rule G6).
         self.open_gathers.fetch_add(1, Ordering::AcqRel);
     }
 
     #[inline]
     pub(crate) fn close_gather(&self) {
-        // ORDERING: release: comes after the flush.
+        // ORDERING: release, so that the count goes down after the flush. Pairs with the load in
+        // `open_gathers`: whoever sees this gather closed finds its flush completed.
         self.open_gathers.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// One count in [`Mm::open_gathers`], which is counted out when this is closed. If a call of the kernel's own unwinds before, the
-/// count goes down all the same, and whoever looks next makes up for the flush that did not come.
-#[must_use]
-pub(crate) struct OpenGather<'a, B: CpuBits>(&'a Mm<B>);
-
-impl<'a, B: CpuBits> OpenGather<'a, B> {
-    #[inline(always)]
-    pub(crate) fn new(mm: &'a Mm<B>) -> Self {
-        mm.open_gather();
-        Self(mm)
-    }
-
-    /// The count of a gather that is being dropped.
-    pub(crate) const fn taken_over(mm: &'a Mm<B>) -> Self {
-        Self(mm)
-    }
-
-    /// INVARIANT: G6, the count goes down only after the flush.
-    #[inline(always)]
-    pub(crate) fn close(self) {
-        self.0.close_gather();
-        mem::forget(self);
-    }
-}
-
-impl<B: CpuBits> Drop for OpenGather<'_, B> {
-    fn drop(&mut self) {
-        self.0.context.owe_flush();
-        self.0.close_gather();
-    }
-}
-
-/// Notes, when dropped, that entries were cleared and nobody is going to flush for them. Forgotten where all went well.
-pub(crate) struct OwesFlush<'a, B: CpuBits>(pub(crate) &'a MmContext<B>);
-
-impl<B: CpuBits> Drop for OwesFlush<'_, B> {
-    fn drop(&mut self) {
-        self.0.owe_flush();
     }
 }

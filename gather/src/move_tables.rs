@@ -7,11 +7,12 @@ use crate::gather::MmuGather;
 use crate::platform::{GatherEvent, Platform};
 
 impl<K: Platform> MmuGather<'_, K> {
-    /// Moves every last-level entry of `old` to the same offset from `new_start`, linking the tables it needs there first.
+    /// Moves every last-level entry of `old` to the same offset from `new_start`. First it links
+    /// the tables that are needed there.
     ///
-    /// The page keeps its frame, its counts, and its A/D bits. The old translations are flushed before the table locks drop:
-    /// whoever takes the lock of the new table next owns the page, may unmap and free it, or call it clean, and knows nothing of
-    /// the old address (CVE-2018-18281).
+    /// A page keeps its frame, its counts, and its A/D bits. The old translations are flushed
+    /// before the table locks drop: whoever takes the lock of the new table next owns the page, may
+    /// unmap and free it, or call it clean, and knows nothing of the old address (CVE-2018-18281).
     ///
     /// Ranges may overlap if `new_start` is below.
     ///
@@ -19,12 +20,15 @@ impl<K: Platform> MmuGather<'_, K> {
     /// No table lock is held. Sleeps if `allocate_table` does.
     ///
     /// # Errors
-    /// [`MapError`] if a table could not be linked, if something is mapped at the new place, or if a large leaf (or what stands
-    /// in its place) is in `old`: split those first, all of them. Nothing was moved then. Tables linked on the way stay:
-    /// [`free_pgtables`](Self::free_pgtables) over the new place takes them, now or when its area goes.
+    /// [`MapError`] if a table could not be linked, if something is mapped at the new place, or if
+    /// a large leaf (or what stands in its place) is in `old`: split those first, all of them.
+    /// Nothing was moved then. Tables linked on the way stay:
+    /// [`free_pgtables`](Self::free_pgtables) over the new place removes them, now or when its area
+    /// goes.
     ///
     /// # Safety
-    /// The map lock is held for writing, and the new place is part of an area or will be: nobody else maps there.
+    /// The map lock is held for writing, and the new place is part of an area or will be, so that
+    /// nobody else maps there.
     ///
     /// # Source
     /// Linux: move_page_tables, mm/mremap.c.
@@ -44,11 +48,12 @@ impl<K: Platform> MmuGather<'_, K> {
         })
     }
 
-    /// Calls `visit` for every last-level table that `range` uses, with the part it covers. Where there is none, the lock of the
-    /// table that could have led to it is taken once: a large leaf may have been there that reclaim is still to flush.
+    /// Calls `visit` for every last-level table that `range` uses, with the part of `range` that
+    /// the table covers. Where there is no such table, the lock of the table that could have led to
+    /// it is taken once: a large leaf may have been there that reclaim is still to flush.
     ///
     /// # Errors
-    /// Those of `visit`; [`MapError::Large`] where there is something else than a table.
+    /// Those of `visit`; [`MapError::Large`] where there is something other than a table.
     fn for_each_table(
         &mut self,
         range: VirtRange,
@@ -65,7 +70,7 @@ impl<K: Platform> MmuGather<'_, K> {
                 part
             } else {
                 let (level, found) = (view.level(), view.load(address));
-                // A table that was linked just now has nothing to move.
+                // A table found here was linked after the walk, and has nothing to move.
                 if !matches!(found.decode(level), Decoded::Empty | Decoded::Table(_)) {
                     return Err(MapError::Large(VirtRange::of_entry(level, address).start(), level, found));
                 }
@@ -78,8 +83,8 @@ impl<K: Platform> MmuGather<'_, K> {
         Ok(())
     }
 
-    /// Links the one or two tables that the entries of `part` move into, and sees that nothing is in their way there but
-    /// what is itself to move.
+    /// Links the one or two tables that the entries of `part` move into, and refuses if anything is
+    /// mapped there but what is itself to move.
     fn prepare_place(&mut self, old: VirtRange, part: VirtRange, new_start: u64) -> Result<(), MapError> {
         let page = Level::Pte.entry_span();
         let mut address = new_start;
@@ -102,7 +107,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let mut from = part;
         let mut to = new_start;
         loop {
-            // As far as one table reaches on the new side, too.
+            // A stretch ends where a table ends, on the new side, too.
             let room = (to | (Level::Pmd.entry_span() - 1)) + 1 - to;
             let stop = from.end().min(from.start() + room);
             let Ok(stretch) = VirtRange::new(from.start(), stop) else { return };
@@ -120,13 +125,15 @@ impl<K: Platform> MmuGather<'_, K> {
         let (kernel, mm) = (self.kernel, self.mm);
         // SAFETY: the constructor's caller holds the map lock; `prepare_place` linked the table.
         let Some(new_table) = (unsafe { mm.space().find_table(kernel, new_start, Level::Pte) }) else {
-            // Where the places overlap, the old table may itself be one that was only just linked to move into: it is empty.
+            // Where the places overlap, the old table may be one that was only just linked to move
+            // into, and is empty.
             let empty =
                 (stretch.start()..stretch.end()).step_by(4096).all(|page| old_table.load(page).is_empty());
             debug_assert!(empty, "no table was prepared at {new_start:#x} for what is mapped in {stretch}");
             return;
         };
-        // Movers exclude each other by the map lock; everybody else takes one table lock at a time.
+        // Two table locks at once cannot deadlock: movers exclude each other by the map lock, and
+        // everybody else takes one table lock at a time.
         let old_locked = old_table.lock(kernel);
         let new_locked = (new_table.frame() != old_table.frame()).then(|| new_table.lock(kernel));
         self.note_deferred_flushes();
@@ -142,20 +149,21 @@ impl<K: Platform> MmuGather<'_, K> {
                 debug_assert!(false, "something is mapped at {target_page:#x}");
                 continue;
             }
-            // SAFETY: it is put in again below, and flushed for under these locks.
+            // SAFETY: its page is mapped again below, and flushed for under these locks.
             let value = unsafe { entry.get_and_clear() };
             if value.is_present() {
                 leaves += 1;
                 self.state.range.cleared(VirtRange::of_entry(Level::Pte, page), Level::Pte);
             }
-            // SAFETY: the target is empty, and the page is mapped nowhere else in exchange for this.
+            // SAFETY: the target is empty, and the page is not mapped at the old address any more.
             unsafe { target.store(value) };
         }
         old_locked.forget_empty_lines(
             &(Level::Pte.index(stretch.start())..Level::Pte.index(stretch.end() - 1) + 1),
         );
         if leaves > 0 {
-            // The stated exception of G3: a page with a new place has a new owner as soon as the locks drop.
+            // The stated exception of G3: as soon as the locks drop, a page that was moved belongs
+            // to whoever takes the lock of its new table.
             kernel.observe_gather(GatherEvent::DirtyFlush);
             self.flush_tlb_only();
         }
@@ -164,7 +172,8 @@ impl<K: Platform> MmuGather<'_, K> {
         kernel.observe_gather(GatherEvent::LockDropped { leaves });
     }
 
-    /// The first address in `range` that a large leaf maps; [`move_page_tables`](Self::move_page_tables) moves none.
+    /// The first address in `range` that a large leaf maps:
+    /// [`move_page_tables`](Self::move_page_tables) does not move such leaves.
     ///
     /// # Context
     /// No table lock is held; preemption points inside.

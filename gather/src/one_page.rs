@@ -1,18 +1,27 @@
-//! The short way: one page, in a table that stays. Many calls of munmap and madvise are for no more.
+//! The path of one page in a table that stays. Many calls of munmap and madvise are for no more.
 //!
-//! The work is a gather's, in a gather's order. But nothing can fill and nothing is to be remembered from one table to the next, so
-//! what a gather keeps in memory stays in registers here: that halves the instructions.
+//! It does what a gather does, in the same order; what must be flushed is decided by the same
+//! functions (flush_policy.rs). But no queue can fill up, and nothing is remembered from one table
+//! to the next, so what a gather keeps in memory stays in registers here. That halves the
+//! instructions.
 #![expect(unsafe_code, reason = "the map lock is taken on trust")]
 
 use mmu_pagetable::{Bounds, Level, StaleWrites, TableView, VirtRange};
-use mmu_tlb::{FreedTables, PageSpan, flush_tlb_mm, flush_tlb_mm_range};
+use mmu_tlb::{FreedTables, PageSpan};
 
-use crate::entries::{DelayedRmaps, Locked, zap_one};
-use crate::gather::FlushedGather;
-use crate::mm::{Mm, OpenGather};
+use crate::entries::clearing::ProgramsMayRun;
+use crate::entries::zap_loop::zap_one;
+use crate::flush_policy::{
+    Scope, flush, flush_dirty, scope_before_the_last, scope_of_the_last, stale_writes,
+};
+use crate::flushed_gather::FlushedGather;
+use crate::mm::Mm;
+use crate::open_gather::OpenGather;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
-use crate::slot::{FreedPages, Runs, Slot, Which};
-use crate::waiting::Covered;
+use crate::queue::freed_pages::{FreedPages, Which};
+use crate::queue::waiting::Covered;
+use crate::queue::word::{BatchWord, DelayedRmaps, Runs};
+use crate::state::DeferredFlushes;
 
 /// The page, not looked at yet.
 pub(crate) struct OnePage<'a, K: Platform> {
@@ -25,18 +34,19 @@ pub(crate) struct OnePage<'a, K: Platform> {
 
 /// The page, cleared and not flushed yet. It counts as an open gather.
 ///
-/// If this is lost, to a call of the kernel that unwinds, the page leaks, and whoever looks next makes up for the flush.
+/// If a call of the kernel unwinds while this is held, the page leaks; the gather is closed, and
+/// the flush that it owes is left to whoever looks next.
 #[must_use]
-pub(crate) struct Cleared<'a, K: Platform> {
+pub(crate) struct ClearedPage<'a, K: Platform> {
     kernel: &'a K,
     mm: &'a Mm<K::Bits>,
     open: OpenGather<'a, K::Bits>,
-    slot: Option<Slot>,
-    flush: Flush,
+    word: Option<BatchWord>,
+    to_flush: ToFlush,
 }
 
 /// What CPUs must forget.
-enum Flush {
+enum ToFlush {
     Nothing,
     Page(PageSpan),
     /// Already flushed; this is the receipt.
@@ -44,7 +54,8 @@ enum Flush {
 }
 
 impl<'a, K: Platform> OnePage<'a, K> {
-    /// The page that `range` of `vma` is, if it is one, with counts, and not part of a large one.
+    /// The page that `range` of `vma` is, if it is a single one, with counts, and not part of a
+    /// large leaf.
     ///
     /// # Safety
     /// As for [`MmuGather::new`](crate::MmuGather::new).
@@ -64,71 +75,76 @@ impl<'a, K: Platform> OnePage<'a, K> {
         Some(Self { kernel, mm, area: vma.area, address: range.start(), table })
     }
 
-    /// Whether `bounds` keep the table; and so all above it.
+    /// Whether `bounds` keep the table, and so all tables above it.
     #[inline(always)]
     pub(crate) fn table_stays(&self, bounds: Bounds) -> bool {
         !bounds.allow_unhooking(VirtRange::of_entry(Level::Pmd, self.address))
     }
 
-    /// Clears the page; `None` if a gather has to do it, and then nothing was done.
+    /// Clears the page. `None` if a gather has to do it: nothing was done then.
     #[inline(always)]
-    pub(crate) fn clear(self) -> Option<Cleared<'a, K>> {
+    pub(crate) fn clear(self) -> Option<ClearedPage<'a, K>> {
         let Self { kernel, mm, address, .. } = self;
         let open = OpenGather::new(mm);
         let locked = self.table.lock(kernel);
         if mm.context().has_deferred_flushes() {
             drop(locked);
-            open.close();
+            open.close_unused();
             return None;
         }
-        // As `MmuGather::stale_writes`.
-        let stale = if mm.open_gathers() > 1 { StaleWrites::Possible } else { StaleWrites::Impossible };
-        let (done, slot) = zap_one(kernel, self.area, &locked, address, Locked(stale));
-        let mut flush = Flush::of_page(address, done.leaves);
-        if done.rmaps == DelayedRmaps::Some {
-            flush = flush_dirty(kernel, mm, flush, slot);
+        let stale = stale_writes(mm, DeferredFlushes::NotSeen, StaleWrites::Impossible);
+        let (done, word) = zap_one(kernel, self.area, &locked, address, ProgramsMayRun(stale));
+        let mut to_flush = ToFlush::page(address, done.leaves);
+        if done.rmaps == DelayedRmaps::Queued {
+            to_flush = flush_dirty_page(kernel, mm, to_flush, word);
         }
         drop(locked);
         kernel.observe_gather(GatherEvent::LockDropped { leaves: u32::from(done.leaves > 0) });
         kernel.cond_resched();
-        Some(Cleared { kernel, mm, open, slot, flush })
+        Some(ClearedPage { kernel, mm, open, word, to_flush })
     }
 }
 
-impl<'a, K: Platform> Cleared<'a, K> {
-    /// Makes every CPU forget the page, and what other gathers that are open cleared and have not flushed.
+impl<'a, K: Platform> ClearedPage<'a, K> {
+    /// Makes every CPU forget the page, and what other gathers that are open have cleared and not
+    /// flushed.
     #[inline(always)]
     pub(crate) fn flush(self) -> FlushedGather<'a, K> {
-        let Self { kernel, mm, open, slot, flush } = self;
-        let receipt = if mm.open_gathers() > 1 {
-            kernel.observe_gather(GatherEvent::NestedFlush);
-            Some(Covered::by(mm.context(), flush_tlb_mm(kernel, mm.context())))
-        } else {
-            flush.carry_out(kernel, mm)
-        };
-        open.close();
-        FlushedGather::of_page(kernel, slot, receipt)
+        let Self { kernel, mm, open, word, to_flush } = self;
+        let receipt = open.close_after(|| {
+            let scope = scope_of_the_last(kernel, mm, to_flush.scope());
+            to_flush.carry_out(kernel, mm, scope)
+        });
+        FlushedGather::of_page(kernel, word, receipt)
     }
 }
 
-/// The stated exception of G3, as in `MmuGather::visit`. The page keeps its "delay" mark, which nobody looks at again.
+/// [`flush_dirty`] for the page. Its word keeps the mark "delay rmap", which nobody reads again.
 #[cold]
 #[inline(never)]
-fn flush_dirty<K: Platform>(kernel: &K, mm: &Mm<K::Bits>, flush: Flush, slot: Option<Slot>) -> Flush {
-    kernel.observe_gather(GatherEvent::DirtyFlush);
-    let receipt = if mm.open_gathers() > 1 {
-        Some(Covered::by(mm.context(), flush_tlb_mm(kernel, mm.context())))
-    } else {
-        flush.carry_out(kernel, mm)
-    };
-    kernel.remove_rmaps(FreedPages::new(slot.as_slice(), Which::DelayedRmap, Runs::None));
-    receipt.map_or(Flush::Nothing, Flush::Done)
+fn flush_dirty_page<K: Platform>(
+    kernel: &K,
+    mm: &Mm<K::Bits>,
+    to_flush: ToFlush,
+    word: Option<BatchWord>,
+) -> ToFlush {
+    flush_dirty(
+        kernel,
+        || {
+            let scope = scope_before_the_last(mm, to_flush.scope());
+            to_flush.carry_out(kernel, mm, scope)
+        },
+        |receipt| {
+            kernel.remove_rmaps(FreedPages::new(word.as_slice(), Which::DelayedRmap, Runs::Absent));
+            receipt.map_or(ToFlush::Nothing, ToFlush::Done)
+        },
+    )
 }
 
-impl Flush {
+impl ToFlush {
     /// What is to be flushed for the page at `address`, if one was cleared there.
     #[inline(always)]
-    const fn of_page(address: u64, leaves: usize) -> Self {
+    const fn page(address: u64, leaves: usize) -> Self {
         const LEVEL: Level = Level::Pte;
         if leaves == 0 {
             return Self::Nothing;
@@ -137,15 +153,22 @@ impl Flush {
         Self::Page(PageSpan { start: address, end, stride_shift: LEVEL.entry_shift() })
     }
 
+    /// The flush that is still needed for the page itself.
     #[inline(always)]
-    fn carry_out<K: Platform>(self, kernel: &K, mm: &Mm<K::Bits>) -> Option<Covered> {
+    const fn scope(&self) -> Scope {
         match self {
-            Self::Nothing => None,
-            Self::Page(span) => {
-                let receipt = flush_tlb_mm_range(kernel, mm.context(), span, FreedTables::No);
-                Some(Covered::by(mm.context(), receipt))
-            }
-            Self::Done(receipt) => Some(receipt),
+            Self::Page(_) => Scope::Range,
+            Self::Nothing | Self::Done(_) => Scope::Nothing,
+        }
+    }
+
+    #[inline(always)]
+    fn carry_out<K: Platform>(self, kernel: &K, mm: &Mm<K::Bits>, scope: Scope) -> Option<Covered> {
+        match (scope, self) {
+            (Scope::WholeMm, _) => Some(flush(kernel, mm, scope, None, FreedTables::No)),
+            (_, Self::Page(span)) => Some(flush(kernel, mm, Scope::Range, Some(span), FreedTables::No)),
+            (_, Self::Done(receipt)) => Some(receipt),
+            (_, Self::Nothing) => None,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a kernel supplies about its pages, and the three traits together.
+//! What a kernel supplies about its pages; and the three traits taken together.
 #![expect(unsafe_code, reason = "a batch page is taken on trust")]
 
 use core::ptr::NonNull;
@@ -7,14 +7,15 @@ use mmu_pagetable::{EntryValue, Level, NonPresent, TableMemory, VirtRange};
 use mmu_tlb::Cpus;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::slot::FreedPages;
+use crate::queue::freed_pages::FreedPages;
 
-/// Everything a kernel supplies. Implemented for whatever implements the three traits; there is nothing to add.
+/// Everything a kernel supplies. It is implemented for every type that implements the three traits,
+/// and adds nothing to them.
 pub trait Platform: TableMemory + Cpus + Pages {}
 
 impl<K: TableMemory + Cpus + Pages> Platform for K {}
 
-/// One mapped area as the engine needs to know it.
+/// One mapped area, as far as the engine needs to know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vma<A> {
     /// The addresses.
@@ -30,9 +31,10 @@ pub struct Vma<A> {
 pub enum VmaKind {
     /// Pages with counts, released through the gather.
     Normal,
-    /// Frames without (or beyond) counts, such as a device's: nothing is queued, yet the translations must be gone before
-    /// the area can no longer be found, for its owner then frees the frames without asking (CVE-2022-39188).
-    /// Linux: VM_PFNMAP, VM_MIXEDMAP.
+    /// Frames without counts, or frames whose counts do not decide, such as a device's. Nothing is
+    /// queued, yet the translations must be gone before the area can no longer be found, for from
+    /// then on the owner frees the frames without asking (CVE-2022-39188). Linux: VM_PFNMAP,
+    /// VM_MIXEDMAP.
     PfnMap,
 }
 
@@ -43,32 +45,34 @@ pub struct UnmappedLeaf {
     pub address: u64,
     /// Level of the table it was in: 4 KiB, 2 MiB or 1 GiB.
     pub level: Level,
-    /// What the entry held at the instant it was cleared: the A/D bits are final but for writes through entries other
-    /// CPUs cached as writable and dirty.
+    /// What the entry held at the instant it was cleared. Its A/D bits are final. (Until the flush,
+    /// CPUs that have cached it as writable and dirty may still write to the page.)
     pub value: EntryValue,
-    /// The (first) frame it mapped.
+    /// The frame it mapped, or the first of its frames.
     pub frame: PhysFrame,
 }
 
 /// What becomes of the page of a cleared leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Disposition {
-    /// No page with counts is behind it (the zero page, a device's frame): flush only.
+    /// It has no page with counts (the zero page, a device's frame): it is flushed for, and nothing
+    /// is freed.
     Keep,
-    /// Comes back through [`free_pages`](Pages::free_pages) after the flush.
+    /// The page comes back through [`free_pages`](Pages::free_pages) after the flush.
     Free,
-    /// As [`Free`](Self::Free), and before that through [`remove_rmaps`](Pages::remove_rmaps): for a dirty page of a file,
-    /// whose mapcount must not reach zero while another CPU may still write through an old entry. Forces a flush before
-    /// the table lock is dropped.
+    /// As [`Free`](Self::Free), and the page comes back through
+    /// [`remove_rmaps`](Pages::remove_rmaps) before that. This is for a dirty page of a file, whose
+    /// mapcount must not reach zero while another CPU may still write through an old entry. It
+    /// forces a flush before the table lock is dropped.
     FreeAfterRmap,
 }
 
 /// What becomes of an entry that was not present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// Cleared. No flush is needed for it.
+    /// It is cleared. No flush is needed for it.
     Clear,
-    /// Left as it is; its table is then not empty.
+    /// It is kept as it is; its table is then not empty.
     Keep,
 }
 
@@ -80,7 +84,8 @@ impl BatchPage {
     /// Lends the page at `page`.
     ///
     /// # Safety
-    /// 4096 bytes at `page` are aligned to 8 bytes, writable, and used by nobody else until the page is given back.
+    /// The 4096 bytes at `page` are aligned to 8 bytes, writable, and used by nobody else until the
+    /// page is given back.
     ///
     /// # Panics
     /// In a debug build, if `page` is not aligned.
@@ -91,51 +96,55 @@ impl BatchPage {
         Self(page)
     }
 
-    /// Where the page is; for giving it back to where it came from.
+    /// Where the page is, so that it can be given back to where it came from.
     #[must_use]
     pub const fn into_inner(self) -> NonNull<[u8; 4096]> {
         self.0
     }
 }
 
-/// The pages: what a kernel supplies about unmapping and freeing them.
+/// What a kernel supplies about unmapping and freeing its pages.
 ///
 /// Everything but `unmap_page` and `unmap_non_present` is called for a batch at a time.
 pub trait Pages {
     /// What the kernel attaches to an area: a reference to its own VMA, or nothing.
     type Area: Copy;
 
-    /// The leaf was cleared: account for it (rmap, mapcount, dirty, accessed, rss) and say what becomes of the page.
+    /// The leaf was cleared: accounts for it (rmap, mapcount, dirty, accessed, rss) and says what
+    /// becomes of the page.
     ///
     /// Other CPUs may still read and write the page through old entries.
     ///
     /// # Context
-    /// The table's lock is held. Called once per leaf, inlined. Must not free the page.
+    /// The table's lock is held. It is called once for each leaf, and inlined. It must not free the
+    /// page.
     fn unmap_page(&self, area: Self::Area, leaf: &UnmappedLeaf) -> Disposition;
 
     /// Releases references on pages: nothing can reach them through this address space any more.
     ///
     /// # Context
-    /// No table lock is held. At most [`free_chunk`](crate::Limits::free_chunk) pages, or one run of more, between two calls of
-    /// [`cond_resched`](Self::cond_resched).
+    /// No table lock is held. Between two calls of [`cond_resched`](Self::cond_resched) there come
+    /// at most [`free_chunk`](crate::Limits::free_chunk) pages, or one run of more.
     fn free_pages(&self, pages: FreedPages<'_>);
 
-    /// A page for a batch, at once or not at all; `None` is no error, it makes the gather flush sooner.
+    /// A page for a batch, at once or not at all. `None` is no error: the gather flushes sooner
+    /// then.
     ///
     /// # Context
-    /// A table lock is held: must not sleep, nor wait for another CPU (Linux: GFP_NOWAIT).
+    /// A table lock is held: it must not sleep, nor wait for another CPU (Linux: GFP_NOWAIT).
     fn allocate_batch(&self) -> Option<BatchPage>;
 
     /// Takes back a page from [`allocate_batch`](Self::allocate_batch).
     fn free_batch(&self, page: BatchPage);
 
-    /// Takes away the mapcount of pages answered [`FreeAfterRmap`](Disposition::FreeAfterRmap): the flush has completed.
+    /// Takes away the mapcount of pages for which [`unmap_page`](Self::unmap_page) answered
+    /// [`FreeAfterRmap`](Disposition::FreeAfterRmap): the flush has completed.
     ///
     /// # Context
-    /// The lock of the table they were mapped in is still held.
+    /// The lock of the table that mapped them is still held.
     fn remove_rmaps(&self, _pages: FreedPages<'_>) {}
 
-    /// An entry that is not present, and not none: account for it and say whether it goes.
+    /// Accounts for an entry that is neither present nor empty, and says whether it is cleared.
     ///
     /// # Context
     /// The table's lock is held.
@@ -143,20 +152,22 @@ pub trait Pages {
         Fate::Clear
     }
 
-    /// A large leaf was replaced by a table of 512 smaller ones that map the same memory: spread its counts over them. Also
-    /// called for a migration entry in the place of a large leaf, whose value is then not present.
+    /// A large leaf was replaced by a table of 512 smaller ones that map the same memory: spreads
+    /// its counts over them. It is also called for a migration entry in the place of a large leaf;
+    /// the value is then not present.
     ///
     /// # Context
-    /// The lock of the table that held the leaf is held; for a migration entry only the map lock, for writing.
+    /// The lock of the table that held the leaf is held; for a migration entry, the map lock alone,
+    /// for writing.
     fn leaf_was_split(&self, _area: Self::Area, _leaf: &UnmappedLeaf) {}
 
     /// A good moment to run something else.
     ///
     /// # Context
-    /// No table lock is held; the caller's map lock is, but while a flushed gather is freed.
+    /// No table lock is held. The caller's map lock is, except while a flushed gather is freed.
     fn cond_resched(&self) {}
 
-    /// Counts an event. Not called per page.
+    /// Counts an event. It is not called for each page.
     fn observe_gather(&self, _event: GatherEvent) {}
 }
 
@@ -167,13 +178,14 @@ pub enum GatherEvent {
     BatchTaken,
     /// A batch page was wanted and could not be had.
     BatchRefused,
-    /// The gather was full and flushed before it was done.
+    /// The gather was full, and flushed before the unmapping was done.
     ForcedFlush,
-    /// Dirty pages, or pages that were moved, made it flush under a table lock.
+    /// Dirty pages, or pages that were moved, made the gather flush under a table lock.
     DirtyFlush,
-    /// Another gather was open on the same address space: the whole of it was flushed.
+    /// Another gather was open on the same address space: all of that was flushed.
     NestedFlush,
-    /// Reclaim had cleared entries and not flushed yet when a table was locked: the next flush is of the whole of it.
+    /// When a table was locked, reclaim had cleared entries and not flushed yet: the next flush is
+    /// of the whole address space.
     DeferredFlushSeen,
     /// A table lock was dropped after this many leaves had been cleared under it.
     LockDropped {
@@ -184,9 +196,9 @@ pub enum GatherEvent {
     TableUnhooked(Level),
     /// No table batch page could be had: one table was flushed for and freed alone.
     TableFallback,
-    /// A flush completed and this much is freed now.
+    /// A flush completed, and this much was freed.
     Released {
-        /// Slots of pages: one a page, two a run.
+        /// Slots that the pages took: one a page, two a run.
         slots: u64,
         /// Tables.
         tables: u64,

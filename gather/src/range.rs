@@ -3,7 +3,8 @@
 use mmu_pagetable::{Level, VirtRange};
 use mmu_tlb::{FreedTables, PageSpan};
 
-/// Grows with every entry cleared, and is emptied only together with a flush (rule G2).
+/// The addresses and levels to flush. It grows with every entry cleared, and is emptied only
+/// together with a flush (rule G2).
 ///
 /// Linux: start, end, cleared_ptes.. and freed_tables of mmu_gather.
 #[derive(Debug)]
@@ -28,8 +29,9 @@ impl FlushRange {
         self.cleared_levels |= 1 << level as u8;
     }
 
-    /// A table of `level` was unhooked. `address` is one the caller gave up inside its span: one INVLPG there drops what is cached of
-    /// the entry that pointed to the table, whatever else the table covered.
+    /// A table of `level` was unhooked. `address` is one that the caller gave up inside its span:
+    /// one INVLPG there drops what is cached of the entry that pointed to the table, whatever else
+    /// the table covered.
     pub(crate) fn unhooked(&mut self, level: Level, address: u64) {
         self.start = self.start.min(address);
         self.end = self.end.max(address + Level::Pte.entry_span());
@@ -51,7 +53,8 @@ impl FlushRange {
 
     /// The span to flush, its ends rounded out to the stride; `None` if nothing was cleared.
     ///
-    /// Rounding matters: from an unrounded start, steps of 2 MiB can stride over the last 2 MiB touched.
+    /// Rounding matters: from an unrounded start, steps of 2 MiB can pass over the last 2 MiB that
+    /// were touched.
     #[inline]
     pub(crate) fn span(&self) -> Option<PageSpan> {
         if self.is_empty() {

@@ -1,4 +1,4 @@
-//! Replacing a large leaf by a table of smaller ones.
+//! Replacing a large leaf by a table of smaller leaves.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
 use core::fmt;
@@ -32,33 +32,36 @@ impl fmt::Display for SplitError {
 impl core::error::Error for SplitError {}
 
 impl<K: Platform> MmuGather<'_, K> {
-    /// Makes sure that no large leaf reaches across `address`, splitting one (of 1 GiB, then of 2 MiB) if need be. The same goes
-    /// for a migration entry or a marker in the place of one; other meanings are the embedder's to split, and left alone.
+    /// Makes sure that no large leaf reaches across `address`: splits one of 1 GiB, then one of
+    /// 2 MiB, if there is one. A migration entry or a marker in the place of a large leaf is split,
+    /// too; entries of other meanings are left alone, and are the embedder's to split.
     ///
-    /// Called for both ends of a range before the point of no return of an unmapping: that is the one place where teardown
-    /// needs memory, and where it may still fail.
+    /// It is to be called for both ends of a range before an unmapping can no longer be undone.
+    /// That is the one place where teardown needs memory, and where it may still fail.
     ///
-    /// While a leaf is being split its entry holds a migration entry, so whoever faults waits; the old size is flushed from
-    /// every CPU that runs programs here before the new one appears (SDM 4.10.4.2), with no lock held meanwhile. A lazy CPU
-    /// drops it before it uses the addresses again; what it caches speculatively until then, of either size, leads to the same
-    /// memory with the same rights.
+    /// While a leaf is being split its entry is a migration entry, so whoever faults waits. The old
+    /// size is flushed from every CPU that runs programs here before the new one appears
+    /// (SDM 4.10.4.2), and no lock is held meanwhile. A lazy CPU drops the old size before it uses
+    /// the addresses again; what it caches speculatively until then, of either size, leads to the
+    /// same memory with the same rights.
     ///
     /// # Context
     /// No table lock is held.
     ///
     /// # Errors
-    /// [`SplitError::NoTable`] when memory is short; nothing has changed then, or only a larger leaf was split.
+    /// [`SplitError::NoTable`] when memory is short. Nothing has changed then, or only a larger
+    /// leaf was split.
     ///
     /// # Safety
-    /// The map lock is held for writing: a zapper that met the migration entry would take the page for one on its way
-    /// elsewhere, and drop its reference before the old size is flushed.
+    /// The map lock is held for writing: whoever zapped the migration entry would take the page for
+    /// one on its way elsewhere, and drop its reference before the old size is flushed.
     ///
     /// # Source
     /// Linux: __split_huge_pmd, mm/huge_memory.c.
     #[doc(alias = "__split_huge_pmd")]
     pub unsafe fn split_leaf(&mut self, area: K::Area, address: u64) -> Result<(), SplitError> {
         for level in [Level::Pud, Level::Pmd] {
-            // The kernel's half, if that is named, is not ours to split.
+            // An address in the kernel's half is left alone.
             if address < self.mm.space().mode().user_end() && address & (level.entry_span() - 1) != 0 {
                 self.split_at(area, address, level)?;
             }
@@ -93,7 +96,8 @@ impl<K: Platform> MmuGather<'_, K> {
         let access = if value.is_writable() { MigrationAccess::Writable } else { MigrationAccess::ReadOnly };
         let frame = PhysFrame::containing_address(first);
         let marker = NonPresent::Migration { frame, access }.encode();
-        // SAFETY: nothing is cached from what is put in; what the leaf was is flushed below, and its page is not freed.
+        // SAFETY: nothing is cached from what is put in, which is not present. What the leaf was is
+        // flushed below, and its page is not freed.
         let old = unsafe { entry.exchange(marker) };
         kernel.leaf_was_split(area, &UnmappedLeaf { address: whole.start(), level, value: old, frame });
         drop(locked);
@@ -102,7 +106,7 @@ impl<K: Platform> MmuGather<'_, K> {
         let _flushed = flush_tlb_mm_range(kernel, mm.context(), span, FreedTables::No);
 
         // SAFETY: `allocate_table` returned this zeroed frame and nobody else knows it.
-        fill(unsafe { TableView::new(kernel, table, below) }, old, level, below);
+        map_the_same(unsafe { TableView::new(kernel, table, below) }, old, level, below);
         // SAFETY: the view is live as above; the table is ours, of the level below.
         let linked = unsafe { mm.space().link_table(kernel, view, address, marker, table) };
         debug_assert!(linked.is_ok(), "somebody replaced the migration entry at {address:#x}: {linked:?}");
@@ -115,7 +119,8 @@ impl<K: Platform> MmuGather<'_, K> {
 }
 
 impl<K: Platform> MmuGather<'_, K> {
-    /// Replaces a migration entry or a marker by 512 that say the same. Nothing was cached from it: no flush.
+    /// Replaces a migration entry or a marker by a table of 512 that say the same. Nothing was
+    /// cached from it, so there is nothing to flush.
     ///
     /// Linux: the migration half of __split_huge_pmd_locked, mm/huge_memory.c.
     fn split_meaning(
@@ -142,12 +147,15 @@ impl<K: Platform> MmuGather<'_, K> {
                 }
                 other => other,
             };
-            // SAFETY: nobody else knows the table; the caller notes all its lines when it is linked.
+            // SAFETY: nobody else knows the table. All its lines are noted when it is linked,
+            // below.
             unsafe { entry.store(part.encode()) };
         }
-        // SAFETY: the view is live: the constructor's caller holds the map lock; the table is ours, of the level below.
+        // SAFETY: the view is live, for the constructor's caller holds the map lock; the table is
+        // ours, of the level below.
         if unsafe { mm.space().link_table(kernel, view, address, whole.encode(), table) }.is_err() {
-            // The page has arrived meanwhile, or the marker is gone: what is there now may be a leaf.
+            // The page has arrived meanwhile, or the marker is gone. What is there now may be a
+            // leaf.
             // SAFETY: allocated above, and never linked.
             unsafe { kernel.free_tables(&[table]) };
             return self.split_at(area, address, level);
@@ -166,12 +174,13 @@ const LARGE_PAT: u64 = 1 << 12;
 const SMALL_PAT: u64 = 1 << 7;
 
 /// Fills `table` with 512 leaves that map what `old` mapped.
-fn fill(table: TableView<'_>, old: EntryValue, level: Level, below: Level) {
+fn map_the_same(table: TableView<'_>, old: EntryValue, level: Level, below: Level) {
     let first = old.leaf_address(level);
     let mut flags = old.flags() - PageTableFlags::HUGE_PAGE;
     flags.insert(PageTableFlags::PRESENT);
-    // The memory type must stay: two types for one page are undefined behaviour of the hardware. Its PAT bit is 12 in a
-    // large leaf and 7 in the last level, where bit 7 means nothing else.
+    // The memory type must stay the same: two types for one page are undefined behaviour of the
+    // hardware. Its PAT bit is bit 12 in a large leaf, and bit 7 in the last level, where that bit
+    // has no other meaning.
     let pat = match (old.bits() & LARGE_PAT, below) {
         (0, _) => 0,
         (_, Level::Pte) => SMALL_PAT,

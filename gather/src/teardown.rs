@@ -1,33 +1,61 @@
-//! The drivers: whole operations in the order that is right.
+//! The drivers: whole operations, with their steps in the order that is right.
 #![expect(unsafe_code, reason = "the map lock is taken on trust")]
 
 use mmu_pagetable::{Bounds, MapError, VirtRange};
 use mmu_tlb::{Laziness, flush_tlb_mm, switch_mm};
 
-use crate::gather::{FlushedGather, MmuGather};
+use crate::cut_leaf::CutLeaf;
+use crate::flushed_gather::FlushedGather;
+use crate::gather::MmuGather;
 use crate::limits::Limits;
 use crate::mm::Mm;
 use crate::one_page::OnePage;
 use crate::platform::{Platform, Vma};
-use crate::zap::CutLeaf;
 
-/// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of munmap.
+/// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of
+/// munmap.
 ///
-/// What comes back has been flushed from every CPU; drop the map lock, then free it. `unlink` runs between the pages and
-/// the tables: there the embedder takes the areas out of its rmap (Linux: unlink_anon_vmas, unlink_file_vma), so that
-/// nobody finds an area whose tables are going. Device frames have been flushed for by then.
+/// What comes back has been flushed from every CPU: drop the map lock, then free it. `unlink` runs
+/// after the pages are unmapped and before the tables are unhooked. There the embedder takes the
+/// areas out of its rmap (Linux: unlink_anon_vmas, unlink_file_vma), so that nobody finds an area
+/// whose tables are going. Device frames have been flushed for by then.
 ///
-/// Before detaching, [`split_leaf`](MmuGather::split_leaf) both ends of the range: afterwards nothing can fail.
+/// Call [`split_leaf`](MmuGather::split_leaf) for both ends of the range before the areas are
+/// detached; then nothing can fail here.
 ///
 /// # Errors
-/// [`CutLeaf`] if that was forgotten and an area ends in the middle of a large leaf. The leaf is still mapped, and no table was
-/// freed; all else was unmapped and flushed, and was freed under the map lock. The area must not be forgotten.
+/// [`CutLeaf`] if that was forgotten and an area ends in the middle of a large leaf. The leaf is
+/// still mapped, and no table was freed. Everything else was unmapped and flushed, and was freed
+/// under the map lock. The kernel must keep the area, for the leaf is mapped in it.
 ///
 /// # Safety
 /// As for [`MmuGather::new`] and [`MmuGather::free_pgtables`].
 ///
 /// # Source
 /// Linux: unmap_region, mm/vma.c.
+///
+/// # Examples
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+/// use mmu_gather::unmap_region;
+///
+/// # fn main() -> Result<(), CutLeaf> {
+/// # let kernel = Kernel::new();
+/// # let mm = kernel.new_mm();
+/// # let (low, high) = (area(0x1000, 0x5000), area(0x8000, 0x9000));
+/// # kernel.map(&mm, low.range);
+/// # kernel.map(&mm, high.range);
+/// let neighbours = Bounds::between(Some(low.range.end()), None);
+/// let unlink = || { /* take the area out of the kernel's rmap */ };
+/// // SAFETY: this thread alone unmaps, and `low` is the one neighbour.
+/// let flushed =
+///     unsafe { unmap_region(&kernel, &mm, &Limits::DEFAULT, [high], neighbours, unlink) }?;
+/// // Here the map lock is dropped.
+/// flushed.free();
+/// assert_eq!(kernel.freed_pages.get(), 1);
+/// # Ok(())
+/// # }
+/// ```
 pub unsafe fn unmap_region<'a, K, I>(
     kernel: &'a K,
     mm: &'a Mm<K::Bits>,
@@ -62,16 +90,40 @@ where
     })
 }
 
-/// Removes the pages of `range` in one area and keeps its tables: madvise(MADV_DONTNEED), truncation.
+/// Removes the pages of `range` in one area and keeps its tables: madvise(MADV_DONTNEED),
+/// truncation.
 ///
 /// # Errors
-/// [`CutLeaf`] if the range ends in the middle of a large leaf, which is still mapped; all else was removed, flushed and freed.
+/// [`CutLeaf`] if the range ends in the middle of a large leaf, which is still mapped. Everything
+/// else was removed, flushed and freed.
 ///
 /// # Safety
-/// As for [`MmuGather::new`]; the map lock for reading is enough, and several of these may run at once.
+/// As for [`MmuGather::new`]; the map lock for reading is enough, and several of these may run at
+/// once.
 ///
 /// # Source
 /// Linux: zap_page_range_single, mm/memory.c.
+///
+/// # Examples
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+/// use mmu_gather::zap_page_range;
+///
+/// # fn main() -> Result<(), CutLeaf> {
+/// # let kernel = Kernel::new();
+/// # let mm = kernel.new_mm();
+/// # let vma = area(0x1000, 0x5000);
+/// # kernel.map(&mm, vma.range);
+/// let part = VirtRange::new(0x2000, 0x4000).expect("aligned, and not empty");
+/// // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+/// let flushed = unsafe { zap_page_range(&kernel, &mm, &Limits::DEFAULT, &vma, part) }?;
+/// flushed.free();
+/// assert_eq!(kernel.freed_pages.get(), 2);
+/// // The next use of the area faults, and finds its tables in place.
+/// kernel.map(&mm, part);
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "zap_page_range_single")]
 pub unsafe fn zap_page_range<'a, K: Platform>(
     kernel: &'a K,
@@ -95,20 +147,42 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
     })
 }
 
-/// Unmaps everything: the last program has left the address space.
+/// Unmaps everything, after the last program has left the address space.
 ///
-/// If the CPU that runs this has it loaded, lazily or not, it goes to the kernel's own address space. When this returns no CPU has it
-/// loaded, lazy ones included, so the root table is the caller's to free, after the rest.
+/// If the CPU that runs this has the address space loaded, lazily or not, it switches to the
+/// kernel's own. When this returns no CPU has it loaded, lazy ones included: the root table is the
+/// caller's to free, after what comes back was freed.
 ///
 /// # Panics
-/// If another CPU has it loaded all the same, and is not lazy: its root would be freed under that CPU's CR3.
+/// If another CPU has the address space loaded all the same, and is not lazy: the root would be
+/// freed while it is in that CPU's CR3.
 ///
 /// # Safety
-/// - As for [`MmuGather::new_fullmm`] and [`MmuGather::free_pgtables`], with `vmas` all the areas there are;
+/// - As for [`MmuGather::new_fullmm`] and [`MmuGather::free_pgtables`], with `vmas` all the areas
+///   there are;
 /// - no other CPU has the address space loaded but lazily, and none switches to it any more.
 ///
 /// # Source
 /// Linux: exit_mmap, mm/mmap.c.
+///
+/// # Examples
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+/// # fn main() -> Result<(), CutLeaf> {
+/// # let kernel = Kernel::new();
+/// # let mm = kernel.new_mm();
+/// # let vma = area(0x1000, 0x5000);
+/// # kernel.map(&mm, vma.range);
+/// kernel.run(CPU[0], Some(&mm));
+/// // SAFETY: the thread that calls this is the last of `mm`; there is no other area.
+/// let flushed = unsafe { exit_mmap(&kernel, &mm, &Limits::DEFAULT, [vma], || ()) };
+/// flushed.free();
+/// // SAFETY: no CPU has the root in CR3 any more, and nothing is mapped below it.
+/// unsafe { kernel.free_tables(&[mm.space().root()]) };
+/// assert_eq!(kernel.free_tables.borrow().len(), 15, "every table has come back");
+/// # Ok(())
+/// # }
+/// ```
 pub unsafe fn exit_mmap<'a, K, I>(
     kernel: &'a K,
     mm: &'a Mm<K::Bits>,
@@ -120,7 +194,7 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
-    leave(kernel, mm);
+    leave_here(kernel, mm);
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
     let cut = gather.unmap_vmas(vmas.clone(), mm.space().user_range());
@@ -131,8 +205,9 @@ where
     unsafe { gather.free_pgtables(vmas, Bounds::whole()) };
     let flushed = gather.flush();
     if mm.context().may_be_loaded_somewhere(kernel) {
-        // Nothing was mapped, so nothing was flushed, and somebody is still here, lazily. Such a flush makes it leave. A CPU
-        // that is switching may still have the root in CR3 as well.
+        // Nothing was mapped, so nothing was flushed, and a CPU still has the address space loaded
+        // lazily: a flush makes it leave. A CPU that is switching may still have the root in CR3,
+        // too.
         let _left = flush_tlb_mm(kernel, mm.context());
         assert!(
             !mm.context().is_loaded_somewhere(kernel),
@@ -143,9 +218,9 @@ where
     flushed
 }
 
-/// Has this CPU go to the kernel's own address space, if it has `mm` loaded and is not lazy. (A lazy one goes by itself, when it
-/// flushes.)
-fn leave<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
+/// Switches this CPU to the kernel's own address space, if it has `mm` loaded and is not lazy. (A
+/// lazy CPU leaves when it flushes.)
+fn leave_here<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
     kernel.pinned(|here| {
         let state = kernel.cpu_state(here);
         if state.has_loaded(mm.context()) && state.laziness() == Laziness::Active {
@@ -155,13 +230,16 @@ fn leave<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
     });
 }
 
-/// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the tables left behind.
+/// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the
+/// tables left behind.
 ///
-/// `old` is where the stack is, `next_area_start` the area above it, if any. The area itself already spans both places.
+/// `old` is where the stack is, and `next_area_start` where the area above it starts, if there is
+/// one. The area of the stack already spans both places.
 ///
 /// # Errors
-/// [`MapError`] if tables for the new place could not be had, `shift` leads out of user space, something is mapped at the new
-/// place, or a large leaf is in the old one; nothing was moved.
+/// [`MapError`] if tables for the new place could not be had, if `shift` leads out of user space,
+/// if something is mapped at the new place, or if a large leaf is in the old one. Nothing was moved
+/// then.
 ///
 /// # Safety
 /// As for [`MmuGather::new`], the map lock being held for writing.
@@ -183,7 +261,7 @@ pub unsafe fn shift_arg_pages<'a, K: Platform>(
     let mut gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
     // SAFETY: passed on to our caller.
     unsafe { gather.move_page_tables(old, new.start()) }?;
-    // Where the two places overlap only the part above the new one is given up.
+    // If the two places overlap, only the part above the new one is given up.
     let given_up = VirtRange::new(old.start().max(new.end()), old.end());
     if let Ok(given_up) = given_up {
         gather.free_pgd_range(given_up, Bounds::between(Some(new.end()), next_area_start));

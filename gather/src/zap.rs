@@ -1,51 +1,28 @@
-//! Clearing leaves: `zap` removes pages, and leaves the tables where they are.
+//! Clearing leaves: `zap` removes pages, and keeps the tables.
 #![expect(unsafe_code, reason = "walking follows links between tables")]
 
-use core::{fmt, mem};
+use core::mem;
 
-use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
+use mmu_pagetable::{Decoded, Level, LockedTable, TableView, VirtRange};
 
-use crate::batch::Room;
-use crate::entries::{
-    Clear, DelayedRmaps, Exclusive, Kept, Large, Leaves, Locked, Part, Small, Stop, zap_entries,
-};
-use crate::gather::{DeferredFlushes, GatherMode, MmuGather, PfnMaps};
-use crate::limits::Limits;
-use crate::mm::OwesFlush;
+use crate::cut_leaf::CutLeaf;
+use crate::entries::clearing::{Clear, NoProgramRuns, ProgramsMayRun};
+use crate::entries::leaf_size::{Large, Leaves, Small};
+use crate::entries::part::TablePart;
+use crate::entries::progress::{Kept, Stop};
+use crate::entries::zap_loop::zap_entries;
+use crate::flush_policy::{flush_dirty, stale_writes};
+use crate::gather::MmuGather;
+use crate::limits::{GatherMode, Limits};
+use crate::open_gather::OwesFlush;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
+use crate::queue::spare::Room;
+use crate::queue::word::DelayedRmaps;
+use crate::state::PfnMaps;
 
-/// How many tables before its turn a table is fetched: in sparse memory each is a line that no cache has.
+/// A table is fetched so many tables before its turn: in sparse memory each has a line of entries
+/// that is in no cache.
 const FETCH_AHEAD: u64 = 16;
-
-/// A 2 MiB or 1 GiB leaf that reaches beyond what was to be unmapped; it is still mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CutLeaf {
-    /// The first address it maps.
-    pub address: u64,
-    /// The level of the table that its entry is in: 2 MiB or 1 GiB.
-    pub level: Level,
-}
-
-impl CutLeaf {
-    /// The addresses it maps.
-    #[must_use]
-    pub const fn range(&self) -> VirtRange {
-        VirtRange::of_entry(self.level, self.address)
-    }
-}
-
-impl fmt::Display for CutLeaf {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "the large page at {} reaches beyond what is unmapped, and was not split before",
-            self.range()
-        )
-    }
-}
-
-impl core::error::Error for CutLeaf {}
 
 /// How one visit under a table lock ended.
 struct Visit {
@@ -53,7 +30,7 @@ struct Visit {
     next: u64,
     /// Leaves cleared.
     leaves: usize,
-    /// Whether a page must not lose its rmap before a flush under this lock.
+    /// Whether pages were queued that lose their rmaps only after a flush under this lock.
     rmaps: DelayedRmaps,
     room: Room,
 }
@@ -68,25 +45,47 @@ enum Passed {
 impl<'a, K: Platform> MmuGather<'a, K> {
     /// Clears every leaf of `vmas` that lies in `range`, and queues the pages.
     ///
-    /// `vmas` comes in ascending order. Does not flush at the end; whoever calls it finishes the gather.
+    /// `vmas` comes in ascending order. There is no flush at the end: the caller finishes the
+    /// gather.
     ///
     /// # Context
     /// No table lock is held; preemption points inside.
     ///
     /// # Errors
-    /// [`CutLeaf`] if the range, or an area, ends in the middle of a large leaf: that one is still mapped, everything else is
-    /// not. [`split_leaf`](crate::MmuGather::split_leaf) at both ends, before, makes sure of it. Never in a gather of a dying
-    /// address space: the leaf goes as a whole there.
+    /// [`CutLeaf`] if the range, or an area, ends in the middle of a large leaf. That leaf is still
+    /// mapped, and everything else is not. The error cannot come back after
+    /// [`split_leaf`](crate::MmuGather::split_leaf) at both ends, nor from a gather of a dying
+    /// address space, which unmaps the whole leaf.
     ///
     /// # Source
     /// Linux: unmap_vmas, mm/memory.c.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let (low, high) = (area(0x1000, 0x5000), area(0x8000, 0x9000));
+    /// # kernel.map(&mm, low.range);
+    /// # kernel.map(&mm, high.range);
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// // Part of the first area, and all of the second.
+    /// gather.unmap_vmas([low, high], area(0x3000, 0x10_0000).range)?;
+    /// gather.flush().free();
+    /// assert_eq!(kernel.freed_pages.get(), 3);
+    /// assert!(kernel.touch(CPU[0], &mm, 0x1000) && !kernel.touch(CPU[0], &mm, 0x3000));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn unmap_vmas(
         &mut self,
         vmas: impl IntoIterator<Item = Vma<K::Area>>,
         range: VirtRange,
     ) -> Result<(), CutLeaf> {
         self.zap_vmas(vmas, range);
-        self.whole_leaves()
+        self.report_cut_leaf()
     }
 
     fn zap_vmas(&mut self, vmas: impl IntoIterator<Item = Vma<K::Area>>, range: VirtRange) {
@@ -94,7 +93,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         let mut vmas = vmas.into_iter().filter_map(|vma| Some((vma, vma.range.intersect(range)?)));
         let Some((mut vma, mut part)) = vmas.next() else { return };
         let mut table = self.last_level_table(part);
-        // One area ahead: while this one is cleared, the caches fetch what the next one needs.
+        // The walk is one area ahead: while this one is cleared, the caches fetch the entries that
+        // the next one needs.
         for (next_vma, next_part) in vmas {
             let next_table = self.last_level_table(next_part);
             if let Some(table) = next_table {
@@ -118,16 +118,18 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         if let Some(range) = range.intersect(self.mm.space().user_range()) {
             self.zap_user_range(vma, range, self.last_level_table(range));
         }
-        self.whole_leaves()
+        self.report_cut_leaf()
     }
 
-    /// Says so once, if a leaf was left because it was cut.
+    /// Reports a leaf that was kept because a range cut it, if there is one; no leaf is reported
+    /// twice.
     #[inline]
-    fn whole_leaves(&mut self) -> Result<(), CutLeaf> {
+    fn report_cut_leaf(&mut self) -> Result<(), CutLeaf> {
         self.state.cut.take().map_or(Ok(()), Err)
     }
 
-    /// `table` is the [`last_level_table`](Self::last_level_table) of `range`, which stays one until the map lock is dropped.
+    /// `table` is the [`last_level_table`](Self::last_level_table) of `range`. It stays a table
+    /// until the map lock is dropped.
     #[inline]
     fn zap_user_range(&mut self, vma: &Vma<K::Area>, range: VirtRange, table: Option<TableView<'a>>) {
         if vma.kind == VmaKind::PfnMap {
@@ -137,7 +139,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             self.zap_pte_range(vma, view, range);
             return;
         }
-        // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed while we walk.
+        // SAFETY: the constructor's caller holds the map lock: no table inside an area is freed
+        // while we walk.
         let view = unsafe { self.mm.space().lowest_table_of(self.kernel, range) };
         self.zap_table(vma, view, range);
     }
@@ -148,7 +151,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         unsafe { self.mm.space().last_level_table(self.kernel, range) }
     }
 
-    /// Clears the leaves below `view` in `range`, which lies inside its span.
+    /// Clears the leaves below `view` in `range`, which lies inside the span of `view`.
     #[doc(alias = "zap_pud_range")]
     #[doc(alias = "zap_pmd_range")]
     fn zap_table(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, range: VirtRange) {
@@ -158,7 +161,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             return;
         };
         let kernel = self.kernel;
-        // Where the first part begins, if nothing was passed over before.
+        // The end of what was looked at: the next part begins there if nothing was passed over.
         let mut seen_up_to = range.start();
         let mut passed_over = Passed::Nothing;
         for used in view.used_parts(kernel, range) {
@@ -176,7 +179,8 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                     }
                     Decoded::Table(frame) => {
                         self.prefetch_table(view, address + FETCH_AHEAD * level.entry_span(), used);
-                        // SAFETY: as in `zap_user_range`; P2: the link leads to a live table of the level below.
+                        // SAFETY: as in `zap_user_range`; by P2 the link leads to a live table of
+                        // the level below.
                         let child = unsafe { TableView::new(kernel, frame, below) };
                         self.zap_table(vma, child, part);
                         part.end()
@@ -188,13 +192,15 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             }
         }
         if passed_over == Passed::Empty || seen_up_to != range.end() {
-            // Some may be empty because reclaim has just cleared them, large leaves, and is still to flush.
+            // An entry may be empty because reclaim has just cleared a large leaf there, and has
+            // not flushed yet.
             self.note_deferred_flushes_of(view);
         }
         kernel.cond_resched();
     }
 
-    /// Fetches what will be looked at first in the table that the entry for `address` points to, if that lies in `range`.
+    /// Has the cache fetch what is looked at first in the table that the entry for `address` points
+    /// to, if `address` lies in `range`.
     #[inline]
     fn prefetch_table(&self, view: TableView<'_>, address: u64, range: VirtRange) {
         if range.contains(address) {
@@ -207,8 +213,9 @@ impl<'a, K: Platform> MmuGather<'a, K> {
 
     /// Clears the entries of `range` in one last-level table, which covers all of it.
     ///
-    /// Works through the table in visits: a visit ends at the end of the range or when the queue is full. The forced flush
-    /// and the freeing come after the lock was dropped, then the next visit begins where the last one stopped.
+    /// It works through the table in visits. A visit ends at the end of the range, or when the
+    /// queue is full: then the lock is dropped, what waits is flushed for and freed, and the next
+    /// visit begins where the last one stopped.
     #[inline(never)]
     fn zap_pte_range(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, range: VirtRange) {
         let mut rest = range;
@@ -221,23 +228,25 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
     }
 
-    /// Clears the 2 MiB or 1 GiB leaves, and the non-present meanings in their place, from `address` on until `end` or until
-    /// there is a table to be looked into; returns where that is.
+    /// Clears the 2 MiB or 1 GiB leaves, and what stands in their place and is not present, from
+    /// `address` on until `end`, or until an entry points to a table; returns where that is.
     ///
-    /// A leaf that reaches beyond either end is left alone, and noted; in a dying address space it goes as a whole.
+    /// A leaf that reaches beyond either end is kept, and noted. In a dying address space the whole
+    /// leaf is unmapped.
     #[doc(alias = "zap_huge_pmd")]
     #[doc(alias = "zap_huge_pud")]
     fn zap_large(&mut self, vma: &Vma<K::Area>, view: TableView<'_>, address: u64, end: u64) -> u64 {
         let level = view.level();
         let span = level.entry_span();
         let (mut whole_start, mut whole_end) = (address, end & !(span - 1));
-        if self.frees_by_shares() {
+        if self.unmaps_whole_leaves() {
             whole_start &= !(span - 1);
             whole_end = (end + (span - 1)) & !(span - 1);
             whole_end = whole_end.min(whole_start.saturating_add(span * Limits::EXIT_LARGE_LEAVES as u64));
         }
         match VirtRange::new(whole_start, whole_end) {
-            // Not before where we are: what was rounded out to may be a table by now.
+            // Never back to before `address`: the entry that the start was rounded down to may
+            // point to a table by now.
             Ok(whole) if whole_start.is_multiple_of(span) => {
                 self.visit(vma, view, whole, Large(level)).max(address)
             }
@@ -246,7 +255,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
                 if matches!(view.load(address).decode(level), Decoded::Leaf(_)) {
                     self.state.cut.get_or_insert(CutLeaf { address: range.start(), level });
                 } else {
-                    // A leaf a moment ago, perhaps, which reclaim has just cleared.
+                    // It may have been a leaf a moment ago, which reclaim has just cleared.
                     self.note_deferred_flushes_of(view);
                 }
                 range.end().min(end)
@@ -254,8 +263,9 @@ impl<'a, K: Platform> MmuGather<'a, K> {
         }
     }
 
-    /// Takes the lock of `view` and clears entries of `range` until its end, until the queue is full, or until an entry is a
-    /// table; flushes and frees if need be, with no lock held, and returns the first address not visited.
+    /// Takes the lock of `view` and clears entries of `range` until its end, until the queue is
+    /// full, or until an entry points to a table. Then it flushes and frees if need be, with no
+    /// lock held, and returns the first address not visited.
     fn visit(
         &mut self,
         vma: &Vma<K::Area>,
@@ -265,55 +275,50 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ) -> u64 {
         let kernel = self.kernel;
         let locked = view.lock(kernel);
-        // An entry that is none may have been cleared by reclaim, whose flush is still to come.
+        // An empty entry may have been cleared by reclaim, whose flush is still to come.
         self.note_deferred_flushes();
         let visit = match self.state.mode {
             GatherMode::Shared => {
-                let clear = Locked(self.stale_writes());
+                let stale = stale_writes(self.mm, self.state.deferred, self.state.rights);
+                let clear = ProgramsMayRun(stale);
                 self.clear_entries(vma, &locked, range, leaves, clear)
             }
-            GatherMode::FullMm => self.clear_entries(vma, &locked, range, leaves, Exclusive),
+            GatherMode::FullMm => self.clear_entries(vma, &locked, range, leaves, NoProgramRuns),
         };
-        if visit.rmaps == DelayedRmaps::Some {
-            // The stated exception of G3: once the lock drops, writeback may take the page for clean while another CPU
-            // still writes to it through an old entry.
-            kernel.observe_gather(GatherEvent::DirtyFlush);
-            self.flush_tlb_only();
-            self.waiting.pages.remove_delayed_rmaps(kernel);
+        if visit.rmaps == DelayedRmaps::Queued {
+            // The stated exception of G3.
+            let gather = &mut *self;
+            flush_dirty(
+                kernel,
+                || {
+                    gather.flush_tlb_only();
+                    gather
+                },
+                |gather| gather.waiting.pages.remove_delayed_rmaps(kernel),
+            );
         }
         drop(locked);
         // At most 512 a table.
         let leaves = u32::try_from(visit.leaves).unwrap_or(u32::MAX);
         kernel.observe_gather(GatherEvent::LockDropped { leaves });
-        self.carry_on(visit.room, visit.rmaps);
+        self.flush_after_visit(visit.room, visit.rmaps);
         kernel.cond_resched();
         visit.next
     }
 
-    /// Whether an entry that cannot be written may still be written through what a CPU has cached of it.
-    ///
-    /// Rights are taken away between the beginning and the flush of a gather, another's (rule G6) or this one, which notes it, or
-    /// by reclaim, whose flushes are noted: if there is none of these, whoever wrote to the entry before we had its lock has
-    /// flushed.
-    fn stale_writes(&self) -> StaleWrites {
-        if self.is_nested() || self.state.deferred == DeferredFlushes::Seen {
-            StaleWrites::Possible
-        } else {
-            self.state.rights
-        }
-    }
-
-    /// Whether large leaves are freed so many at a time: in a dying address space, where a flush costs next to nothing.
-    fn frees_by_shares(&self) -> bool {
+    /// Whether large leaves are unmapped whole, and freed [`Limits::EXIT_LARGE_LEAVES`] at a time:
+    /// in a dying address space, where a flush costs next to nothing.
+    fn unmaps_whole_leaves(&self) -> bool {
         self.state.mode == GatherMode::FullMm
     }
 
-    /// What must be done between two visits, with no lock held.
-    fn carry_on(&mut self, room: Room, rmaps: DelayedRmaps) {
+    /// Flushes and frees after a visit, if need be, with no lock held.
+    fn flush_after_visit(&mut self, room: Room, rmaps: DelayedRmaps) {
         if room == Room::Full {
             self.forced_flush();
-        } else if rmaps == DelayedRmaps::Some {
-            // Nothing may wait on with its "delay" mark: it would lose its rmap twice.
+        } else if rmaps == DelayedRmaps::Queued {
+            // A page must not wait any longer with its mark "delay rmap": it would lose its rmap
+            // twice.
             self.flush_mmu();
         }
     }
@@ -330,17 +335,17 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     ) -> Visit {
         let kernel = self.kernel;
         let level = leaves.level();
-        let part = Part::new(locked, range, level);
+        let part = TablePart::new(locked, range, level);
         let mut next = part.first;
         let mut kept = Kept::Nothing;
-        let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::None, room: Room::Left };
-        // If a call of the kernel's unwinds, what was cleared is not noted: it is flushed for by whoever looks next.
+        let mut visit = Visit { next: range.end(), leaves: 0, rmaps: DelayedRmaps::Absent, room: Room::Left };
+        // If a call of the kernel unwinds, what was cleared is not noted: the flush is left to
+        // whoever looks next.
         let owes_flush = OwesFlush(self.mm.context());
         loop {
-            let (done, room) = self
-                .waiting
-                .pages
-                .fill(&self.limits, |spare| zap_entries(kernel, vma, &part, next, spare, leaves, clear));
+            let (done, room) = self.waiting.pages.fill_batch(&self.limits, |spare| {
+                zap_entries(kernel, vma, &part, next, spare, leaves, clear)
+            });
             next = done.next;
             visit.leaves += done.leaves;
             if let Some(cleared) = done.cleared(&part, level) {
@@ -350,11 +355,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             if done.kept == Kept::Something {
                 kept = Kept::Something;
             }
-            if done.rmaps == DelayedRmaps::Some {
-                visit.rmaps = DelayedRmaps::Some;
+            if done.rmaps == DelayedRmaps::Queued {
+                visit.rmaps = DelayedRmaps::Queued;
                 self.waiting.pages.note_delayed_rmaps();
             }
-            // At the end a page for a batch is not asked for before something is to go there.
+            // At the end of the range a new batch page is not asked for, until there is something
+            // to put into it.
             if room == Room::Full && (next != part.end || !self.waiting.pages.needs_new_page(&self.limits)) {
                 visit.room = self.waiting.pages.next_batch(kernel, &self.limits);
             }
@@ -363,14 +369,15 @@ impl<'a, K: Platform> MmuGather<'a, K> {
             }
         }
         mem::forget(owes_flush);
-        if level > Level::Pte && visit.leaves >= Limits::EXIT_LARGE_LEAVES && self.frees_by_shares() {
+        if level > Level::Pte && visit.leaves >= Limits::EXIT_LARGE_LEAVES && self.unmaps_whole_leaves() {
             visit.room = Room::Full;
         }
         if next != part.end {
             visit.next = part.address(next, level);
         }
         if kept == Kept::Nothing {
-            // SAFETY: the loop has passed these entries, under the lock that is still held, and left none of them.
+            // SAFETY: the loop has passed these entries under the lock that is still held, and kept
+            // none of them.
             unsafe { locked.forget_cleared_lines(&(part.first..next)) };
         }
         visit

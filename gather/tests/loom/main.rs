@@ -1,4 +1,5 @@
-//! Two gathers on one address space under loom: what the first to return has promised holds, whichever cleared the entry.
+//! Two gathers on one address space under loom: what the first to return has promised holds,
+//! whichever of the two cleared the entry.
 //!
 //! ```text
 //! RUSTFLAGS="--cfg mmu_loom" cargo test -p mmu-gather --test loom --release
@@ -8,10 +9,11 @@
 //! What loom tries, what the corrected loom of the second command adds, and what neither sees:
 //! `tlb/tests/loom/README.md`.
 //!
-//! CPUs 0 and 1 zap the same page, CPU 2 runs the program and has the page in its TLB. The entry is cleared under a lock,
-//! as under a table lock: one gather finds it, the other finds it none, has nothing of its own to flush, and must still not
-//! return before CPU 2 has forgotten the page (rule G6). The page table is one entry; the gather, its count of open gathers
-//! and all of `mmu-tlb` are the engine's own source over loom's atomics.
+//! CPUs 0 and 1 zap the same page; CPU 2 runs the program and has the page in its TLB. The entry is
+//! cleared under a lock, which plays the table lock. One gather finds it present. The other finds
+//! it empty, has nothing of its own to flush, and must still not return before CPU 2 has forgotten
+//! the page (rule G6). The page table is one entry; the gather, its count of open gathers and all
+//! of `mmu-tlb` are the engine's own source over loom's atomics.
 #![cfg(mmu_loom)]
 #![expect(unsafe_code, reason = "plays the platform, which the engine takes on trust")]
 
@@ -52,9 +54,10 @@ struct Seen {
 
 struct Machine {
     cpus: [CpuTlb<Bits>; 3],
-    /// Whoever holds it runs on that CPU: interrupts are off there.
+    /// Whoever holds one runs on that CPU, with interrupts off there.
     interrupts: [Mutex<()>; 3],
-    /// Whether each CPU has the page in its TLB. Read by others without any lock: who may rely on it has been told.
+    /// Whether each CPU has the page in its TLB. Others read it without a lock: whoever relies on
+    /// it has been told by a flush.
     cached: [AtomicBool; 3],
     mm: Mm<Bits>,
     table: Mutex<Table>,
@@ -107,14 +110,16 @@ impl<'a> Cpu<'a> {
 
     /// MADV_DONTNEED of the page: when it returns, no program may use the page.
     fn zap(&self) {
-        // SAFETY: nobody unmaps the area, which the promise is about; that two zap it is what locks of tables are for.
+        // SAFETY: the promise is that nobody unmaps the area, and nobody does. Two may zap it at
+        // once: that is what table locks are for.
         let mut gather = unsafe { MmuGather::new(self, &self.machine.mm) };
         let mut table = self.machine.table.lock().expect("no panic before");
         let found = core::mem::take(&mut table.mapped);
         drop(table);
         if found {
             let page = VirtRange::new(PAGE, 2 * PAGE).expect("not empty");
-            // SAFETY: the entry was found and taken under its lock, once, and its page has no other reference.
+            // SAFETY: the entry was found and taken under its lock, once, and its page has no other
+            // reference.
             unsafe { gather.remove_page(frame(9), page, Level::Pte) };
         }
         let flushed = gather.flush();
@@ -158,8 +163,9 @@ unsafe impl TableMemory for Cpu<'_> {
     }
 }
 
-// SAFETY: a thread is one CPU; the lock of its interrupts is held where they are to be off. A flush runs to its end on its
-// target before `flush_others` returns. The pretend TLB drops what is named, and more.
+// SAFETY: a thread is one CPU, and holds the lock of its interrupts where they are to be off. A
+// flush runs to its end on its target before `flush_others` returns. The pretended TLB drops what
+// is named, and more.
 unsafe impl Cpus for Cpu<'_> {
     type Bits = Bits;
 

@@ -1,4 +1,4 @@
-//! Tables waiting for a flush: one page of 511, taken on demand.
+//! Tables that wait for a flush: one page of 511, taken on demand.
 #![expect(unsafe_code, reason = "the batch page is used by pointer")]
 
 use core::fmt;
@@ -11,7 +11,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::limits::Limits;
 use crate::platform::{BatchPage, Pages, Platform};
 
-/// Linux: struct mmu_table_batch.
+/// The batch page. Linux: struct mmu_table_batch.
 type TableBatch = ArrayVec<PhysFrame, { Limits::TABLE_SLOTS }>;
 
 const_assert_eq!(size_of::<TableBatch>(), 4096);
@@ -20,16 +20,16 @@ const_assert_eq!(align_of::<TableBatch>(), 8);
 /// What became of a table that was to be queued.
 #[derive(Debug)]
 #[must_use]
-pub(crate) enum Queued {
+pub(crate) enum TableQueued {
     /// It waits, and there is room for more.
-    Room,
+    RoomLeft,
     /// It waits, and the batch is full now.
     Full,
-    /// No page for a batch could be had; the table is still the caller's.
+    /// No page for a batch could be had; the table still belongs to the caller.
     NoBatch(PhysFrame),
 }
 
-/// The tables. INVARIANT: the page, if any, is known to this queue alone.
+/// The queue of tables. INVARIANT: the page, if there is one, is known to this queue alone.
 pub(crate) struct TableQueue {
     batch: Option<NonNull<TableBatch>>,
 }
@@ -39,14 +39,14 @@ impl TableQueue {
         Self { batch: None }
     }
 
-    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, table: PhysFrame) -> Queued {
+    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, table: PhysFrame) -> TableQueued {
         let mut batch = match self.batch {
             Some(batch) => batch,
             None => {
-                let Some(page) = kernel.allocate_batch() else { return Queued::NoBatch(table) };
+                let Some(page) = kernel.allocate_batch() else { return TableQueued::NoBatch(table) };
                 let batch = page.into_inner().cast::<TableBatch>();
-                // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a `TableBatch` has
-                // that size and alignment (asserted above).
+                // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of
+                // `BatchPage::new`); a `TableBatch` has that size and alignment (asserted above).
                 unsafe { batch.write(TableBatch::new_const()) };
                 self.batch = Some(batch);
                 batch
@@ -55,16 +55,17 @@ impl TableQueue {
         // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
         let batch = unsafe { batch.as_mut() };
         match batch.try_push(table) {
-            Ok(()) if batch.len() < usize::from(limits.table_slots) => Queued::Room,
-            Ok(()) => Queued::Full,
-            Err(refused) => Queued::NoBatch(refused.element()),
+            Ok(()) if batch.len() < usize::from(limits.table_slots) => TableQueued::RoomLeft,
+            Ok(()) => TableQueued::Full,
+            Err(refused) => TableQueued::NoBatch(refused.element()),
         }
     }
 
     /// Hands every table to the kernel; returns how many.
     ///
     /// # Safety
-    /// All of them were [unhooked](mmu_pagetable::UnhookedTable), and were flushed for since they were queued.
+    /// All of them were [unhooked](mmu_pagetable::UnhookedTable), and have been flushed for since
+    /// they were queued.
     pub(crate) unsafe fn free_all<K: Platform>(&mut self, kernel: &K) -> u64 {
         let Some(mut batch) = self.batch else { return 0 };
         // SAFETY: by the invariant the page is ours alone.
@@ -72,7 +73,8 @@ impl TableQueue {
         if batch.is_empty() {
             return 0;
         }
-        // SAFETY: passed on to our caller; each was queued once, because an `UnhookedTable` cannot be copied.
+        // SAFETY: passed on to our caller; each was queued once, because an `UnhookedTable` cannot
+        // be copied.
         unsafe { kernel.free_tables(batch) };
         let tables = batch.len() as u64;
         batch.clear();
@@ -80,9 +82,9 @@ impl TableQueue {
         tables
     }
 
-    /// The queue, moved out of here; what stays behind is empty.
+    /// Moves the queue out of here; what stays behind is empty.
     #[inline]
-    pub(crate) const fn leave(&mut self) -> Self {
+    pub(crate) const fn take(&mut self) -> Self {
         Self { batch: self.batch.take() }
     }
 
@@ -92,12 +94,12 @@ impl TableQueue {
         self.batch.is_some()
     }
 
-    /// Returns the batch page. Nothing is queued.
+    /// Returns the batch page; called when nothing is queued any more.
     #[inline]
     pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: tables queued and never freed");
         if let Some(batch) = self.batch.take() {
-            // SAFETY: this is the page `allocate_batch` lent, and we have just forgotten it.
+            // SAFETY: this is the page that `allocate_batch` lent, and we have just forgotten it.
             kernel.free_batch(unsafe { BatchPage::new(batch.cast()) });
         }
     }

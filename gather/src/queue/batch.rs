@@ -9,32 +9,26 @@ use static_assertions::const_assert_eq;
 
 use crate::limits::Limits;
 use crate::platform::{BatchPage, GatherEvent, Pages};
-use crate::slot::{FreedPages, Runs, Slot, Which};
-use crate::spare::{Spare, fill};
+use crate::queue::freed_pages::{FreedPages, Which};
+use crate::queue::spare::{Room, SpareSlots, lend_spare};
+use crate::queue::word::{BatchWord, DelayedRmaps, Runs};
 
 /// One batch page. Linux: struct mmu_gather_batch.
 struct Batch {
     next: Option<NonNull<Batch>>,
-    slots: ArrayVec<Slot, { Limits::BATCH_SLOTS }>,
+    slots: ArrayVec<BatchWord, { Limits::BATCH_SLOTS }>,
 }
 
 const_assert_eq!(size_of::<Batch>(), 4096);
 const_assert_eq!(align_of::<Batch>(), 8);
 
-/// Whether another record fits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "a full queue must be flushed before the next record"]
-pub(crate) enum Room {
-    Left,
-    Full,
-}
-
-/// The queue. Batch pages are kept and used again after a flush; [`give_back`](Self::give_back) returns them.
+/// The queue. Batch pages are kept and used again after a flush;
+/// [`give_back`](Self::give_back) returns them.
 ///
-/// INVARIANT: `first` starts a list of pages that only this queue knows; `active` is one of them, or `None` for the
-/// bundle; batches after `active` are empty.
+/// INVARIANT: `first` starts a list of pages that only this queue knows; `active` is one of them,
+/// or `None` while the bundle is in use; batches after `active` are empty.
 pub(crate) struct PageQueue {
-    bundle: ArrayVec<Slot, { Limits::BUNDLE_SLOTS }>,
+    bundle: ArrayVec<BatchWord, { Limits::BUNDLE_SLOTS }>,
     delayed_rmaps: DelayedRmaps,
     /// Whether a run was queued since the last time everything was freed.
     runs: Runs,
@@ -43,77 +37,78 @@ pub(crate) struct PageQueue {
     active: Option<NonNull<Batch>>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DelayedRmaps {
-    None,
-    Some,
-}
-
 impl PageQueue {
     #[inline]
     pub(crate) fn new() -> Self {
         Self {
             bundle: ArrayVec::new(),
-            delayed_rmaps: DelayedRmaps::None,
-            runs: Runs::None,
+            delayed_rmaps: DelayedRmaps::Absent,
+            runs: Runs::Absent,
             batch_pages: 0,
             first: None,
             active: None,
         }
     }
 
-    /// A queue that holds `slot`, which is no run.
+    /// A queue of one page, or of none.
     #[inline(always)]
-    pub(crate) fn of(slot: Option<Slot>) -> Self {
+    pub(crate) fn of_page(page: Option<BatchWord>) -> Self {
         let mut queue = Self::new();
-        queue.bundle.extend(slot);
+        queue.bundle.extend(page);
         queue
     }
 
-    /// Lets `store` fill the batch with single pages; says whether room is left. There may be none to begin with.
+    /// Lets `store` fill the batch in use with single pages; returns whether room is left. There
+    /// may be none to begin with.
     ///
-    /// One slot is left unused unless a run takes the last two: a record never waits for a second batch. Whoever used up
-    /// the room calls [`next_batch`](Self::next_batch).
+    /// One slot stays unused, so that a run, which takes two, always fits into the batch that is
+    /// not full. Whoever used up the room calls [`next_batch`](Self::next_batch).
     #[inline]
-    pub(crate) fn fill<R>(&mut self, limits: &Limits, store: impl FnOnce(&mut Spare<'_>) -> R) -> (R, Room) {
+    pub(crate) fn fill_batch<R>(
+        &mut self,
+        limits: &Limits,
+        store: impl FnOnce(&mut SpareSlots<'_>) -> R,
+    ) -> (R, Room) {
         match self.active {
-            None => fill(&mut self.bundle, usize::from(limits.bundle_slots) - 1, store),
+            None => lend_spare(&mut self.bundle, usize::from(limits.bundle_slots) - 1, store),
             Some(mut batch) => {
-                // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
+                // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way
+                // to it.
                 let batch = unsafe { batch.as_mut() };
-                fill(&mut batch.slots, usize::from(limits.batch_slots) - 1, store)
+                lend_spare(&mut batch.slots, usize::from(limits.batch_slots) - 1, store)
             }
         }
     }
 
     /// Stores one page. There is room: the batch is not [full](Self::is_full).
     #[inline]
-    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, slot: Slot) -> Room {
-        self.store(kernel, limits, &[slot])
+    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, page: BatchWord) -> Room {
+        self.store(kernel, limits, &[page])
     }
 
-    /// Notes that rmaps of pages just stored are to be removed after the flush, under the same table lock.
+    /// Notes that pages just stored lose their rmaps after a flush under the same table lock.
     #[inline]
     pub(crate) const fn note_delayed_rmaps(&mut self) {
-        self.delayed_rmaps = DelayedRmaps::Some;
+        self.delayed_rmaps = DelayedRmaps::Queued;
     }
 
-    /// Stores a run of pages: two slots that are never parted.
-    pub(crate) fn push_run<K: Pages>(&mut self, kernel: &K, limits: &Limits, run: [Slot; 2]) -> Room {
-        self.runs = Runs::Some;
+    /// Stores a run of pages: two words that stay in one batch.
+    pub(crate) fn push_run<K: Pages>(&mut self, kernel: &K, limits: &Limits, run: [BatchWord; 2]) -> Room {
+        self.runs = Runs::Queued;
         self.store(kernel, limits, &run)
     }
 
     #[inline]
-    fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[Slot]) -> Room {
-        // One slot is left unused unless a run takes the last two: a record never waits for a second batch.
+    fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[BatchWord]) -> Room {
+        // A batch counts as full one slot early, so that a run never has to be cut in two.
         let nearly_full = match self.active {
             None => {
                 append(&mut self.bundle, record);
                 self.bundle.len() + 1 >= usize::from(limits.bundle_slots)
             }
             Some(mut batch) => {
-                // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way to it.
+                // SAFETY: by the invariant the page is ours alone, and `&mut self` is the only way
+                // to it.
                 let batch = unsafe { batch.as_mut() };
                 append(&mut batch.slots, record);
                 batch.slots.len() + 1 >= usize::from(limits.batch_slots)
@@ -125,8 +120,9 @@ impl PageQueue {
     /// Goes on to the next batch page: one kept from before the last flush, or a new one.
     #[cold]
     pub(crate) fn next_batch<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> Room {
-        // Removing rmaps walks the bundle and the active batch only, under a lock: do not let that grow.
-        if self.delayed_rmaps == DelayedRmaps::Some && self.active.is_some() {
+        // Removing rmaps walks the bundle and the active batch only, for it is done under a lock.
+        // Pages whose rmaps are delayed must not spread over more batches.
+        if self.delayed_rmaps == DelayedRmaps::Queued && self.active.is_some() {
             return Room::Full;
         }
         let kept = self.kept();
@@ -143,8 +139,8 @@ impl PageQueue {
         };
         kernel.observe_gather(GatherEvent::BatchTaken);
         let new = page.into_inner().cast::<Batch>();
-        // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a `Batch` has that size and
-        // alignment (asserted above).
+        // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a
+        // `Batch` has that size and alignment (asserted above).
         unsafe { new.write(Batch { next: None, slots: ArrayVec::new_const() }) };
         match self.active {
             None => self.first = Some(new),
@@ -158,16 +154,17 @@ impl PageQueue {
         Room::Left
     }
 
-    /// Takes away the rmaps that were delayed. The flush has completed, the table lock is still held.
+    /// Lets the kernel remove the rmaps that were delayed. The flush has completed, and the table
+    /// lock is still held.
     ///
-    /// Delayed pages are in the bundle and the first batch at the most, because the queue was flushed before, or counted
-    /// as full, whenever it would have needed another.
+    /// Pages whose rmaps are delayed are in the bundle and the active batch at the most: the queue
+    /// was flushed before, or counted as full, whenever it would have needed another batch.
     pub(crate) fn remove_delayed_rmaps<K: Pages>(&mut self, kernel: &K) {
-        if self.delayed_rmaps == DelayedRmaps::None {
+        if self.delayed_rmaps == DelayedRmaps::Absent {
             return;
         }
-        // First: if the kernel's call unwinds, they are not removed again.
-        self.delayed_rmaps = DelayedRmaps::None;
+        // Noted before the call: if that unwinds, no rmap is removed twice.
+        self.delayed_rmaps = DelayedRmaps::Absent;
         kernel.remove_rmaps(FreedPages::new(&self.bundle, Which::DelayedRmap, self.runs));
         if let Some(active) = self.active {
             // SAFETY: by the invariant the page is ours alone.
@@ -176,7 +173,8 @@ impl PageQueue {
         }
     }
 
-    /// Hands everything to the kernel, a chunk at a time with a preemption point between; returns how many slots.
+    /// Hands everything to the kernel, chunk by chunk with a preemption point after each; returns
+    /// how many slots that were.
     pub(crate) fn free_all<K: Pages>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
         let mut slots = self.free_bundle(kernel, free_chunk);
         let mut next = self.first;
@@ -191,11 +189,11 @@ impl PageQueue {
             next = batch.next;
         }
         self.active = None;
-        self.runs = Runs::None;
+        self.runs = Runs::Absent;
         slots
     }
 
-    /// As [`free_all`](Self::free_all), where there is no batch page.
+    /// As [`free_all`](Self::free_all), if there is no batch page.
     #[inline]
     pub(crate) fn free_bundle<K: Pages>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
         let slots = free_slots(kernel, free_chunk, &self.bundle, self.runs);
@@ -203,14 +201,15 @@ impl PageQueue {
         slots
     }
 
-    /// The queue, moved out of here field by field and slot by slot; what stays behind is empty.
+    /// Moves the queue out of here, field by field and word by word; what stays behind is empty.
     ///
-    /// Not `mem::replace`: that loads sixteen bytes at a time what was stored eight at a time just before, for which a CPU waits.
+    /// `mem::replace` would be slower: it loads sixteen bytes at a time what was stored eight at a
+    /// time just before, and the CPU cannot forward such stores to the load but waits for them.
     #[inline]
-    pub(crate) fn leave(&mut self) -> Self {
+    pub(crate) fn take(&mut self) -> Self {
         let mut bundle = ArrayVec::new();
-        for slot in &self.bundle {
-            bundle.push(*slot);
+        for word in &self.bundle {
+            bundle.push(*word);
         }
         self.bundle.clear();
         Self {
@@ -223,7 +222,7 @@ impl PageQueue {
         }
     }
 
-    /// Returns the batch pages. Nothing is queued.
+    /// Returns the batch pages; called when nothing is queued any more.
     #[inline]
     pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: pages queued and never freed");
@@ -245,7 +244,8 @@ impl PageQueue {
         self.batch_pages = 0;
     }
 
-    /// Whether the batch in use takes no further record: the visit of a table ended with the last slot that could be used.
+    /// Whether the batch in use has no room for another page or run, because the visit of a table
+    /// ended with the last slot that could be used.
     #[inline]
     pub(crate) fn is_full(&self, limits: &Limits) -> bool {
         let (used, slots) = match self.active {
@@ -286,16 +286,17 @@ impl PageQueue {
 }
 
 #[inline]
-fn append<const N: usize>(slots: &mut ArrayVec<Slot, N>, record: &[Slot]) {
-    // There is room for two: a batch counts as full one slot early. A capacity error would lose a page, so say so.
+fn append<const N: usize>(slots: &mut ArrayVec<BatchWord, N>, record: &[BatchWord]) {
+    // Two words fit, because a batch counts as full one slot early. An error would be a page lost.
     let stored = slots.try_extend_from_slice(record);
     debug_assert!(stored.is_ok(), "G5: a record was pushed into a full batch");
 }
 
-/// At most `free_chunk` pages at a time (rule G7), or one run of more; returns how many slots.
+/// Hands `slots` to the kernel, at most `free_chunk` pages at a time (rule G7), or a single run of
+/// more; returns how many slots those were.
 #[inline]
-fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs) -> u64 {
-    if runs == Runs::Some || slots.len() > usize::from(free_chunk) {
+fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) -> u64 {
+    if runs == Runs::Queued || slots.len() > usize::from(free_chunk) {
         free_in_chunks(kernel, free_chunk, slots, runs);
     } else if !slots.is_empty() {
         kernel.free_pages(FreedPages::new(slots, Which::All, runs));
@@ -305,12 +306,12 @@ fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs)
 }
 
 #[inline(never)]
-fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: Runs) {
+fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) {
     let mut rest = slots;
     while !rest.is_empty() {
         let chunk = match runs {
-            Runs::None => usize::from(free_chunk).min(rest.len()),
-            Runs::Some => chunk_with_runs(rest, u64::from(free_chunk)),
+            Runs::Absent => usize::from(free_chunk).min(rest.len()),
+            Runs::Queued => chunk_with_runs(rest, u64::from(free_chunk)),
         };
         let (now, later) = rest.split_at(chunk);
         kernel.free_pages(FreedPages::new(now, Which::All, runs));
@@ -319,13 +320,14 @@ fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[Slot], runs: R
     }
 }
 
-/// How many slots the records take that come to no more than `nr_pages` pages; those of the first record at least. Reads
-/// from the front: a length may look like anything.
-fn chunk_with_runs(slots: &[Slot], nr_pages: u64) -> usize {
+/// How many slots to hand over so that they come to no more than `nr_pages` pages, but at least
+/// those of the first page or run. It reads from the front, because the length of a run may look
+/// like any other word.
+fn chunk_with_runs(slots: &[BatchWord], nr_pages: u64) -> usize {
     let (mut used, mut pages) = (0, 0);
-    while let Some(slot) = slots.get(used) {
+    while let Some(word) = slots.get(used) {
         let (record, length) = match slots.get(used + 1) {
-            Some(length) if slot.length_follows() => (2, length.length()),
+            Some(length) if word.length_follows() => (2, length.length()),
             _ => (1, 1),
         };
         pages += u64::from(length);

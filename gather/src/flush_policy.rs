@@ -1,0 +1,92 @@
+//! What a gather must flush, and what it may assume before it has: decided here for the gather and
+//! for the path of one page (one_page.rs) alike.
+
+use mmu_pagetable::StaleWrites;
+use mmu_tlb::{CpuBits, FreedTables, PageSpan, flush_tlb_mm, flush_tlb_mm_range};
+
+use crate::mm::Mm;
+use crate::platform::{GatherEvent, Platform};
+use crate::queue::waiting::Covered;
+use crate::state::DeferredFlushes;
+
+/// How much a flush covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// No flush is needed.
+    Nothing,
+    /// The addresses that the gather cleared.
+    Range,
+    /// The whole address space, for freed tables too.
+    WholeMm,
+}
+
+/// Whether an entry without the writable bit may still be written through what a CPU has cached.
+///
+/// Rights are taken away and flushed for by another gather that is still open (rule G6), by this
+/// one (`own`), or by reclaim, whose flushes are noted (`deferred`). If there is none of these,
+/// whoever wrote to the entry before its lock was taken here has flushed.
+#[inline(always)]
+pub(crate) fn stale_writes<B: CpuBits>(
+    mm: &Mm<B>,
+    deferred: DeferredFlushes,
+    own: StaleWrites,
+) -> StaleWrites {
+    if mm.has_other_gathers() || deferred == DeferredFlushes::Seen { StaleWrites::Possible } else { own }
+}
+
+/// The scope of a flush before the last one of a gather; `own` is what its own entries need.
+#[inline(always)]
+pub(crate) fn scope_before_the_last<B: CpuBits>(mm: &Mm<B>, own: Scope) -> Scope {
+    if own != Scope::Nothing && mm.has_other_gathers() { Scope::WholeMm } else { own }
+}
+
+/// The scope of the last flush of a gather; `own` is what its own entries need.
+///
+/// Where another gather is open the whole address space is flushed, even if this one cleared
+/// nothing: an entry that it found empty may have been cleared by the other, which has not flushed
+/// yet (rule G6).
+#[inline(always)]
+pub(crate) fn scope_of_the_last<K: Platform>(kernel: &K, mm: &Mm<K::Bits>, own: Scope) -> Scope {
+    if mm.has_other_gathers() {
+        kernel.observe_gather(GatherEvent::NestedFlush);
+        Scope::WholeMm
+    } else {
+        own
+    }
+}
+
+/// Flushes `span`, or the whole address space if `scope` says so or there is no span.
+#[inline(always)]
+pub(crate) fn flush<K: Platform>(
+    kernel: &K,
+    mm: &Mm<K::Bits>,
+    scope: Scope,
+    span: Option<PageSpan>,
+    tables: FreedTables,
+) -> Covered {
+    let context = mm.context();
+    let receipt = match (scope, span) {
+        (Scope::Range, Some(span)) => flush_tlb_mm_range(kernel, context, span, tables),
+        _ => flush_tlb_mm(kernel, context),
+    };
+    Covered::from_receipt(context, receipt)
+}
+
+/// Flushes for dirty pages, then lets them lose their rmaps; `remove_rmaps` gets what `flush`
+/// returned.
+///
+/// This is the stated exception of G3: once the lock of their table drops, writeback may take such
+/// a page for clean while another CPU still writes to it through an old entry.
+///
+/// # Context
+/// The lock of the table that mapped the pages is held.
+#[inline(always)]
+pub(crate) fn flush_dirty<K: Platform, F, R>(
+    kernel: &K,
+    flush: impl FnOnce() -> F,
+    remove_rmaps: impl FnOnce(F) -> R,
+) -> R {
+    kernel.observe_gather(GatherEvent::DirtyFlush);
+    let flushed = flush();
+    remove_rmaps(flushed)
+}

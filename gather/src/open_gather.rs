@@ -1,0 +1,68 @@
+//! What a gather owes while it is open: to be counted, and to flush for what it cleared.
+
+use core::mem;
+
+use mmu_tlb::{CpuBits, MmContext};
+
+use crate::mm::Mm;
+
+/// One count in [`Mm::open_gathers`].
+///
+/// If a call of the kernel's own unwinds before this is closed, the count goes down all the same,
+/// and the flush that did not come is left to whoever looks next.
+#[must_use]
+pub(crate) struct OpenGather<'a, B: CpuBits>(&'a Mm<B>);
+
+impl<'a, B: CpuBits> OpenGather<'a, B> {
+    #[inline(always)]
+    pub(crate) fn new(mm: &'a Mm<B>) -> Self {
+        mm.open_gather();
+        Self(mm)
+    }
+
+    /// The count of a gather that is being dropped.
+    pub(crate) const fn taken_over(mm: &'a Mm<B>) -> Self {
+        Self(mm)
+    }
+
+    /// Closes a gather that has cleared nothing.
+    #[inline(always)]
+    pub(crate) fn close_unused(self) {
+        self.close_after(|| ());
+    }
+
+    /// Flushes, then closes the gather.
+    #[inline(always)]
+    pub(crate) fn close_after<R>(self, flush: impl FnOnce() -> R) -> R {
+        let flushed = close_after(self.0, flush);
+        mem::forget(self);
+        flushed
+    }
+}
+
+impl<B: CpuBits> Drop for OpenGather<'_, B> {
+    fn drop(&mut self) {
+        self.0.context().owe_flush();
+        self.0.close_gather();
+    }
+}
+
+/// Flushes, then counts one gather out. If `flush` unwinds the count stays: what counts the gather
+/// as open is dropped then, and closes it.
+#[inline(always)]
+pub(crate) fn close_after<B: CpuBits, R>(mm: &Mm<B>, flush: impl FnOnce() -> R) -> R {
+    let flushed = flush();
+    // INVARIANT: G6, the count goes down only after the flush.
+    mm.close_gather();
+    flushed
+}
+
+/// Notes, when it is dropped, that entries were cleared for which nobody is going to flush.
+/// Forgotten where all went well.
+pub(crate) struct OwesFlush<'a, B: CpuBits>(pub(crate) &'a MmContext<B>);
+
+impl<B: CpuBits> Drop for OwesFlush<'_, B> {
+    fn drop(&mut self) {
+        self.0.owe_flush();
+    }
+}
