@@ -15,8 +15,8 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The lines of `text` that count: not blank, not a comment, not of a test. An item that is only for
-/// tests and ends in its first line is left out; a longer one ends what counts of its file.
+/// The lines of `text` that count: not blank, not a comment, not of a test. An item that is only
+/// for tests and ends in its first line is left out; a longer one ends what counts of its file.
 fn code_lines(text: &str) -> impl Iterator<Item = &str> {
     let mut is_for_tests = false;
     let mut has_ended = false;

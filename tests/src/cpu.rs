@@ -11,7 +11,7 @@ use mmu_gather::pagetable::Level;
 use mmu_gather::tlb::{CachedTranslations, CpuTlb};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::kernel::Bits;
+use crate::options::Bits;
 
 /// What a program does with an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

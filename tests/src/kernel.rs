@@ -2,122 +2,24 @@
 
 use core::cell::{Cell, OnceCell, RefCell, RefMut};
 use core::fmt;
-use core::sync::atomic::AtomicU64;
 use std::collections::BTreeSet;
 
 use bumpalo::Bump;
-use mmu_gather::pagetable::{PagingMode, TableLock, UsedLines};
-use mmu_gather::tlb::{CpuId, CtxIds, OnlineCpus, PcidSupport, SINGLE_PAGE_FLUSH_CEILING};
+use mmu_gather::pagetable::{TableLock, UsedLines};
+use mmu_gather::tlb::{CpuId, CtxIds};
 use mmu_gather::{BatchArena, BatchPage, Mm};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::check::Violation;
 use crate::cpu::PaperCpu;
 use crate::ledger::Ledger;
 use crate::log::Log;
-use crate::platform::Deadlock;
-
-/// A set of up to 64 CPUs.
-pub type Bits = [AtomicU64; 1];
+use crate::options::{Bits, Options, Supply};
+use crate::table_page::TablePage;
+use crate::violation::Violation;
 
 /// An address space of this kernel.
 pub type PaperMm = Mm<Bits>;
-
-/// A table and, beside it, its lock and the note of its used lines, which a kernel keeps in its
-/// `struct page`.
-#[repr(C, align(4096))]
-pub(crate) struct TablePage {
-    entries: [u64; 512],
-    pub(crate) lock: TableLock<Deadlock>,
-    pub(crate) used_lines: UsedLines,
-}
-
-/// Whether the kernel keeps a note of the lines that its tables use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LineNotes {
-    /// Yes.
-    Kept,
-    /// No: the engine looks at every line.
-    NotKept,
-}
-
-/// How the kernel answers the requests of the engine to flush. All but the first are wrong, for
-/// tests of what is noticed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answers {
-    /// Every target flushes, then the kernel answers.
-    Honest,
-    /// The kernel answers at once; nobody flushes.
-    AtOnce,
-    /// The targets run the handler, which names the CPU that asked.
-    ForAnother,
-    /// The targets flush; the part of the CPU that asked is left out.
-    WithoutMeanwhile,
-}
-
-/// What machine the kernel runs on.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// How many CPUs there are, 64 at most.
-    pub cpus: u32,
-    /// How many the kernel says are online.
-    pub online: OnlineCpus,
-    /// Whether translations are tagged.
-    pub pcid: PcidSupport,
-    /// Four levels of tables, or five.
-    pub mode: PagingMode,
-    /// More pages than this become a full flush.
-    pub flush_ceiling: u64,
-    /// Whether used lines are noted.
-    pub line_notes: LineNotes,
-    /// How requests to flush are answered.
-    pub answers: Answers,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            cpus: 4,
-            online: OnlineCpus::Many,
-            pcid: PcidSupport::On,
-            mode: PagingMode::FourLevel,
-            flush_ceiling: SINGLE_PAGE_FLUSH_CEILING,
-            line_notes: LineNotes::Kept,
-            answers: Answers::Honest,
-        }
-    }
-}
-
-/// How much memory of one kind can still be had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Supply {
-    /// Always.
-    Unlimited,
-    /// This many more times.
-    Left(u32),
-    /// The lowest bit tells whether the next attempt succeeds; the bits rotate.
-    Pattern(u64),
-}
-
-impl Supply {
-    /// One attempt: whether it succeeds.
-    pub(crate) const fn take(&mut self) -> bool {
-        match self {
-            Self::Unlimited => true,
-            Self::Left(0) => false,
-            Self::Left(left) => {
-                *left -= 1;
-                true
-            }
-            Self::Pattern(bits) => {
-                let granted = *bits & 1 == 1;
-                *bits = bits.rotate_right(1);
-                granted
-            }
-        }
-    }
-}
 
 /// A kernel that exists on paper: one thread that plays every CPU.
 ///
@@ -136,7 +38,7 @@ pub struct PaperKernel {
     batches_lent: Cell<u32>,
     batch_supply: RefCell<Supply>,
     ledger: RefCell<Ledger>,
-    pub(crate) log: Log,
+    pub(crate) log: Log<Self>,
     pub(crate) locks_asked: RefCell<Vec<PhysFrame>>,
     pub(crate) dirty_flush: Cell<bool>,
     pub(crate) violations: RefCell<Vec<Violation>>,

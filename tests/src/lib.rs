@@ -8,13 +8,14 @@
 //!
 //! ```text
 //!  platform.rs   what an embedder writes: three impls, about 130 lines
-//!  kernel.rs     the kernel's data, and which memory can be had
+//!  kernel.rs     the kernel's data; table_page.rs a table with its lock
 //!  program.rs    what programs and schedulers do: map, touch, switch, go lazy
 //!  cpu.rs        one CPU's TLB and structure cache
 //!  gather.rs     the unsafe calls of a gather, made safe
 //!  ledger.rs     the counts of every page: who may be freed, once
-//!  check.rs      what counts as a violation
-//!  log.rs        events in order, and hooks on them
+//!  violation.rs  what counts as one; check.rs looks for them
+//!  log.rs        events in order; hooks.rs runs something at them
+//!  options.rs    the machine, and how much memory there is
 //! ```
 //!
 //! A hook runs at an event, in the middle of the engine's work. So one thread can play two CPUs:
@@ -24,17 +25,22 @@
 mod check;
 mod cpu;
 mod gather;
+mod hooks;
 mod kernel;
 mod ledger;
 mod log;
+mod options;
 mod platform;
 mod program;
+mod table_page;
+mod violation;
 
-pub use check::Violation;
 pub use cpu::{Access, Fault, Translation};
 pub use gather::GatherOnPaper;
-pub use kernel::{Answers, Bits, LineNotes, Options, PaperKernel, PaperMm, Supply};
+pub use kernel::{PaperKernel, PaperMm};
 pub use ledger::PageAccount;
 pub use log::{Event, Noted};
+pub use options::{Answers, Bits, LineNotes, Options, Supply};
 pub use platform::Backing;
 pub use program::{CPU, GIB, KIB, MIB, TIB, area, range};
+pub use violation::Violation;

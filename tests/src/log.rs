@@ -8,8 +8,6 @@ use mmu_gather::tlb::{CachedTranslations, CpuId, TlbEvent};
 use mmu_gather::{GatherEvent, UnmappedLeaf};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::kernel::PaperKernel;
-
 /// One thing that happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -87,63 +85,51 @@ pub struct Noted {
     pub under_lock: bool,
 }
 
-type Act = Box<dyn FnOnce(&PaperKernel)>;
+/// Something that a test does in the middle of the engine's work, with the kernel `K`.
+type Act<K> = Box<dyn FnOnce(&K)>;
 
-struct Hook {
+struct Hook<K> {
     at: Box<dyn Fn(&Event) -> bool>,
-    act: Act,
+    act: Act<K>,
 }
 
-pub(crate) struct Log {
+/// The events of a kernel `K`, and what waits for one.
+pub(crate) struct Log<K> {
     events: RefCell<Vec<Noted>>,
-    hooks: RefCell<Vec<Hook>>,
+    hooks: RefCell<Vec<Hook<K>>>,
 }
 
-impl Log {
+impl<K> Log<K> {
     pub(crate) const fn new() -> Self {
         Self { events: RefCell::new(Vec::new()), hooks: RefCell::new(Vec::new()) }
     }
 
-    fn due(&self, event: &Event) -> Option<Act> {
+    /// Notes an event; returns what is to be done at it, if a hook waits for it.
+    pub(crate) fn note(&self, noted: Noted) -> Option<Act<K>> {
+        self.events.borrow_mut().push(noted);
         let mut hooks = self.hooks.borrow_mut();
-        let due = hooks.iter().position(|hook| (hook.at)(event))?;
+        let due = hooks.iter().position(|hook| (hook.at)(&noted.event))?;
         Some(hooks.remove(due).act)
     }
-}
 
-impl PaperKernel {
-    /// Logs `event`, and runs the first hook that waits for it.
-    pub(crate) fn note(&self, event: Event) {
-        let noted = Noted { event, on: self.here(), under_lock: self.is_a_lock_held() };
-        self.log.events.borrow_mut().push(noted);
-        if let Some(act) = self.log.due(&event) {
-            act(self);
-        }
+    pub(crate) fn once(&self, at: impl Fn(&Event) -> bool + 'static, act: impl FnOnce(&K) + 'static) {
+        self.hooks.borrow_mut().push(Hook { at: Box::new(at), act: Box::new(act) });
     }
 
-    /// Runs `act` once, in the middle of the engine's work, at the next event that `at` picks out.
-    pub fn once(&self, at: impl Fn(&Event) -> bool + 'static, act: impl FnOnce(&Self) + 'static) {
-        self.log.hooks.borrow_mut().push(Hook { at: Box::new(at), act: Box::new(act) });
+    pub(crate) fn nr_hooks(&self) -> usize {
+        self.hooks.borrow().len()
     }
 
-    /// Everything noted since the last call.
-    pub fn take_events(&self) -> Vec<Noted> {
-        self.log.events.take()
+    pub(crate) fn take(&self) -> Vec<Noted> {
+        self.events.take()
     }
 
-    /// How many of the events noted so far `pick` picks out.
-    pub fn count(&self, pick: impl Fn(&Event) -> bool) -> usize {
-        self.log.events.borrow().iter().filter(|noted| pick(&noted.event)).count()
-    }
-
-    /// Hooks that have not run.
-    #[must_use]
-    pub fn nr_hooks_waiting(&self) -> usize {
-        self.log.hooks.borrow().len()
+    pub(crate) fn count(&self, pick: impl Fn(&Event) -> bool) -> usize {
+        self.events.borrow().iter().filter(|noted| pick(&noted.event)).count()
     }
 }
 
-impl fmt::Debug for Log {
+impl<K> fmt::Debug for Log<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Log").field("events", &self.events).finish_non_exhaustive()
     }

@@ -13,13 +13,14 @@ use mmu_gather::tlb::{
     flush_tlb_func,
 };
 use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, GatherEvent, Pages, UnmappedLeaf};
-use spin::RelaxStrategy;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
-use crate::kernel::{Answers, Bits, LineNotes, PaperKernel, TablePage};
+use crate::kernel::PaperKernel;
 use crate::log::Event;
+use crate::options::{Answers, Bits, LineNotes};
+use crate::table_page::{Deadlock, TablePage};
 
 /// What backs an area. The engine hands it back with every page of the area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,17 +31,6 @@ pub enum Backing {
     File,
     /// Frames of a device: they are flushed, and never freed by this kernel.
     Device,
-}
-
-/// What a CPU does while it waits for a lock: it panics, because the only thread would wait for
-/// ever.
-#[derive(Debug)]
-pub struct Deadlock;
-
-impl RelaxStrategy for Deadlock {
-    fn relax() {
-        panic!("deadlock: a table lock is wanted that is held already");
-    }
 }
 
 // SAFETY: the pointer is to the entries of a `TablePage` in the arena, which is never reset while

@@ -13,11 +13,12 @@ use mmu_gather::tlb::{
 use mmu_gather::{FlushedGather, Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region, zap_page_range};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
-use crate::check::Violation;
 use crate::cpu::{Access, Fault, Translation};
 use crate::gather::GatherOnPaper;
-use crate::kernel::{Bits, PaperKernel, PaperMm};
+use crate::kernel::{PaperKernel, PaperMm};
+use crate::options::Bits;
 use crate::platform::Backing;
+use crate::violation::Violation;
 
 /// 1024 bytes.
 pub const KIB: u64 = 1 << 10;

@@ -12,7 +12,7 @@
 //!      v
 //!  machine      CPUs, interrupts, memory: what the kernel runs on
 //!      │        schedule: one coroutine a CPU, the next one chosen by the seed at every seam
-//!      │        device: walks page tables, too, and hears of nothing but the hook for secondary TLBs
+//!      │        device: walks page tables, too; hears of nothing but the secondary-TLB hook
 //!      │        boundary: corners that a run has been to          options, random, memory, mutex
 //!      v
 //!  mmu/         the software MMU of one CPU

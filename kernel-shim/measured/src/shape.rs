@@ -1,7 +1,7 @@
 //! The workloads: which addresses are mapped, to which frames.
 
 use mmu_gather::pagetable::{Level, VirtRange};
-use rand::Rng;
+use rand::RngExt;
 
 use crate::memory::{DATA_BYTES, Memory, Order};
 use crate::shuffle::{random, shuffle};

@@ -5,10 +5,10 @@
 //!        bytes             bytes ────┼─> text: a Sequence, steps of op
 //!        text              text ─────┘        │
 //!                                             v
-//!        what is wrong on purpose ────>  world: a machine, a kernel, and every CPU doing its steps
+//!        what is wrong on purpose ────>  world: machine and kernel; every CPU does its steps
 //!                                             │
 //!  out   what programs could see              ├─> view
-//!        how it ended, whatever it was        └─> verdict ──> shrink: a shorter one that ends alike
+//!        how it ended, whatever it was        └─> verdict ──> shrink: a shorter one
 //! ```
 //!
 //! The fuzzer, replay, property tests and the saved reproducers use it; the machine and the checker
