@@ -302,7 +302,7 @@ pub(crate) fn flush_all_updated<C: Cpus>(cpus: &C, cpumask: &CpuSet<C::Bits>) ->
         if targets.is_empty() {
             meanwhile();
         } else {
-            cpus.flush_others(&targets, &request, meanwhile);
+            ask(cpus, &targets, &request, meanwhile);
             cpus.observe(TlbEvent::IpisSent(targets.len()));
         }
     });

@@ -8,8 +8,8 @@
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use mmu_tlb::{
-    Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FreedTables, PcidSupport, flush_interrupt,
-    flush_tlb_mm_range, init_cpu, offline_cpu,
+    Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FreedTables, PcidSupport, UnmapBatch,
+    flush_interrupt, flush_tlb_mm_range, init_cpu, offline_cpu,
 };
 use std::sync::Arc;
 use x86_64::instructions::tlb::Pcid;
@@ -105,6 +105,15 @@ impl Mailed<'_> {
     fn unmap(&self, page: usize) {
         self.cpu.clear(page);
         let _flushed = flush_tlb_mm_range(self, self.cpu.mm(), span_of(page), FreedTables::No);
+        self.cpu.free(page);
+    }
+
+    /// Clears the entry of `page`, notes it in a batch, flushes the batch, frees.
+    fn reclaim(&self, page: usize) {
+        let mut batch = UnmapBatch::new();
+        self.cpu.clear(page);
+        batch.add_mm(self, self.cpu.mm());
+        let _flushed = batch.flush(self);
         self.cpu.free(page);
     }
 
@@ -323,6 +332,24 @@ fn a_cpu_that_stays_off_keeps_nobody_waiting() {
         cpu1.go_offline();
         lines.change(|state| state.busy -= 1);
         join(flusher);
+        machine.check_at_rest();
+    });
+}
+
+/// The flush of a reclaim batch waits for its answers as any other does.
+#[test]
+fn reclaim_frees_a_page_only_after_the_answers_by_mail() {
+    explore_up_to(Some(3), &[PcidSupport::Off], |machine| {
+        let lines = Lines::new(2, Waiting::Spins);
+        machine.on(CPU[1]).run(&machine.mm);
+        machine.on(CPU[1]).use_page(0);
+        let reclaim = beside(&machine, &lines, CPU[0], |cpu0| cpu0.reclaim(0));
+        play(&machine, &lines, CPU[1], |cpu1| {
+            cpu1.take_interrupt();
+            cpu1.cpu.use_page(0);
+        });
+        join(reclaim);
+        machine.on(CPU[1]).use_page(0);
         machine.check_at_rest();
     });
 }
