@@ -10,7 +10,7 @@ use crate::open_gather::OwesFlush;
 use crate::platform::{Platform, Vma};
 use crate::state::PfnMaps;
 
-impl<K: Platform> MmuGather<'_, K> {
+impl<K: Platform> MmuGather<'_, '_, K> {
     /// Unhooks the tables that only `vmas` used, and queues them; they are freed after the next
     /// flush.
     ///

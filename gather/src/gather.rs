@@ -29,15 +29,15 @@ use crate::state::{DeferredFlushes, PfnMaps, Phase, State};
 ///
 /// Linux: struct mmu_gather, where the variable is called `tlb`; here `tlb` means the hardware.
 #[doc(alias = "mmu_gather")]
-pub struct MmuGather<'a, K: Platform> {
-    pub(crate) kernel: &'a K,
-    pub(crate) mm: &'a Mm<K::Bits>,
+pub struct MmuGather<'k, 'm, K: Platform> {
+    pub(crate) kernel: &'k K,
+    pub(crate) mm: &'m Mm<K::Bits>,
     pub(crate) state: State,
     pub(crate) limits: Limits,
     pub(crate) waiting: Waiting,
 }
 
-impl<'a, K: Platform> MmuGather<'a, K> {
+impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     /// Begins to unmap part of `mm`, whose programs may be running on other CPUs.
     ///
     /// # Safety
@@ -74,7 +74,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[doc(alias = "tlb_gather_mmu")]
     #[must_use]
     #[inline]
-    pub unsafe fn new(kernel: &'a K, mm: &'a Mm<K::Bits>) -> Self {
+    pub unsafe fn new(kernel: &'k K, mm: &'m Mm<K::Bits>) -> Self {
         Self::begin(kernel, mm, GatherMode::Shared)
     }
 
@@ -91,12 +91,12 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[doc(alias = "tlb_gather_mmu_fullmm")]
     #[must_use]
     #[inline]
-    pub unsafe fn new_fullmm(kernel: &'a K, mm: &'a Mm<K::Bits>) -> Self {
+    pub unsafe fn new_fullmm(kernel: &'k K, mm: &'m Mm<K::Bits>) -> Self {
         Self::begin(kernel, mm, GatherMode::FullMm)
     }
 
     #[inline]
-    fn begin(kernel: &'a K, mm: &'a Mm<K::Bits>, mode: GatherMode) -> Self {
+    fn begin(kernel: &'k K, mm: &'m Mm<K::Bits>, mode: GatherMode) -> Self {
         // A `const` block, because the type is generic; sizes of other types are `const_assert`s.
         const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
         mm.open_gather();
@@ -223,7 +223,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     #[doc(alias = "tlb_finish_mmu")]
     #[must_use = "drop the locks, then free"]
     #[inline]
-    pub fn flush(self) -> FlushedGather<'a, K> {
+    pub fn flush(self) -> FlushedGather<'k, K> {
         match self.flush_after(|_| Ok::<(), Infallible>(())) {
             Ok(flushed) => flushed,
         }
@@ -241,7 +241,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     pub(crate) fn flush_after<E>(
         mut self,
         unmap: impl FnOnce(&mut Self) -> Result<(), E>,
-    ) -> Result<FlushedGather<'a, K>, E> {
+    ) -> Result<FlushedGather<'k, K>, E> {
         unmap(&mut self)?;
         let mm = self.mm;
         let receipt = close_after(mm, || self.last_flush());
@@ -360,7 +360,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     }
 }
 
-impl<K: Platform> Drop for MmuGather<'_, K> {
+impl<K: Platform> Drop for MmuGather<'_, '_, K> {
     fn drop(&mut self) {
         let open = OpenGather::taken_over(self.mm);
         if self.state.phase == Phase::InKernel {
@@ -375,7 +375,7 @@ impl<K: Platform> Drop for MmuGather<'_, K> {
     }
 }
 
-impl<K: Platform> fmt::Debug for MmuGather<'_, K> {
+impl<K: Platform> fmt::Debug for MmuGather<'_, '_, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MmuGather")
             .field("mode", &self.state.mode)

@@ -65,7 +65,7 @@
 //! [`FlushRequest`]: tlb::FlushRequest
 //! [`MmContext`]: tlb::MmContext
 //!
-//! What the engine believes without proof is what a kernel promises when it implements the two
+//! What the engine believes without proof is what a kernel promises when it implements the
 //! unsafe traits: among it, that there is one machine, with one memory. Safe code that holds two
 //! kernels of one type could flush the CPUs of the wrong one. What a kernel does with its own pages
 //! when its own methods are called (`unmap_page`, say) is the kernel's affair.

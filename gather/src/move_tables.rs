@@ -6,7 +6,7 @@ use mmu_pagetable::{Decoded, Level, MapError, TableView, VirtRange};
 use crate::gather::MmuGather;
 use crate::platform::{GatherEvent, Platform};
 
-impl<K: Platform> MmuGather<'_, K> {
+impl<K: Platform> MmuGather<'_, '_, K> {
     /// Moves every last-level entry of `old` to the same offset from `new_start`. First it links
     /// the tables that are needed there.
     ///

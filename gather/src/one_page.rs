@@ -24,12 +24,12 @@ use crate::queue::word::{BatchWord, DelayedRmaps, Runs};
 use crate::state::DeferredFlushes;
 
 /// The page, not looked at yet.
-pub(crate) struct OnePage<'a, K: Platform> {
-    kernel: &'a K,
-    mm: &'a Mm<K::Bits>,
+pub(crate) struct OnePage<'k, 'm, K: Platform> {
+    kernel: &'k K,
+    mm: &'m Mm<K::Bits>,
     area: K::Area,
     address: u64,
-    table: TableView<'a>,
+    table: TableView<'k>,
 }
 
 /// The page, cleared and not flushed yet. It counts as an open gather.
@@ -37,10 +37,10 @@ pub(crate) struct OnePage<'a, K: Platform> {
 /// If a call of the kernel unwinds while this is held, the page leaks; the gather is closed, and
 /// the flush that it owes is left to whoever looks next.
 #[must_use]
-pub(crate) struct ClearedPage<'a, K: Platform> {
-    kernel: &'a K,
-    mm: &'a Mm<K::Bits>,
-    open: OpenGather<'a, K::Bits>,
+pub(crate) struct ClearedPage<'k, 'm, K: Platform> {
+    kernel: &'k K,
+    mm: &'m Mm<K::Bits>,
+    open: OpenGather<'m, K::Bits>,
     word: Option<BatchWord>,
     to_flush: ToFlush,
 }
@@ -53,7 +53,7 @@ enum ToFlush {
     Done(Covered),
 }
 
-impl<'a, K: Platform> OnePage<'a, K> {
+impl<'k, 'm, K: Platform> OnePage<'k, 'm, K> {
     /// The page that `range` of `vma` is, if it is a single one, with counts, and not part of a
     /// large leaf.
     ///
@@ -61,8 +61,8 @@ impl<'a, K: Platform> OnePage<'a, K> {
     /// As for [`MmuGather::new`](crate::MmuGather::new).
     #[inline(always)]
     pub(crate) unsafe fn find(
-        kernel: &'a K,
-        mm: &'a Mm<K::Bits>,
+        kernel: &'k K,
+        mm: &'m Mm<K::Bits>,
         vma: &Vma<K::Area>,
         range: VirtRange,
     ) -> Option<Self> {
@@ -83,7 +83,7 @@ impl<'a, K: Platform> OnePage<'a, K> {
 
     /// Clears the page. `None` if a gather has to do it: nothing was done then.
     #[inline(always)]
-    pub(crate) fn clear(self) -> Option<ClearedPage<'a, K>> {
+    pub(crate) fn clear(self) -> Option<ClearedPage<'k, 'm, K>> {
         let Self { kernel, mm, address, .. } = self;
         let open = OpenGather::new(mm);
         let locked = self.table.lock(kernel);
@@ -105,11 +105,11 @@ impl<'a, K: Platform> OnePage<'a, K> {
     }
 }
 
-impl<'a, K: Platform> ClearedPage<'a, K> {
+impl<'k, 'm, K: Platform> ClearedPage<'k, 'm, K> {
     /// Makes every CPU forget the page, and what other gathers that are open have cleared and not
     /// flushed.
     #[inline(always)]
-    pub(crate) fn flush(self) -> FlushedGather<'a, K> {
+    pub(crate) fn flush(self) -> FlushedGather<'k, K> {
         let Self { kernel, mm, open, word, to_flush } = self;
         let receipt = open.close_after(|| {
             let scope = scope_of_the_last(kernel, mm, to_flush.scope());

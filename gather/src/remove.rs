@@ -11,7 +11,7 @@ use crate::queue::spare::Room;
 use crate::queue::table_batch::TableQueued;
 use crate::queue::word::BatchWord;
 
-impl<K: Platform> MmuGather<'_, K> {
+impl<K: Platform> MmuGather<'_, '_, K> {
     /// Notes that entries of `level` tables covering `range` lost rights, or changed otherwise in a
     /// way that CPUs must not miss: for mprotect and its like, which queue no page.
     ///

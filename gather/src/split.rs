@@ -31,7 +31,7 @@ impl fmt::Display for SplitError {
 
 impl core::error::Error for SplitError {}
 
-impl<K: Platform> MmuGather<'_, K> {
+impl<K: Platform> MmuGather<'_, '_, K> {
     /// Makes sure that no large leaf reaches across `address`: splits one of 1 GiB, then one of
     /// 2 MiB, if there is one. A migration entry or a marker in the place of a large leaf is split,
     /// too; entries of other meanings are left alone, and are the embedder's to split.
@@ -118,7 +118,7 @@ impl<K: Platform> MmuGather<'_, K> {
     }
 }
 
-impl<K: Platform> MmuGather<'_, K> {
+impl<K: Platform> MmuGather<'_, '_, K> {
     /// Replaces a migration entry or a marker by a table of 512 that say the same. Nothing was
     /// cached from it, so there is nothing to flush.
     ///

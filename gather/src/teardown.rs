@@ -56,14 +56,14 @@ use crate::platform::{Platform, Vma};
 /// # Ok(())
 /// # }
 /// ```
-pub unsafe fn unmap_region<'a, K, I>(
-    kernel: &'a K,
-    mm: &'a Mm<K::Bits>,
+pub unsafe fn unmap_region<'k, K, I>(
+    kernel: &'k K,
+    mm: &Mm<K::Bits>,
     limits: &Limits,
     vmas: I,
     bounds: Bounds,
     unlink: impl FnOnce(),
-) -> Result<FlushedGather<'a, K>, CutLeaf>
+) -> Result<FlushedGather<'k, K>, CutLeaf>
 where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
@@ -125,13 +125,13 @@ where
 /// # }
 /// ```
 #[doc(alias = "zap_page_range_single")]
-pub unsafe fn zap_page_range<'a, K: Platform>(
-    kernel: &'a K,
-    mm: &'a Mm<K::Bits>,
+pub unsafe fn zap_page_range<'k, K: Platform>(
+    kernel: &'k K,
+    mm: &Mm<K::Bits>,
     limits: &Limits,
     vma: &Vma<K::Area>,
     range: VirtRange,
-) -> Result<FlushedGather<'a, K>, CutLeaf> {
+) -> Result<FlushedGather<'k, K>, CutLeaf> {
     if let Some(range) = range.intersect(vma.range)
         // SAFETY: passed on to our caller.
         && let Some(page) = unsafe { OnePage::find(kernel, mm, vma, range) }
@@ -160,7 +160,7 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
 /// # Safety
 /// - As for [`MmuGather::new_fullmm`] and [`MmuGather::free_pgtables`], with `vmas` all the areas
 ///   there are;
-/// - no other CPU has the address space loaded but lazily, and none switches to it any more.
+/// - no other CPU has the address space loaded, except lazily, and none switches to it any more.
 ///
 /// # Source
 /// Linux: exit_mmap, mm/mmap.c.
@@ -183,13 +183,13 @@ pub unsafe fn zap_page_range<'a, K: Platform>(
 /// # Ok(())
 /// # }
 /// ```
-pub unsafe fn exit_mmap<'a, K, I>(
-    kernel: &'a K,
-    mm: &'a Mm<K::Bits>,
+pub unsafe fn exit_mmap<'k, K, I>(
+    kernel: &'k K,
+    mm: &Mm<K::Bits>,
     limits: &Limits,
     vmas: I,
     unlink: impl FnOnce(),
-) -> FlushedGather<'a, K>
+) -> FlushedGather<'k, K>
 where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
@@ -247,14 +247,14 @@ fn leave_here<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
 /// # Source
 /// Linux: shift_arg_pages, fs/exec.c (relocate_vma_down since 6.13).
 #[doc(alias = "relocate_vma_down")]
-pub unsafe fn shift_arg_pages<'a, K: Platform>(
-    kernel: &'a K,
-    mm: &'a Mm<K::Bits>,
+pub unsafe fn shift_arg_pages<'k, K: Platform>(
+    kernel: &'k K,
+    mm: &Mm<K::Bits>,
     limits: &Limits,
     old: VirtRange,
     shift: u64,
     next_area_start: Option<u64>,
-) -> Result<FlushedGather<'a, K>, MapError> {
+) -> Result<FlushedGather<'k, K>, MapError> {
     let new_start = old.start().checked_sub(shift).ok_or(MapError::NotUserSpace(old.start()))?;
     let new = VirtRange::new(new_start, old.end() - shift).map_err(|_| MapError::NotUserSpace(new_start))?;
     // SAFETY: passed on to our caller.

@@ -42,7 +42,7 @@ enum Passed {
     Empty,
 }
 
-impl<'a, K: Platform> MmuGather<'a, K> {
+impl<'k, K: Platform> MmuGather<'k, '_, K> {
     /// Clears every leaf of `vmas` that lies in `range`, and queues the pages.
     ///
     /// `vmas` comes in ascending order. There is no flush at the end: the caller finishes the
@@ -131,7 +131,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     /// `table` is the [`last_level_table`](Self::last_level_table) of `range`. It stays a table
     /// until the map lock is dropped.
     #[inline]
-    fn zap_user_range(&mut self, vma: &Vma<K::Area>, range: VirtRange, table: Option<TableView<'a>>) {
+    fn zap_user_range(&mut self, vma: &Vma<K::Area>, range: VirtRange, table: Option<TableView<'k>>) {
         if vma.kind == VmaKind::PfnMap {
             self.state.pfn_maps = PfnMaps::Seen;
         }
@@ -146,7 +146,7 @@ impl<'a, K: Platform> MmuGather<'a, K> {
     }
 
     #[inline]
-    fn last_level_table(&self, range: VirtRange) -> Option<TableView<'a>> {
+    fn last_level_table(&self, range: VirtRange) -> Option<TableView<'k>> {
         // SAFETY: as in `zap_user_range`.
         unsafe { self.mm.space().last_level_table(self.kernel, range) }
     }

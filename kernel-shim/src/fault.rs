@@ -131,10 +131,10 @@ impl<M: Machine> Kernel<M> {
 
     /// Removes the page at `page` if the entry still maps what was seen there: another thread may
     /// have replaced it meanwhile, and what it has written since must not be lost.
-    fn remove_seen<'a>(
-        &'a self,
-        mm: &'a Mm<M>,
-        gather: &mut MmuGather<'a, Self>,
+    fn remove_seen(
+        &self,
+        mm: &Mm<M>,
+        gather: &mut MmuGather<'_, '_, Self>,
         vma: Vma,
         page: u64,
         seen: EntryValue,

@@ -77,7 +77,7 @@ impl<M: Machine> Kernel<M> {
 
     fn copy_area(
         &self,
-        gather: &mut MmuGather<'_, Self>,
+        gather: &mut MmuGather<'_, '_, Self>,
         parent: &Mm<M>,
         child: &Mm<M>,
         vma: &Vma,
@@ -94,7 +94,7 @@ impl<M: Machine> Kernel<M> {
     /// Copies what lies below `view` in `range`.
     fn copy_tables(
         &self,
-        gather: &mut MmuGather<'_, Self>,
+        gather: &mut MmuGather<'_, '_, Self>,
         copied: &CopiedArea<'_, M>,
         view: TableView<'_>,
         range: VirtRange,
@@ -118,7 +118,7 @@ impl<M: Machine> Kernel<M> {
     /// Copies the entries of `range`, which one last-level table covers.
     fn copy_table(
         &self,
-        gather: &mut MmuGather<'_, Self>,
+        gather: &mut MmuGather<'_, '_, Self>,
         copied: &CopiedArea<'_, M>,
         view: TableView<'_>,
         range: VirtRange,
@@ -173,7 +173,7 @@ impl<M: Machine> Kernel<M> {
     /// to be.
     fn share(
         &self,
-        gather: &mut MmuGather<'_, Self>,
+        gather: &mut MmuGather<'_, '_, Self>,
         vma: &Vma,
         entry: LockedEntry<'_>,
         address: u64,

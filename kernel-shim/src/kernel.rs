@@ -477,7 +477,7 @@ impl<M: Machine> Kernel<M> {
     /// map lock is held for writing.
     pub(crate) fn split_all(
         &self,
-        gather: &mut MmuGather<'_, Self>,
+        gather: &mut MmuGather<'_, '_, Self>,
         vma: &Vma,
         range: VirtRange,
     ) -> Result<(), Error> {
@@ -496,12 +496,12 @@ impl<M: Machine> Kernel<M> {
 
     /// Unhooks tables that were linked in `range`, where no area is, for something that then could
     /// not be done. The map lock is held for writing; what comes back is dropped after it.
-    pub(crate) fn drop_empty_tables<'a>(
-        &'a self,
-        mm: &'a Mm<M>,
+    pub(crate) fn drop_empty_tables(
+        &self,
+        mm: &Mm<M>,
         vmas: &VmaTree,
         range: VirtRange,
-    ) -> Option<FlushedGather<'a, Self>> {
+    ) -> Option<FlushedGather<'_, Self>> {
         let nothing = Vma { range, area: Area::anon() };
         let bounds = vmas.bounds_around(range);
         // SAFETY: the map lock is held for writing, and no area is in the range: nobody faults

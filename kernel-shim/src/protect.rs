@@ -39,7 +39,7 @@ impl<M: Machine> Kernel<M> {
 
     fn protect_table(
         &self,
-        gather: &mut MmuGather<'_, Self>,
+        gather: &mut MmuGather<'_, '_, Self>,
         vma: &Vma,
         view: TableView<'_>,
         range: VirtRange,
@@ -76,7 +76,7 @@ impl<M: Machine> Kernel<M> {
 
     fn protect_leaf(
         &self,
-        gather: &mut MmuGather<'_, Self>,
+        gather: &mut MmuGather<'_, '_, Self>,
         area: Area,
         locked: &LockedTable<'_, M::Relax>,
         address: u64,

@@ -96,7 +96,7 @@ impl Kernel {
         Box::pin(self.unpinned_mm())
     }
 
-    pub fn gather<'a>(&'a self, mm: &'a MyMm) -> MmuGather<'a, Self> {
+    pub fn gather<'k, 'm>(&'k self, mm: &'m MyMm) -> MmuGather<'k, 'm, Self> {
         unsafe { MmuGather::new(self, mm) }
     }
 

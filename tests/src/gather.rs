@@ -29,7 +29,7 @@ pub trait GatherOnPaper {
     fn move_pages(&mut self, old: VirtRange, new_start: u64) -> Result<(), MapError>;
 }
 
-impl GatherOnPaper for MmuGather<'_, PaperKernel> {
+impl GatherOnPaper for MmuGather<'_, '_, PaperKernel> {
     fn queue_page(&mut self, frame: PhysFrame, cleared: VirtRange, level: Level) {
         // SAFETY: the ledger counts the reference, and notices one that is dropped twice or too
         // early.

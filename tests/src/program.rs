@@ -244,8 +244,13 @@ impl PaperKernel {
     }
 
     /// Speculation on `cpu`, lazy or not, follows `address`: it fills the TLB like a read.
+    ///
+    /// What is cached already it leaves alone: a lazy CPU may keep a stale leaf of a page that was
+    /// freed (rule T5), and what speculation reads there no program sees.
     pub fn speculate(&self, cpu: CpuId, address: u64) {
-        let _ = self.walk_if_need_be(cpu, address, Access::Read);
+        if self.cached(cpu, address).is_none() {
+            let _ = self.walk_if_need_be(cpu, address, Access::Read);
+        }
     }
 
     fn walk_if_need_be(&self, cpu: CpuId, address: u64, access: Access) -> Result<PhysFrame, Fault> {
@@ -307,14 +312,14 @@ impl PaperKernel {
 impl PaperKernel {
     /// A gather on `mm`.
     #[must_use]
-    pub fn gather<'a>(&'a self, mm: &'a PaperMm) -> MmuGather<'a, Self> {
+    pub fn gather<'k, 'm>(&'k self, mm: &'m PaperMm) -> MmuGather<'k, 'm, Self> {
         // SAFETY: one thread stands in for the map lock.
         unsafe { MmuGather::new(self, mm) }
     }
 
     /// A gather for all of `mm`, which is dying.
     #[must_use]
-    pub fn gather_fullmm<'a>(&'a self, mm: &'a PaperMm) -> MmuGather<'a, Self> {
+    pub fn gather_fullmm<'k, 'm>(&'k self, mm: &'m PaperMm) -> MmuGather<'k, 'm, Self> {
         // SAFETY: as in `gather`.
         unsafe { MmuGather::new_fullmm(self, mm) }
     }
@@ -345,12 +350,7 @@ impl PaperKernel {
     ///
     /// # Panics
     /// If the range ends in the middle of a large leaf.
-    pub fn zap<'a>(
-        &'a self,
-        mm: &'a PaperMm,
-        vma: &Vma<Backing>,
-        range: VirtRange,
-    ) -> FlushedGather<'a, Self> {
+    pub fn zap(&self, mm: &PaperMm, vma: &Vma<Backing>, range: VirtRange) -> FlushedGather<'_, Self> {
         // SAFETY: as in `gather`.
         unsafe { zap_page_range(self, mm, &Limits::DEFAULT, vma, range) }.expect("no leaf is cut")
     }

@@ -102,7 +102,7 @@ fn honest_answers_are_never_named() {
                 _ => kernel.stop(cpu),
             }
         }
-        let mut gather: MmuGather<'_, PaperKernel> = kernel.gather(mm);
+        let mut gather: MmuGather<'_, '_, PaperKernel> = kernel.gather(mm);
         gather.changed(range(GIB, GIB + PAGE), Level::Pte);
         gather.flush().free();
         let _receipt = flush_tlb_mm(&kernel, mm.context());

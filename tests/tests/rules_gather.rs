@@ -14,7 +14,7 @@ use x86_64::structures::paging::PhysFrame;
 
 const PAGE: u64 = 4096;
 
-const_assert!(size_of::<MmuGather<'_, PaperKernel>>() <= 256);
+const_assert!(size_of::<MmuGather<'_, '_, PaperKernel>>() <= 256);
 
 /// The smallest capacities: every batch boundary is met within a few pages.
 const SMALL: Limits =

@@ -2,12 +2,12 @@
 // Two pretended CPUs, memory, and the three traits for the engine.
 include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
 
-fn munmap<'a>(
-    kernel: &'a Kernel,
-    mm: &'a MyMm,
+fn munmap<'k>(
+    kernel: &'k Kernel,
+    mm: &MyMm,
     vma: Vma<()>,
     neighbours: Bounds,
-) -> Result<FlushedGather<'a, Kernel>, CutLeaf> {
+) -> Result<FlushedGather<'k, Kernel>, CutLeaf> {
     // SAFETY: one thread alone frees tables of `mm`, which is an address space of this kernel. (A
     // kernel with more threads holds its map lock until `flush` has returned.)
     let mut gather = unsafe { MmuGather::new(kernel, mm) };

@@ -35,7 +35,7 @@ const PROGRAM: CpuId = CpuId::new(1);
 const MOST_STEPS: u32 = 2000;
 
 type Space = Mm<Arc<HostedMachine>>;
-type Gather<'a> = MmuGather<'a, HostedKernel>;
+type Gather<'a> = MmuGather<'a, 'a, HostedKernel>;
 
 /// What happens between the instructions of this thread.
 struct Probe {

@@ -65,7 +65,7 @@ pub(crate) fn areas() -> [Vma<Backing>; 5] {
 }
 
 pub(crate) struct Open<'a> {
-    pub(crate) gather: MmuGather<'a, PaperKernel>,
+    pub(crate) gather: MmuGather<'a, 'a, PaperKernel>,
     pub(crate) mm: usize,
     /// Places it has visited and left empty: gone once it has flushed.
     pub(crate) covered: BTreeSet<u64>,

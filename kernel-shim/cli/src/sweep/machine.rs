@@ -25,7 +25,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::sweep::axes::{Conditions, CpuMix};
 
 /// What one [`MmuGather`] takes on the stack.
-pub(crate) const GATHER_BYTES: usize = size_of::<MmuGather<'_, SweepMachine<'_, Unwatched>>>();
+pub(crate) const GATHER_BYTES: usize = size_of::<MmuGather<'_, '_, SweepMachine<'_, Unwatched>>>();
 /// What the engine keeps for one CPU.
 pub(crate) const CPU_BYTES: usize = size_of::<CpuTlb<Bits>>();
 /// What the engine keeps for one address space.
