@@ -178,3 +178,13 @@ fn a_cpu_starts_with_no_laziness_and_no_slots() {
     assert!(kernel.touch(CPU[1], GIB + PAGE, Access::Read).is_ok());
     assert_eq!(kernel.lookup(kernel.mm(0), GIB).level, Level::Pte);
 }
+
+/// T5: it may keep the leaf, and nobody sees what speculation reads there.
+#[test]
+fn speculation_through_a_stale_leaf_of_a_lazy_cpu_is_no_use_of_the_freed_page() {
+    let kernel = kernel_with_a_lazy_cpu(PcidSupport::On);
+    zap_first_page(&kernel);
+    assert!(kernel.cached(CPU[1], GIB).is_some(), "nobody told it");
+    kernel.speculate(CPU[1], GIB);
+    assert_eq!(kernel.take_violations(), []);
+}
