@@ -103,7 +103,8 @@ struct SlotCell {
     tlb_gen: AtomicU64,
 }
 
-/// One CPU's state. Only the CPU itself writes it; other CPUs read what is in `shared`.
+/// One CPU's state. Only the CPU itself writes it, but for its mailbox; other CPUs read what is in
+/// `shared`.
 ///
 /// The part that the CPU alone uses is two cache lines, which it writes whenever it flushes. What
 /// flushing CPUs read at every shootdown has a line of its own, which the CPU writes only when it

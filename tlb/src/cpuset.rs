@@ -163,12 +163,12 @@ impl<B: CpuBits> CpuSet<B> {
 
     /// Makes an empty set, which others remove members from later, the same as `other`.
     pub(crate) fn copy_from(&self, other: &Self) {
-        let mut used = self.used.load(Ordering::Relaxed);
+        // First, so that the set is not taken for empty when the first word is there.
+        let used = self.used.load(Ordering::Relaxed) | other.used.load(Ordering::Relaxed);
+        self.used.store(used, Ordering::Relaxed);
         for (number, theirs) in other.used_words() {
             self.bits.words()[number as usize].store(theirs.load(Ordering::Relaxed), Ordering::Relaxed);
-            used |= 1 << number;
         }
-        self.used.store(used, Ordering::Relaxed);
     }
 
     /// Removes every member of a set that nobody else sees.

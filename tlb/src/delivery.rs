@@ -1,8 +1,10 @@
 //! Waiting for the answers to a request, and answering those of others.
 #![expect(unsafe_code, reason = "follows the requests of other CPUs")]
 
-use crate::cpuset::{CpuId, CpuSet};
+use crate::cpu_state::LoadedMm;
+use crate::cpuset::{CpuBits, CpuId, CpuSet};
 use crate::flush::flush_tlb_func;
+use crate::mailbox::Mailbox;
 use crate::mmu::Cpus;
 use crate::request::FlushRequest;
 
@@ -14,46 +16,73 @@ pub(crate) fn ask<C: Cpus>(
     request: &FlushRequest<'_, C::Bits>,
     meanwhile: impl FnOnce(),
 ) {
-    // Waits even if a call of the embedder unwinds: until then targets use `request`, on this
-    // stack.
-    let _until_answered = UntilAnswered { cpus, here: request.initiator() };
+    // Until all have answered, targets use `request`, on this stack: whatever unwinds, this waits.
+    let mut until_answered = UntilAnswered { cpus, here: request.initiator(), asked: Asked::InPart };
     cpus.flush_others(targets, request, meanwhile);
+    until_answered.asked = Asked::All;
 }
 
 struct UntilAnswered<'a, C: Cpus> {
     cpus: &'a C,
     here: CpuId,
+    asked: Asked,
+}
+
+/// Whether all targets have been interrupted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// `flush_others` is under way, or has unwound: some may never hear of it.
+    InPart,
+    /// All.
+    All,
 }
 
 impl<C: Cpus> Drop for UntilAnswered<'_, C> {
     /// M4. Returns at once where `flush_others` does not use the mailbox.
     fn drop(&mut self) {
-        let Self { cpus, here } = *self;
+        let Self { cpus, here, asked } = *self;
         let mailbox = cpus.cpu_state(here).mailbox();
+        // If a call of the kernel unwinds below.
+        let _without_its_help = SpinUntilAnswered(mailbox);
         let mut turns: u32 = 0;
         while !mailbox.is_answered() {
-            // SAFETY: pinned to `here`, interrupts off.
-            cpus.without_interrupts(|| unsafe { flush_interrupt(cpus, here) });
+            if mailbox.has_mail() {
+                // SAFETY: pinned to `here`, interrupts off.
+                cpus.without_interrupts(|| unsafe { flush_interrupt(cpus, here) });
+            }
             turns = turns.wrapping_add(1);
-            if turns.is_multiple_of(TURNS_BETWEEN_LOOKS) {
-                take_back_from_cpus_that_are_off(cpus, here);
+            if turns.is_multiple_of(TURNS_BETWEEN_LOOKS) || asked == Asked::InPart {
+                take_back(cpus, here, asked);
             }
             cpus.wait_for_answers(mailbox.answers());
         }
     }
 }
 
-/// So seldom does a CPU that waits look whether a target has gone off: it reads a line of each.
+/// Waits for the answers to a request, and calls nothing of the kernel's.
+struct SpinUntilAnswered<'a, B: CpuBits>(&'a Mailbox<B>);
+
+impl<B: CpuBits> Drop for SpinUntilAnswered<'_, B> {
+    fn drop(&mut self) {
+        while !self.0.is_answered() {
+            core::hint::spin_loop();
+        }
+    }
+}
+
+/// A CPU that waits looks this rarely for targets that went off, because looking reads a line of
+/// each.
 const TURNS_BETWEEN_LOOKS: u32 = if cfg!(mmu_loom) { 1 } else { 128 };
 
-/// Takes the request of `here` back from targets that went off after they were asked: they take no
-/// mail before they are back. What one of them has taken it answers.
+/// Takes the request of `here` back from targets that will not take it: those that went off after
+/// they were asked, which take no mail until they are back; and if asking unwound, whoever may not
+/// have been interrupted. A target that has already taken it will answer.
 #[cold]
-fn take_back_from_cpus_that_are_off<C: Cpus>(cpus: &C, here: CpuId) {
+fn take_back<C: Cpus>(cpus: &C, here: CpuId, asked: Asked) {
     let mailbox = cpus.cpu_state(here).mailbox();
     for target in mailbox.unanswered().iter() {
         let there = cpus.cpu_state(target);
-        if there.is_offline() && there.mailbox().withdraw(here) {
+        if (there.is_offline() || asked == Asked::InPart) && there.mailbox().withdraw(here) {
             mailbox.answer(target);
         }
     }
@@ -62,7 +91,7 @@ fn take_back_from_cpus_that_are_off<C: Cpus>(cpus: &C, here: CpuId) {
 /// Carries out what other CPUs have asked of this one, each request once, and answers.
 ///
 /// A kernel calls this in the handler of its flush interrupt, and wherever it spins with interrupts
-/// off: a CPU that neither takes interrupts nor calls this keeps whoever flushes waiting. Where
+/// off; not from an NMI handler. A CPU that neither takes interrupts nor calls this keeps whoever flushes waiting. Where
 /// nothing was asked it reads one cache line and returns. Requests of several CPUs for one address
 /// space are served by one flush.
 ///
@@ -86,7 +115,15 @@ pub unsafe fn flush_interrupt<C: Cpus>(cpus: &C, cpu: CpuId) {
             assert_eq!(here, cpu, "flush_interrupt was called for {cpu} on {here}: its mail waits for ever");
         });
     }
-    cpus.cpu_state(cpu).mailbox().take(|initiator| {
+    let state = cpus.cpu_state(cpu);
+    // SAFETY: on this CPU, interrupts off.
+    if matches!(unsafe { state.loaded_mm() }, LoadedMm::Switching) {
+        // A lock that the kernel takes in `load_cr3`, say. The switch has compared generations already:
+        // an answer now would be believed of a CPU that may load what is stale. The interrupt that came
+        // with the mail is still pending.
+        return;
+    }
+    state.mailbox().take(|initiator| {
         let theirs = cpus.cpu_state(initiator).mailbox();
         // SAFETY: taken from this CPU's inbox just now, answered below, and not used after that.
         let request = unsafe { theirs.request() };

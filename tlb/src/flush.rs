@@ -114,8 +114,9 @@ pub fn plan(wanted: Wanted, situation: Situation) -> Action {
     }
 }
 
-/// Does on this CPU what `request` asks. An embedder's handler for the flush interrupt calls this,
-/// and nothing else of this crate.
+/// Does on this CPU what `request` asks. [`flush_interrupt`](crate::flush_interrupt) calls this for
+/// each request that came by mail; the handler of a kernel that overrides
+/// [`flush_others`](crate::Cpus::flush_others) calls it, and nothing else of this crate.
 ///
 /// # Context
 /// Interrupts are off. Allocates nothing, takes no lock, never sleeps.

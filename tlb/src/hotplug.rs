@@ -10,9 +10,9 @@ use crate::switch::switch_mm;
 /// Takes a CPU out of service: once this returns no flush waits for the CPU, not even a flush of
 /// freed tables.
 ///
-/// The CPU stays in cpumasks, which does no harm. Mail that it has not taken the initiator takes
-/// back; a kernel that overrides [`flush_others`](crate::Cpus::flush_others) answers, or takes a
-/// CPU as having answered once [`CpuTlb::is_offline`](crate::CpuTlb::is_offline) says so.
+/// The CPU stays in cpumasks, which does no harm. The initiator takes back mail that this CPU has
+/// not taken; a kernel that overrides [`flush_others`](crate::Cpus::flush_others) answers, or takes
+/// a CPU as having answered once [`CpuTlb::is_offline`](crate::CpuTlb::is_offline) says so.
 ///
 /// # Safety
 /// - It runs on `cpu`, interrupts off.
@@ -34,7 +34,8 @@ pub unsafe fn offline_cpu<C: Cpus>(cpus: &C, cpu: CpuId) {
 /// Starts a CPU, or starts it again after it was off: no slot is believed, everything cached is
 /// dropped.
 ///
-/// From when this returns the CPU takes the flush interrupt, if it has one.
+/// Its interrupt controller accepts the flush interrupt from before this call on: what was sent to
+/// a CPU that is off may be lost, and mail is looked for here once more.
 ///
 /// # Safety
 /// It runs on `cpu`, interrupts off, before any address space is loaded there.

@@ -29,8 +29,8 @@
 //! - **T4** A switch announces itself (SWITCHING), joins the cpumask, fences fully, reads
 //!   `tlb_gen`, then loads CR3.
 //! - **T5** A lazy CPU may skip page flushes (it checks on wake-up), never the flush of freed
-//!   tables. A CPU that is off skips both: it has the kernel's own root, and comes back without a
-//!   translation.
+//!   tables. A CPU that is off skips both: it uses no translation of an address space, and comes
+//!   back without one.
 //! - **T6** A PCID names one context on one CPU until it is flushed; reuse flushes first.
 //!
 //! # Switch against flush

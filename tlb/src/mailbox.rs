@@ -1,7 +1,8 @@
 //! A CPU's mailbox: what other CPUs ask of it, and what it asks of them.
 //!
 //! In: requests of initiators, by pointer. Out: each request once to each of its targets, and to
-//! the initiator the news that all have answered. `shootdown` fills it, `delivery` empties it.
+//! the initiator the news that all have answered. `Cpus::flush_others` fills it,
+//! `delivery` empties it.
 //!
 //! ```text
 //!  initiator (CPU a)                               target (CPU b, interrupts off)
@@ -20,8 +21,8 @@
 //!   both.
 //! - Nothing is allocated. A CPU has at most one request out, and room for one of every other CPU.
 //!
-//! Other CPUs write two lines of a target's mailbox and one of the initiator's; a CPU without mail
-//! writes none.
+//! A request writes one line of the target's mailbox (two, in sets of more than 64 CPUs) and one of
+//! the initiator's; a CPU without mail writes none.
 //!
 //! Linux: call_single_queue and cfd_data, kernel/smp.c, which allocate a record for each pair.
 #![expect(unsafe_code, reason = "hands a pointer to a request from one CPU to another")]
@@ -54,6 +55,26 @@ struct Outbox<B: CpuBits> {
     /// Valid while `unanswered` has members.
     request: AtomicPtr<FlushRequest<'static, B>>,
     unanswered: CpuSet<B>,
+}
+
+/// Mail that was taken and is not read yet: back it goes if reading unwinds.
+struct PutBack<'a, B: CpuBits> {
+    inbox: &'a Inbox<B>,
+    /// Which word.
+    number: u32,
+    bits: u64,
+}
+
+impl<B: CpuBits> Drop for PutBack<'_, B> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.bits != 0 {
+            let words = self.inbox.from.words();
+            // ORDERING: release, as in `post`: the requests were seen here, and are to be seen again.
+            words[self.number as usize].fetch_or(self.bits, Ordering::Release);
+            self.inbox.words_with_mail.fetch_or(1 << self.number, Ordering::Release);
+        }
+    }
 }
 
 /// The answers that a CPU waits for. See [`Cpus::wait_for_answers`](crate::Cpus::wait_for_answers).
@@ -97,16 +118,19 @@ impl<B: CpuBits> Mailbox<B> {
     /// `request` lives until [`is_answered`](Self::is_answered) says so.
     ///
     /// # Panics
-    /// If an earlier request of this CPU is not answered yet.
+    /// If an earlier request of this CPU is not answered yet, or sets of CPUs have no room for it.
     pub(crate) unsafe fn begin(&self, targets: &CpuSet<B>, request: &FlushRequest<'_, B>) {
-        let Outbox { request: place, unanswered } = &self.outbox;
+        let Outbox { request: slot, unanswered } = &self.outbox;
         assert!(
             unanswered.is_empty(),
             "a flush began on a CPU that waits for another: `pinned` let something else run there"
         );
+        let words = self.inbox.from.words().len();
+        assert!(place(request.initiator()).0 < words, "{} has no place in a mailbox", request.initiator());
+        // The targets first: from here on a second request of this CPU is refused.
         // ORDERING: relaxed; M3 publishes both, and M5 comes before anybody reads them.
-        place.store(ptr::from_ref(request).cast_mut().cast(), Ordering::Relaxed);
         unanswered.copy_from(targets);
+        slot.store(ptr::from_ref(request).cast_mut().cast(), Ordering::Relaxed);
     }
 
     /// M3: `initiator` has a request for this CPU.
@@ -124,7 +148,18 @@ impl<B: CpuBits> Mailbox<B> {
         if before == 0 { Unread::First } else { Unread::More }
     }
 
+    /// Whether there is mail, as far as this CPU can see.
+    #[inline]
+    pub(crate) fn has_mail(&self) -> bool {
+        match self.inbox.from.words() {
+            [word] => word.load(Ordering::Relaxed) != 0,
+            _ => self.inbox.words_with_mail.load(Ordering::Relaxed) != 0,
+        }
+    }
+
     /// M5: calls `read` for each CPU that has a request for this one, which is then taken.
+    ///
+    /// If `read` unwinds, its request and those not read yet are put back.
     #[inline]
     pub(crate) fn take(&self, mut read: impl FnMut(CpuId)) {
         let Inbox { from, words_with_mail } = &self.inbox;
@@ -140,8 +175,12 @@ impl<B: CpuBits> Mailbox<B> {
             let word = &words[number as usize];
             if word.load(Ordering::Relaxed) != 0 {
                 // ORDERING: acquire, pairs with `post`.
-                let initiators = word.swap(0, Ordering::Acquire);
-                members(initiators).for_each(|bit| read(CpuId::new(number * 64 + bit)));
+                let mut unread =
+                    PutBack { inbox: &self.inbox, number, bits: word.swap(0, Ordering::Acquire) };
+                while unread.bits != 0 {
+                    read(CpuId::new(number * 64 + unread.bits.trailing_zeros()));
+                    unread.bits &= unread.bits - 1;
+                }
             }
         }
     }

@@ -103,8 +103,9 @@ pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 /// - `pinned` and `without_interrupts` do what they say, and `pinned` names the CPU it runs on;
 /// - `flush_others`, if it is overridden, returns only after every target has run
 ///   [`flush_tlb_func`](crate::flush_tlb_func) for this request, or is off
-///   ([`CpuTlb::is_offline`]); if it calls that of another implementor, `cpu_state` does, too, for
-///   the answers are waited for there;
+///   ([`CpuTlb::is_offline`]). If it calls that of another implementor, it passes on the very
+///   request, once, `cpu_state` is that implementor's, too, and its return is not taken for the
+///   answers, which the flush waits for;
 /// - `online_cpus`, `pcid_support` and `init_root` tell the truth: a CPU that `online_cpus` denies
 ///   is told nothing;
 /// - contexts of this machine are flushed with this machine. There is one; where a process has
@@ -123,7 +124,7 @@ pub unsafe trait Cpus {
 
     /// Runs `f` on one CPU without being moved to another, and passes it the number of that CPU.
     /// Interrupts stay as they are; nothing else that flushes runs on the CPU meanwhile (preemption
-    /// is off).
+    /// is off). May be nested; debug builds call it in the handler of the flush interrupt, too.
     fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R;
 
     /// The state of one CPU.
@@ -135,11 +136,13 @@ pub unsafe trait Cpus {
     /// Interrupts every CPU in `targets`, which then calls
     /// [`flush_interrupt`](crate::flush_interrupt).
     ///
-    /// `targets` never names the calling CPU and is not empty. A CPU that has been sent one and has
-    /// not called yet gets no second one.
+    /// `targets` never names the calling CPU and is not empty. A CPU that has mail already is sent no
+    /// second interrupt; one that finds no mail does nothing.
     ///
     /// # Context
-    /// Pinned. An interrupt that is lost keeps the caller of the flush waiting for ever.
+    /// Pinned. An interrupt that is lost keeps the caller of the flush waiting for ever. The mail must
+    /// be visible before the interrupt arrives: a write to the ICR of an x2APIC does not order it
+    /// (Linux: weak_wrmsr_fence).
     ///
     /// # Panics
     /// Unless overridden: a kernel with several CPUs overrides this or
@@ -191,9 +194,11 @@ pub unsafe trait Cpus {
     /// Called again and again while this CPU waits for the answers to its request, whose handlers
     /// run on other CPUs; between two calls it answers theirs.
     ///
-    /// Unless overridden, a spin-loop hint (PAUSE). A kernel may sleep here, on a machine that has
-    /// fewer cores than CPUs, until [`answered`](Self::answered) wakes it, or for a bounded time if
-    /// CPUs may go off meanwhile: only here is it noticed that one will not answer.
+    /// It returns before all answers are there: waiting for them here would keep this CPU from
+    /// answering. Unless overridden, a spin-loop hint (PAUSE). A kernel may sleep here, on a machine that has
+    /// fewer cores than CPUs, until [`answered`](Self::answered) or a flush interrupt wakes it; for a
+    /// short time, if CPUs may go off meanwhile, because whether one has gone is looked for every 128
+    /// calls only.
     ///
     /// # Context
     /// Pinned; interrupts as the caller of the flush has them.

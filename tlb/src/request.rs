@@ -101,6 +101,9 @@ impl<'a, B: CpuBits> FlushRequest<'a, B> {
     /// arrival.
     ///
     /// # Safety
+    /// It is passed to a [`flush_others`](crate::Cpus::flush_others) that is not overridden only by
+    /// the flush that made it, which keeps it until all have answered.
+    ///
     /// `kind` says no more than is true: its address space has reached the generation it names, and
     /// all that changed between the generation before and that one lies in its span. A CPU that
     /// carries the request out counts itself up to date.

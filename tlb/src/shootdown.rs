@@ -48,14 +48,16 @@ impl Flushed {
 /// call.
 ///
 /// The entries were changed before the call. CPUs that have `mm` loaded and run programs are
-/// interrupted; lazy CPUs are interrupted only when tables go; CPUs that have something else loaded
-/// find out when they come back. A span of more than
+/// interrupted. When tables go, so is every other CPU in the cpumask; else lazy CPUs find out when
+/// they wake, and CPUs that have something else loaded when they come back. A span of more than
 /// [`single_page_flush_ceiling`](Cpus::single_page_flush_ceiling) pages becomes a full flush, and
 /// so does a span that ends before it begins.
 ///
 /// # Context
-/// Interrupts on; no lock held that an interrupt handler takes; may be called under a table lock,
-/// which only the flush of dirty pages should do. Never sleeps, but waits for other CPUs.
+/// Not in an interrupt handler, nor while this CPU flushes. Interrupts on, unless requests go by
+/// mail; no lock held that an interrupt handler takes; may be called under a table lock, which only
+/// flushes that must come before it drops should do (rule G3). Never sleeps, but waits for other
+/// CPUs.
 ///
 /// # Source
 /// Linux: flush_tlb_mm_range, arch/x86/mm/tlb.c.

@@ -1,4 +1,4 @@
-//! Changing the address space in CR3, going lazy, waking, and taking a CPU out of service.
+//! Changing the address space in CR3, going lazy, and waking.
 #![expect(unsafe_code, reason = "loads CR3")]
 
 use core::pin::Pin;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  lines.rs     which cache lines a flush touches: the tests
+//!  mail.rs      requests by mail where a call of the kernel goes wrong
 //!  recorded.rs  atomics that write down each access; `sync.rs` puts them in the place of `core`'s
 //! ```
 //!
@@ -9,4 +10,5 @@
 //! the tests are those of `tlb/tests/loom`.
 
 mod lines;
+mod mail;
 pub(crate) mod recorded;
