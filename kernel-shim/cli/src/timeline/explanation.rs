@@ -275,7 +275,7 @@ const fn rule(kind: ViolationKind) -> &'static str {
         ViolationKind::AddressUsableAfterUnmap
         | ViolationKind::PageUsableAfterDiscard
         | ViolationKind::RightsUsableAfterProtect => {
-            "Rule G2: when a call returns, every entry that it cleared or restricted has been flushed."
+            "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all)."
         }
         ViolationKind::TwoPageSizes => {
             "Before a page is mapped in another size, every CPU must have forgotten the old one: a split flushes first."
