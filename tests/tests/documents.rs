@@ -151,6 +151,32 @@ fn the_readme_of_a_published_package_has_its_rules_and_the_rust_it_needs() {
     }
 }
 
+#[test]
+fn the_page_on_security_names_all_that_is_unsafe_to_implement_or_to_call() {
+    let page = read(&root().join("SECURITY.md"));
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let named: BTreeSet<&str> = page.split(|c| !is_word(c)).collect();
+    let mut found = 0;
+    let mut missing = Vec::new();
+    for file in files() {
+        let is_engine = RULES.iter().any(|(package, ..)| file.starts_with(root().join(package).join("src")));
+        if !is_engine {
+            continue;
+        }
+        for line in read(&file).lines().map(str::trim_start) {
+            let heads = ["pub unsafe trait ", "pub unsafe fn ", "pub const unsafe fn "];
+            let Some(rest) = heads.iter().find_map(|head| line.strip_prefix(head)) else { continue };
+            let name = rest.split(|c| !is_word(c)).next().expect("a name follows");
+            found += 1;
+            if !named.contains(name) {
+                missing.push(format!("{name} of {}", file.display()));
+            }
+        }
+    }
+    assert!(found >= 40, "only {found} were found");
+    assert!(missing.is_empty(), "SECURITY.md does not name {}", missing.join(", "));
+}
+
 /// The code spans of `text` that name an item of ours: `Type`, `function_of_ours`, `Type::item`.
 fn items(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2).filter(|span| {
