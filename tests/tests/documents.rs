@@ -115,8 +115,8 @@ fn each_rule_has_its_sentence_its_test_and_its_row() {
     }
 }
 
-/// The rules of `text`, whose lines begin with `prefix`: each with its sentence in one line, without
-/// the brackets of links.
+/// The rules of `text`, whose lines begin with `prefix`: each with its sentence in one line,
+/// without the brackets of links.
 fn sentences(text: &str, prefix: &str) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     let mut inside = false;
