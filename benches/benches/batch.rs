@@ -34,7 +34,7 @@ fn batch(criterion: &mut Criterion) {
                 bencher.iter_custom(|iterations| run(&without, &shape, &Limits::DEFAULT, iterations));
             });
             for (slots, pages) in [(64, 1), (126, 1), (254, 1), (510, 1), (510, 2), (510, 19)] {
-                let limits = Limits { batch_slots: slots, batch_pages: pages, ..Limits::DEFAULT };
+                let limits = Limits::DEFAULT.with_batch_slots(slots).with_batch_pages(pages);
                 group.bench_function(BenchmarkId::from_parameter(format!("{pages} x {slots}")), |bencher| {
                     bencher.iter_custom(|iterations| run(&machine, &shape, &limits, iterations));
                 });

@@ -68,7 +68,11 @@ pub fn flushing_sample(
     meter.measure(|| match flusher {
         Flusher::X86_64 => x86_64_flushing(machine, &space, Told::Areas, Tables::Freed, 1),
         Flusher::Engine { batch_pages, batch_slots } => {
-            engine::munmap(machine, &space, &Limits { batch_pages, batch_slots, ..Limits::DEFAULT });
+            engine::munmap(
+                machine,
+                &space,
+                &Limits::DEFAULT.with_batch_pages(batch_pages).with_batch_slots(batch_slots),
+            );
         }
     });
     let interrupts = machine.counts.ipis.get() - before;

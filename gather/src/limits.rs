@@ -26,7 +26,19 @@ pub enum GatherMode {
 ///
 /// The default is Linux's. Tests shrink the limits so that every boundary is reached, and a kernel
 /// short of memory may shrink them, too.
+///
+/// Starts from [`DEFAULT`](Self::DEFAULT) or [`for_pages`](Self::for_pages) and says what differs;
+/// a later version may add a bound, and no caller changes for it.
+///
+/// # Examples
+/// ```
+/// # use mmu_gather::Limits;
+/// const SMALL: Limits = Limits::DEFAULT.with_batch_pages(2).with_batch_slots(64);
+/// assert_eq!((SMALL.batch_pages, SMALL.batch_slots), (2, 64));
+/// assert_eq!(SMALL.free_chunk, Limits::DEFAULT.free_chunk);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Limits {
     /// Slots used of the eight on the stack: 2 to 8. Linux: MMU_GATHER_BUNDLE.
     pub bundle_slots: u16,
@@ -106,6 +118,43 @@ impl Limits {
         }
         let batch_slots = beyond_bundle.div_ceil(batch_pages) + 1;
         Self { batch_pages: batch_pages as u16, batch_slots: batch_slots as u16, ..default }
+    }
+
+    /// These limits, with [`bundle_slots`](Self::bundle_slots) of the slots on the stack.
+    #[must_use]
+    #[inline]
+    pub const fn with_bundle_slots(self, bundle_slots: u16) -> Self {
+        Self { bundle_slots, ..self }
+    }
+
+    /// These limits, with [`batch_slots`](Self::batch_slots) of the slots in each batch page.
+    #[must_use]
+    #[inline]
+    pub const fn with_batch_slots(self, batch_slots: u16) -> Self {
+        Self { batch_slots, ..self }
+    }
+
+    /// These limits, with [`batch_pages`](Self::batch_pages) batch pages at the most; 0 leaves the
+    /// slots on the stack alone.
+    #[must_use]
+    #[inline]
+    pub const fn with_batch_pages(self, batch_pages: u16) -> Self {
+        Self { batch_pages, ..self }
+    }
+
+    /// These limits, with [`table_slots`](Self::table_slots) of the slots in a batch page of
+    /// tables.
+    #[must_use]
+    #[inline]
+    pub const fn with_table_slots(self, table_slots: u16) -> Self {
+        Self { table_slots, ..self }
+    }
+
+    /// These limits, with [`free_chunk`](Self::free_chunk) pages freed at a time.
+    #[must_use]
+    #[inline]
+    pub const fn with_free_chunk(self, free_chunk: u16) -> Self {
+        Self { free_chunk, ..self }
     }
 
     /// These limits, without what a gather in `mode` has no use for.

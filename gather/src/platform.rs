@@ -173,6 +173,7 @@ pub trait Pages {
 
 /// Something worth counting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GatherEvent {
     /// A batch page was taken.
     BatchTaken,

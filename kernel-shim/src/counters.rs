@@ -192,10 +192,8 @@ fn add(counter: &AtomicU64, by: u64) {
 impl CpuCounters {
     pub(crate) fn tlb(&self, event: TlbEvent, ceiling: u64) {
         match event {
-            TlbEvent::Raised { span, .. } => {
-                if span.is_some_and(|span| span.nr_pages() > ceiling) {
-                    add(&self.ceilings_passed, 1);
-                }
+            TlbEvent::Raised { span, .. } if span.is_some_and(|span| span.nr_pages() > ceiling) => {
+                add(&self.ceilings_passed, 1);
             }
             TlbEvent::FlushedAllForPages => {
                 add(&self.contexts_dropped, 1);
@@ -213,6 +211,8 @@ impl CpuCounters {
             TlbEvent::FlushedAll => add(&self.contexts_dropped, 1),
             TlbEvent::AlreadyCurrent => add(&self.flushes_skipped, 1),
             TlbEvent::LeftLazyMm => add(&self.lazy_left, 1),
+            // A later engine may have more to say than there are counters here.
+            _ => {}
         }
     }
 
@@ -241,6 +241,7 @@ impl CpuCounters {
                 self.max_deferred_slots.fetch_max(slots, Ordering::Relaxed);
                 self.max_deferred_tables.fetch_max(tables, Ordering::Relaxed);
             }
+            _ => {}
         }
     }
 

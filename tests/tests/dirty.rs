@@ -94,7 +94,10 @@ fn every_delayed_rmap_is_removed_exactly_once_at_every_batch_boundary() {
         for bundle_slots in 2..=5 {
             for batch_slots in 2..=4 {
                 for batch_pages in 0..=4 {
-                    let limits = Limits { bundle_slots, batch_slots, batch_pages, ..Limits::DEFAULT };
+                    let limits = Limits::DEFAULT
+                        .with_bundle_slots(bundle_slots)
+                        .with_batch_slots(batch_slots)
+                        .with_batch_pages(batch_pages);
                     let kernel = kernel_with_file(40, dirty);
                     zap(&kernel, &limits, 40);
                     let nr_dirty = (0..40).filter(|page| dirty(*page)).count();
@@ -125,7 +128,7 @@ fn clean_and_dirty_pages_of_several_tables_all_go() {
         }
     }
     let vma = area(GIB, GIB + 8 * MIB, Backing::File);
-    for limits in [Limits::DEFAULT, Limits { bundle_slots: 3, batch_pages: 0, ..Limits::DEFAULT }] {
+    for limits in [Limits::DEFAULT, Limits::DEFAULT.with_bundle_slots(3).with_batch_pages(0)] {
         let mut gather = kernel.gather(mm).with_limits(&limits);
         gather.zap_vma_range(&vma, vma.range).expect("no leaf is cut");
         gather.flush().free();

@@ -115,6 +115,68 @@ fn each_rule_has_its_sentence_its_test_and_its_row() {
     }
 }
 
+/// The rules of `text`, whose lines begin with `prefix`: each with its sentence in one line,
+/// without the brackets of links.
+fn sentences(text: &str, prefix: &str) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    let mut inside = false;
+    for line in text.lines().map(|line| line.strip_prefix(prefix).unwrap_or("")) {
+        if let Some(rule) = line.strip_prefix("- **") {
+            found.push(format!("**{rule}"));
+            inside = true;
+        } else if let (true, Some(more), Some(rule)) = (inside, line.strip_prefix("  "), found.last_mut()) {
+            rule.push(' ');
+            rule.push_str(more.trim());
+        } else {
+            inside = false;
+        }
+    }
+    found.iter().map(|rule| rule.replace("[`", "`").replace("`]", "`")).collect()
+}
+
+#[test]
+fn the_readme_of_a_published_package_has_its_rules_and_the_rust_it_needs() {
+    for (package, letter, count) in RULES {
+        let folder = root().join(package);
+        let (readme, manifest) = (read(&folder.join("README.md")), read(&folder.join("Cargo.toml")));
+        let mut rules = sentences(&read(&folder.join("src/lib.rs")), "//! ");
+        let heads: Vec<String> = (1..=count).map(|number| format!("**{letter}{number}** ")).collect();
+        rules.retain(|rule| heads.iter().any(|head| rule.starts_with(head)));
+        assert_eq!(rules.len(), count as usize, "rules of {package}");
+        assert_eq!(sentences(&readme, ""), rules, "{package}/README.md");
+
+        let rust = manifest.lines().find_map(|line| line.strip_prefix("rust-version = "));
+        let needs = format!("Rust {} or newer", rust.expect("a version of its own").trim_matches('"'));
+        assert!(readme.contains(&needs), "{package}/README.md does not say: {needs}");
+    }
+}
+
+#[test]
+fn the_page_on_security_names_all_that_is_unsafe_to_implement_or_to_call() {
+    let page = read(&root().join("SECURITY.md"));
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let named: BTreeSet<&str> = page.split(|c| !is_word(c)).collect();
+    let mut found = 0;
+    let mut missing = Vec::new();
+    for file in files() {
+        let is_engine = RULES.iter().any(|(package, ..)| file.starts_with(root().join(package).join("src")));
+        if !is_engine {
+            continue;
+        }
+        for line in read(&file).lines().map(str::trim_start) {
+            let heads = ["pub unsafe trait ", "pub unsafe fn ", "pub const unsafe fn "];
+            let Some(rest) = heads.iter().find_map(|head| line.strip_prefix(head)) else { continue };
+            let name = rest.split(|c| !is_word(c)).next().expect("a name follows");
+            found += 1;
+            if !named.contains(name) {
+                missing.push(format!("{name} of {}", file.display()));
+            }
+        }
+    }
+    assert!(found >= 40, "only {found} were found");
+    assert!(missing.is_empty(), "SECURITY.md does not name {}", missing.join(", "));
+}
+
 /// The code spans of `text` that name an item of ours: `Type`, `function_of_ours`, `Type::item`.
 fn items(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2).filter(|span| {

@@ -4,8 +4,8 @@ use mmu_gather::pagetable::{Bounds, Level};
 use mmu_gather::{GatherEvent, Limits};
 use mmu_tests::{Backing, Event, GIB, GatherOnPaper, Options, PaperKernel, Supply, area, range};
 
-const NO_BATCH: Limits = Limits { batch_pages: 0, ..Limits::DEFAULT };
-const ONE_BATCH: Limits = Limits { batch_pages: 1, ..Limits::DEFAULT };
+const NO_BATCH: Limits = Limits::DEFAULT.with_batch_pages(0);
+const ONE_BATCH: Limits = Limits::DEFAULT.with_batch_pages(1);
 
 fn forced_flushes(kernel: &PaperKernel) -> usize {
     kernel.count(|event| *event == Event::Gather(GatherEvent::ForcedFlush))
@@ -87,8 +87,11 @@ fn a_run_is_never_cut_at_the_edge_of_a_batch_or_of_a_free_chunk() {
     for bundle_slots in 2..=8 {
         for batch_slots in 2..=7 {
             for free_chunk in 1..=4 {
-                let limits =
-                    Limits { bundle_slots, batch_slots, batch_pages: 2, free_chunk, ..Limits::DEFAULT };
+                let limits = Limits::DEFAULT
+                    .with_bundle_slots(bundle_slots)
+                    .with_batch_slots(batch_slots)
+                    .with_batch_pages(2)
+                    .with_free_chunk(free_chunk);
                 let kernel = PaperKernel::new(Options::default());
                 let mm = kernel.new_mm();
                 let mut gather = kernel.gather(mm).with_limits(&limits);

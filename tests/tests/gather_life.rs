@@ -165,7 +165,7 @@ fn a_forced_flush_of_a_nested_gather_is_whole_too() {
     let vma = area(GIB, GIB + 40 * PAGE, Backing::Anonymous);
     let mut first = kernel.gather(mm);
     first.zap_vma_range(&vma, range(GIB + 39 * PAGE, GIB + 40 * PAGE)).expect("no leaf is cut");
-    let small = Limits { bundle_slots: 4, batch_pages: 0, ..Limits::DEFAULT };
+    let small = Limits::DEFAULT.with_bundle_slots(4).with_batch_pages(0);
     let mut second = kernel.gather(mm).with_limits(&small);
     second.zap_vma_range(&vma, range(GIB, GIB + 4 * PAGE)).expect("no leaf is cut");
     assert_eq!(kernel.count(|event| *event == Event::Gather(GatherEvent::ForcedFlush)), 1);

@@ -202,12 +202,13 @@ impl Run {
 
 fn limits() -> impl Strategy<Value = Limits> {
     (2..9u16, 2..6u16, 0..4u16, 1..4u16, 1..4u16).prop_map(
-        |(bundle_slots, batch_slots, batch_pages, table_slots, free_chunk)| Limits {
-            bundle_slots,
-            batch_slots,
-            batch_pages,
-            table_slots,
-            free_chunk,
+        |(bundle_slots, batch_slots, batch_pages, table_slots, free_chunk)| {
+            Limits::DEFAULT
+                .with_bundle_slots(bundle_slots)
+                .with_batch_slots(batch_slots)
+                .with_batch_pages(batch_pages)
+                .with_table_slots(table_slots)
+                .with_free_chunk(free_chunk)
         },
     )
 }

@@ -63,7 +63,7 @@ fn an_ordinary_area_after_a_device_area_does_not_undo_the_flush() {
 fn a_forced_flush_half_way_does_not_undo_the_flush() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
-    let small = Limits { bundle_slots: 2, batch_pages: 0, ..Limits::DEFAULT };
+    let small = Limits::DEFAULT.with_bundle_slots(2).with_batch_pages(0);
     let pages = area(GIB, GIB + 3 * PAGE, Backing::Anonymous);
     kernel.map_range(mm, pages.range);
     let first = area(2 * MIB, 2 * MIB + PAGE, Backing::Device);
@@ -96,7 +96,7 @@ fn a_forced_flush_inside_an_area_does_not_undo_the_flush_for_the_rest_of_it() {
         kernel.touch(CPU[1], GIB + page * PAGE, Access::Write).expect("mapped");
     }
     // Two records fill the gather; the fifth page is cleared after the last forced flush.
-    let small = Limits { bundle_slots: 3, batch_pages: 0, ..Limits::DEFAULT };
+    let small = Limits::DEFAULT.with_bundle_slots(3).with_batch_pages(0);
     unmap_while_the_driver_waits_for_the_unlink(&kernel, &small, &[mixed], frames[4]);
 }
 

@@ -106,7 +106,7 @@ fn a_flush_in_the_middle_of_a_table_covers_what_is_freed_with_it_and_no_more_is_
     for bundle_slots in 2..=8 {
         let kernel = kernel_in_use(64);
         let mm = kernel.mm(0);
-        let limits = Limits { bundle_slots, batch_pages: 0, ..Limits::DEFAULT };
+        let limits = Limits::DEFAULT.with_bundle_slots(bundle_slots).with_batch_pages(0);
         let vma = area(GIB, GIB + 64 * PAGE, Backing::Anonymous);
         // Between two forced flushes the program uses what is still mapped.
         for _ in 0..8 {

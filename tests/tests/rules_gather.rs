@@ -17,8 +17,12 @@ const PAGE: u64 = 4096;
 const_assert!(size_of::<MmuGather<'_, '_, PaperKernel>>() <= 256);
 
 /// The smallest capacities: every batch boundary is met within a few pages.
-const SMALL: Limits =
-    Limits { bundle_slots: 3, batch_slots: 4, batch_pages: 2, table_slots: 2, free_chunk: 2 };
+const SMALL: Limits = Limits::DEFAULT
+    .with_bundle_slots(3)
+    .with_batch_slots(4)
+    .with_batch_pages(2)
+    .with_table_slots(2)
+    .with_free_chunk(2);
 
 /// Small pages, dirty pages of a file, a large page, and a frame of a device. All were in use on
 /// CPUs 0 to 3; CPU 1 is lazy by now, and CPU 2 runs something else.

@@ -102,7 +102,7 @@ fn a_page_whose_unmapping_unwinds_is_flushed_for_by_the_gather_as_it_goes_or_by_
 /// unwinds must not be handed over again.
 #[test]
 fn pages_whose_freeing_unwinds_are_not_freed_again() {
-    for limits in [Limits::DEFAULT, Limits { bundle_slots: 3, batch_pages: 0, ..Limits::DEFAULT }] {
+    for limits in [Limits::DEFAULT, Limits::DEFAULT.with_bundle_slots(3).with_batch_pages(0)] {
         let (kernel, pages) = kernel_in_use(20);
         let (mm, vma) = (kernel.mm(0), area(pages.start(), pages.end(), Backing::Anonymous));
         unwinding(
@@ -173,7 +173,7 @@ fn a_gather_that_is_used_again_after_its_freeing_unwound_frees_nothing_twice() {
         for again in 0..3 {
             let (kernel, pages) = kernel_in_use(nr_pages);
             let (mm, vma) = (kernel.mm(0), area(pages.start(), pages.end(), Backing::Anonymous));
-            let limits = Limits { batch_pages, ..Limits::DEFAULT };
+            let limits = Limits::DEFAULT.with_batch_pages(batch_pages);
             let mut gather = kernel.gather(mm).with_limits(&limits);
             let at = |event: &Event| matches!(event, Event::PageFreed(_));
             unwinding(&kernel, at, || {

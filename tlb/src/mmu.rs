@@ -36,6 +36,7 @@ pub enum OnlineCpus {
 /// Something worth counting. Linux: the tlb:tlb_flush tracepoint and the nr_tlb_* counters of
 /// /proc/vmstat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TlbEvent {
     /// A flush of one address space was asked for; `pages` is `None` for a full one.
     Requested {

@@ -141,7 +141,12 @@ impl World<'_> {
             } => {
                 if let Some(mut open) = self.take(gather) {
                     let batch_pages = batch_pages % 4;
-                    let limits = Limits { bundle_slots, batch_slots, batch_pages, table_slots, free_chunk };
+                    let limits = Limits::DEFAULT
+                        .with_bundle_slots(bundle_slots)
+                        .with_batch_slots(batch_slots)
+                        .with_batch_pages(batch_pages)
+                        .with_table_slots(table_slots)
+                        .with_free_chunk(free_chunk);
                     open.gather = open.gather.with_limits(&limits);
                     self.gathers.push(open);
                 }

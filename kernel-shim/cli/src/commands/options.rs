@@ -77,7 +77,7 @@ impl MachineArgs {
         Ok(RunOptions {
             nr_cpus: self.cpus,
             seed: self.seed,
-            limits: Limits { batch_pages: self.batch_pages, ..Limits::DEFAULT },
+            limits: Limits::DEFAULT.with_batch_pages(self.batch_pages),
             checking: if self.checker == Switch::On { Checking::On } else { Checking::Off },
             misbehaviour,
             fault,

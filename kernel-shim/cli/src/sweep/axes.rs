@@ -52,11 +52,9 @@ impl Batch {
     #[must_use]
     pub(crate) const fn limits(self, nr_pages: u64) -> Limits {
         match self {
-            Self::Bundle => Limits { batch_pages: 0, ..Limits::DEFAULT },
-            Self::Pages { pages, slots } => {
-                Limits { batch_pages: pages, batch_slots: slots, ..Limits::DEFAULT }
-            }
-            Self::Unlimited => Limits { batch_pages: u16::MAX, ..Limits::DEFAULT },
+            Self::Bundle => Limits::DEFAULT.with_batch_pages(0),
+            Self::Pages { pages, slots } => Limits::DEFAULT.with_batch_pages(pages).with_batch_slots(slots),
+            Self::Unlimited => Limits::DEFAULT.with_batch_pages(u16::MAX),
             Self::Adaptive => Limits::for_pages(nr_pages),
         }
     }
@@ -69,7 +67,7 @@ impl Batch {
             fixed if fixed.limits(0) == Limits::DEFAULT => String::from("Limits::DEFAULT"),
             fixed => {
                 let Limits { batch_pages, batch_slots, .. } = fixed.limits(0);
-                format!("Limits {{ batch_pages: {batch_pages}, batch_slots: {batch_slots}, .. }}")
+                format!("Limits::DEFAULT.with_batch_pages({batch_pages}).with_batch_slots({batch_slots})")
             }
         }
     }

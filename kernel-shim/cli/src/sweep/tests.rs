@@ -59,7 +59,12 @@ fn ratios_are_a_geometric_mean_and_the_worst_is_named() {
     let bundle = answer.settings[0];
     assert!((bundle.mean_ratio - 2.0).abs() < 1e-9 && (bundle.worst_ratio - 4.0).abs() < 1e-9, "{bundle:?}");
     assert_eq!(bundle.worst_at, Conditions::BASE);
-    assert!(answer.words().concat().contains("Take 510 (Limits { batch_pages: 1, batch_slots: 510, .. })"));
+    assert!(
+        answer
+            .words()
+            .concat()
+            .contains("Take 510 (Limits::DEFAULT.with_batch_pages(1).with_batch_slots(510))")
+    );
 }
 
 #[test]

@@ -91,6 +91,8 @@ fn short_detail(detail: Detail, names: &Names, sequence: &Sequence) -> String {
                 TlbEvent::CaughtUp => format!("catches up, {slot}"),
                 TlbEvent::AlreadyCurrent => "nothing to flush".to_owned(),
                 TlbEvent::LeftLazyMm => "lazy: leaves".to_owned(),
+                // An event of a later engine, by its own name.
+                unknown => format!("{unknown:?}"),
             }
         }
         Detail::Gather(event) => short_gather(event),
@@ -115,6 +117,7 @@ fn short_gather(event: GatherEvent) -> String {
             let tables = counted(tables, "table", "tables");
             format!("frees {}, {tables}", counted(slots, "page", "pages"))
         }
+        unknown => format!("{unknown:?}"),
     }
 }
 

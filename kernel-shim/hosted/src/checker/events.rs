@@ -289,6 +289,8 @@ fn tlb_words(f: &mut fmt::Formatter<'_>, event: TlbEvent) -> fmt::Result {
         TlbEvent::CaughtUp => f.write_str("woke, had missed a flush, flushed all of the context"),
         TlbEvent::AlreadyCurrent => f.write_str("asked to flush, had nothing to do"),
         TlbEvent::LeftLazyMm => f.write_str("lazy when asked: left for the kernel's address space"),
+        // An event of a later engine, by its own name.
+        unknown => write!(f, "{unknown:?}"),
     }
 }
 
@@ -313,5 +315,6 @@ fn gather_words(f: &mut fmt::Formatter<'_>, event: GatherEvent) -> fmt::Result {
         GatherEvent::Released { slots, tables } => {
             write!(f, "flushed; {slots} slots and {tables} tables are freed now")
         }
+        unknown => write!(f, "{unknown:?}"),
     }
 }

@@ -72,8 +72,12 @@ impl Default for Trial {
 }
 
 /// Capacities small enough that every boundary is reached by a few pages.
-const LIMITS: Limits =
-    Limits { bundle_slots: 4, batch_slots: 16, batch_pages: 3, table_slots: 3, free_chunk: 8 };
+const LIMITS: Limits = Limits::DEFAULT
+    .with_bundle_slots(4)
+    .with_batch_slots(16)
+    .with_batch_pages(3)
+    .with_table_slots(3)
+    .with_free_chunk(8);
 
 /// How many steps may overlap.
 const WINDOW: usize = 6;
