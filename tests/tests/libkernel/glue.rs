@@ -11,7 +11,7 @@
 #![expect(unsafe_code, reason = "the map lock is taken on trust; entries change under their lock")]
 
 use core::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use libkernel::error::{KernelError, Result};
 use libkernel::memory::address::VA;
@@ -32,18 +32,18 @@ const COW: PageTableFlags = PageTableFlags::BIT_9;
 
 thread_local! {
     // `UserAddressSpace::new` has no argument, so the kernel must be found without one.
-    static KERNEL: RefCell<Option<Rc<PaperKernel>>> = const { RefCell::new(None) };
+    static KERNEL: RefCell<Weak<PaperKernel>> = const { RefCell::new(Weak::new()) };
     static NR_SPACES: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Makes `kernel` the one in which address spaces are made.
 pub(crate) fn boot(kernel: &Rc<PaperKernel>) {
-    KERNEL.set(Some(Rc::clone(kernel)));
+    KERNEL.set(Rc::downgrade(kernel));
     NR_SPACES.set(0);
 }
 
 fn kernel() -> Rc<PaperKernel> {
-    KERNEL.with_borrow(|kernel| Rc::clone(kernel.as_ref().expect("booted")))
+    KERNEL.with_borrow(|kernel| kernel.upgrade().expect("booted"))
 }
 
 /// The paging structures of a process, as `libkernel` drives them. It must be `Send` and `Sync`, so
