@@ -14,8 +14,8 @@ use libkernel::memory::paging::permissions::PtePermissions;
 use libkernel::memory::proc_vm::memory_map::{AddressRequest, MemoryMap};
 use libkernel::memory::proc_vm::vmarea::{VMAPermissions, VMAreaKind};
 use mmu_gather::pagetable::{Level, VirtRange};
-use mmu_gather::tlb::PcidSupport;
-use mmu_tests::{Access, CPU, Fault, GIB, Options, PaperKernel, Violation, range};
+use mmu_gather::tlb::{PcidSupport, TlbEvent};
+use mmu_tests::{Access, CPU, Event, Fault, GIB, Options, PaperKernel, Violation, range};
 use proptest::prelude::{Just, ProptestConfig, Strategy, prop_oneof, proptest};
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
@@ -121,6 +121,26 @@ fn map<S: UserAddressSpace>(map: &mut MemoryMap<S>, start: u64, page: PageFrame)
     let at = AddressRequest::Fixed { address: va(start), permit_overlap: false };
     map.mmap(at, 8192, VMAPermissions::rw(), VMAreaKind::Anon, String::new()).expect("room");
     map.address_space_mut().map_page(page, va(start), PtePermissions::rw(true)).expect("room");
+}
+
+#[test]
+fn every_flush_comes_under_the_map_lock_and_tables_are_freed_after_it() {
+    let (kernel, page, _) = machine();
+    // The hooks live as long as the kernel, and look at the process.
+    let process: &'static Process = Box::leak(Box::new(Process::new().expect("room")));
+    map(&mut process.map.write(), GIB, page);
+    kernel.on(CPU[1], || process.map.write().address_space_mut().activate());
+    kernel.touch(CPU[1], GIB, Access::Write).expect("mapped");
+    let is_locked = || process.map.try_write().is_none();
+    // One flush for the page, one for its tables.
+    for _ in 0..2 {
+        let is_flush = |event: &Event| matches!(event, Event::Tlb(TlbEvent::IpisSent(1)));
+        kernel.once(is_flush, move |_| assert!(is_locked()));
+    }
+    kernel.once(|event| matches!(event, Event::TableFreed(_)), move |_| assert!(!is_locked()));
+    process.change(two_pages(GIB), |map| map.munmap(region(two_pages(GIB)))).expect("mapped");
+    assert_eq!(kernel.nr_hooks_waiting(), 0, "all three have happened");
+    assert_eq!(kernel.take_violations(), []);
 }
 
 /// Maps a page in a hasty address space, lets CPU 1 use it, and unmaps it.
