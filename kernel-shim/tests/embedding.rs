@@ -2,8 +2,12 @@
 //!
 //! `BLESS=1 cargo test -p mmu-kernel-shim --test embedding` writes them anew.
 
+mod lines;
+
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use lines::code_lines;
 
 const PAGE: &str = "EMBEDDING.md";
 const EMBED: &str = "src/embed.rs";
@@ -13,19 +17,6 @@ const EXACT_BELOW: usize = 1000;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
-/// The lines of `text` that count: not blank, not a comment, not of a test. An item that is only
-/// for tests and ends in its first line is left out; a longer one ends what counts of its file.
-fn code_lines(text: &str) -> impl Iterator<Item = &str> {
-    let mut is_for_tests = false;
-    let mut has_ended = false;
-    text.lines().filter(move |line| {
-        let counts = !has_ended && !is_for_tests && *line != "#[cfg(test)]";
-        has_ended |= is_for_tests && !line.ends_with(';');
-        is_for_tests = *line == "#[cfg(test)]";
-        counts && !line.trim().is_empty() && !line.trim_start().starts_with("//")
-    })
 }
 
 /// How many lines count in a file, or in all Rust files of a folder and of those in it. What is

@@ -245,10 +245,19 @@ const fn place(cpu: CpuId) -> (usize, u64) {
     (cpu.index() / 64, 1 << (cpu.index() % 64))
 }
 
+/// For `Debug`: the CPUs whose mail is not taken.
+struct From<'a, B: CpuBits>(&'a Mailbox<B>);
+
+impl<B: CpuBits> fmt::Debug for From<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.from()).finish()
+    }
+}
+
 impl<B: CpuBits> fmt::Debug for Mailbox<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mailbox")
-            .field("from", &fmt::from_fn(|f| f.debug_list().entries(self.from()).finish()))
+            .field("from", &From(self))
             .field("unanswered", &self.outbox.unanswered)
             .finish_non_exhaustive()
     }
