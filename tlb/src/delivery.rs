@@ -91,9 +91,9 @@ fn take_back<C: Cpus>(cpus: &C, here: CpuId, asked: Asked) {
 /// Carries out what other CPUs have asked of this one, each request once, and answers.
 ///
 /// A kernel calls this in the handler of its flush interrupt, and wherever it spins with interrupts
-/// off; not from an NMI handler. A CPU that neither takes interrupts nor calls this keeps whoever flushes waiting. Where
-/// nothing was asked it reads one cache line and returns. Requests of several CPUs for one address
-/// space are served by one flush.
+/// off; not from an NMI handler. A CPU that neither takes interrupts nor calls this keeps whoever
+/// flushes waiting. Where nothing was asked it reads one cache line and returns. Requests of
+/// several CPUs for one address space are served by one flush.
 ///
 /// A kernel that overrides [`flush_others`](Cpus::flush_others) does not need it.
 ///
@@ -118,9 +118,9 @@ pub unsafe fn flush_interrupt<C: Cpus>(cpus: &C, cpu: CpuId) {
     let state = cpus.cpu_state(cpu);
     // SAFETY: on this CPU, interrupts off.
     if matches!(unsafe { state.loaded_mm() }, LoadedMm::Switching) {
-        // A lock that the kernel takes in `load_cr3`, say. The switch has compared generations already:
-        // an answer now would be believed of a CPU that may load what is stale. The interrupt that came
-        // with the mail is still pending.
+        // A lock that the kernel takes in `load_cr3`, say. The switch has compared generations
+        // already: an answer now would be believed of a CPU that may load what is stale. The
+        // interrupt that came with the mail is still pending.
         return;
     }
     state.mailbox().take(|initiator| {

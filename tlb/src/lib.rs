@@ -83,7 +83,7 @@
 //!
 //! # How the protocol is checked
 //!
-//! - **loom** (`tests/loom`) proves of this very source, in twenty-four tests of two or three CPUs,
+//! - **loom** (`tests/loom`) proves of this very source, in twenty-five tests of two or three CPUs,
 //!   that no execution that loom tries ends badly, and that memory passes from its last user to the
 //!   next owner in order. It does not prove: what no test does; more than 6 slots' worth of address
 //!   spaces; CPUs beyond the 64th; interleavings that loom passes over, many of which the corrected

@@ -70,7 +70,8 @@ impl<B: CpuBits> Drop for PutBack<'_, B> {
     fn drop(&mut self) {
         if self.bits != 0 {
             let words = self.inbox.from.words();
-            // ORDERING: release, as in `post`: the requests were seen here, and are to be seen again.
+            // ORDERING: release, as in `post`: the requests were seen here, and are to be seen
+            // again.
             words[self.number as usize].fetch_or(self.bits, Ordering::Release);
             self.inbox.words_with_mail.fetch_or(1 << self.number, Ordering::Release);
         }

@@ -137,13 +137,13 @@ pub unsafe trait Cpus {
     /// Interrupts every CPU in `targets`, which then calls
     /// [`flush_interrupt`](crate::flush_interrupt).
     ///
-    /// `targets` never names the calling CPU and is not empty. A CPU that has mail already is sent no
-    /// second interrupt; one that finds no mail does nothing.
+    /// `targets` never names the calling CPU and is not empty. A CPU that has mail already is sent
+    /// no second interrupt; one that finds no mail does nothing.
     ///
     /// # Context
-    /// Pinned. An interrupt that is lost keeps the caller of the flush waiting for ever. The mail must
-    /// be visible before the interrupt arrives: a write to the ICR of an x2APIC does not order it
-    /// (Linux: weak_wrmsr_fence).
+    /// Pinned. An interrupt that is lost keeps the caller of the flush waiting for ever. The mail
+    /// must be visible before the interrupt arrives: a write to the ICR of an x2APIC does not order
+    /// it (Linux: weak_wrmsr_fence).
     ///
     /// # Panics
     /// Unless overridden: a kernel with several CPUs overrides this or
@@ -196,10 +196,10 @@ pub unsafe trait Cpus {
     /// run on other CPUs; between two calls it answers theirs.
     ///
     /// It returns before all answers are there: waiting for them here would keep this CPU from
-    /// answering. Unless overridden, a spin-loop hint (PAUSE). A kernel may sleep here, on a machine that has
-    /// fewer cores than CPUs, until [`answered`](Self::answered) or a flush interrupt wakes it; for a
-    /// short time, if CPUs may go off meanwhile, because whether one has gone is looked for every 128
-    /// calls only.
+    /// answering. Unless overridden, a spin-loop hint (PAUSE). A kernel may sleep here, on a
+    /// machine that has fewer cores than CPUs, until [`answered`](Self::answered) or a flush
+    /// interrupt wakes it; for a short time, if CPUs may go off meanwhile, because whether one has
+    /// gone is looked for every 128 calls only.
     ///
     /// # Context
     /// Pinned; interrupts as the caller of the flush has them.

@@ -1,4 +1,5 @@
-//! Mail where something goes wrong: a call of the kernel unwinds, or looks at its mail at a bad time.
+//! Mail where something goes wrong: a call of the kernel unwinds, or looks at its mail at a bad
+//! time.
 #![expect(unsafe_code, reason = "plays the CPUs")]
 
 extern crate std;
@@ -35,7 +36,8 @@ impl Machine {
     fn new() -> Self {
         let (ids, root) = (CtxIds::new(), PhysFrame::containing_address(PhysAddr::zero()));
         Self {
-            // SAFETY: one source of names; nothing is mapped below the root that they seem to share.
+            // SAFETY: one source of names; nothing is mapped below the root that they seem to
+            // share.
             spaces: core::array::from_fn(|_| unsafe { MmContext::new(&ids, root) }),
             cpus: core::array::from_fn(|_| CpuTlb::new()),
         }
@@ -140,8 +142,8 @@ unsafe impl Cpus for Here<'_> {
                     self.look();
                     thread::sleep(Duration::from_millis(1));
                 }
-                // The switch ends, interrupts come on, and the one that was sent arrives: played here,
-                // because the initiator waits inside this scope.
+                // The switch ends, interrupts come on, and the one that was sent arrives: played
+                // here, because the initiator waits inside this scope.
                 let state = self.cpu_state(self.here);
                 let mail_is_left = state.mailbox().has_mail();
                 state.mailbox().take(|initiator| self.cpu_state(initiator).mailbox().answer(self.here));
