@@ -12,7 +12,7 @@
 //!        at sync points     caches against page tables                   caches_against_tables
 //!                           page tables against frames                   tables_against_frames
 //!
-//!  out   violations, each with the last events that explain it           violation, events
+//!  out   violations, each with the last events that explain it           violation, kind, events
 //! ```
 //!
 //! | what is kept | of what |
