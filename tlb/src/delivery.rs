@@ -91,9 +91,9 @@ fn take_back<C: Cpus>(cpus: &C, here: CpuId, asked: Asked) {
 /// Carries out what other CPUs have asked of this one, each request once, and answers.
 ///
 /// A kernel calls this in the handler of its flush interrupt, and wherever it spins with interrupts
-/// off; not from an NMI handler. A CPU that neither takes interrupts nor calls this keeps whoever
-/// flushes waiting. Where nothing was asked it reads one cache line and returns. Requests of
-/// several CPUs for one address space are served by one flush.
+/// off. A CPU that neither takes interrupts nor calls this keeps whoever flushes waiting. Where
+/// nothing was asked it reads one cache line and returns. Requests of several CPUs for one address
+/// space are served by one flush.
 ///
 /// A kernel that overrides [`flush_others`](Cpus::flush_others) does not need it.
 ///
@@ -101,7 +101,8 @@ fn take_back<C: Cpus>(cpus: &C, here: CpuId, asked: Asked) {
 /// Interrupts are off. Allocates nothing, takes no lock, never sleeps.
 ///
 /// # Safety
-/// It runs on `cpu` with interrupts off from before the call until after it.
+/// It runs on `cpu` with interrupts off from before the call until after it, and not in the handler
+/// of an NMI or a machine check.
 ///
 /// # Panics
 /// In a debug build, if [`pinned`](Cpus::pinned) names another CPU than `cpu`.
