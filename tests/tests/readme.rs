@@ -38,7 +38,7 @@ fn munmap(kernel: &Kernel, mm: &MyMm, range: VirtRange) -> Result<(), CutLeaf> {
     let areas = areas.downgrade();
     // SAFETY: the map lock is held until `flush` has returned.
     let mut gather = unsafe { MmuGather::new(kernel, &mm.engine) };
-    gather.unmap_vmas(detached.iter().copied(), range)?; // clear entries, queue pages; `?`: after `split_leaf` never
+    gather.unmap_vmas(detached.iter().copied(), range)?; // clear entries, queue pages; `?`: cannot fail after `split_leaf` at both ends
     // SAFETY: the areas are detached, their pages gone, and `bounds` are the neighbours that stay.
     unsafe { gather.free_pgtables(detached.iter().copied(), bounds) }; // unhook tables, queue them
     let flushed = gather.flush();                    // every CPU has forgotten the range
