@@ -173,8 +173,8 @@ impl<M: Machine> Kernel<M> {
         });
     }
 
-    /// Flushes what other CPUs have asked of this one: the handler of the flush interrupt, and what a
-    /// CPU does that spins with interrupts off.
+    /// Flushes what other CPUs have asked of this one: the handler of the flush interrupt, and what
+    /// a CPU does that spins with interrupts off.
     pub fn flush_interrupt(&self) {
         self.machine.without_interrupts(|| {
             // SAFETY: pinned, interrupts off.

@@ -77,7 +77,8 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     }
 }
 
-// SAFETY: passed on: `flush_others` posts the very request, once, into the mailboxes of the same CPUs.
+// SAFETY: passed on: `flush_others` posts the very request, once, into the mailboxes of the same
+// CPUs.
 unsafe impl<M: Machine> Cpus for Kernel<M> {
     type Bits = M::Bits;
 

@@ -67,7 +67,8 @@ pub(crate) struct VirtualCpu {
     is_interrupted: AtomicBool,
     interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
-    /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes nothing.
+    /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
+    /// nothing.
     flushes_nothing: AtomicBool,
     /// It has asked others to flush, and they have not all answered.
     waits: AtomicBool,
@@ -316,9 +317,9 @@ impl HostedMachine {
 }
 
 // SAFETY: frames are parts of one reservation that lives as long as the machine. Code runs as one
-// CPU until it gives way, and comes back as the same one. A CPU that is interrupted runs the handler
-// when its interrupts are on. INVLPG and CR3 loads do to the software MMU what the SDM says, unless a
-// fault was planted.
+// CPU until it gives way, and comes back as the same one. A CPU that is interrupted runs the
+// handler once its interrupts are on. INVLPG and CR3 loads do to the software MMU what the SDM says,
+// unless a fault was planted.
 unsafe impl Machine for HostedMachine {
     type Relax = GiveWay;
     type Bits = [AtomicU64; 1];
@@ -412,14 +413,17 @@ unsafe impl Machine for HostedMachine {
         let mut is_switch = false;
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             is_switch = mmu.cr3().0 != root;
-            let skip = match self.options.pcid {
-                PcidSupport::On => self.skips_flushes(),
-                // Another root does not come without a flush.
-                PcidSupport::Off => self.cpu().flushes_nothing.load(Ordering::Relaxed) && !is_switch,
-            };
+            let has_pcids = self.options.pcid == PcidSupport::On;
+            let skip = self.skips_flushes() && (has_pcids || !is_switch);
             self.faults.fetch_add(u64::from(skip && !keep), Ordering::Relaxed);
-            let load = if keep || skip { Cr3Load::Keep } else { Cr3Load::Flush };
-            let loaded = mmu.load_cr3(root, pcid, load, watch);
+            let loaded = match cached {
+                // Without PCIDs there is no load that keeps anything.
+                CachedTranslations::Flush if skip && !has_pcids => Ok(()),
+                CachedTranslations::Flush if !skip => mmu.load_cr3(root, pcid, Cr3Load::Flush, watch),
+                CachedTranslations::Flush | CachedTranslations::Keep => {
+                    mmu.load_cr3(root, pcid, Cr3Load::Keep, watch)
+                }
+            };
             // The root in CR3 is told below.
             watch.take_fills();
             debug_assert!(loaded.is_ok(), "the kernel loads PCID {} with PCIDs off", pcid.value());

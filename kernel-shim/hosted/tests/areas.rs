@@ -18,7 +18,7 @@ fn range(first: u64, end: u64) -> VirtRange {
 /// A kernel on one CPU that runs an address space with `areas`.
 struct Small {
     machine: Arc<HostedMachine>,
-    kernel: HostedKernel,
+    kernel: Arc<HostedKernel>,
     mm: Arc<Mm<Arc<HostedMachine>>>,
 }
 
