@@ -318,8 +318,8 @@ impl HostedMachine {
 
 // SAFETY: frames are parts of one reservation that lives as long as the machine. Code runs as one
 // CPU until it gives way, and comes back as the same one. A CPU that is interrupted runs the
-// handler once its interrupts are on. INVLPG and CR3 loads do to the software MMU what the SDM says,
-// unless a fault was planted.
+// handler once its interrupts are on. INVLPG and CR3 loads do to the software MMU what the SDM
+// says, unless a fault was planted.
 unsafe impl Machine for HostedMachine {
     type Relax = GiveWay;
     type Bits = [AtomicU64; 1];
