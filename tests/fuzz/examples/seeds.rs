@@ -209,7 +209,7 @@ fn push_some(push: &mut impl FnMut(Op), op: Option<Op>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mmu_hosted::execute;
+    use mmu_adapter::execute;
 
     #[test]
     fn every_seed_is_many_operations_and_clean() {

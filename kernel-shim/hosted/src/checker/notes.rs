@@ -2,7 +2,6 @@
 
 use mmu_gather::GatherEvent;
 use mmu_gather::tlb::{CpuId, TlbEvent};
-use mmu_kernel_shim::{FrameRole, Note};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundary;
@@ -15,6 +14,7 @@ use crate::checker::violation::Violation;
 use crate::machine::HostedMachine;
 use crate::mmu::watch::{CachedEntry, Tag, Use};
 use crate::mutex::lock;
+use crate::vocabulary::{FrameRole, Note};
 
 impl HostedMachine {
     pub(crate) fn report(

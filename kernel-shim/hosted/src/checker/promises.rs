@@ -6,7 +6,6 @@
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::Laziness;
-use mmu_kernel_shim::{Moment, Protection};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::checker::checked::{Caches, Checked};
@@ -15,6 +14,7 @@ use crate::machine::HostedMachine;
 use crate::mmu::arch::LinearAddress;
 use crate::mmu::watch::{CachedEntry, Use};
 use crate::mutex::lock;
+use crate::vocabulary::{Moment, Rights};
 
 /// What a call that is about to return has promised.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +40,7 @@ pub(crate) enum Promised {
     /// yet: rule G6, and the deferred flushes of reclaim.
     Discarded(Moment),
     /// No program can do more than this there.
-    AtMost(Protection),
+    AtMost(Rights),
 }
 
 impl Promise {
@@ -60,10 +60,10 @@ impl Promise {
         is_inside
             && match self.what {
                 Promised::Gone => true,
-                Promised::AtMost(Protection::Nothing) => entry.rights.user(),
+                Promised::AtMost(Rights::Nothing) => entry.rights.user(),
                 Promised::Discarded(since) => entry.at < since,
-                Promised::AtMost(Protection::Read) => entry.rights.user() && entry.rights.writable(),
-                Promised::AtMost(Protection::Write) => false,
+                Promised::AtMost(Rights::Read) => entry.rights.user() && entry.rights.writable(),
+                Promised::AtMost(Rights::Write) => false,
             }
     }
 }

@@ -1,11 +1,8 @@
 //! Sequences: their text, their determinism, and what the checker says of them.
 
+use mmu_adapter::{Trial, execute, execute_with, judge_in, views};
 use mmu_gather::pagetable::Level;
-use mmu_hosted::{
-    Detail, Event, MachineFault, Op, Sequence, Telling, Trial, What, execute, execute_with, generate,
-    judge_in, views,
-};
-use mmu_kernel_shim::Supply;
+use mmu_hosted::{Detail, Event, MachineFault, Op, Sequence, Supply, Telling, What, generate};
 
 const LENGTH: usize = 160;
 

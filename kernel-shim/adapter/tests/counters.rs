@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedMm, HostedStage, Touched, touch};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::{CpuId, FlushKind, FlushRequest, FreedTables, TlbGen, flush_tlb_func};
-use mmu_hosted::{HostedMachine, HostedStage, Options, Touched, touch};
-use mmu_kernel_shim::{Area, Config, CpuCounters, Mm, Snapshot, Stage, UserAccess, Vma};
+use mmu_hosted::{HostedMachine, Options};
+use mmu_kernel_shim::{Area, Config, CpuCounters, Snapshot, Stage, UserAccess, Vma};
 
 const START: u64 = 0x7000_0000_0000;
 const CPU: [CpuId; 3] = [CpuId::new(0), CpuId::new(1), CpuId::new(2)];
@@ -16,7 +17,7 @@ fn range(pages: u64) -> VirtRange {
 
 /// Three CPUs; each runs a process of its own, which has written to as many pages as its number,
 /// and one more.
-fn three_processes() -> (HostedStage, Vec<Arc<Mm<Arc<HostedMachine>>>>) {
+fn three_processes() -> (HostedStage, Vec<Arc<HostedMm>>) {
     let machine = HostedMachine::new(Options::new(3, 4096, 1)).expect("a small machine");
     let stage = HostedStage::boot(machine, Config::default()).expect("it has frames");
     let mms = CPU.map(|cpu| {

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm, Touched, boot, touch};
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, boot, touch};
-use mmu_kernel_shim::{
-    Area, AreaKind, Config, FaultError, Growth, Mm, PageContent, Protection, UserAccess, Vma,
-};
+use mmu_hosted::{HostedMachine, Options};
+use mmu_kernel_shim::{Area, AreaKind, Config, FaultError, Growth, PageContent, Protection, UserAccess, Vma};
 use x86_64::structures::paging::PhysFrame;
 
 const START: u64 = 0x7000_0000_0000;
@@ -19,7 +18,7 @@ fn range(first: u64, end: u64) -> VirtRange {
 struct Small {
     machine: Arc<HostedMachine>,
     kernel: Arc<HostedKernel>,
-    mm: Arc<Mm<Arc<HostedMachine>>>,
+    mm: Arc<HostedMm>,
 }
 
 impl Small {
@@ -38,7 +37,7 @@ impl Small {
     fn frame_at(&self, page: u64, access: UserAccess) -> PhysFrame {
         let address = START + page * 4096;
         assert_eq!(touch(&self.kernel, &self.mm, address, access), Touched::Reached, "page {page}");
-        let frame = self.machine.user_access(address, access).expect("it was reached just now");
+        let frame = self.kernel.machine().user_access(address, access).expect("it was reached just now");
         frame.expect("the machine is checked")
     }
 

@@ -6,10 +6,11 @@ use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm, Touched, boot, touch};
 use mmu_gather::pagetable::{Decoded, Level, Line, Marker, NonPresent, VirtRange};
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, boot, give_way, touch};
-use mmu_kernel_shim::{Area, AreaKind, Config, Error, FaultError, Mm, PageContent, Supply, UserAccess, Vma};
+use mmu_hosted::{HostedMachine, Options, Schedule, give_way};
+use mmu_kernel_shim::{Area, AreaKind, Config, Error, FaultError, PageContent, Supply, UserAccess, Vma};
 
 use account::end;
 
@@ -18,8 +19,6 @@ const START: u64 = 0x7000_0000_0000;
 const PAGES: u64 = 32;
 const CPUS: u32 = 3;
 const REFUSED: Touched = Touched::Signal(FaultError::NotAllowed);
-
-type HostedMm = Mm<Arc<HostedMachine>>;
 
 fn range(first: u64, end: u64) -> VirtRange {
     VirtRange::new(START + first * 4096, START + end * 4096).expect("a good range")

@@ -14,16 +14,16 @@ use core::ffi::c_void;
 use core::mem::MaybeUninit;
 use core::ptr;
 use core::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Once};
+use std::sync::Once;
 
+use mmu_adapter::{HostedKernel, HostedMm, HostedStage, touch};
 use mmu_gather::pagetable::{EntryValue, Level, TableLock, TableMemory, TableView, VirtRange};
 use mmu_gather::tlb::CpuId;
 use mmu_gather::{Fate, MmuGather, Vma as EngineVma, VmaKind};
 use mmu_hosted::features::{Features, SettingDirty};
-use mmu_hosted::{GiveWay, HostedKernel, HostedMachine, HostedStage, Options, touch};
+use mmu_hosted::{GiveWay, HostedMachine, Options};
 use mmu_kernel_shim::{
-    Area, AreaKind, Config, EngineArea, FrameKind, Machine, Mm, PageContent, Protection, Stage, UserAccess,
-    Vma,
+    Area, AreaKind, Config, EngineArea, FrameKind, Machine, PageContent, Protection, Stage, UserAccess, Vma,
 };
 use x86_64::registers::rflags::RFlags;
 use x86_64::structures::paging::PageTableFlags;
@@ -34,7 +34,7 @@ const PROGRAM: CpuId = CpuId::new(1);
 /// entry: a few dozen.
 const MOST_STEPS: u32 = 2000;
 
-type Space = Mm<Arc<HostedMachine>>;
+type Space = HostedMm;
 type Gather<'a> = MmuGather<'a, 'a, HostedKernel>;
 
 /// What happens between the instructions of this thread.
@@ -94,7 +94,8 @@ extern "C" fn on_trap(_: i32, _: *mut libc::siginfo_t, context: *mut c_void) {
             // table and the clearing of the first entry, which calls nobody: nothing that this
             // needs is held.
             let machine = unsafe { &*probe.machine };
-            let written = machine.on_cpu(PROGRAM, || machine.user_access(PAGE, UserAccess::Write));
+            let written =
+                machine.on_cpu(PROGRAM, || machine.user_access(PAGE, mmu_hosted::UserAccess::Write));
             probe.wrote.set(written.is_ok());
         }
     }

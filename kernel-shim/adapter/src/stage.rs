@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_kernel_shim::{Config, Error, FaultError, Mm, Stage, UserAccess};
+use mmu_hosted::HostedMachine;
+use mmu_kernel_shim::{Config, Error, FaultError, Stage, UserAccess};
 
-use crate::machine::HostedMachine;
-use crate::program::{HostedKernel, Touched, boot, touch};
+use crate::machine::Hosted;
+use crate::program::{HostedKernel, HostedMm, Touched, boot, touch};
 
 /// A kernel on a hosted machine whose CPUs work one at a time.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ impl HostedStage {
 }
 
 impl Stage for HostedStage {
-    type Machine = Arc<HostedMachine>;
+    type Machine = Hosted;
 
     fn kernel(&self) -> &HostedKernel {
         &self.0
@@ -34,12 +35,7 @@ impl Stage for HostedStage {
         self.0.machine().on_cpu(cpu, work);
     }
 
-    fn touch(
-        &self,
-        mm: &Mm<Self::Machine>,
-        range: VirtRange,
-        access: UserAccess,
-    ) -> Result<(), (u64, FaultError)> {
+    fn touch(&self, mm: &HostedMm, range: VirtRange, access: UserAccess) -> Result<(), (u64, FaultError)> {
         for address in (range.start()..range.end()).step_by(4096) {
             if let Touched::Signal(error) = touch(&self.0, mm, address, access) {
                 return Err((address, error));

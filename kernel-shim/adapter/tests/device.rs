@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{Hosted, HostedKernel, HostedMm, HostedStage, touch};
 use mmu_gather::pagetable::{Level, VirtRange};
-use mmu_hosted::{HostedKernel, HostedMachine, HostedStage, Options, Violation, ViolationKind, touch};
-use mmu_kernel_shim::{Area, Config, FrameRole, Machine, Mm, Note, Protection, Stage, UserAccess, Vma};
+use mmu_hosted::{FrameRole, HostedMachine, Note, Options, Violation, ViolationKind};
+use mmu_kernel_shim::{Area, Config, Protection, Stage, UserAccess, Vma};
 
 const PAGE: u64 = 0x7000_0000_0000;
 
-type Space = Arc<Mm<Arc<HostedMachine>>>;
+type Space = Arc<HostedMm>;
 
 struct Rig {
     stage: HostedStage,
@@ -41,7 +42,7 @@ impl Rig {
         self.stage.kernel()
     }
 
-    fn machine(&self) -> &HostedMachine {
+    fn machine(&self) -> &Hosted {
         self.kernel().machine()
     }
 

@@ -3,17 +3,16 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm, boot};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{Found, HostedKernel, HostedMachine, MostWork, Options, ViolationKind, boot};
-use mmu_kernel_shim::{Area, Config, Mm, PageContent, Protection, Vma};
+use mmu_hosted::{Found, HostedMachine, MostWork, Options, ViolationKind};
+use mmu_kernel_shim::{Area, Config, PageContent, Protection, Vma};
 
 /// Where a table of the level above begins, too.
 const START: u64 = 0x4000_0000;
 const SMALL: u64 = 4096;
 const LARGE: u64 = 512 * SMALL;
-
-type HostedMm = Mm<Arc<HostedMachine>>;
 
 /// What the checker finds while `call` works on so many leaves of each content, side by side.
 fn found(most_leaves: u32, leaves: &[(PageContent, u64)], call: Call) -> Found {

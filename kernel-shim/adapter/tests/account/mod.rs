@@ -1,13 +1,10 @@
 //! The end of a test of the small kernel: everything is taken down, and nothing may be left.
 
-use std::sync::Arc;
-
+use mmu_adapter::{HostedKernel, HostedMm};
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{HostedKernel, HostedMachine};
-use mmu_kernel_shim::{Machine, Mm};
 
 /// Every CPU leaves, the address spaces exit, and the kernel is held to its account.
-pub(crate) fn end(kernel: &HostedKernel, mms: &[&Mm<Arc<HostedMachine>>]) {
+pub(crate) fn end(kernel: &HostedKernel, mms: &[&HostedMm]) {
     let machine = kernel.machine();
     for number in 0..machine.nr_cpus() {
         machine.on_cpu(CpuId::new(number), || kernel.switch_to(None));

@@ -3,15 +3,16 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm, HostedStage, touch};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{Found, HostedKernel, HostedMachine, HostedStage, Options, Schedule, give_way, touch};
-use mmu_kernel_shim::{Area, Config, Mm, PageContent, Protection, Stage, UserAccess, Vma};
+use mmu_hosted::{Found, HostedMachine, Options, Schedule, give_way};
+use mmu_kernel_shim::{Area, Config, PageContent, Protection, Stage, UserAccess, Vma};
 
 const PAGE: u64 = 0x7000_0000_0000;
 const SEEDS: u64 = 200;
 
-type Space = Arc<Mm<Arc<HostedMachine>>>;
+type Space = Arc<HostedMm>;
 
 struct Rig {
     stage: Arc<HostedStage>,

@@ -6,18 +6,17 @@ use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm, Touched, boot, touch};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, boot, give_way, touch};
-use mmu_kernel_shim::{Area, Config, Mm, PageContent, UserAccess, Vma};
+use mmu_hosted::{HostedMachine, Options, Schedule, give_way};
+use mmu_kernel_shim::{Area, Config, PageContent, UserAccess, Vma};
 use x86_64::structures::paging::PhysFrame;
 
 use account::end;
 
 const START: u64 = 0x7000_0000_0000;
 const PAGES: u64 = 8;
-
-type HostedMm = Mm<Arc<HostedMachine>>;
 
 fn range(first: u64, end: u64) -> VirtRange {
     VirtRange::new(START + first * 4096, START + end * 4096).expect("a good range")

@@ -1,8 +1,9 @@
 //! The fixed piece of work: clean under the checker, and the same numbers whatever the machine
 //! chooses.
 
+use mmu_adapter::HostedStage;
 use mmu_gather::tlb::PcidSupport;
-use mmu_hosted::{HostedMachine, HostedStage, Options};
+use mmu_hosted::{HostedMachine, Options};
 use mmu_kernel_shim::{Config, Snapshot, Stage, drill, plan};
 
 fn stage(nr_cpus: u32, pcid: PcidSupport, seed: u64) -> HostedStage {

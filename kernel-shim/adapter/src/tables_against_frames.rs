@@ -9,16 +9,12 @@ use std::sync::Arc;
 use mmu_gather::pagetable::Level::Pte;
 use mmu_gather::pagetable::{Decoded, EntryValue, Lines, Marker, NonPresent, TableMemory, UsedLines};
 use mmu_gather::tlb::Cpus;
+use mmu_hosted::ViolationKind;
+use mmu_hosted::arch::{Meaning, TableLevel, decode};
 use mmu_kernel_shim::FrameKind;
 use rustc_hash::{FxHashMap, FxHashSet};
-use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::checker::checked::Checked;
-use crate::checker::kind::ViolationKind;
-use crate::machine::HostedMachine;
-use crate::mmu::arch::{Meaning, TableLevel, decode};
-use crate::mmu::physical::PhysicalMemory;
 use crate::program::{HostedKernel, HostedMm};
 
 /// What was found in the page tables of all address spaces.
@@ -36,10 +32,9 @@ struct Mapped {
 /// address spaces that have not exited.
 pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<HostedMm>]) {
     let machine = kernel.machine();
-    let Some(checked) = &machine.checked else { return };
     let mut mapped = Mapped::default();
     for mm in mms {
-        look_through(kernel, checked, mm.root(), TableLevel::Pml4, 0, &mut mapped);
+        look_through(kernel, mm.root(), TableLevel::Pml4, 0, &mut mapped);
     }
     if mapped.wrong.is_none() {
         let frames = kernel.frames();
@@ -55,20 +50,13 @@ pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<Hoste
         mapped.wrong = Some((ViolationKind::MeaningsDisagree, root, 0));
     }
     if let Some((kind, frame, address)) = mapped.wrong {
-        machine.report(checked, kind, machine.current(), address, frame, None);
+        machine.report_violation(kind, address, frame);
     }
 }
 
-fn look_through(
-    kernel: &HostedKernel,
-    checked: &Checked,
-    table: PhysFrame,
-    level: TableLevel,
-    start: u64,
-    mapped: &mut Mapped,
-) {
+fn look_through(kernel: &HostedKernel, table: PhysFrame, level: TableLevel, start: u64, mapped: &mut Mapped) {
     let is_table = kernel.frames().get(table).is_some_and(|meta| meta.kind() == FrameKind::Table);
-    if !is_table || checked.ledger.when_freed(table).is_some() || !mapped.tables.insert(table) {
+    if !is_table || kernel.machine().is_free(table) || !mapped.tables.insert(table) {
         mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, table, start));
         return;
     }
@@ -77,12 +65,12 @@ fn look_through(
     // SAFETY: a table of this kernel, as was found just now, and nothing else runs.
     let used = unsafe { kernel.used_lines(table) };
     let noted = used.map_or(Lines::ALL, UsedLines::load);
-    for (index, entry) in entries(machine, table).enumerate() {
+    for (index, entry) in machine.entries_of(table).enumerate() {
         let address = start + ((index as u64) << level.entry_shift());
         if entry != 0 && noted.intersect(Lines::touched_by(&(index..index + 1))).is_empty() {
             mapped.wrong.get_or_insert((ViolationKind::EntryNotNoted, table, address));
         }
-        match decode(entry, level, machine.options.features.physical_bits) {
+        match decode(entry, level, machine.options().features.physical_bits) {
             // What hardware does not look at is the kernel's own.
             Meaning::NotPresent => match EntryValue::from_bits(entry).decode(Pte) {
                 Decoded::NonPresent(NonPresent::Swap { .. }) => mapped.swapped += 1,
@@ -94,39 +82,16 @@ fn look_through(
             }
             Meaning::Table(next) => {
                 if let Some(below) = level.below() {
-                    look_through(
-                        kernel,
-                        checked,
-                        PhysFrame::containing_address(next),
-                        below,
-                        address,
-                        mapped,
-                    );
+                    look_through(kernel, PhysFrame::containing_address(next), below, address, mapped);
                 }
             }
             Meaning::Page(_, page) => {
                 let frame = PhysFrame::containing_address(page);
-                if checked.ledger.when_freed(frame).is_some() {
+                if machine.is_free(frame) {
                     mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, frame, address));
                 }
                 mapped.pages.entry(frame).or_insert((0, address)).0 += 1;
             }
         }
     }
-}
-
-impl HostedMachine {
-    /// A table is being freed: what is still in it is lost, or stays mapped for a CPU that walks
-    /// it.
-    pub(crate) fn check_freed_table(&self, checked: &Checked, table: PhysFrame) {
-        if entries(self, table).any(|entry| entry != 0) {
-            let here = self.current();
-            self.report(checked, ViolationKind::TableFreedInUse, here, 0, table, None);
-        }
-    }
-}
-
-fn entries(machine: &HostedMachine, table: PhysFrame) -> impl Iterator<Item = u64> + '_ {
-    let start = table.start_address().as_u64();
-    (0..512).map(move |index| machine.memory.read(PhysAddr::new_truncate(start + 8 * index)))
 }

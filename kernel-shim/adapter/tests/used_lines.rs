@@ -4,15 +4,14 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm, Touched, boot, touch};
 use mmu_gather::pagetable::{Level, VirtRange};
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, boot, touch};
-use mmu_kernel_shim::{Area, Config, Mm, PageContent, UserAccess, Vma};
+use mmu_hosted::{HostedMachine, Options};
+use mmu_kernel_shim::{Area, Config, PageContent, UserAccess, Vma};
 
 /// The first address of a PMD table.
 const START: u64 = 0x7000_0000_0000;
 const MIB: u64 = 1 << 20;
-
-type HostedMm = Mm<Arc<HostedMachine>>;
 
 fn range(start: u64, len_bytes: u64) -> VirtRange {
     VirtRange::new(START + start, START + start + len_bytes).expect("a good range")

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, Touched, boot, touch};
 use mmu_gather::pagetable::{Bounds, VirtRange};
 use mmu_gather::tlb::CpuId;
 use mmu_gather::{Fate, Limits, Vma as EngineVma, VmaKind, unmap_region, zap_page_range};
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, boot, touch};
+use mmu_hosted::{HostedMachine, Options};
 use mmu_kernel_shim::{Area, Config, Embedder, EngineArea, UserAccess, Vma};
 
 const START: u64 = 0x7000_0000_0000;

@@ -4,9 +4,10 @@ use core::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use mmu_adapter::{HostedStage, Touched, touch};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{HostedMachine, HostedStage, Options, Schedule, Touched, touch};
+use mmu_hosted::{HostedMachine, Options, Schedule};
 use mmu_kernel_shim::{Area, Config, Stage, UserAccess, Vma};
 use x86_64::structures::paging::PhysFrame;
 

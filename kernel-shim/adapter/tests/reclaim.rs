@@ -3,16 +3,17 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm, HostedStage, touch};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{HostedKernel, HostedMachine, HostedStage, Options, touch};
-use mmu_kernel_shim::{Area, Config, FrameKind, Mm, PageContent, Stage, UserAccess, Vma};
+use mmu_hosted::{HostedMachine, Options};
+use mmu_kernel_shim::{Area, Config, FrameKind, PageContent, Stage, UserAccess, Vma};
 
 const LARGE: u64 = 2 << 20;
 const START: u64 = 0x7000_0000_0000;
 const PROGRAM: CpuId = CpuId::new(1);
 
-type Space = Arc<Mm<Arc<HostedMachine>>>;
+type Space = Arc<HostedMm>;
 
 /// `content` in three large pages of one area, which a program on CPU 1 has read.
 fn three_blocks(content: PageContent) -> (HostedStage, Space) {
