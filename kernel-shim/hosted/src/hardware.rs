@@ -123,7 +123,9 @@ impl HostedMachine {
                 self.on_cpu(target, || self.take_interrupt());
             }
         }
-        if !answers.are_complete() {
+        let missing = answers.missing().fold(0, |mask, target| mask | 1 << target.number());
+        self.cpu().awaits.store(missing, Ordering::Relaxed);
+        if missing != 0 {
             schedule::wait();
         }
     }
@@ -133,6 +135,8 @@ impl HostedMachine {
         if self.cpu().waits.load(Ordering::Relaxed) {
             self.reached.note(Boundary::Crossing);
         }
+        let answered = 1 << self.current().number();
+        self.cpus[initiator.index()].awaits.fetch_and(!answered, Ordering::Relaxed);
         let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
         self.log(if is_lost { What::Lost(initiator) } else { What::Answered(initiator) });
     }

@@ -3,6 +3,9 @@
 //! holds a kernel against it.
 //!
 //! ```text
+//!  fuzz         what a kernel's own tests call
+//!      │
+//!      v
 //!  sequence/    steps for every CPU: made up, written down, run on any kernel, made short
 //!      │
 //!      v
@@ -30,6 +33,7 @@ mod adversary;
 mod boundary;
 mod checker;
 mod device;
+mod fuzz;
 mod hardware;
 mod kernel;
 mod machine;
@@ -47,6 +51,7 @@ pub use boundary::{Boundaries, Boundary};
 pub use checker::events::{Detail, Event, Fill, Kept, What};
 pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
+pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};
 pub use hardware::Bits;
 pub use kernel::{Kernel, NotDone, Promises, boot};
 pub use machine::{FlushHandler, HostedMachine};

@@ -63,6 +63,8 @@ pub(crate) struct VirtualCpu {
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
     /// nothing.
     pub(crate) flushes_nothing: AtomicBool,
+    /// The CPUs that it waits for to answer: bit n is CPU n.
+    pub(crate) awaits: AtomicU64,
     /// It has asked others to flush, and they have not all answered.
     pub(crate) waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
@@ -109,6 +111,7 @@ impl HostedMachine {
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
                 flushes_nothing: AtomicBool::new(false),
+                awaits: AtomicU64::new(0),
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
                 table_locks: TableLocks::default(),
@@ -321,6 +324,29 @@ impl HostedMachine {
         if was_user {
             self.enter_user_mode();
         }
+    }
+
+    /// Which CPUs wait for the answers of which others, in words: a line for each that is missing.
+    #[must_use]
+    pub fn missing_answers(&self) -> Vec<String> {
+        let pairs = self.cpus.iter().flat_map(|cpu| {
+            let awaits = cpu.awaits.load(Ordering::Relaxed);
+            self.cpus
+                .iter()
+                .filter(move |other| awaits >> other.id.number() & 1 != 0)
+                .map(|other| (cpu.id, other))
+        });
+        let words = pairs.map(|(waits, other)| {
+            let why = if !other.is_interrupted.load(Ordering::Relaxed) {
+                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing"
+            } else if other.interrupts_off.load(Ordering::Relaxed) > 0 {
+                "it was interrupted, and has its interrupts off"
+            } else {
+                "it was interrupted, and got no turn"
+            };
+            format!("{waits} waits for the answer of {}: {why}", other.id)
+        });
+        words.collect()
     }
 
     /// Whether the planted fault keeps this CPU from flushing just now.

@@ -15,6 +15,8 @@ pub enum ViolationKind {
     AddressUsableAfterUnmap,
     /// A call that discards pages returned while a CPU could still use what it had cached before.
     PageUsableAfterDiscard,
+    /// A new area was mapped while a CPU could still use what was mapped there before.
+    OldPageUsableAfterMap,
     /// A call that takes rights away returned while a CPU could still use them.
     RightsUsableAfterProtect,
     /// A CPU has cached one page in two sizes for one address, and runs a program.
@@ -23,6 +25,10 @@ pub enum ViolationKind {
     FreePageMapped,
     /// A table was freed although not all of its entries are empty.
     TableFreedInUse,
+    /// A frame was freed that was not in use.
+    FreedTwice,
+    /// A frame was given out that was in use.
+    GivenOutTwice,
     /// An entry that is not empty is in a line that its table is noted not to use: a walk would
     /// pass it by.
     EntryNotNoted,
@@ -71,10 +77,13 @@ impl ViolationKind {
             Self::AddressUsableAfterUnmap | Self::PageUsableAfterDiscard | Self::RightsUsableAfterProtect => {
                 "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all)."
             }
+            Self::OldPageUsableAfterMap => {
+                "The map lock is held until the flush has returned: what comes next at the same addresses finds that every CPU has forgotten what was there."
+            }
             Self::TwoPageSizes => {
                 "Before a page is mapped in another size, every CPU must have forgotten the old one: a split flushes first."
             }
-            Self::FreePageMapped | Self::CountsDisagree => {
+            Self::FreePageMapped | Self::CountsDisagree | Self::FreedTwice | Self::GivenOutTwice => {
                 "Rule G5: what is queued is released once, and what is mapped is not free."
             }
             Self::TableFreedInUse => {
@@ -125,6 +134,11 @@ impl fmt::Display for ViolationKind {
             Self::PageUsableAfterDiscard => {
                 "what was cached before a call that discards can still be used although it has returned"
             }
+            Self::OldPageUsableAfterMap => {
+                "what was mapped at an address before can still be used although a new area is mapped there"
+            }
+            Self::FreedTwice => "a frame was freed that was not in use",
+            Self::GivenOutTwice => "a frame was given out that was in use",
             Self::RightsUsableAfterProtect => {
                 "rights can still be used although the call that takes them away has returned"
             }

@@ -111,20 +111,23 @@ impl Ledger {
         self.holders.any(frame, frames_of(frame, role).len())
     }
 
-    /// The frame is in use from now on.
-    pub(crate) fn allocated(&self, frame: PhysFrame, role: FrameRole) {
+    /// The frame is in use from now on. Whether it was in use before.
+    #[must_use]
+    pub(crate) fn allocated(&self, frame: PhysFrame, role: FrameRole) -> bool {
+        let mut was_in_use = false;
         let used = if role == FrameRole::Table { TABLE } else { PAGE };
         for number in frames_of(frame, role) {
             if let Some(freed) = self.freed_at.get(number) {
                 freed.store(0, Ordering::Relaxed);
             }
             if let Some(in_use) = self.in_use.get(number) {
-                in_use.store(used, Ordering::Relaxed);
+                was_in_use |= in_use.swap(used, Ordering::Relaxed) != FREE;
             }
             if let Some(written) = self.written.get(number) {
                 written.store(false, Ordering::Relaxed);
             }
         }
+        was_in_use
     }
 
     /// The frame is free from now on, since `step`. Whether any cache may still name it.

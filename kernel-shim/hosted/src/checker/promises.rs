@@ -39,6 +39,9 @@ pub(crate) enum Promised {
     /// Also where the call found empty entries, because another call was faster and has not flushed
     /// yet: rule G6, and the deferred flushes of reclaim.
     Discarded(Moment),
+    /// A new area is there, and no program can use what was cached before this moment, when nothing
+    /// was.
+    New(Moment),
     /// No program can do more than this there.
     AtMost(Rights),
 }
@@ -48,6 +51,7 @@ impl Promise {
         match self.what {
             Promised::Gone => ViolationKind::AddressUsableAfterUnmap,
             Promised::Discarded(_) => ViolationKind::PageUsableAfterDiscard,
+            Promised::New(_) => ViolationKind::OldPageUsableAfterMap,
             Promised::AtMost(_) => ViolationKind::RightsUsableAfterProtect,
         }
     }
@@ -61,7 +65,7 @@ impl Promise {
             && match self.what {
                 Promised::Gone => true,
                 Promised::AtMost(Rights::Nothing) => entry.rights.user(),
-                Promised::Discarded(since) => entry.at < since,
+                Promised::Discarded(since) | Promised::New(since) => entry.at < since,
                 Promised::AtMost(Rights::Read) => entry.rights.user() && entry.rights.writable(),
                 Promised::AtMost(Rights::Write) => false,
             }
@@ -69,6 +73,13 @@ impl Promise {
 }
 
 impl HostedMachine {
+    /// A call that began at `since` has mapped a new area.
+    pub(crate) fn promise_new(&self, root: PhysFrame, range: VirtRange, since: Moment, caller: Laziness) {
+        if let Some(checked) = &self.checked {
+            self.check_promise(checked, Promise { root, range, caller, what: Promised::New(since) });
+        }
+    }
+
     /// A call is about to return: looks for a CPU on which a program can still do what it must not.
     pub(crate) fn check_promise(&self, checked: &Checked, promise: Promise) {
         for cpu in &self.cpus {

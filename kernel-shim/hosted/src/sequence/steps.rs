@@ -26,7 +26,7 @@ impl<K: Kernel> World<K> {
     pub(crate) fn take(&self, cpu: CpuId, op: Op) {
         let kernel = &*self.kernel;
         let result = match op {
-            Op::Map(mm, range, backing, rights) => self.map(mm, range, backing, rights),
+            Op::Map(mm, range, backing, rights) => self.map(cpu, (mm, range), backing, rights),
             Op::Unmap(mm, range) => self.promising(
                 (cpu, mm, range, Effect::Changes),
                 |mm| kernel.unmap(mm, range),
@@ -147,14 +147,25 @@ impl<K: Kernel> World<K> {
         if program.process.is_some() && !program.is_lazy { Laziness::Active } else { Laziness::Lazy }
     }
 
-    fn map(&self, mm: MmId, range: VirtRange, backing: Backing, rights: Rights) -> Result<(), NotDone> {
+    fn map(
+        &self,
+        cpu: CpuId,
+        (mm, range): (MmId, VirtRange),
+        backing: Backing,
+        rights: Rights,
+    ) -> Result<(), NotDone> {
         let kernel = &*self.kernel;
+        let since = self.machine.moment();
         self.using(mm, |process| {
             if backing == Backing::Stack {
                 process.has_stack.store(true, Ordering::Relaxed);
             }
             let map = || {
                 kernel.map(&process.mm, range, backing, rights)?;
+                if K::PROMISES == Promises::ByTheRunner {
+                    let root = kernel.root(&process.mm);
+                    self.machine.promise_new(root, range, since, self.laziness_of(cpu));
+                }
                 if matches!(backing, Backing::Huge | Backing::Clean)
                     && let Some(blocks) = whole_blocks(range)
                 {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::boundary::Boundaries;
 use crate::checker::events::Event;
+use crate::checker::violation::Found;
 use crate::kernel::Kernel;
 use crate::machine::HostedMachine;
 use crate::options::Telling;
@@ -32,6 +33,8 @@ pub struct Run {
     pub reached: Boundaries,
     /// How often what was wrong on purpose has happened.
     pub faults: u64,
+    /// The violations found, also by a run that then gave up.
+    pub found: Found,
     /// All that happened, oldest first; empty unless the trial was to remember all.
     pub events: Vec<Event>,
 }
@@ -83,7 +86,12 @@ pub fn judge<K: Kernel>(
         Err(panic) => {
             let words = panic.downcast_ref::<String>().map(String::as_str);
             let words = words.or_else(|| panic.downcast_ref::<&str>().copied());
-            Verdict::Panicked(words.unwrap_or("no words").to_owned())
+            let mut words = words.unwrap_or("no words").to_owned();
+            for missing in machine.missing_answers() {
+                words.push('\n');
+                words.push_str(&missing);
+            }
+            Verdict::Panicked(words)
         }
     };
     let events = if trial.telling == Telling::All { machine.events() } else { Vec::new() };
@@ -91,5 +99,5 @@ pub fn judge<K: Kernel>(
         Some(world) => (world.reached(), world.faults()),
         None => (machine.reached(), machine.nr_faults()),
     };
-    Ok(Run { verdict, reached, faults, events })
+    Ok(Run { verdict, reached, faults, found: machine.violations(), events })
 }

@@ -248,7 +248,11 @@ impl<K: Kernel> World<K> {
     }
 
     /// All CPUs leave, all processes exit, and what is left was lost.
-    pub(crate) fn end(&self) -> Outcome {
+    pub(crate) fn end(self: &Arc<Self>) -> Outcome {
+        schedule::run_alone(&**self, Self::end_alone)
+    }
+
+    fn end_alone(&self) -> Outcome {
         let (machine, kernel) = (&self.machine, &self.kernel);
         let _have_no_such_call =
             (kernel.set_batch_supply(Supply::Always), kernel.set_table_supply(Supply::Always));
