@@ -394,6 +394,10 @@ unsafe impl Machine for HostedMachine {
         assert!(self.options.fault != MachineFault::Absent, "{early}");
     }
 
+    fn cr3(&self) -> Option<PhysFrame> {
+        lock(&self.cpu().caches).as_ref().map(|caches| caches.mmu.cr3().0)
+    }
+
     fn invlpg(&self, address: u64) {
         self.seam(Seam::Lock);
         if self.skips_flushes() {
