@@ -71,6 +71,11 @@ pub unsafe trait Machine: Sync {
         panic!("{early}");
     }
 
+    /// As [`Cpus::cr3`](mmu_gather::tlb::Cpus::cr3), for a machine whose CR3 is not the host's.
+    fn cr3(&self) -> Option<PhysFrame> {
+        None
+    }
+
     /// INVLPG on this CPU.
     fn invlpg(&self, address: u64);
 
@@ -329,6 +334,10 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
 
     fn answered_early(&self, early: &EarlyAnswer) {
         (**self).answered_early(early);
+    }
+
+    fn cr3(&self) -> Option<PhysFrame> {
+        (**self).cr3()
     }
 
     fn invlpg(&self, address: u64) {

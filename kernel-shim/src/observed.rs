@@ -144,6 +144,10 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
         unsafe { self.embedder.load_cr3(root, pcid, cached) };
     }
 
+    fn cr3(&self) -> Option<PhysFrame> {
+        self.machine.cr3().or_else(|| self.embedder.cr3())
+    }
+
     fn answered_early(&self, early: &EarlyAnswer) {
         self.machine.answered_early(early);
     }

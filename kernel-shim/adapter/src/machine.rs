@@ -105,6 +105,10 @@ unsafe impl Machine for Hosted {
         self.0.answered_early(early);
     }
 
+    fn cr3(&self) -> Option<PhysFrame> {
+        self.0.cr3()
+    }
+
     fn invlpg(&self, address: u64) {
         self.0.invlpg(address);
     }

@@ -6,7 +6,7 @@
 //! | `frame_to_pointer` | the same name |
 //! | `allocate_table`, `free_tables` | `allocated`, `freed` |
 //! | `table_lock`, if other CPUs are to run there | `about_to_lock` |
-//! | `pinned`, `without_interrupts`, `invlpg`, `load_cr3` | the same names |
+//! | `pinned`, `without_interrupts`, `invlpg`, `load_cr3`, `cr3` | the same names |
 //! | `send_flush_interrupt`, `wait_for_answers`, `answered` | the same names |
 //! | `online_cpus`, `pcid_support`, `invalidate_secondary` | the same names |
 //! | `unmap_page` | `note` with [`Note::Cleared`], then `seam` |
@@ -149,6 +149,12 @@ impl HostedMachine {
     /// If no fault is planted.
     pub fn answered_early(&self, early: &EarlyAnswer) {
         assert!(self.options.fault != MachineFault::Absent, "{early}");
+    }
+
+    /// The frame in CR3 on this CPU, if its MMU is modelled.
+    #[must_use]
+    pub fn cr3(&self) -> Option<PhysFrame> {
+        lock(&self.cpu().caches).as_ref().map(|caches| caches.mmu.cr3().0)
     }
 
     /// INVLPG on this CPU.

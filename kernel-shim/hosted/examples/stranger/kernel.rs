@@ -157,6 +157,10 @@ unsafe impl Cpus for Stranger {
         self.machine.pcid_support()
     }
 
+    fn cr3(&self) -> Option<PhysFrame> {
+        self.machine.cr3()
+    }
+
     fn invlpg(&self, address: u64) {
         self.machine.invlpg(address);
     }
