@@ -12,6 +12,7 @@ use crate::checker::violation::Found;
 use crate::kernel::Kernel;
 use crate::machine::HostedMachine;
 use crate::options::Telling;
+use crate::quiet::quietly;
 use crate::random::Choices;
 use crate::sequence::{Calls, Run, Sequence, Trial, Verdict, generate, judge, shrink};
 
@@ -93,7 +94,9 @@ pub fn fuzz<K: Kernel>(
         let run = judge(&sequence, options.trial, &make)?;
         report.add(&sequence, &run);
         if !run.verdict.is_clean() {
-            let (sequence, verdict) = shrink(&sequence, options.trial, run.verdict, &make)?;
+            // The panic, if it was one, has been printed, and is once more below.
+            let short = quietly(|| shrink(&sequence, options.trial, run.verdict, &make));
+            let (sequence, verdict) = short?;
             let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, &make)?;
             if let Some(path) = &options.reproducer {
                 failure.save(path.clone())?;

@@ -97,7 +97,7 @@ impl HostedMachine {
     pub fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
         let cpu = self.cpu();
         cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
-        let result = f();
+        let result = schedule::without_unwinding(f);
         cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
         self.take_interrupt();
         result

@@ -18,7 +18,7 @@
 //!  machine      CPUs and memory: what the kernel runs on
 //!      │        schedule: one coroutine a CPU, the next one chosen by the seed at every seam
 //!      │        device: walks page tables, too; hears of nothing but the secondary-TLB hook
-//!      │        boundary: corners that a run has been to          options, random, memory, mutex
+//!      │        boundary: corners that a run has been to          options, random, memory, mutex, quiet
 //!      v
 //!  mmu/         the software MMU of one CPU           vocabulary: what both sides speak of
 //! ```
@@ -42,6 +42,7 @@ pub mod mmu;
 mod mutex;
 mod options;
 mod program;
+mod quiet;
 mod random;
 mod schedule;
 mod sequence;

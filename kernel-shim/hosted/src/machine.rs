@@ -20,7 +20,7 @@ use crate::memory::Memory;
 use crate::mmu::Mmu;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
-use crate::schedule::Schedule;
+use crate::schedule::{self, Schedule};
 use crate::vocabulary::FrameRole;
 
 /// A machine of up to 64 CPUs.
@@ -318,7 +318,8 @@ impl HostedMachine {
             cpu.flushes_nothing.store(true, Ordering::Relaxed);
         }
         let handler = self.flush_handler.get();
-        handler.expect("a kernel that interrupts CPUs has a handler: `set_flush_handler`")();
+        let handler = handler.expect("a kernel that interrupts CPUs has a handler: `set_flush_handler`");
+        schedule::without_unwinding(handler);
         cpu.flushes_nothing.store(false, Ordering::Relaxed);
         cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
         if was_user {

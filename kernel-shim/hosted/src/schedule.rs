@@ -28,6 +28,8 @@ thread_local! {
     static TURNS: Cell<u64> = const { Cell::new(0) };
     /// Times of those that it gave way because a lock was taken.
     static TRIES: Cell<u64> = const { Cell::new(0) };
+    /// What a CPU panicked with that must not be unwound.
+    static GIVEN_UP: Cell<Option<Box<dyn Any + Send>>> = const { Cell::new(None) };
     /// How many of the turns the size of a step can explain. Set while a schedule runs that says
     /// when steps are done.
     static MOST_TURNS: Cell<u64> = const { Cell::new(u64::MAX) };
@@ -40,6 +42,22 @@ const MOST_WAITS: u64 = 20_000_000;
 pub(crate) fn wait() {
     WAITS.set(WAITS.get() + 1);
     give_way();
+}
+
+/// Runs `f`, in which a panic ends the run of the schedule, if there is one, and unwinds nothing
+/// above: the code there may be waiting for answers, and would then wait for them without end.
+pub(crate) fn without_unwinding<R>(f: impl FnOnce() -> R) -> R {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(result) => result,
+        Err(panic) if is_scheduled() => {
+            GIVEN_UP.set(Some(panic));
+            loop {
+                // The schedule looks, and does not come back.
+                give_way();
+            }
+        }
+        Err(panic) => resume_unwind(panic),
+    }
 }
 
 /// What went on for so long that it has no end, if anything did.
@@ -202,6 +220,10 @@ impl Schedule {
                 self.abandon();
                 resume_unwind(panic)
             });
+            if let Some(panic) = GIVEN_UP.take() {
+                self.abandon();
+                resume_unwind(panic)
+            }
             if let Some(words) = endless() {
                 self.abandon();
                 panic!("{words}");
@@ -248,6 +270,11 @@ pub(crate) fn run_alone<T: 'static, R: 'static>(shared: &T, work: impl FnOnce(&T
         WAY_OUT.set(way_out);
         let result = catch_unwind(AssertUnwindSafe(|| coroutine.resume(())));
         way_out = WAY_OUT.replace(ptr::null());
+        if let Some(panic) = GIVEN_UP.take() {
+            MOST_TURNS.set(u64::MAX);
+            core::mem::forget(coroutine);
+            resume_unwind(panic)
+        }
         let words = match result {
             Ok(CoroutineResult::Return(value)) => {
                 MOST_TURNS.set(u64::MAX);

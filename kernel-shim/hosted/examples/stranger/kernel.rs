@@ -49,6 +49,14 @@ pub(crate) enum Mistake {
     DirtyTables,
     /// The map lock is dropped before the flush.
     LockDroppedEarly,
+    /// The handler of the flush interrupt names another CPU than its own.
+    HandlerNamesAnother,
+    /// PCIDs are said to be on, and are off on some machines.
+    PcidsSaidOn,
+    /// A batch page begins a byte too late.
+    BatchPageNotAligned,
+    /// A fault maps its page with a table locked.
+    MapsUnderTableLock,
     /// munmap trips over an assertion of its own.
     UnmapPanics,
 }
@@ -154,7 +162,10 @@ unsafe impl Cpus for Stranger {
     }
 
     fn pcid_support(&self) -> PcidSupport {
-        self.machine.pcid_support()
+        match self.mistake {
+            Mistake::PcidsSaidOn => PcidSupport::On,
+            _ => self.machine.pcid_support(),
+        }
     }
 
     fn cr3(&self) -> Option<PhysFrame> {
@@ -195,7 +206,9 @@ impl Pages for Stranger {
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        let page = NonNull::new(self.machine.frame_to_pointer(self.take(FrameRole::Page)?))?;
+        let page = self.machine.frame_to_pointer(self.take(FrameRole::Page)?);
+        let late = usize::from(self.mistake == Mistake::BatchPageNotAligned);
+        let page = NonNull::new(page.wrapping_byte_add(late))?;
         // SAFETY: the frame was free: nobody else uses its 4096 bytes.
         Some(unsafe { BatchPage::new(page.cast()) })
     }
@@ -246,10 +259,14 @@ impl Stranger {
 
     /// The handler of the flush interrupt.
     pub(crate) fn handle_interrupt(&self) {
-        if self.mistake != Mistake::HandlerDoesNothing {
-            // SAFETY: interrupts are off in a handler.
-            unsafe { flush_interrupt(self, self.machine.current()) };
-        }
+        let here = self.machine.current();
+        let cpu = match self.mistake {
+            Mistake::HandlerDoesNothing => return,
+            Mistake::HandlerNamesAnother => CpuId::new((here.number() + 1) % self.machine.nr_cpus()),
+            _ => here,
+        };
+        // SAFETY: interrupts are off in a handler.
+        unsafe { flush_interrupt(self, cpu) };
     }
 
     pub(crate) fn new_space(&self) -> Option<Arc<Space>> {
@@ -302,10 +319,15 @@ impl Stranger {
         if area.end <= address || !area.flags.contains(needs) {
             return Err(Refused);
         }
+        // SAFETY: the lock keeps the area, and with it the tables.
+        let table = unsafe { space.engine.space().find_table(self, address, Level::Pte) };
+        let locked =
+            table.filter(|_| self.mistake == Mistake::MapsUnderTableLock).map(|table| table.lock(self));
         let page = self.take(FrameRole::Page).ok_or(Refused)?;
         let entry = EntryValue::leaf(Level::Pte, page.start_address(), area.flags);
         // SAFETY: the lock keeps the area, and with it the tables; the page is new.
         let mapped = unsafe { space.engine.space().map(self, address & !0xfff, Level::Pte, entry) };
+        drop(locked);
         if mapped.is_err() {
             self.give(page, FrameRole::Page);
         }

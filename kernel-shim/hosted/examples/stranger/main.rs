@@ -20,6 +20,10 @@ fn main() {
         Mistake::FreedTwice,
         Mistake::DirtyTables,
         Mistake::LockDroppedEarly,
+        Mistake::HandlerNamesAnother,
+        Mistake::PcidsSaidOn,
+        Mistake::BatchPageNotAligned,
+        Mistake::MapsUnderTableLock,
         Mistake::UnmapPanics,
     ] {
         let report = fuzz(&options, |machine| Ok(Stranger::with(machine, mistake))).expect("memory");
