@@ -96,14 +96,14 @@
 #![no_std]
 #![deny(unsafe_code)]
 
-#[cfg(feature = "bumpalo")]
-mod arena;
+mod adapters;
 mod cut_leaf;
 mod entries;
 mod flush_policy;
 mod flushed_gather;
 mod free_pgtables;
 mod gather;
+mod levels;
 mod limits;
 mod mm;
 mod move_tables;
@@ -129,13 +129,19 @@ pub use mmu_pagetable as pagetable;
 pub use mmu_tlb as tlb;
 
 #[cfg(feature = "bumpalo")]
-pub use arena::BatchArena;
+pub use adapters::arena::BatchArena;
+pub use adapters::free_with::FreeWith;
 pub use cut_leaf::CutLeaf;
 pub use flushed_gather::FlushedGather;
 pub use gather::MmuGather;
+pub use levels::context::{OwnContext, TlbContext};
+pub use levels::flush_tlb::FlushTlb;
+pub use levels::page_gather::PageGather;
 pub use limits::{GatherMode, Limits};
-pub use mm::Mm;
+pub use mm::{Mm, MmOf};
 pub use platform::{BatchPage, Disposition, Fate, GatherEvent, Pages, Platform, UnmappedLeaf, Vma, VmaKind};
 pub use queue::freed_pages::{FreedFrames, FreedPages, PageRun};
+pub use queue::release::Release;
+pub use queue::spare::Room;
 pub use split::SplitError;
 pub use teardown::{exit_mmap, shift_arg_pages, unmap_region, zap_page_range};

@@ -2,13 +2,12 @@
 #![expect(unsafe_code, reason = "the map lock is taken on trust")]
 
 use mmu_pagetable::{Bounds, MapError, VirtRange};
-use mmu_tlb::{Laziness, flush_tlb_mm, switch_mm};
 
 use crate::cut_leaf::CutLeaf;
 use crate::flushed_gather::FlushedGather;
 use crate::gather::MmuGather;
 use crate::limits::Limits;
-use crate::mm::Mm;
+use crate::mm::MmOf;
 use crate::one_page::OnePage;
 use crate::platform::{Platform, Vma};
 
@@ -58,7 +57,7 @@ use crate::platform::{Platform, Vma};
 /// ```
 pub unsafe fn unmap_region<'k, K, I>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vmas: I,
     bounds: Bounds,
@@ -127,7 +126,7 @@ where
 #[doc(alias = "zap_page_range_single")]
 pub unsafe fn zap_page_range<'k, K: Platform>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vma: &Vma<K::Area>,
     range: VirtRange,
@@ -185,7 +184,7 @@ pub unsafe fn zap_page_range<'k, K: Platform>(
 /// ```
 pub unsafe fn exit_mmap<'k, K, I>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vmas: I,
     unlink: impl FnOnce(),
@@ -194,7 +193,7 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
-    leave_here(kernel, mm);
+    kernel.leave_here(mm.context());
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
     let cut = gather.unmap_vmas(vmas.clone(), mm.space().user_range());
@@ -204,30 +203,8 @@ where
     // SAFETY: passed on to our caller; all leaves are gone, and nobody else is there.
     unsafe { gather.free_pgtables(vmas, Bounds::whole()) };
     let flushed = gather.flush();
-    if mm.context().may_be_loaded_somewhere(kernel) {
-        // Nothing was mapped, so nothing was flushed, and a CPU still has the address space loaded
-        // lazily: a flush makes it leave. A CPU that is switching may still have the root in CR3,
-        // too.
-        let _left = flush_tlb_mm(kernel, mm.context());
-        assert!(
-            !mm.context().is_loaded_somewhere(kernel),
-            "G1: context {} is torn down while a CPU runs programs in it",
-            mm.context().ctx_id().get()
-        );
-    }
+    kernel.leave_everywhere(mm.context());
     flushed
-}
-
-/// Switches this CPU to the kernel's own address space, if it has `mm` loaded and is not lazy. (A
-/// lazy CPU leaves when it flushes.)
-fn leave_here<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
-    kernel.pinned(|here| {
-        let state = kernel.cpu_state(here);
-        if state.has_loaded(mm.context()) && state.laziness() == Laziness::Active {
-            // SAFETY: pinned to `here`, interrupts off.
-            kernel.without_interrupts(|| unsafe { switch_mm(kernel, here, None) });
-        }
-    });
 }
 
 /// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the
@@ -249,7 +226,7 @@ fn leave_here<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
 #[doc(alias = "relocate_vma_down")]
 pub unsafe fn shift_arg_pages<'k, K: Platform>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     old: VirtRange,
     shift: u64,
