@@ -97,6 +97,7 @@
 #![deny(unsafe_code)]
 
 mod adapters;
+mod change_protection;
 mod cut_leaf;
 mod entries;
 mod flush_policy;
