@@ -27,11 +27,11 @@ unsafe impl FlushTlb for Kernel {
 }
 
 impl Release for Kernel {
-    fn free_pages(&self, pages: FreedPages<'_>) {
+    fn release_pages(&self, pages: FreedPages<'_>) {
         self.freed_pages.set(self.freed_pages.get() + pages.iter().count());
     }
 
-    unsafe fn free_tables(&self, _: &[PhysFrame]) {
+    unsafe fn release_tables(&self, _: &[PhysFrame]) {
         unreachable!("this kernel keeps its tables, and queues none");
     }
 }

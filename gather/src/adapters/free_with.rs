@@ -83,7 +83,7 @@ unsafe impl<K: Platform, F> TableMemory for FreeWith<'_, K, F> {
     #[inline]
     unsafe fn free_tables(&self, tables: &[PhysFrame]) {
         // SAFETY: passed on to our caller.
-        unsafe { TableMemory::free_tables(self.kernel, tables) };
+        unsafe { self.kernel.free_tables(tables) };
     }
 }
 

@@ -155,7 +155,7 @@ impl<'k, 'c, K: Release + FlushTlb> PageGather<'k, 'c, K> {
                 self.flush_tlb_only();
                 // SAFETY: unhooked (our caller's promise), noted in `range` above, and flushed for
                 // just now.
-                unsafe { self.kernel.free_tables(&[alone]) };
+                unsafe { self.kernel.release_tables(&[alone]) };
                 self.flush_mmu();
             }
         }

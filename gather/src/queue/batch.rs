@@ -300,7 +300,7 @@ fn free_slots<K: Release>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs
     if runs == Runs::Queued || slots.len() > usize::from(free_chunk) {
         free_in_chunks(kernel, free_chunk, slots, runs);
     } else if !slots.is_empty() {
-        kernel.free_pages(FreedPages::new(slots, Which::All, runs));
+        kernel.release_pages(FreedPages::new(slots, Which::All, runs));
         kernel.cond_resched();
     }
     slots.len() as u64
@@ -315,7 +315,7 @@ fn free_in_chunks<K: Release>(kernel: &K, free_chunk: u16, slots: &[BatchWord], 
             Runs::Queued => chunk_with_runs(rest, u64::from(free_chunk)),
         };
         let (now, later) = rest.split_at(chunk);
-        kernel.free_pages(FreedPages::new(now, Which::All, runs));
+        kernel.release_pages(FreedPages::new(now, Which::All, runs));
         kernel.cond_resched();
         rest = later;
     }

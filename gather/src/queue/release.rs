@@ -14,13 +14,13 @@ use crate::queue::freed_pages::FreedPages;
 /// unmaps in a [`PageGather`](crate::PageGather).
 pub trait Release {
     /// As [`Pages::free_pages`].
-    fn free_pages(&self, pages: FreedPages<'_>);
+    fn release_pages(&self, pages: FreedPages<'_>);
 
     /// As [`TableMemory::free_tables`].
     ///
     /// # Safety
     /// Each of `tables` was unhooked, every CPU has flushed since, and it is given back once.
-    unsafe fn free_tables(&self, tables: &[PhysFrame]);
+    unsafe fn release_tables(&self, tables: &[PhysFrame]);
 
     /// As [`Pages::allocate_batch`].
     #[inline]
@@ -45,12 +45,12 @@ pub trait Release {
 
 impl<K: TableMemory + Pages> Release for K {
     #[inline(always)]
-    fn free_pages(&self, pages: FreedPages<'_>) {
+    fn release_pages(&self, pages: FreedPages<'_>) {
         Pages::free_pages(self, pages);
     }
 
     #[inline(always)]
-    unsafe fn free_tables(&self, tables: &[PhysFrame]) {
+    unsafe fn release_tables(&self, tables: &[PhysFrame]) {
         // SAFETY: passed on to our caller.
         unsafe { TableMemory::free_tables(self, tables) };
     }

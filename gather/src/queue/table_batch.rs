@@ -76,7 +76,7 @@ impl TableQueue {
         }
         // SAFETY: passed on to our caller; each was queued once, because an `UnhookedTable` cannot
         // be copied.
-        unsafe { kernel.free_tables(batch) };
+        unsafe { kernel.release_tables(batch) };
         let tables = batch.len() as u64;
         batch.clear();
         kernel.cond_resched();
