@@ -130,6 +130,9 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         while let Decoded::Leaf(_) = old.decode(level) {
             let wanted = rights(address, level, old).intersection(RIGHTS);
             let new = EntryValue::from_bits(old.bits() & !RIGHTS.bits() | wanted.bits());
+            if new == old {
+                return;
+            }
             // SAFETY: the same page, with rights that our caller answers for; what it loses is noted
             // before the lock drops.
             match unsafe { entry.compare_exchange(old, new) } {
