@@ -25,13 +25,87 @@
 //! [`Cpus`](tlb::Cpus) (who may hold a translation) and [`Pages`] (what happens to the pages).
 //! Nothing else is reached: no heap, no global, no `dyn`.
 //!
+//! # Levels
+//!
+//! A kernel takes as much as it wants. Each level has an example that the tests run.
+//!
+//! | level | the kernel keeps | it implements | it gets | example |
+//! |---|---|---|---|---|
+//! | (a) the gather alone | its walk, its flush | [`FlushTlb`], [`Release`] | [`PageGather`]: pages and tables wait for one flush of all | `level_a.rs` |
+//! | (b) own flush | its flush | [`TableMemory`], [`FlushTlb`], [`Pages`] | the drivers, and [`MmuGather`], over [`MmOf`]`<`[`OwnContext`]`<..>>` | `level_b.rs` |
+//! | (c) all of it | its areas, its pages | [`TableMemory`], [`Cpus`], [`Pages`] | the drivers over [`Mm`], and who must be told, PCIDs, lazy CPUs | `small_kernel` |
+//!
+//! Which level it is, the types say: any [`Cpus`] has [`FlushTlb`] by that, and no type implements
+//! both by hand. A kernel of level (c) calls [`switch_mm`](tlb::switch_mm) wherever it loads CR3:
+//! who never calls it has no CPU told. A kernel that does not want that takes level (b), and makes
+//! an [`MmOf::with_own_flush`].
+//!
+//! What is provided by default is correct, and slow: without
+//! [`allocate_batch`](Pages::allocate_batch) a gather flushes every seven pages, and every table
+//! alone.
+//!
+//! [`TableMemory`]: pagetable::TableMemory
+//! [`Cpus`]: tlb::Cpus
+//!
+//! # Pages that are not freed, but handed back
+//!
+//! Frames of a layer that returns them to its caller go through [`FreeWith`], which is the kernel
+//! with another place for its pages. Frames that are counted objects need nothing: an entry holds
+//! one reference, [`unmap_page`](Pages::unmap_page) answers [`Free`](Disposition::Free), and
+//! [`free_pages`](Pages::free_pages) drops the reference that it finds by the number of the frame
+//! (`Arc::from_raw`, if that is its address; else by a table of frames).
+//!
+//! # Interrupts, and locks that keep them off
+//!
+//! Levels (a) and (b) ask nothing of interrupts: the kernel's own flush does. In level (c) a flush
+//! waits for other CPUs, which answer in the handler of the flush interrupt. A CPU that has
+//! interrupts off answers all the same if it calls [`flush_interrupt`](tlb::flush_interrupt) while
+//! it spins; the engine does while it waits. So an address-space lock that keeps interrupts off
+//! works, whether it is held or waited for, as long as whoever waits for it answers:
+//!
+//! - a lock of the `spin` crate, the table locks among them, says what a waiting CPU does in
+//!   `RelaxStrategy::relax`, which has no `self`: it finds the kernel in a static, and its own
+//!   number where `pinned` finds it;
+//! - a lock of the kernel's own may keep a reference to the kernel.
+//!
+//! ```
+//! # use core::sync::atomic::AtomicU64;
+//! # use mmu_gather::tlb::{CpuId, CpuTlb, Cpus, flush_interrupt};
+//! # use x86_64::structures::paging::PhysFrame;
+//! # struct Kernel;
+//! # // SAFETY: nothing of it is ever run.
+//! # unsafe impl Cpus for Kernel {
+//! #     type Bits = [AtomicU64; 1];
+//! #     fn pinned<R>(&self, _: impl FnOnce(CpuId) -> R) -> R { unimplemented!() }
+//! #     fn cpu_state(&self, _: CpuId) -> &CpuTlb<Self::Bits> { unimplemented!() }
+//! #     fn init_root(&self) -> PhysFrame { unimplemented!() }
+//! # }
+//! # static KERNEL: std::sync::OnceLock<Kernel> = std::sync::OnceLock::new();
+//! struct Answer;
+//!
+//! impl spin::RelaxStrategy for Answer {
+//!     fn relax() {
+//!         if let Some(kernel) = KERNEL.get() {
+//!             // SAFETY: pinned, interrupts off.
+//!             kernel.pinned(|here| kernel.without_interrupts(|| unsafe { flush_interrupt(kernel, here) }));
+//!         }
+//!         core::hint::spin_loop();
+//!     }
+//! }
+//! ```
+//!
+//! A kernel that overrides [`flush_others`](tlb::Cpus::flush_others) knows itself whether its calls
+//! to other CPUs need interrupts on. No flush is made with a lock held that the handler of an
+//! interrupt takes.
+//!
 //! # Example
 //!
 //! Two CPUs run a program; then part of it is unmapped, and then the rest.
-//! `gather/examples/small_kernel/machine.rs` has the three traits, in 100 lines.
+//! `gather/examples/small_kernel/machine.rs` has `Kernel` and its three traits, in 100 lines.
 //!
 //! ```
-#![doc = include_str!("../examples/small_kernel/main.rs")]
+//! # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+#![doc = include_str!("../examples/small_kernel/calls.rs")]
 //! ```
 //!
 //! # What safe code can and cannot do

@@ -22,6 +22,10 @@ use crate::platform::{Platform, Vma};
 /// Call [`split_leaf`](MmuGather::split_leaf) for both ends of the range before the areas are
 /// detached; then nothing can fail here.
 ///
+/// `vmas` can be cloned because they are gone through twice, for the pages and then for the tables:
+/// no table goes before every page of its neighbours has gone. (An iterator over a slice, or over a
+/// tree of areas, clones for a few instructions.)
+///
 /// # Errors
 /// [`CutLeaf`] if that was forgotten and an area ends in the middle of a large leaf. The leaf is
 /// still mapped, and no table was freed. Everything else was unmapped and flushed, and was freed
@@ -150,7 +154,11 @@ pub unsafe fn zap_page_range<'k, K: Platform>(
 ///
 /// If the CPU that runs this has the address space loaded, lazily or not, it switches to the
 /// kernel's own. When this returns no CPU has it loaded, lazy ones included: the root table is the
-/// caller's to free, after what comes back was freed.
+/// caller's to free, after what comes back was freed. (A kernel with a flush of its own sees to
+/// both itself: [`FlushTlb::leave_here`](crate::FlushTlb::leave_here) and
+/// [`leave_everywhere`](crate::FlushTlb::leave_everywhere).)
+///
+/// `vmas` can be cloned because they are gone through twice, as in [`unmap_region`].
 ///
 /// # Panics
 /// If another CPU has the address space loaded all the same, and is not lazy: the root would be
@@ -193,7 +201,8 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
-    kernel.leave_here(mm.context());
+    // SAFETY: passed on to our caller.
+    unsafe { kernel.leave_here(mm.context()) };
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
     let cut = gather.unmap_vmas(vmas.clone(), mm.space().user_range());
@@ -203,7 +212,8 @@ where
     // SAFETY: passed on to our caller; all leaves are gone, and nobody else is there.
     unsafe { gather.free_pgtables(vmas, Bounds::whole()) };
     let flushed = gather.flush();
-    kernel.leave_everywhere(mm.context());
+    // SAFETY: passed on to our caller.
+    unsafe { kernel.leave_everywhere(mm.context()) };
     flushed
 }
 

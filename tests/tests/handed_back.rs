@@ -92,11 +92,11 @@ unsafe impl FlushTlb for Kernel {
         self.tlb.borrow_mut().clear();
     }
 
-    fn leave_here(&self, _: &Self::Context) {
+    unsafe fn leave_here(&self, _: &Self::Context) {
         self.did.borrow_mut().push(Did::LeftHere);
     }
 
-    fn leave_everywhere(&self, _: &Self::Context) {
+    unsafe fn leave_everywhere(&self, _: &Self::Context) {
         self.did.borrow_mut().push(Did::LeftEverywhere);
     }
 }

@@ -97,13 +97,15 @@ unsafe impl<K: Platform, F> FlushTlb for FreeWith<'_, K, F> {
     }
 
     #[inline]
-    fn leave_here(&self, context: &Self::Context) {
-        self.kernel.leave_here(context);
+    unsafe fn leave_here(&self, context: &Self::Context) {
+        // SAFETY: passed on to our caller.
+        unsafe { self.kernel.leave_here(context) };
     }
 
     #[inline]
-    fn leave_everywhere(&self, context: &Self::Context) {
-        self.kernel.leave_everywhere(context);
+    unsafe fn leave_everywhere(&self, context: &Self::Context) {
+        // SAFETY: passed on to our caller.
+        unsafe { self.kernel.leave_everywhere(context) };
     }
 }
 

@@ -54,8 +54,11 @@ pub unsafe trait FlushTlb {
     ///
     /// Called first by [`exit_mmap`](crate::exit_mmap). Unless overridden it does nothing, and a
     /// kernel with a flush of its own has left before it exits.
+    ///
+    /// # Safety
+    /// No program of the address space runs any more, nor comes back.
     #[inline]
-    fn leave_here(&self, _context: &Self::Context) {}
+    unsafe fn leave_here(&self, _context: &Self::Context) {}
 
     /// The address space ends, and its last flush has completed: when this returns, no CPU has its
     /// root loaded.
@@ -65,8 +68,11 @@ pub unsafe trait FlushTlb {
     ///
     /// # Panics
     /// If another CPU runs programs in it.
+    ///
+    /// # Safety
+    /// As for [`leave_here`](Self::leave_here).
     #[inline]
-    fn leave_everywhere(&self, _context: &Self::Context) {}
+    unsafe fn leave_everywhere(&self, _context: &Self::Context) {}
 }
 
 // SAFETY: the flush functions of `mmu-tlb` hand out a receipt when what is asked above is so; they
@@ -84,7 +90,7 @@ unsafe impl<C: Cpus> FlushTlb for C {
     }
 
     /// A lazy CPU leaves when it flushes.
-    fn leave_here(&self, context: &Self::Context) {
+    unsafe fn leave_here(&self, context: &Self::Context) {
         self.pinned(|here| {
             let state = self.cpu_state(here);
             if state.has_loaded(context) && state.laziness() == Laziness::Active {
@@ -94,7 +100,7 @@ unsafe impl<C: Cpus> FlushTlb for C {
         });
     }
 
-    fn leave_everywhere(&self, context: &Self::Context) {
+    unsafe fn leave_everywhere(&self, context: &Self::Context) {
         if context.may_be_loaded_somewhere(self) {
             // Nothing was mapped, so nothing was flushed, and a CPU still has the address space
             // loaded lazily: a flush makes it leave. A CPU that is switching may still have the
