@@ -1,6 +1,6 @@
 #![doc = "The gather alone: a kernel that walks, clears and flushes by itself, as it did before."]
 // Its address space is a single table behind one lock; its TLB is a set of pages.
-use std::cell::{Cell, RefCell};
+use core::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use mmu_gather::pagetable::{Level, VirtRange};

@@ -2,7 +2,7 @@
 // Its CPUs are flushed by a broadcast instruction that names address spaces by number. A frame is
 // memory of this process here, at the address that is its number, and all TLBs together are a set
 // of pages.
-use std::cell::{Cell, RefCell};
+use core::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use mmu_gather::pagetable::{
@@ -125,8 +125,10 @@ fn area(start: u64, end: u64) -> Vma<()> {
 pub(crate) fn main() {
     let kernel = Kernel::default();
     let root = kernel.allocate_table().expect("there is memory for tables");
-    // SAFETY: the root is an empty table that is this address space's alone, and 7 its number.
-    let mm = unsafe { MyMm::with_own_flush(AddressSpace::new(root, PagingMode::FourLevel), 7) };
+    // SAFETY: the root is an empty table that is this address space's alone.
+    let space = unsafe { AddressSpace::new(root, PagingMode::FourLevel) };
+    // SAFETY: the broadcast knows it by this number.
+    let mm = unsafe { MyMm::with_own_flush(space, 7) };
     let (code, data) = (area(0x1000, 0x3000), area(0x20_0000, 0x24_0000));
     for vma in [code, data] {
         kernel.map(&mm, vma.range);

@@ -3,8 +3,9 @@
 #![expect(unsafe_code, reason = "a small kernel: page tables, counts, a flush")]
 
 use core::cell::{Cell, RefCell};
+use core::panic::AssertUnwindSafe;
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 use std::sync::Arc;
 
 use mmu_gather::pagetable::{
@@ -118,8 +119,10 @@ impl Pages for Kernel {
 impl Kernel {
     fn new_mm(&self) -> MyMm {
         let root = self.allocate_table().expect("memory");
-        // SAFETY: an empty table of this address space alone, which is "shell" to the flush.
-        unsafe { MmOf::with_own_flush(AddressSpace::new(root, PagingMode::FourLevel), "shell") }
+        // SAFETY: an empty table of this address space alone.
+        let space = unsafe { AddressSpace::new(root, PagingMode::FourLevel) };
+        // SAFETY: the flush knows it by this name.
+        unsafe { MmOf::with_own_flush(space, "shell") }
     }
 
     /// Maps `page` at `address`: the entry takes the reference.
@@ -132,10 +135,9 @@ impl Kernel {
         self.tlb.borrow_mut().insert(frame);
     }
 
-    fn free_root(&self, mm: MyMm) {
+    fn free_root(&self, mm: &MyMm) {
         // SAFETY: nothing is mapped below it any more, and no CPU exists that has it loaded.
         unsafe { self.free_tables(&[mm.space().root()]) };
-        drop(mm);
     }
 }
 
@@ -171,7 +173,7 @@ fn pages_that_are_counted_objects_end_with_their_last_reference() {
     unsafe { unmap_region(&kernel, &mm, &Limits::DEFAULT, [vma], Bounds::whole(), || ()) }
         .expect("no large page is there")
         .free();
-    kernel.free_root(mm);
+    kernel.free_root(&mm);
 }
 
 #[test]
@@ -218,7 +220,7 @@ fn pages_are_handed_back_also_those_of_forced_flushes_and_of_a_gather_that_is_dr
     );
     // SAFETY: nobody runs programs there, and nothing is mapped.
     unsafe { exit_mmap(&kernel, &mm, &Limits::DEFAULT, [vma], || ()) }.free();
-    kernel.free_root(mm);
+    kernel.free_root(&mm);
 }
 
 #[test]
@@ -232,7 +234,7 @@ fn a_kernel_that_flushes_by_itself_is_asked_to_leave_first_and_last_when_a_space
     // No batch page can be had, so each table is flushed for and freed alone.
     let whole = Did::Flushed(None, FreedTables::Yes);
     assert_eq!(did, [Did::LeftHere, whole, Did::Freed(1), whole, whole, Did::LeftEverywhere]);
-    kernel.free_root(mm);
+    kernel.free_root(&mm);
 }
 
 #[test]
@@ -259,7 +261,7 @@ fn a_flush_that_is_owed_is_made_up_for_by_whoever_looks_next() {
     assert_eq!(kernel.did.borrow().len(), 1);
     // SAFETY: nobody runs programs there.
     unsafe { exit_mmap(&kernel, &mm, &Limits::DEFAULT, [area(0x1000, 1)], || ()) }.free();
-    kernel.free_root(mm);
+    kernel.free_root(&mm);
 }
 
 /// Two gathers at once: the one that ends first covers what the other has cleared (rule G6).
@@ -278,5 +280,5 @@ fn a_gather_flushes_all_of_the_space_while_another_is_open() {
     first.flush().free();
     // SAFETY: nobody runs programs there.
     unsafe { exit_mmap(&kernel, &mm, &Limits::DEFAULT, [area(0x1000, 1)], || ()) }.free();
-    kernel.free_root(mm);
+    kernel.free_root(&mm);
 }

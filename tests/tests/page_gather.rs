@@ -3,9 +3,10 @@
 #![expect(unsafe_code, reason = "the flush, and what is queued, are taken on trust")]
 
 use core::cell::{Cell, RefCell};
+use core::panic::AssertUnwindSafe;
 use core::ptr::NonNull;
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::{FreedTables, PageSpan};
