@@ -26,7 +26,8 @@ impl<K: Platform> MmuGather<'_, '_, K> {
     /// `rights` gets the first address that the leaf maps, its level, and its entry. Of what it
     /// answers `WRITABLE`, `USER_ACCESSIBLE` and `NO_EXECUTE` count; everything else of the entry
     /// stays. It is called again for a leaf in which hardware has set a bit meanwhile. A leaf that
-    /// only gains rights needs no flush: a CPU that has the old ones cached faults, and walks again.
+    /// only gains rights needs no flush: a CPU that has the old ones cached faults, and walks
+    /// again.
     ///
     /// # Context
     /// No table lock is held; preemption points inside. The lock of the leaf's table is held while
@@ -133,8 +134,8 @@ impl<K: Platform> MmuGather<'_, '_, K> {
             if new == old {
                 return;
             }
-            // SAFETY: the same page, with rights that our caller answers for; what it loses is noted
-            // before the lock drops.
+            // SAFETY: the same page, with rights that our caller answers for; what it loses is
+            // noted before the lock drops.
             match unsafe { entry.compare_exchange(old, new) } {
                 Ok(()) if loses_rights(old, new) => {
                     self.changed(VirtRange::of_entry(level, address), level);

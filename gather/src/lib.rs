@@ -29,11 +29,16 @@
 //!
 //! A kernel takes as much as it wants. Each level has an example that the tests run.
 //!
-//! | level | the kernel keeps | it implements | it gets | example |
-//! |---|---|---|---|---|
-//! | (a) the gather alone | its walk, its flush | [`FlushTlb`], [`Release`] | [`PageGather`]: pages and tables wait for one flush of all | `level_a.rs` |
-//! | (b) own flush | its flush | [`TableMemory`], [`FlushTlb`], [`Pages`] | the drivers, and [`MmuGather`], over [`MmOf`]`<`[`OwnContext`]`<..>>` | `level_b.rs` |
-//! | (c) all of it | its areas, its pages | [`TableMemory`], [`Cpus`], [`Pages`] | the drivers over [`Mm`], and who must be told, PCIDs, lazy CPUs | `small_kernel` |
+//! | level | the kernel implements | and gets | example |
+//! |---|---|---|---|
+//! | (a) the gather alone | [`FlushTlb`], [`Release`] | [`PageGather`] | `level_a.rs` |
+//! | (b) its own flush | [`TableMemory`], [`FlushTlb`], [`Pages`] | the drivers | `level_b.rs` |
+//! | (c) all of it | [`TableMemory`], [`Cpus`], [`Pages`] | the shootdown, too | `small_kernel` |
+//!
+//! At (a) the kernel walks and clears its tables itself, and queues what it unmaps. At (b) the
+//! engine does, over an [`MmOf`]`<`[`OwnContext`]`<..>>`, and calls the kernel to flush. At (c) it
+//! has an [`Mm`], and the engine knows which CPUs must be told, which are lazy, and what their
+//! PCIDs still hold.
 //!
 //! Which level it is, the types say: any [`Cpus`] has [`FlushTlb`] by that, and no type implements
 //! both by hand. A kernel of level (c) calls [`switch_mm`](tlb::switch_mm) wherever it loads CR3:
@@ -86,8 +91,10 @@
 //! impl spin::RelaxStrategy for Answer {
 //!     fn relax() {
 //!         if let Some(kernel) = KERNEL.get() {
-//!             // SAFETY: pinned, interrupts off.
-//!             kernel.pinned(|here| kernel.without_interrupts(|| unsafe { flush_interrupt(kernel, here) }));
+//!             kernel.pinned(|here| {
+//!                 // SAFETY: pinned to `here`, interrupts off.
+//!                 kernel.without_interrupts(|| unsafe { flush_interrupt(kernel, here) });
+//!             });
 //!         }
 //!         core::hint::spin_loop();
 //!     }

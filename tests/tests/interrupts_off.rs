@@ -1,5 +1,5 @@
-//! An address-space lock that keeps interrupts off: whoever spins for it answers, and no flush under
-//! it waits for ever.
+//! An address-space lock that keeps interrupts off: whoever spins for it answers, and no flush
+//! under it waits for ever.
 #![expect(unsafe_code, reason = "threads play CPUs")]
 
 use core::cell::Cell;
@@ -99,10 +99,9 @@ fn a_cpu_that_spins_for_the_map_lock_with_interrupts_off_answers_who_flushes_und
     thread::spawn(move || {
         HERE.set(CpuId::new(1));
         // SAFETY: this thread is CPU 1, and nothing interrupts it.
-        unsafe {
-            init_cpu(kernel, CpuId::new(1));
-            switch_mm(kernel, CpuId::new(1), Some(mm));
-        }
+        unsafe { init_cpu(kernel, CpuId::new(1)) };
+        // SAFETY: as above, and the context is never dropped.
+        unsafe { switch_mm(kernel, CpuId::new(1), Some(mm)) };
         runs.store(true, Ordering::Release);
         drop(map_lock.lock());
     });

@@ -15,9 +15,9 @@ use crate::queue::freed_pages::FreedPages;
 /// A kernel, but for the pages that one call unmaps: those go to a closure, and not to
 /// [`Pages::free_pages`].
 ///
-/// For kernels whose layers hand frames back to their caller. All pages of the gather go there, also
-/// those of flushes in the middle, when it is full, and those of a gather that is dropped. Tables
-/// and batch pages go to the kernel.
+/// For kernels whose layers hand frames back to their caller. All pages of the gather go there,
+/// also those of flushes in the middle, when it is full, and those of a gather that is dropped.
+/// Tables and batch pages go to the kernel.
 ///
 /// # Examples
 /// ```
@@ -30,7 +30,9 @@ use crate::queue::freed_pages::FreedPages;
 /// # let vma = area(0x1000, 0x5000);
 /// # kernel.map(&mm, vma.range);
 /// let handed_back = RefCell::new(Vec::new());
-/// let collector = FreeWith::new(&kernel, |pages: FreedPages<'_>| handed_back.borrow_mut().extend(pages.iter()));
+/// let collector = FreeWith::new(&kernel, |pages: FreedPages<'_>| {
+///     handed_back.borrow_mut().extend(pages.iter());
+/// });
 /// // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
 /// unsafe { zap_page_range(&collector, &mm, &Limits::DEFAULT, &vma, vma.range) }?.free();
 /// assert_eq!(handed_back.borrow().len(), 4);

@@ -93,8 +93,9 @@ impl<'k, 'c, K: Release + FlushTlb> PageGather<'k, 'c, K> {
     ///
     /// # Safety
     /// - The entry of a `level` table that mapped `frame` at `address`, in the address space of the
-    ///   gather's context, is empty. The caller has cleared it in one step (an exchange, if programs
-    ///   may run), and under a lock that it has held since;
+    ///   gather's context, is empty: the caller has cleared it. (In one step, an exchange, if
+    ///   programs may run and the kernel looks at dirty bits: one that is set between a load and a
+    ///   store is lost.)
     /// - nobody else queues or frees what the entry held: one reference on the page, which now
     ///   belongs to the gather.
     ///
@@ -112,8 +113,8 @@ impl<'k, 'c, K: Release + FlushTlb> PageGather<'k, 'c, K> {
     /// slots; otherwise as [`queue_page`](Self::queue_page).
     ///
     /// # Safety
-    /// As for [`queue_page`](Self::queue_page), for each of the frames and the last-level entries of
-    /// `cleared`.
+    /// As for [`queue_page`](Self::queue_page), for each of the frames and the last-level entries
+    /// of `cleared`.
     pub unsafe fn queue_pages(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange) -> Room {
         self.make_room();
         self.range.cleared(cleared, Level::Pte);
