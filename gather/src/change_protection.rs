@@ -8,9 +8,13 @@ use crate::cut_leaf::CutLeaf;
 use crate::gather::MmuGather;
 use crate::platform::Platform;
 
-/// The bits that say what programs may do with a page.
-const RIGHTS: PageTableFlags =
-    PageTableFlags::WRITABLE.union(PageTableFlags::USER_ACCESSIBLE).union(PageTableFlags::NO_EXECUTE);
+/// The bits that change: what programs may do with a page, and those that hardware ignores (11:9
+/// and 58:52 of a leaf, SDM vol. 3A tables 4-17 to 4-20).
+const CHANGED: u64 = {
+    let rights =
+        PageTableFlags::WRITABLE.union(PageTableFlags::USER_ACCESSIBLE).union(PageTableFlags::NO_EXECUTE);
+    rights.bits() | 0b111 << 9 | 0b111_1111 << 52
+};
 
 /// Whether a CPU that still has `old` cached could do something that `new` forbids.
 const fn loses_rights(old: EntryValue, new: EntryValue) -> bool {
@@ -23,11 +27,13 @@ impl<K: Platform> MmuGather<'_, '_, K> {
     /// Gives every leaf in `range` the rights that `rights` answers for it, and notes those that
     /// lost some: no CPU can use what was taken away when [`flush`](Self::flush) has returned.
     ///
-    /// `rights` gets the first address that the leaf maps, its level, and its entry. Of what it
-    /// answers `WRITABLE`, `USER_ACCESSIBLE` and `NO_EXECUTE` count; everything else of the entry
-    /// stays. It is called again for a leaf in which hardware has set a bit meanwhile. A leaf that
-    /// only gains rights needs no flush: a CPU that has the old ones cached faults, and walks
-    /// again.
+    /// `rights` gets the first address that the leaf maps, its level, and its entry. It answers the
+    /// flags that the entry is to have, of which `WRITABLE`, `USER_ACCESSIBLE`, `NO_EXECUTE` and
+    /// the bits that hardware ignores count; everything else of the entry stays. It is called again
+    /// for a leaf in which hardware has set a bit meanwhile.
+    ///
+    /// A leaf that only gains rights needs no flush: a CPU that has the old ones cached faults, and
+    /// walks again.
     ///
     /// # Context
     /// No table lock is held; preemption points inside. The lock of the leaf's table is held while
@@ -57,8 +63,9 @@ impl<K: Platform> MmuGather<'_, '_, K> {
     /// # kernel.map(&mm, vma.range);
     /// // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
     /// let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// let read_only = |_, _, old: EntryValue| old.flags() - PageTableFlags::WRITABLE;
     /// // SAFETY: reading is allowed everywhere in the area.
-    /// unsafe { gather.change_protection(vma.range, |_, _, _| PageTableFlags::USER_ACCESSIBLE) }?;
+    /// unsafe { gather.change_protection(vma.range, read_only) }?;
     /// // When this returns, no program can write.
     /// gather.flush().free();
     /// # Ok(())
@@ -129,8 +136,8 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         let entry = locked.entry(address);
         let mut old = entry.load();
         while let Decoded::Leaf(_) = old.decode(level) {
-            let wanted = rights(address, level, old).intersection(RIGHTS);
-            let new = EntryValue::from_bits(old.bits() & !RIGHTS.bits() | wanted.bits());
+            let wanted = rights(address, level, old).bits() & CHANGED;
+            let new = EntryValue::from_bits(old.bits() & !CHANGED | wanted);
             if new == old {
                 return;
             }

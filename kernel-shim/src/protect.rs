@@ -57,6 +57,6 @@ impl<M: Machine> Kernel<M> {
         if !(old.flags() & RIGHTS).difference(wanted).is_empty() {
             self.machine.note(Note::Restricted { address, level, frame });
         }
-        wanted | (old.flags() & PageTableFlags::NO_EXECUTE)
+        (old.flags() - RIGHTS) | wanted
     }
 }

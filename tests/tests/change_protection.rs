@@ -2,12 +2,11 @@
 //! a large page is not cut.
 #![expect(unsafe_code, reason = "the rights are the caller's affair")]
 
-use mmu_gather::pagetable::{Level, VirtRange};
-use mmu_gather::tlb::TlbEvent;
+use mmu_gather::pagetable::{EntryValue, Level, TableMemory as _, TableView, VirtRange};
+use mmu_gather::tlb::{TlbEvent, UnmapBatch};
 use mmu_gather::{CutLeaf, MmuGather};
-use mmu_tests::{
-    Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, area, range,
-};
+use mmu_tests::{Access, Backing, CPU, Event, Fault, GIB, GatherOnPaper, MIB, Options, PaperKernel, range};
+use x86_64::PhysAddr;
 use x86_64::structures::paging::PageTableFlags;
 
 const PAGE: u64 = 4096;
@@ -133,31 +132,64 @@ fn a_large_page_that_the_range_cuts_keeps_its_rights_and_all_others_change() {
 /// Reclaim has cleared an entry and not flushed: mprotect promises for that page, too.
 #[test]
 fn what_reclaim_has_cleared_and_not_flushed_is_made_up_for() {
+    let one_table = range(small().start(), small().start() + 8 * PAGE);
+    let large = range(GIB + 4 * MIB, GIB + 6 * MIB);
+    for (range, level) in [(one_table, Level::Pte), (large, Level::Pmd)] {
+        let kernel = busy_kernel();
+        let mm = kernel.mm(0);
+        let mut batch = UnmapBatch::new();
+        kernel.reclaim_at(&mut batch, mm, range.start(), level);
+        kernel.touch(CPU[1], range.start(), Access::Write).expect("cached, and not flushed yet");
+        let mut gather = kernel.gather(mm);
+        protect(&mut gather, range, READ).expect("no leaf is cut");
+        gather.flush().free();
+        assert_eq!(kernel.touch(CPU[1], range.start(), Access::Write), Err(Fault::NotPresent), "{level:?}");
+        batch.flush(&kernel);
+    }
+}
+
+#[test]
+fn bits_that_hardware_ignores_change_as_answered_and_nothing_else_does() {
     let kernel = busy_kernel();
     let mm = kernel.mm(0);
-    let mut batch = mmu_gather::tlb::UnmapBatch::new();
-    kernel.reclaim(&mut batch, mm, small().start());
-    kernel.touch(CPU[1], small().start(), Access::Write).expect("cached, and not flushed yet");
-    let mut gather = kernel.gather(mm);
-    protect(&mut gather, small(), READ).expect("no leaf is cut");
-    gather.flush().free();
-    assert_eq!(kernel.touch(CPU[1], small().start(), Access::Write), Err(Fault::NotPresent));
-    batch.flush(&kernel);
+    let before = kernel.lookup(mm, small().start()).value;
+    let (soft, high) = (PageTableFlags::BIT_9 | PageTableFlags::BIT_11, PageTableFlags::BIT_52);
+    for rights in [before.flags() | soft | high, before.flags(), PageTableFlags::all()] {
+        let mut gather = kernel.gather(mm);
+        protect(&mut gather, small(), rights).expect("no leaf is cut");
+        gather.flush().free();
+        let now = kernel.lookup(mm, small().start()).value;
+        assert_eq!(
+            now.flags() & (soft | high),
+            rights & (soft | high),
+            "{now:?} after {rights:?}, before {before:?}"
+        );
+        assert_eq!(now.leaf_address(Level::Pte), before.leaf_address(Level::Pte));
+        let others = PageTableFlags::GLOBAL | PageTableFlags::NO_CACHE | PageTableFlags::HUGE_PAGE;
+        let others = others | PageTableFlags::PRESENT | PageTableFlags::ACCESSED | PageTableFlags::DIRTY;
+        assert_eq!(now.flags() & others, before.flags() & others, "{rights:?}");
+    }
+    assert_eq!(nr_flushes(&kernel), 1, "for what may no longer be executed, at the end");
 }
 
 #[test]
 fn nothing_in_the_kernels_half_changes_and_no_range_is_too_large() {
     let kernel = busy_kernel();
     let mm = kernel.mm(0);
+    // A writable page of 1 GiB at the very top.
+    let top = kernel.allocate_table().expect("memory");
+    let leaf = EntryValue::leaf(Level::Pud, PhysAddr::new(0), PageTableFlags::WRITABLE);
+    // SAFETY: the table is new.
+    let upper = unsafe { TableView::new(&kernel, top, Level::Pud) };
+    // SAFETY: nobody uses the memory behind it.
+    unsafe { upper.lock(&kernel).entry(u64::MAX).store(leaf) };
+    // SAFETY: the address space lives to the end.
+    let root = unsafe { mm.space().root_table(&kernel) };
+    // SAFETY: no program uses the kernel's half.
+    unsafe { root.lock(&kernel).entry(u64::MAX).store(EntryValue::table(top)) };
     let mut gather = kernel.gather(mm);
     protect(&mut gather, range(0, 1 << 56), READ).expect("no leaf is cut");
     gather.flush().free();
     assert_eq!(kernel.touch(CPU[1], GIB + 4 * MIB, Access::Write), Err(Fault::ReadOnly));
-    kernel.unmap(
-        mm,
-        &mmu_gather::Limits::DEFAULT,
-        &[area(GIB, 2 * GIB, Backing::Anonymous)],
-        mmu_gather::pagetable::Bounds::whole(),
-    );
-    assert_eq!(kernel.ledger().nr_held(), 0);
+    assert_eq!(upper.load(u64::MAX), leaf);
 }
