@@ -141,7 +141,8 @@ fn what_reclaim_has_cleared_and_not_flushed_is_made_up_for() {
         kernel.reclaim_at(&mut batch, mm, range.start(), level);
         kernel.touch(CPU[1], range.start(), Access::Write).expect("cached, and not flushed yet");
         let mut gather = kernel.gather(mm);
-        protect(&mut gather, range, READ).expect("no leaf is cut");
+        // No right is lost, so nothing else needs a flush.
+        protect(&mut gather, range, WRITE).expect("no leaf is cut");
         gather.flush().free();
         assert_eq!(kernel.touch(CPU[1], range.start(), Access::Write), Err(Fault::NotPresent), "{level:?}");
         batch.flush(&kernel);
