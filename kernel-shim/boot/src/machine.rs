@@ -44,7 +44,7 @@ pub(crate) enum PlantedFault {
     Absent,
     /// A CPU that unmapped something does not flush itself, and reports that it has.
     SkipLocalFlush,
-    /// A CPU that another CPU tells to flush does not flush, and reports that it has.
+    /// A CPU that is interrupted to flush leaves out the instructions that flush, and answers.
     SkipRemoteFlush,
     /// A CPU that frees pages pauses now and then, as if its hypervisor ran something else. The
     /// pause is harmless; it makes a page that is freed too early visible. Without it, an emulator
