@@ -127,6 +127,9 @@ pub mod one_munmap {}
 
 pub use mmu_pagetable as pagetable;
 pub use mmu_tlb as tlb;
+/// What an embedder names of other crates: frames and flags, and locks that spin. A kernel that
+/// depends on this crate alone compiles on stable; the default features of `x86_64` do not.
+pub use pagetable::{spin, x86_64};
 
 #[cfg(feature = "bumpalo")]
 pub use arena::BatchArena;

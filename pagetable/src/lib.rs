@@ -54,7 +54,12 @@ pub use level::{Level, PagingMode};
 pub use map::MapError;
 pub use range::{RangeError, VirtRange};
 pub use space::AddressSpace;
+/// The crate whose mutex a [`TableLock`] is. A kernel names it through here, in the right version.
+pub use spin;
 pub use table::{LockedEntry, LockedTable, Table, TableLock, TableMemory, TableView};
 pub use unhook::{Bounds, UnhookedTable};
 pub use used_lines::{Line, Lines, LinesIter, UsedLines, UsedParts};
 pub use walk::Mapping;
+/// The crate that this one speaks of frames and flags in. On a stable compiler a kernel names it
+/// through here, and need not depend on it: its default features ask for a nightly one.
+pub use x86_64;

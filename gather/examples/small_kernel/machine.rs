@@ -17,10 +17,11 @@ use mmu_gather::{
     BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf,
     Vma, VmaKind, exit_mmap,
 };
-use x86_64::PhysAddr;
-use x86_64::instructions::tlb::Pcid;
-use x86_64::structures::paging::mapper::PageTableFrameMapping;
-use x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
+use mmu_gather::spin;
+use mmu_gather::x86_64::PhysAddr;
+use mmu_gather::x86_64::instructions::tlb::Pcid;
+use mmu_gather::x86_64::structures::paging::mapper::PageTableFrameMapping;
+use mmu_gather::x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
 
 type Bits = [AtomicU64; 1];
 type MyMm = Pin<Box<Mm<Bits>>>;
