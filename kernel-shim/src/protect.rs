@@ -78,7 +78,7 @@ impl<M: Machine> Kernel<M> {
         &self,
         gather: &mut MmuGather<'_, '_, Self>,
         area: Area,
-        locked: &LockedTable<'_, M::Relax>,
+        locked: &LockedTable<'_, impl Sized>,
         address: u64,
     ) {
         let level = locked.view().level();

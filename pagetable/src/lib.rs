@@ -41,7 +41,10 @@
 
 mod entry;
 mod level;
+mod lock;
+mod locked;
 mod map;
+mod memory;
 mod range;
 mod space;
 mod table;
@@ -51,12 +54,15 @@ mod walk;
 
 pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent, StaleWrites};
 pub use level::{Level, PagingMode};
+pub use lock::{HashedLocks, Lock, NoLock, TableLock};
+pub use locked::{GuardOf, LockedEntry, LockedPair, LockedTable};
 pub use map::MapError;
+pub use memory::TableMemory;
 pub use range::{RangeError, VirtRange};
 pub use space::AddressSpace;
 /// The crate whose mutex a [`TableLock`] is. A kernel names it through here, in the right version.
 pub use spin;
-pub use table::{LockedEntry, LockedTable, Table, TableLock, TableMemory, TableView};
+pub use table::{Table, TableView};
 pub use unhook::{Bounds, UnhookedTable};
 pub use used_lines::{Line, Lines, LinesIter, UsedLines, UsedParts};
 pub use walk::Mapping;

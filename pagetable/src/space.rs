@@ -5,8 +5,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::level::{Level, PagingMode};
+use crate::memory::TableMemory;
 use crate::range::VirtRange;
-use crate::table::{TableMemory, TableView};
+use crate::table::TableView;
 
 /// A root table and the count of the tables linked below it.
 ///

@@ -7,9 +7,10 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::entry::Entry;
 use crate::level::Level;
+use crate::memory::TableMemory;
 use crate::range::VirtRange;
 use crate::space::AddressSpace;
-use crate::table::{TableMemory, TableView};
+use crate::table::TableView;
 
 /// The stretch of addresses between the neighbours of a range: from the end of the area below (the
 /// floor) to the start of the area above (the ceiling).

@@ -5,7 +5,7 @@ use core::fmt;
 use std::collections::BTreeSet;
 
 use bumpalo::Bump;
-use mmu_gather::pagetable::{TableLock, UsedLines};
+use mmu_gather::pagetable::{HashedLocks, TableLock, UsedLines};
 use mmu_gather::tlb::{CpuId, CtxIds};
 use mmu_gather::{BatchArena, BatchPage, Mm};
 use x86_64::PhysAddr;
@@ -15,7 +15,7 @@ use crate::cpu::PaperCpu;
 use crate::ledger::Ledger;
 use crate::log::Log;
 use crate::options::{Bits, Options, Supply};
-use crate::table_page::TablePage;
+use crate::table_page::{Deadlock, TablePage};
 use crate::violation::Violation;
 
 /// An address space of this kernel.
@@ -29,6 +29,8 @@ pub struct PaperKernel {
     arena: Bump,
     tables: RefCell<BTreeSet<PhysFrame>>,
     kernel_root: PhysFrame,
+    pub(crate) two_locks: HashedLocks<2, Deadlock>,
+    pub(crate) one_lock: HashedLocks<1, Deadlock>,
     ids: CtxIds,
     mms: [OnceCell<Box<PaperMm>>; 16],
     cpus: Vec<PaperCpu>,
@@ -56,6 +58,8 @@ impl PaperKernel {
             tables: RefCell::new(BTreeSet::from([kernel_root])),
             arena,
             kernel_root,
+            two_locks: HashedLocks::new(),
+            one_lock: HashedLocks::new(),
             ids: CtxIds::new(),
             mms: core::array::from_fn(|_| OnceCell::new()),
             cpus: (0..options.cpus).map(|_| PaperCpu::new(kernel_root)).collect(),
