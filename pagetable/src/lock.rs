@@ -3,7 +3,7 @@
 //! | a kernel has | its [`TableMemory::Lock`](crate::TableMemory::Lock) | kept in |
 //! |---|---|---|
 //! | metadata for each frame | [`TableLock`] | the metadata, one for each table |
-//! | no metadata | [`TableLock`] | [`HashedLocks`], some for all tables; with one element, one lock |
+//! | no metadata | [`TableLock`] | [`HashedLocks`], a few for all tables, or one |
 //! | address spaces that one thread at a time walks | [`NoLock`] | nothing |
 //! | locks of its own | its type, with [`Lock`] | wherever they are |
 #![expect(unsafe_code, reason = "what is believed of locks")]

@@ -1,14 +1,14 @@
 //! Kernels without a lock for each table: what they do is the same as with one each.
 
 use core::ptr;
+use core::time::Duration;
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
-use std::time::Duration;
 
 use mmu_gather::pagetable::{Bounds, HashedLocks, Level};
 use mmu_gather::{Limits, Vma};
 use mmu_tests::{
-    Access, Backing, CPU, GIB, GatherOnPaper, LineNotes, Locks, MIB, Options, PaperKernel, area, range,
+    Access, Backing, CPU, GIB, GatherOnPaper, LineNotes, Locks, MIB, Options, PaperKernel, area,
 };
 use proptest::prelude::{ProptestConfig, Strategy, prop_oneof, proptest};
 use proptest::{collection, sample};
