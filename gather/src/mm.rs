@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 #[cfg(mmu_loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};
 
-use mmu_pagetable::{AddressSpace, PagingMode};
+use mmu_pagetable::{AddressSpace, PagingMode, TableMemory};
 use mmu_tlb::{CpuBits, CtxIds, MmContext};
 use x86_64::structures::paging::PhysFrame;
 
@@ -52,13 +52,53 @@ impl<B: CpuBits> Mm<B> {
     /// ```
     #[must_use]
     pub unsafe fn new(ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
-        Self {
-            // SAFETY: passed on to our caller.
-            space: unsafe { AddressSpace::new(root, mode) },
-            // SAFETY: passed on to our caller.
-            context: unsafe { MmContext::new(ids, root) },
-            open_gathers: AtomicU64::new(0),
-        }
+        // SAFETY: passed on to our caller.
+        let space = unsafe { AddressSpace::new(root, mode) };
+        // SAFETY: passed on to our caller.
+        unsafe { Self::of_space(ids, space) }
+    }
+
+    /// An address space whose top table is `root`, below which tables are linked already; see
+    /// [`AddressSpace::adopt`].
+    ///
+    /// A CPU that has `root` in CR3 already is told of nothing until it has called
+    /// [`switch_mm`](mmu_tlb::switch_mm): do that before anything is unmapped here.
+    ///
+    /// # Safety
+    /// - As for [`AddressSpace::adopt`];
+    /// - as for [`MmContext::new`];
+    /// - every CPU that has `root` in CR3 calls [`switch_mm`](mmu_tlb::switch_mm) before a gather
+    ///   is made for this address space.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let made_before = kernel.new_mm();
+    /// # kernel.map(&made_before, area(0x1000, 0x5000).range);
+    /// # let root = made_before.space().root();
+    /// // SAFETY: whoever filled `root` knows it no more, and no CPU has it loaded.
+    /// let mm = unsafe { Mm::adopt(&kernel, &kernel.ids, root, PagingMode::FourLevel) };
+    /// let mm: MyMm = Box::pin(mm);
+    /// assert_eq!(mm.space().nr_tables(Level::Pte), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub unsafe fn adopt<M: TableMemory>(memory: &M, ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
+        // SAFETY: passed on to our caller.
+        let space = unsafe { AddressSpace::adopt(memory, root, mode) };
+        // SAFETY: passed on to our caller.
+        unsafe { Self::of_space(ids, space) }
+    }
+
+    /// # Safety
+    /// As for [`MmContext::new`].
+    unsafe fn of_space(ids: &CtxIds, space: AddressSpace) -> Self {
+        // SAFETY: passed on to our caller.
+        let context = unsafe { MmContext::new(ids, space.root()) };
+        Self { space, context, open_gathers: AtomicU64::new(0) }
     }
 
     /// The paging structures.

@@ -16,11 +16,15 @@
 //! | what an entry means: empty, present, or kept | [`EntryValue::decode`], entry.rs |
 //! | where an entry is cleared | [`Entry::get_and_clear_seen`], entry.rs |
 //! | when a plain store is enough to clear it | [`EntryValue::is_settled`], entry.rs |
+//! | a root with tables below it already | [`AddressSpace::adopt`], adopt.rs |
+//! | what the `x86_64` crate calls a frame allocator | [`adapters`], adapters.rs |
 //! | where a table is linked | [`AddressSpace::ensure_table`], map.rs |
 //! | which tables may go (floor and ceiling) | [`Bounds`], unhook.rs |
 //! | where a table is unhooked (free_pgd_range) | [`AddressSpace::unhook_tables`], unhook.rs |
-//! | the lock of a table (ptlock) | [`TableView::lock`], table.rs |
-//! | what a kernel implements | [`TableMemory`], table.rs |
+//! | where an empty table is unhooked | [`AddressSpace::unhook_empty_tables`], empty.rs |
+//! | the lock of a table (ptlock) | [`TableView::lock`], locked.rs |
+//! | locks for a kernel that keeps nothing for each frame | [`HashedLocks`], [`NoLock`], lock.rs |
+//! | what a kernel implements | [`TableMemory`], memory.rs |
 //!
 //! Rules (each has a test that bears its sentence as its name, in
 //! `tests/tests/rules_pagetable.rs`):
@@ -39,6 +43,9 @@
 #![no_std]
 #![deny(unsafe_code)]
 
+pub mod adapters;
+mod adopt;
+mod empty;
 mod entry;
 mod level;
 mod lock;

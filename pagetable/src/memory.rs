@@ -28,6 +28,8 @@ use crate::used_lines::UsedLines;
 ///   has one memory; where a process has several (a simulator), whoever holds two keeps their views
 ///   apart.
 ///
+/// [`LockedTable::entry`]: crate::LockedTable::entry
+///
 /// # Example
 /// Tables in an ordinary process:
 ///

@@ -93,6 +93,18 @@ impl PaperKernel {
         free.get_or_init(|| Box::new(unsafe { Mm::new(&self.ids, self.new_table(), self.options.mode) }))
     }
 
+    /// An address space of tables that are linked below `root` already.
+    ///
+    /// # Panics
+    /// If there are 16 address spaces already.
+    #[expect(unsafe_code, reason = "a root table is taken on trust")]
+    pub fn adopt_mm(&self, root: PhysFrame) -> &PaperMm {
+        let free = self.mms.iter().find(|cell| cell.get().is_none()).expect("no more than 16 address spaces");
+        // SAFETY: the root is a table of this kernel's memory, and so is what it links; the arena
+        // is never reset.
+        free.get_or_init(|| Box::new(unsafe { Mm::adopt(self, &self.ids, root, self.options.mode) }))
+    }
+
     /// The address space made as number `index`; hooks, which cannot borrow one, find it this way.
     ///
     /// # Panics
