@@ -60,8 +60,8 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         let (kernel, mm) = (self.kernel, self.mm);
         let looked_at = |table: Option<UnhookedTable>| {
             if let Some(table) = table {
-                // An entry may be empty because reclaim has cleared it, and has not flushed yet.
-                self.note_deferred_flushes();
+                // If entries are empty because reclaim has cleared them, and has not flushed yet,
+                // every CPU that this flush reaches has missed that generation, and flushes all.
                 let address = table.span().start().max(range.start());
                 self.queue_table(&table, address);
             }
