@@ -6,8 +6,8 @@
 //! on it, which the engine gives up after the flush. So no frame is handed back.
 //!
 //! An address space is told nothing of the neighbours, so the tables go that are empty when
-//! `unmap_range` has unmapped. It flushes and frees under the map lock: what it returns has no place
-//! for what is left to be freed.
+//! `unmap_range` has unmapped. It flushes and frees under the map lock: what it returns has no
+//! place for what is left to be freed.
 #![expect(unsafe_code, reason = "the map lock is taken on trust; entries change under their lock")]
 
 use core::cell::{Cell, RefCell};
