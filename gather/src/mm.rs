@@ -61,14 +61,14 @@ impl<B: CpuBits> Mm<B> {
     /// An address space whose top table is `root`, below which tables are linked already; see
     /// [`AddressSpace::adopt`].
     ///
-    /// A CPU that has `root` in CR3 already is told of nothing until it has called
-    /// [`switch_mm`](mmu_tlb::switch_mm): do that before anything is unmapped here.
+    /// No CPU has it loaded, as far as the engine knows: flushes reach those that have called
+    /// [`switch_mm`](mmu_tlb::switch_mm) for it.
     ///
     /// # Safety
     /// - As for [`AddressSpace::adopt`];
     /// - as for [`MmContext::new`];
-    /// - every CPU that has `root` in CR3 calls [`switch_mm`](mmu_tlb::switch_mm) before a gather
-    ///   is made for this address space.
+    /// - no CPU has `root` in CR3, or anything cached from below it: each that had it there has run
+    ///   [`init_cpu`](mmu_tlb::init_cpu) since.
     ///
     /// # Examples
     /// ```
