@@ -284,7 +284,7 @@ impl<'m, C: Counting> Machine<'m, C> {
 // `allocate_table` takes a frame off the free list and zeroes it. The lock is in the frame's own
 // metadata, so locks of different frames are distinct.
 unsafe impl<C: Counting> TableMemory for Machine<'_, C> {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     #[inline]
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {

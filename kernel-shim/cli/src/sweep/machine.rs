@@ -144,7 +144,7 @@ impl<'m, W: Watcher> SweepMachine<'m, W> {
 
 // SAFETY: the frames, their locks and the free list are those of `base`, which answers for them.
 unsafe impl<W: Watcher> TableMemory for SweepMachine<'_, W> {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     #[inline]
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
