@@ -60,7 +60,7 @@ const LEVELS: [Level; 3] = [
 
 /// Where the engine defines each trait.
 const DEFINED_IN: [(&str, &str); 5] = [
-    ("TableMemory", "pagetable/src/table.rs"),
+    ("TableMemory", "pagetable/src/memory.rs"),
     ("Cpus", "tlb/src/mmu.rs"),
     ("Pages", "gather/src/platform.rs"),
     ("FlushTlb", "gather/src/levels/flush_tlb.rs"),
