@@ -9,18 +9,18 @@ use core::sync::atomic::AtomicU64;
 use std::collections::BTreeSet;
 
 use mmu_gather::pagetable::{Bounds, EntryValue, Level, PagingMode, TableLock, TableMemory, VirtRange};
+use mmu_gather::spin;
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, flush_interrupt, init_cpu, switch_mm,
 };
-use mmu_gather::{
-    BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf,
-    Vma, VmaKind, exit_mmap,
-};
-use mmu_gather::spin;
 use mmu_gather::x86_64::PhysAddr;
 use mmu_gather::x86_64::instructions::tlb::Pcid;
 use mmu_gather::x86_64::structures::paging::mapper::PageTableFrameMapping;
 use mmu_gather::x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
+use mmu_gather::{
+    BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf,
+    Vma, VmaKind, exit_mmap,
+};
 
 type Bits = [AtomicU64; 1];
 type MyMm = Pin<Box<Mm<Bits>>>;
