@@ -97,9 +97,9 @@ unsafe impl<M: Machine> PageTableFrameMapping for Embedder<M> {
 }
 
 // SAFETY: a frame allocated as `Table` belongs to no other user and is zeroed here; every frame has
-// a lock of its own, in its metadata, so locks on one path are distinct.
+// a lock of its own, in its metadata.
 unsafe impl<M: Machine> TableMemory for Embedder<M> {
-    type Relax = M::Relax;
+    type Lock = TableLock<M::Relax>;
 
     #[inline]
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {

@@ -44,7 +44,7 @@ unsafe impl<M: Machine> PageTableFrameMapping for Kernel<M> {
 
 // SAFETY: passed on.
 unsafe impl<M: Machine> TableMemory for Kernel<M> {
-    type Relax = M::Relax;
+    type Lock = TableLock<M::Relax>;
 
     #[inline]
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {

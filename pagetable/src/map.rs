@@ -6,9 +6,10 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::entry::EntryValue;
 use crate::level::Level;
+use crate::memory::TableMemory;
 use crate::range::VirtRange;
 use crate::space::AddressSpace;
-use crate::table::{TableMemory, TableView};
+use crate::table::TableView;
 
 /// Why an entry could not be installed. Nothing was changed, except that empty tables may have been
 /// linked on the way.

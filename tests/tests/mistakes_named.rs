@@ -263,7 +263,7 @@ unsafe impl PageTableFrameMapping for Memory {
 
 // SAFETY: not kept: `allocate_table` returns a frame that does not read as zero.
 unsafe impl TableMemory for Memory {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
         &self.locks[usize::try_from(frame.start_address().as_u64() >> 12).expect("small")]

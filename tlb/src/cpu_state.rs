@@ -14,7 +14,7 @@ use crate::cpuset::CpuBits;
 use crate::cpuset::CpuId;
 use crate::generation::{CtxId, MmContext, TlbGen};
 use crate::mailbox::Mailbox;
-use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering, array_of, const_fn};
 
 /// Whether CR4.PCIDE is set on every CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +105,14 @@ struct SlotCell {
     tlb_gen: AtomicU64,
 }
 
+impl SlotCell {
+    const_fn! {
+        fn new() -> Self {
+            Self { ctx_id: AtomicU64::new(0), tlb_gen: AtomicU64::new(0) }
+        }
+    }
+}
+
 /// One CPU's state. Only the CPU itself writes it, but for its mailbox; other CPUs read what is in
 /// `shared`.
 ///
@@ -150,23 +158,32 @@ mod layout {
 }
 
 impl<B: CpuBits> CpuTlb<B> {
-    /// A CPU that runs on the kernel's own address space and holds no user translation.
-    #[must_use]
-    pub fn new() -> Self {
-        Self {
-            loaded_asid: AtomicU16::new(0),
-            next_asid: AtomicU16::new(0),
-            #[cfg(debug_assertions)]
-            owner: core::sync::atomic::AtomicU32::new(0),
-            slots: core::array::from_fn(|_| SlotCell {
-                ctx_id: AtomicU64::new(0),
-                tlb_gen: AtomicU64::new(0),
-            }),
-            shared: SharedLine {
-                loaded_mm: AtomicPtr::new(ptr::null_mut()),
-                is_lazy: AtomicBool::new(false),
-            },
-            mailbox: Mailbox::new(),
+    const_fn! {
+        /// A CPU that runs on the kernel's own address space and holds no user translation.
+        ///
+        /// It is `const`, so a kernel without per-CPU memory may keep all of them in a static.
+        ///
+        /// ```
+        /// use core::sync::atomic::AtomicU64;
+        /// use mmu_tlb::CpuTlb;
+        ///
+        /// static CPUS: [CpuTlb<[AtomicU64; 1]>; 64] = [const { CpuTlb::new() }; 64];
+        /// # assert_eq!(CPUS.len(), 64);
+        /// ```
+        #[must_use]
+        pub fn new() -> Self {
+            Self {
+                loaded_asid: AtomicU16::new(0),
+                next_asid: AtomicU16::new(0),
+                #[cfg(debug_assertions)]
+                owner: core::sync::atomic::AtomicU32::new(0),
+                slots: array_of!(SlotCell::new(); NR_DYN_ASIDS as usize),
+                shared: SharedLine {
+                    loaded_mm: AtomicPtr::new(ptr::null_mut()),
+                    is_lazy: AtomicBool::new(false),
+                },
+                mailbox: Mailbox::new(),
+            }
         }
     }
 

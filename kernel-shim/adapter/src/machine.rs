@@ -148,6 +148,7 @@ unsafe impl Machine for Hosted {
     }
 
     fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {
-        self.0.about_to_lock(frame, lock);
+        // SAFETY: the locks are in the kernel's metadata of frames, which lives as long as it does.
+        unsafe { self.0.about_to_lock(frame, lock) };
     }
 }

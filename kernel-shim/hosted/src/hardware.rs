@@ -13,6 +13,7 @@
 //! | `free_pages`, and whatever takes a page | `freed`, `allocated` |
 //! | `cond_resched` | the same name |
 //! | `observe`, `observe_gather` | `note` with [`Note::Tlb`], [`Note::Gather`] |
+#![expect(unsafe_code, reason = "the place of a lock is taken on trust")]
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -255,7 +256,11 @@ impl HostedMachine {
 
     /// The lock of the table in `frame` is about to be taken: a [`Seam::Lock`], and the checker
     /// looks what is done under it.
-    pub fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {
+    ///
+    /// # Safety
+    /// The lock stays where it is as long as code of the kernel runs on this machine: whether it is
+    /// taken is looked at later, too.
+    pub unsafe fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {
         if self.checked.is_some() {
             self.cross(Seam::Lock);
             self.ask_for_lock(frame, lock);

@@ -103,11 +103,12 @@ unsafe impl PageTableFrameMapping for Stranger {
 
 // SAFETY: a table is zeroed, and given out once until it is freed; each has a lock of its own.
 unsafe impl TableMemory for Stranger {
-    type Relax = GiveWay;
+    type Lock = TableLock<GiveWay>;
 
     unsafe fn table_lock(&self, table: PhysFrame) -> &TableLock<GiveWay> {
         let lock = &self.table_locks[number(table)];
-        self.machine.about_to_lock(table, lock);
+        // SAFETY: the locks live as long as the kernel.
+        unsafe { self.machine.about_to_lock(table, lock) };
         lock
     }
 
