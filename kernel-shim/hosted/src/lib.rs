@@ -18,7 +18,7 @@
 //!  machine      CPUs and memory: what the kernel runs on
 //!      │        schedule: one coroutine a CPU, the next one chosen by the seed at every seam
 //!      │        device: walks page tables, too; hears of nothing but the secondary-TLB hook
-//!      │        boundary: corners that a run has been to          options, random, memory, mutex, quiet
+//!      │        boundary: corners that a run has been to          options, random, memory, mutex
 //!      v
 //!  mmu/         the software MMU of one CPU           vocabulary: what both sides speak of
 //! ```

@@ -17,8 +17,7 @@ use mmu_cli::input::bundled::{LAYOUTS, TRACES};
 use mmu_cli::input::layout::{Layout, LayoutVma, PageState, Prot, Sharing, VmaKind};
 use mmu_cli::input::strace::{Advice, Backing as TraceBacking, ChildMemory, MemoryCall, Trace};
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Sequence, Step, generate};
-use mmu_kernel_shim::UserAccess;
+use mmu_hosted::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Sequence, Step, UserAccess, generate};
 
 const CPUS: u8 = 4;
 /// Areas of one layout.
