@@ -1,65 +1,10 @@
-//! Sequences: their text, their determinism, and what the checker says of them.
+//! Sequences on the small kernel: they do the same every time, and what the checker says of them.
 
 use mmu_adapter::{Trial, execute, execute_with, judge_in, views};
 use mmu_gather::pagetable::Level;
 use mmu_hosted::{Detail, Event, MachineFault, Op, Sequence, Supply, Telling, What, generate};
 
 const LENGTH: usize = 160;
-
-#[test]
-fn a_sequence_survives_its_text() {
-    for seed in 0..200 {
-        let sequence = generate(seed, 4, LENGTH);
-        let text = sequence.to_string();
-        assert_eq!(Sequence::parse(&text).as_ref(), Ok(&sequence), "{text}");
-    }
-}
-
-#[test]
-fn a_text_that_is_none_is_refused_at_its_line() {
-    let good = generate(1, 4, 3).to_string();
-    let lines: Vec<&str> = good.lines().collect();
-    for (at, bad) in [
-        (0, "mmu-gather sequence 2"),
-        (1, "cpus 0"),
-        (1, "cpus 65"),
-        (2, "seed x"),
-        (3, "mmu pcid intel"),
-        (3, "mmu pcid intel keeper iommu"),
-        (4, "0 map m3 1000+1 anon write"),
-        (4, "0 map m0 1001+1 anon write"),
-        (4, "0 map m0 1000+0 anon write"),
-        (4, "0 unmap m0 7ffffffff000+2"),
-        (4, "0 unmap m0 1000+ffffffffffffffff"),
-        (4, "0 lazy now"),
-        (4, "0 leap"),
-        (4, "0 preempt"),
-        (4, "0 preempt soon"),
-        (4, "0 guard m0 1000+1"),
-        (4, "0 guard m0 1000+1 away"),
-        (4, "x lazy"),
-    ] {
-        let mut broken = lines.clone();
-        broken[at] = bad;
-        let error = Sequence::parse(&broken.join("\n")).expect_err(bad);
-        assert_eq!(error.line, at + 1, "{bad}: {error}");
-        // Comments are lines.
-        for before in 0..=at {
-            let mut commented = broken.clone();
-            commented.splice(before..before, ["# one", "  # two"]);
-            let error = Sequence::parse(&commented.join("\n")).expect_err(bad);
-            assert_eq!(error.line, at + 3, "{bad}, comments before line {}: {error}", before + 1);
-        }
-    }
-    // Cut short anywhere, it is noticed.
-    for kept in 0..lines.len() {
-        let error = Sequence::parse(&lines[..kept].join("\n")).expect_err("it has no end");
-        assert_eq!(error.line, kept + 1, "{error}");
-        let commented = [&lines[..kept], &["# the end is missing"]].concat().join("\n");
-        let error = Sequence::parse(&commented).expect_err("it has no end");
-        assert_eq!(error.line, kept + 2, "{error}");
-    }
-}
 
 #[test]
 fn random_sequences_are_clean() {

@@ -200,6 +200,7 @@ impl fmt::Display for Failure {
                 self.last_events.iter().try_for_each(|event| writeln!(f, "    {event}"))?;
             }
             Verdict::Ended(outcome) => {
+                outcome.lost.iter().try_for_each(|lost| write!(f, "{lost}"))?;
                 writeln!(
                     f,
                     "violations {}, leaked frames {}, leaked tables {}, double frees {}",

@@ -2,6 +2,9 @@
 //! each with an MMU that keeps every stale translation the architecture allows, and a checker that
 //! holds a kernel against it.
 //!
+//! `README.md` is the guide: four steps to a test of a kernel's own. `examples/stranger` has them
+//! done.
+//!
 //! ```text
 //!  fuzz         what a kernel's own tests call
 //!      │
@@ -63,7 +66,7 @@ pub use program::Signal;
 pub use random::Choices;
 pub use schedule::{GiveWay, Schedule, give_way, is_scheduled};
 pub use sequence::{
-    Calls, MmId, NR_MMS, Op, Outcome, Pace, Run, Sequence, SequenceError, Step, Tally, Trial, Verdict,
+    Calls, Lost, MmId, NR_MMS, Op, Outcome, Pace, Run, Sequence, SequenceError, Step, Tally, Trial, Verdict,
     execute, generate, judge, shrink,
 };
 pub use vocabulary::{

@@ -181,6 +181,12 @@ impl HostedMachine {
         self.checked.as_ref().map(|checked| checked.ledger.not_freed().collect()).unwrap_or_default()
     }
 
+    /// When the frame was given out and freed, lately: oldest first.
+    #[must_use]
+    pub fn story_of(&self, frame: PhysFrame) -> Vec<Event> {
+        self.checked.as_ref().map(|checked| checked.log.about(frame)).unwrap_or_default()
+    }
+
     /// How often the kernel freed a frame that was not in use.
     #[must_use]
     pub fn double_frees(&self) -> u64 {

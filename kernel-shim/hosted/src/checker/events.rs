@@ -149,6 +149,16 @@ impl EventLog {
         step
     }
 
+    /// What is kept of when `frame` was given out and freed, oldest first.
+    pub(crate) fn about(&self, frame: PhysFrame) -> Vec<Event> {
+        let events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let is_about = |event: &&Event| matches!(event.what, What::Allocated(other, _) | What::Freed(other, _) if other == frame);
+        let mut about: Vec<Event> =
+            events.kept.iter().rev().filter(is_about).take(MOST_OF_A_SORT).copied().collect();
+        about.reverse();
+        about
+    }
+
     /// The last events that explain how `cpu` came to reach `frame` at `address`, oldest first.
     ///
     /// All that happened to the frame and to the address; of what the CPU itself did, the last few

@@ -32,6 +32,6 @@ pub use generate::generate;
 pub use op::{MmId, NR_MMS, Op, Step};
 pub use shrink::shrink;
 pub use text::{Sequence, SequenceError};
-pub use trial::{Outcome, Pace, Trial};
+pub use trial::{Lost, Outcome, Pace, Trial};
 pub use verdict::{Run, Verdict, judge};
 pub use world::execute;

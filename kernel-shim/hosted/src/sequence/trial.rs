@@ -1,8 +1,14 @@
 //! How a sequence is run, and what it came to.
 
+use core::fmt;
+
+use x86_64::structures::paging::PhysFrame;
+
+use crate::checker::events::Event;
 use crate::checker::violation::Found;
 use crate::options::{MachineFault, MostWork, Telling};
 use crate::sequence::calls::Calls;
+use crate::vocabulary::FrameRole;
 
 /// What a sequence came to.
 #[derive(Clone, Debug, Default)]
@@ -13,10 +19,31 @@ pub struct Outcome {
     pub leaked_frames: u64,
     /// Tables nobody uses and nobody freed.
     pub leaked_tables: u64,
+    /// The first of both.
+    pub lost: Vec<Lost>,
     /// Frames freed twice, or while mapped.
     pub double_frees: u64,
     /// What came of the steps.
     pub calls: Calls,
+}
+
+/// A frame that nobody uses and nobody freed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The frame.
+    pub frame: PhysFrame,
+    /// What it was given out for.
+    pub role: FrameRole,
+    /// When it was given out and freed, lately.
+    pub story: Vec<Event>,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = if self.role == FrameRole::Table { "a table" } else { "a page" };
+        writeln!(f, "lost: {what} in frame {:#x} was never freed", self.frame.start_address())?;
+        self.story.iter().try_for_each(|event| writeln!(f, "    {event}"))
+    }
 }
 
 impl Outcome {

@@ -21,8 +21,11 @@ use crate::schedule::{self, Schedule};
 use crate::sequence::calls::{Calls, Running};
 use crate::sequence::op::{MmId, NR_MMS, Op, Step};
 use crate::sequence::text::Sequence;
-use crate::sequence::trial::{Outcome, Pace, Trial};
+use crate::sequence::trial::{Lost, Outcome, Pace, Trial};
 use crate::vocabulary::{FrameRole, Supply, UserAccess};
+
+/// How many lost frames are told.
+const LOST_TOLD: usize = 3;
 
 /// How many steps may overlap.
 const WINDOW: usize = 6;
@@ -268,7 +271,10 @@ impl<K: Kernel> World<K> {
         kernel.drop_caches();
         let not_freed = machine.not_freed();
         let leaked_tables = not_freed.iter().filter(|(_, role)| *role == FrameRole::Table).count() as u64;
+        let told = not_freed.iter().take(LOST_TOLD);
+        let lost = told.map(|&(frame, role)| Lost { frame, role, story: machine.story_of(frame) });
         Outcome {
+            lost: lost.collect(),
             found: machine.violations(),
             leaked_frames: not_freed.len() as u64 - leaked_tables,
             leaked_tables,

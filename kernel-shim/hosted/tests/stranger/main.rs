@@ -86,9 +86,11 @@ fn a_map_lock_that_is_dropped_before_the_flush_is_found() {
 #[test]
 fn a_page_that_is_never_freed_is_counted() {
     let report = fuzzed(Mistake::NeverFreed);
+    let told = report.to_string();
     let Some(Verdict::Ended(outcome)) = report.failure.map(|failure| failure.verdict) else {
         panic!("it is not found");
     };
+    assert!(told.contains("lost: a page in frame") && told.contains("given out"), "{told}");
     assert!(outcome.leaked_frames > 0 && outcome.leaked_tables == 0, "{outcome:?}");
 }
 
