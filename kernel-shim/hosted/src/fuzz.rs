@@ -42,6 +42,7 @@ impl Default for FuzzOptions {
 
 /// What came of it.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Report {
     /// Sequences run.
     pub sequences: u64,
@@ -57,6 +58,7 @@ pub struct Report {
 
 /// A sequence that fails, as short as it could be made.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Failure {
     /// Its number, from 0, if it was made up.
     pub number: Option<u64>,

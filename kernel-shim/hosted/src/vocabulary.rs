@@ -79,6 +79,7 @@ impl Moment {
 
 /// The moments at which other CPUs may run, and any CPU may speculate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Seam {
     /// A leaf was cleared; its table is locked.
     Cleared,
@@ -119,6 +120,7 @@ pub enum FrameRole {
 /// What a kernel tells the machine. All but the first two are optional: each that is told lets the
 /// checker see more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Note {
     /// The frame is in use from now on; its bytes are as they were when it was freed.
     Allocated(PhysFrame, FrameRole),

@@ -4,6 +4,7 @@ use core::fmt;
 
 /// What can go wrong, the worst first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum ViolationKind {
     /// A program can reach a page that was freed, or did.
     PageReachableAfterFree,

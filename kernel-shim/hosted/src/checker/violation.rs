@@ -11,6 +11,7 @@ use crate::mmu::watch::CachedEntry;
 
 /// Something that must never happen.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Violation {
     /// What kind.
     pub kind: ViolationKind,
@@ -30,6 +31,7 @@ pub struct Violation {
 
 /// The violations of one machine.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Found {
     /// How many.
     pub count: u64,

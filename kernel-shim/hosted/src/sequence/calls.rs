@@ -11,6 +11,7 @@ use crate::sequence::op::Op;
 
 /// What came of the steps of one operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Tally {
     /// So many were done.
     pub done: u64,

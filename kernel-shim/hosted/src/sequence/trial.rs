@@ -12,6 +12,7 @@ use crate::vocabulary::FrameRole;
 
 /// What a sequence came to.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Outcome {
     /// Violations.
     pub found: Found,
@@ -29,6 +30,7 @@ pub struct Outcome {
 
 /// A frame that nobody uses and nobody freed.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Lost {
     /// The frame.
     pub frame: PhysFrame,

@@ -26,6 +26,7 @@ pub enum Verdict {
 
 /// One run, with what is remembered of it.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Run {
     /// What it came to.
     pub verdict: Verdict,
