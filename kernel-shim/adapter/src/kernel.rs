@@ -23,6 +23,7 @@ use crate::words;
 #[derive(Debug)]
 pub struct ShimKernel {
     pub(crate) kernel: HostedKernel,
+    promises: Promises,
     /// What gathers get, whatever the sequence says.
     supply: Option<Supply>,
     /// Where what programs can see is noted.
@@ -36,7 +37,13 @@ impl ShimKernel {
     /// If the machine has no frame for the kernel's root table.
     pub fn boot(machine: &Arc<HostedMachine>, config: Config) -> io::Result<Self> {
         let kernel = Kernel::boot(Hosted::from(Arc::clone(machine)), config).map_err(io::Error::other)?;
-        Ok(Self { kernel, supply: None, seen: None })
+        Ok(Self { kernel, promises: Promises::ByTheKernel, supply: None, seen: None })
+    }
+
+    /// The runner says what calls have promised, besides the kernel.
+    #[must_use]
+    pub fn with_promises_by_the_runner(self) -> Self {
+        Self { promises: Promises::ByTheRunner, ..self }
     }
 
     /// Gathers get batch pages as `supply` says, and not as the sequence does; what programs can
@@ -59,8 +66,6 @@ impl ShimKernel {
 
 impl mmu_hosted::Kernel for ShimKernel {
     type Mm = Arc<HostedMm>;
-
-    const PROMISES: Promises = Promises::ByTheKernel;
 
     fn start_cpu(&self) {
         self.kernel.start_cpu();
@@ -99,6 +104,10 @@ impl mmu_hosted::Kernel for ShimKernel {
         let exited = self.kernel.exit(mm);
         assert!(matches!(exited, Ok(()) | Err(Error::Busy(_))), "the last program has left: {exited:?}");
         answer(exited)
+    }
+
+    fn promises(&self) -> Promises {
+        self.promises
     }
 
     fn ctx_id(&self, mm: &Self::Mm) -> Option<CtxId> {

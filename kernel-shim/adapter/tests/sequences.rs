@@ -1,8 +1,11 @@
 //! Sequences on the small kernel: they do the same every time, and what the checker says of them.
 
-use mmu_adapter::{Trial, execute, execute_with, judge_in, views};
+use std::sync::Arc;
+
+use mmu_adapter::{ShimKernel, Trial, execute, execute_with, judge_in, views};
 use mmu_gather::pagetable::Level;
-use mmu_hosted::{Detail, Event, MachineFault, Op, Sequence, Supply, Telling, What, generate};
+use mmu_hosted::{Detail, Event, HostedMachine, MachineFault, Op, Sequence, Supply, Telling, What, generate};
+use mmu_kernel_shim::Config;
 
 const LENGTH: usize = 160;
 
@@ -14,6 +17,19 @@ fn random_sequences_are_clean() {
             let outcome = execute(&sequence).expect("memory");
             assert!(outcome.is_clean(), "seed {seed}, {nr_cpus} CPUs: {outcome:?}\n{sequence}");
         }
+    }
+}
+
+/// Calls of this kernel share the map lock, and one may return while another has still to flush.
+#[test]
+fn what_the_runner_says_of_calls_that_met_no_other_holds_for_calls_that_share_a_lock() {
+    for seed in 0..300 {
+        let boot = |machine: &Arc<HostedMachine>| {
+            Ok(ShimKernel::boot(machine, Config::default())?.with_promises_by_the_runner())
+        };
+        let sequence = generate(seed, 4, LENGTH);
+        let outcome = mmu_hosted::execute(&sequence, mmu_hosted::Trial::default(), boot).expect("memory");
+        assert!(outcome.is_clean(), "seed {seed}: {outcome:?}\n{sequence}");
     }
 }
 

@@ -45,9 +45,6 @@ pub trait Kernel: Send + Sync + 'static {
     /// An address space: an `Arc`, say.
     type Mm: Clone + 'static;
 
-    /// Who says what a call has promised.
-    const PROMISES: Promises = Promises::ByTheRunner;
-
     /// Starts this CPU: it drops what it may have cached and loads the kernel's own tables.
     fn start_cpu(&self);
 
@@ -92,6 +89,11 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// [`NotDone::Refused`] if a CPU is still on its way out. It is called again.
     fn exit(&self, mm: &Self::Mm) -> Result<(), NotDone>;
+
+    /// Who says what a call has promised. The answer never changes.
+    fn promises(&self) -> Promises {
+        Promises::ByTheRunner
+    }
 
     /// The name by which the engine knows the address space, for the device and for timelines.
     fn ctx_id(&self, _mm: &Self::Mm) -> Option<CtxId> {

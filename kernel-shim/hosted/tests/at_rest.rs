@@ -109,3 +109,13 @@ fn an_entry_that_leads_to_a_free_frame_is_found() {
     rig.machine.freed(frame(6), FrameRole::Page);
     assert_eq!(rig.found(), [ViolationKind::FreePageMapped]);
 }
+
+#[test]
+fn a_table_that_was_replaced_and_not_flushed_for_is_found() {
+    let rig = Rig::new();
+    let used = WRITE | PageTableFlags::ACCESSED;
+    // Another table, in which the page is the same.
+    rig.set(8, 5, 6, used | PageTableFlags::DIRTY);
+    rig.set(4, 0, 8, used);
+    assert_eq!(rig.found(), [ViolationKind::StaleAtRest]);
+}

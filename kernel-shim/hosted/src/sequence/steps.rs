@@ -132,7 +132,7 @@ impl<K: Kernel> World<K> {
     ) -> Result<(), NotDone> {
         self.using(mm, |process| {
             let (result, met) = process.running.call(range, effect, || call(&process.mm));
-            if K::PROMISES == Promises::ByTheRunner && result.is_ok() && met == Met::Nobody {
+            if self.kernel.promises() == Promises::ByTheRunner && result.is_ok() && met == Met::Nobody {
                 let caller = self.laziness_of(cpu);
                 if let Some(note) = promised(self.kernel.root(&process.mm), caller) {
                     self.machine.note(note);
@@ -162,7 +162,7 @@ impl<K: Kernel> World<K> {
             }
             let map = || {
                 kernel.map(&process.mm, range, backing, rights)?;
-                if K::PROMISES == Promises::ByTheRunner {
+                if kernel.promises() == Promises::ByTheRunner {
                     let root = kernel.root(&process.mm);
                     self.machine.promise_new(root, range, since, self.laziness_of(cpu));
                 }
