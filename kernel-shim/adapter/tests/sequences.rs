@@ -23,7 +23,7 @@ fn random_sequences_are_clean() {
 /// Calls of this kernel share the map lock, and one may return while another has still to flush.
 #[test]
 fn what_the_runner_says_of_calls_that_met_no_other_holds_for_calls_that_share_a_lock() {
-    for seed in 0..300 {
+    for seed in 0..1500 {
         let boot = |machine: &Arc<HostedMachine>| {
             Ok(ShimKernel::boot(machine, Config::default())?.with_promises_by_the_runner())
         };

@@ -1,6 +1,7 @@
 //! What a kernel's own tests call: many sequences, and one that was saved.
 
 use core::fmt;
+use core::time::Duration;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use crate::checker::violation::Found;
 use crate::kernel::Kernel;
 use crate::machine::HostedMachine;
 use crate::options::Telling;
+use crate::patience::{Watched, watched};
 use crate::quiet::quietly;
 use crate::random::Choices;
 use crate::sequence::{Calls, Run, Sequence, Trial, Verdict, generate, judge, shrink};
@@ -31,12 +33,23 @@ pub struct FuzzOptions {
     pub trial: Trial,
     /// Where the shortest form of the first that fails is written.
     pub reproducer: Option<PathBuf>,
+    /// A sequence that takes longer ends the process, and is printed: nothing else can stop a CPU
+    /// that never gives way.
+    pub patience: Duration,
 }
 
 impl Default for FuzzOptions {
     /// 500 sequences of 160 steps on four CPUs, which take a few seconds.
     fn default() -> Self {
-        Self { seed: 1, sequences: 500, length: 160, nr_cpus: 4, trial: Trial::default(), reproducer: None }
+        Self {
+            seed: 1,
+            sequences: 500,
+            length: 160,
+            nr_cpus: 4,
+            trial: Trial::default(),
+            reproducer: None,
+            patience: Duration::from_secs(120),
+        }
     }
 }
 
@@ -89,17 +102,30 @@ pub fn fuzz<K: Kernel>(
     options: &FuzzOptions,
     make: impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
 ) -> io::Result<Report> {
+    watched(options.patience, options.reproducer.as_deref(), |watched| fuzz_watched(options, &make, watched))
+}
+
+fn fuzz_watched<K: Kernel>(
+    options: &FuzzOptions,
+    make: &impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
+    watched: &Watched,
+) -> io::Result<Report> {
     let mut report = Report::default();
     for number in 0..options.sequences {
         let seed = Choices::new(Choices::new(options.seed).bits().wrapping_add(number)).bits();
         let sequence = generate(seed, options.nr_cpus, options.length);
-        let run = judge(&sequence, options.trial, &make)?;
+        watched.begin(&sequence);
+        let run = judge(&sequence, options.trial, make)?;
         report.add(&sequence, &run);
         if !run.verdict.is_clean() {
             // The panic, if it was one, has been printed, and is once more below.
-            let short = quietly(|| shrink(&sequence, options.trial, run.verdict, &make));
+            let judged = |machine: &Arc<HostedMachine>| {
+                watched.begin(&sequence);
+                make(machine)
+            };
+            let short = quietly(|| shrink(&sequence, options.trial, run.verdict, judged));
             let (sequence, verdict) = short?;
-            let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, &make)?;
+            let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, make)?;
             if let Some(path) = &options.reproducer {
                 failure.save(path.clone())?;
             }

@@ -44,6 +44,7 @@ mod memory;
 pub mod mmu;
 mod mutex;
 mod options;
+mod patience;
 mod program;
 mod quiet;
 mod random;

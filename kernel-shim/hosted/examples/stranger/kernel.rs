@@ -57,6 +57,8 @@ pub(crate) enum Mistake {
     BatchPageNotAligned,
     /// A fault maps its page with a table locked.
     MapsUnderTableLock,
+    /// The allocator holds a lock of `std` while it tells the machine.
+    LockOfStd,
     /// munmap trips over an assertion of its own.
     UnmapPanics,
 }
@@ -68,6 +70,7 @@ pub(crate) struct Stranger {
     machine: Arc<HostedMachine>,
     mistake: Mistake,
     free: Lock<Vec<PhysFrame>>,
+    std_lock: std::sync::Mutex<()>,
     /// One for each frame.
     table_locks: Box<[TableLock<GiveWay>]>,
     cpus: Box<[CpuTlb<Bits>]>,
@@ -230,6 +233,7 @@ impl Stranger {
         let frame = |number| PhysFrame::containing_address(PhysAddr::new(number << 12));
         let mut kernel = Self {
             mistake,
+            std_lock: std::sync::Mutex::new(()),
             free: Lock::new(frames.rev().map(frame).collect()),
             table_locks: (0..machine.nr_frames()).map(|_| TableLock::new(())).collect(),
             cpus: (0..machine.nr_cpus()).map(|_| CpuTlb::new()).collect(),
@@ -244,6 +248,7 @@ impl Stranger {
 
     fn take(&self, role: FrameRole) -> Option<PhysFrame> {
         let frame = self.free.lock().pop()?;
+        let _held = (self.mistake == Mistake::LockOfStd).then(|| self.std_lock.lock());
         self.machine.allocated(frame, role);
         Some(frame)
     }

@@ -9,6 +9,8 @@ mod lines;
 
 mod guide;
 
+use core::time::Duration;
+use std::process::Command;
 use std::sync::{Arc, Weak};
 use std::{fs, io};
 
@@ -117,6 +119,23 @@ fn a_handler_that_answers_nothing_ends_the_run_and_is_named() {
 fn a_fault_that_maps_with_a_table_locked_ends_the_run() {
     let words = words(Mistake::MapsUnderTableLock);
     assert!(words.contains("does not end") && words.contains("tried to take a lock"), "{words}");
+}
+
+/// Only another process can see that one end.
+#[test]
+fn a_lock_of_std_ends_the_process_with_the_sequence() {
+    const INSIDE: &str = "MMU_HOSTED_LOCK_OF_STD";
+    if std::env::var_os(INSIDE).is_some() {
+        let options = FuzzOptions { patience: Duration::from_secs(1), ..options() };
+        let report = fuzz(&options, made_with(Mistake::LockOfStd)).expect("memory");
+        panic!("it came back: {report}");
+    }
+    let myself = std::env::current_exe().expect("the path of this test");
+    let name = "a_lock_of_std_ends_the_process_with_the_sequence";
+    let output = Command::new(myself).args(["--exact", name]).env(INSIDE, "").output().expect("it runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(101), "{told}");
+    assert!(told.contains("a lock of std?") && told.contains("mmu-gather sequence 1"), "{told}");
 }
 
 /// Debug builds of the engine name these themselves, and the run ends with their words.
