@@ -34,10 +34,21 @@ impl<const CPUS: usize> Model<CPUS> {
                 let members = s.space(request.space).cpumask & !me; // F3
                 looking(members, request.tables && !self.has(Bug::LazySkippedWithTables))
             }
+            ShootStep::Looking { left: 0, targets } if self.has(Bug::InterruptNotSentForOldMail) => {
+                let had_mail = s.cpus[targets.trailing_zeros() as usize].inbox != 0;
+                ShootStep::Peeked { targets, had_mail }
+            }
             ShootStep::Looking { left: 0, targets } => {
-                s.answers = 0;
-                for other in (0..CPUS).filter(|other| targets & (1 << other) != 0) {
-                    s.cpus[other].inbox[cpu] = Some(request); // F6
+                ShootStep::Posted { targets, first: Self::post(s, cpu, request, targets) }
+            }
+            ShootStep::Peeked { targets, had_mail } => {
+                let first = Self::post(s, cpu, request, targets);
+                let lowest = targets & targets.wrapping_neg();
+                ShootStep::Posted { targets, first: if had_mail { first & !lowest } else { first } }
+            }
+            ShootStep::Posted { targets, first } => {
+                for other in (0..CPUS).filter(|other| first & (1 << other) != 0) {
+                    s.cpus[other].interrupted = true;
                 }
                 self.turn_here(s, cpu, &shoot, targets)
             }
@@ -87,6 +98,21 @@ impl<const CPUS: usize> Model<CPUS> {
         } else {
             s.cpus[cpu].main = Main::Shoot(Shoot { request, here, step: next });
         }
+    }
+
+    /// M1 to M3: `cpu` has `request` for each of `targets`. Returns those that had no mail.
+    fn post(s: &mut State<CPUS>, cpu: usize, request: Request, targets: u8) -> u8 {
+        s.answers = 0;
+        let mut first = 0;
+        for target in (0..CPUS).filter(|target| targets & (1 << target) != 0) {
+            let state = &mut s.cpus[target];
+            state.asked[cpu] = Some(request);
+            if state.inbox == 0 {
+                first |= 1 << target;
+            }
+            state.inbox |= 1 << cpu;
+        }
+        first
     }
 
     /// The others have been told: does this CPU have to flush?
@@ -195,7 +221,7 @@ impl<const CPUS: usize> Model<CPUS> {
                 let Loaded::Space(space) = s.cpus[cpu].own_loaded() else { return Deed::Done };
                 self.flush_context(s, cpu, space, tlb_gen);
             }
-            Deed::Done => {}
+            Deed::Unread | Deed::Done => {}
         }
         Deed::Done
     }
