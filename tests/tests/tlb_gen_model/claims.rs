@@ -126,8 +126,7 @@ fn slots_are_honest<const CPUS: usize>(s: &State<CPUS>) -> bool {
 fn answered_is_flushed<const CPUS: usize>(s: &State<CPUS>) -> bool {
     (0..CPUS).all(|initiator| {
         let Main::Shoot(Shoot { request, step, .. }) = s.cpus[initiator].main else { return true };
-        let (ShootStep::Posted { targets, .. }
-        | ShootStep::Here { targets }
+        let (ShootStep::Here { targets }
         | ShootStep::Flushing { targets, .. }
         | ShootStep::Waiting { targets }) = step
         else {

@@ -332,7 +332,6 @@ impl<const CPUS: usize> Model<CPUS> {
                 ShootStep::Looking { .. }
                 | ShootStep::LoadedRead { .. }
                 | ShootStep::Peeked { .. }
-                | ShootStep::Posted { .. }
                 | ShootStep::Here { .. } => true,
                 ShootStep::Flushing { deed, .. } => self.may_do(s, cpu, deed),
                 ShootStep::Waiting { targets } if self.has(Bug::AnswersCountedTogether) => {

@@ -39,17 +39,13 @@ impl<const CPUS: usize> Model<CPUS> {
                 ShootStep::Peeked { targets, had_mail }
             }
             ShootStep::Looking { left: 0, targets } => {
-                ShootStep::Posted { targets, first: Self::post(s, cpu, request, targets) }
+                Self::post(s, cpu, request, targets, targets);
+                self.turn_here(s, cpu, &shoot, targets)
             }
             ShootStep::Peeked { targets, had_mail } => {
-                let first = Self::post(s, cpu, request, targets);
                 let lowest = targets & targets.wrapping_neg();
-                ShootStep::Posted { targets, first: if had_mail { first & !lowest } else { first } }
-            }
-            ShootStep::Posted { targets, first } => {
-                for other in (0..CPUS).filter(|other| first & (1 << other) != 0) {
-                    s.cpus[other].interrupted = true;
-                }
+                let told = if had_mail { targets & !lowest } else { targets };
+                Self::post(s, cpu, request, targets, told);
                 self.turn_here(s, cpu, &shoot, targets)
             }
             ShootStep::Looking { left, targets } => {
@@ -100,19 +96,16 @@ impl<const CPUS: usize> Model<CPUS> {
         }
     }
 
-    /// M1 to M3: `cpu` has `request` for each of `targets`. Returns those that had no mail.
-    fn post(s: &mut State<CPUS>, cpu: usize, request: Request, targets: u8) -> u8 {
+    /// M1 to M3: `cpu` has `request` for each of `targets`. Those of `told` that had no mail are
+    /// interrupted. An interrupt arrives at any time later, so sending it needs no step of its own.
+    fn post(s: &mut State<CPUS>, cpu: usize, request: Request, targets: u8, told: u8) {
         s.answers = 0;
-        let mut first = 0;
         for target in (0..CPUS).filter(|target| targets & (1 << target) != 0) {
             let state = &mut s.cpus[target];
             state.asked[cpu] = Some(request);
-            if state.inbox == 0 {
-                first |= 1 << target;
-            }
+            state.interrupted |= state.inbox == 0 && told & (1 << target) != 0;
             state.inbox |= 1 << cpu;
         }
-        first
     }
 
     /// The others have been told: does this CPU have to flush?

@@ -191,12 +191,7 @@ pub(crate) enum ShootStep {
         targets: u8,
         had_mail: bool,
     },
-    /// F6, M3: the mail is in the inboxes of the targets; these are to be interrupted.
-    Posted {
-        targets: u8,
-        first: u8,
-    },
-    /// F6: it is this CPU's turn.
+    /// F6: requests were sent to the others; it is this CPU's turn.
     Here {
         targets: u8,
     },
@@ -459,10 +454,6 @@ impl<const CPUS: usize> State<CPUS> {
                     ShootStep::Looking { left, targets } | ShootStep::LoadedRead { left, targets, .. } => {
                         swap_bits(left);
                         swap_bits(targets);
-                    }
-                    ShootStep::Posted { targets, first } => {
-                        swap_bits(targets);
-                        swap_bits(first);
                     }
                     ShootStep::Peeked { targets, .. }
                     | ShootStep::Here { targets }
