@@ -57,8 +57,8 @@ impl<const CPUS: usize> Checked for Model<CPUS> {
             Property::sometimes("mail of two CPUs is taken at once", |_, s: &State<CPUS>| {
                 s.cpus.iter().any(|cpu| cpu.handler.is_some_and(|handler| handler.rest != 0))
             }),
-            Property::sometimes("an interrupt comes after its mail was taken", |_, s: &State<CPUS>| {
-                s.cpus.iter().any(|cpu| cpu.interrupted && cpu.inbox == 0)
+            Property::sometimes("a CPU that waits takes its mail", |_, s: &State<CPUS>| {
+                s.cpus.iter().any(|cpu| cpu.waits() && cpu.handler.is_some())
             }),
             Property::sometimes("a waking CPU is behind", |_, s: &State<CPUS>| {
                 s.cpus.iter().any(|cpu| matches!(cpu.main, Main::Switch(Switch::Behind(..))))

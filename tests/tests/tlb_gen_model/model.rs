@@ -245,8 +245,7 @@ impl<const CPUS: usize> Model<CPUS> {
         if state.interrupted && state.interrupts_are_on() && !is_deaf {
             actions.push(Action::Interrupt(cpu));
         }
-        let waits = matches!(state.main, Main::Shoot(Shoot { step: ShootStep::Waiting { .. }, .. }));
-        if waits && state.inbox != 0 && !self.has(Bug::MailNotTakenWhileWaiting) {
+        if state.waits() && state.inbox != 0 && !self.has(Bug::MailNotTakenWhileWaiting) {
             actions.push(Action::TakeMail(cpu));
         }
     }

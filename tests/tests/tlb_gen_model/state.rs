@@ -320,6 +320,11 @@ impl<const CPUS: usize> CpuState<CPUS> {
         }
     }
 
+    /// Whether it waits for answers.
+    pub(crate) const fn waits(&self) -> bool {
+        matches!(self.main, Main::Shoot(Shoot { step: ShootStep::Waiting { .. }, .. }))
+    }
+
     pub(crate) const fn is_at_rest(&self) -> bool {
         matches!(self.main, Main::Run) && self.handler.is_none() && self.stores.is_empty()
     }

@@ -61,11 +61,7 @@ impl<const CPUS: usize> Model<CPUS> {
         match action {
             Action::Begin(cpu, op) => self.begin(s, cpu, op),
             Action::Drain(cpu) => s.drain(cpu),
-            Action::Interrupt(cpu) => {
-                s.cpus[cpu].interrupted = false;
-                self.take_mail(s, cpu);
-            }
-            Action::TakeMail(cpu) => self.take_mail(s, cpu),
+            Action::Interrupt(cpu) | Action::TakeMail(cpu) => self.take_mail(s, cpu),
             Action::Handle(cpu) => {
                 let Some(handler) = s.cpus[cpu].handler else { return };
                 match handler.deed {
@@ -81,9 +77,11 @@ impl<const CPUS: usize> Model<CPUS> {
         }
     }
 
-    /// M5, and the first request of those that are taken. An interrupt may find that a CPU which
-    /// waited has taken its mail already.
+    /// M5, and the first request of those that are taken. Where a CPU that waits takes it, an
+    /// interrupt is still on its way. Nobody can tell whether it comes, because it finds nothing or
+    /// what another interrupt is sent for, so it does not.
     fn take_mail(&self, s: &mut State<CPUS>, cpu: usize) {
+        s.cpus[cpu].interrupted = false;
         if let Some(handler) = unread(core::mem::take(&mut s.cpus[cpu].inbox)) {
             self.read_mail(s, cpu, handler);
         }
