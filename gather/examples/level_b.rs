@@ -47,7 +47,7 @@ unsafe impl PageTableFrameMapping for Kernel {
 
 // SAFETY: a table is zeroed, and given out once until it is freed; each has a lock of its own.
 unsafe impl TableMemory for Kernel {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     unsafe fn table_lock(&self, table: PhysFrame) -> &TableLock<spin::Spin> {
         // SAFETY: the caller's table is not freed meanwhile.

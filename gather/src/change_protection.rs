@@ -128,7 +128,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         self.note_deferred_flushes_of(view);
     }
 
-    fn protect_leaf<F>(&mut self, locked: &LockedTable<'_, K::Relax>, address: u64, rights: &mut F)
+    fn protect_leaf<F>(&mut self, locked: &LockedTable<'_, impl Sized>, address: u64, rights: &mut F)
     where
         F: FnMut(u64, Level, EntryValue) -> PageTableFlags,
     {

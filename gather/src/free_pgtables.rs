@@ -69,6 +69,61 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         }
     }
 
+    /// As [`free_pgtables`](Self::free_pgtables), told what stays and not what goes: unhooks the
+    /// tables of the parts of `range` that lie between `areas`.
+    ///
+    /// `areas` are those that stay, in ascending order; all of them, or at least those that overlap
+    /// `range`, and the nearest on either side.
+    ///
+    /// # Context
+    /// As for [`free_pgtables`](Self::free_pgtables).
+    ///
+    /// # Safety
+    /// Until [`flush`](Self::flush) has returned, nothing is mapped outside `areas` between the
+    /// nearest area below `range` and the nearest above, nobody faults or walks there, and no area
+    /// grows into a gap.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let mm = kernel.new_mm();
+    /// # let (low, high) = (area(0x1000, 0x5000), area(0x40_0000, 0x40_1000));
+    /// # kernel.map(&mm, low.range);
+    /// # kernel.map(&mm, high.range);
+    /// # let tables_before = kernel.free_tables.borrow().len();
+    /// # // SAFETY: this thread alone unmaps, and `mm` is an address space of `kernel`.
+    /// # let mut gather = unsafe { MmuGather::new(&kernel, &mm) };
+    /// gather.unmap_vmas([high], high.range)?;
+    /// // SAFETY: nothing is mapped outside `low`, the one area left.
+    /// unsafe { gather.free_pgtables_in_gaps([low.range], high.range) };
+    /// gather.flush().free();
+    /// assert_eq!(kernel.free_tables.borrow().len(), tables_before + 1, "`low` needs the others");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub unsafe fn free_pgtables_in_gaps(
+        &mut self,
+        areas: impl IntoIterator<Item = VirtRange>,
+        range: VirtRange,
+    ) {
+        self.flush_pfn_maps();
+        let mut floor = 0;
+        for area in areas {
+            self.free_gap(range, floor, area.start());
+            floor = floor.max(area.end());
+        }
+        self.free_gap(range, floor, self.mm.space().user_range().end());
+    }
+
+    /// Unhooks the tables of the part of `range` between `floor` and `ceiling`, where no area is.
+    fn free_gap(&mut self, range: VirtRange, floor: u64, ceiling: u64) {
+        if let Some(part) = VirtRange::new(floor, ceiling).ok().and_then(|gap| gap.intersect(range)) {
+            self.free_pgd_range(part, Bounds::between(Some(floor), Some(ceiling)));
+        }
+    }
+
     /// Makes every CPU forget the device frames unmapped so far, if there were any; frees nothing.
     ///
     /// It is to be called before the areas can no longer be found. From then on the owner of the

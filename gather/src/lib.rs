@@ -183,6 +183,7 @@ mod cut_leaf;
 mod entries;
 mod flush_policy;
 mod flushed_gather;
+mod free_empty;
 mod free_pgtables;
 mod gather;
 mod levels;
@@ -209,12 +210,16 @@ pub mod one_munmap {}
 
 pub use mmu_pagetable as pagetable;
 pub use mmu_tlb as tlb;
+/// What an embedder names of other crates: frames and flags, and locks that spin. A kernel that
+/// depends on this crate alone compiles on stable; the default features of `x86_64` do not.
+pub use pagetable::{spin, x86_64};
 
 #[cfg(feature = "bumpalo")]
 pub use adapters::arena::BatchArena;
 pub use adapters::free_with::FreeWith;
 pub use cut_leaf::CutLeaf;
 pub use flushed_gather::FlushedGather;
+pub use free_empty::unmap_range;
 pub use gather::MmuGather;
 pub use levels::context::{OwnContext, TlbContext};
 pub use levels::flush_tlb::FlushTlb;
@@ -226,4 +231,4 @@ pub use queue::freed_pages::{FreedFrames, FreedPages, PageRun};
 pub use queue::release::Release;
 pub use queue::spare::Room;
 pub use split::SplitError;
-pub use teardown::{exit_mmap, shift_arg_pages, unmap_region, zap_page_range};
+pub use teardown::{exit_mmap, exit_mmap_within, shift_arg_pages, unmap_region, zap_page_range};

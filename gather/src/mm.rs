@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 #[cfg(mmu_loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};
 
-use mmu_pagetable::{AddressSpace, PagingMode};
+use mmu_pagetable::{AddressSpace, PagingMode, TableMemory};
 use mmu_tlb::{CpuBits, CtxIds, MmContext};
 use x86_64::structures::paging::PhysFrame;
 
@@ -59,13 +59,53 @@ impl<B: CpuBits> MmOf<MmContext<B>> {
     /// ```
     #[must_use]
     pub unsafe fn new(ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
-        Self {
-            // SAFETY: passed on to our caller.
-            space: unsafe { AddressSpace::new(root, mode) },
-            // SAFETY: passed on to our caller.
-            context: unsafe { MmContext::new(ids, root) },
-            open_gathers: AtomicU64::new(0),
-        }
+        // SAFETY: passed on to our caller.
+        let space = unsafe { AddressSpace::new(root, mode) };
+        // SAFETY: passed on to our caller.
+        unsafe { Self::of_space(ids, space) }
+    }
+
+    /// An address space whose top table is `root`, below which tables are linked already; see
+    /// [`AddressSpace::adopt`].
+    ///
+    /// No CPU has it loaded, as far as the engine knows: flushes reach those that have called
+    /// [`switch_mm`](mmu_tlb::switch_mm) for it.
+    ///
+    /// # Safety
+    /// - As for [`AddressSpace::adopt`];
+    /// - as for [`MmContext::new`];
+    /// - no CPU has `root` in CR3, or anything cached from below it: each that had it there has run
+    ///   [`init_cpu`](mmu_tlb::init_cpu) since.
+    ///
+    /// # Examples
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+    /// # fn main() -> Result<(), CutLeaf> {
+    /// # let kernel = Kernel::new();
+    /// # let made_before = kernel.new_mm();
+    /// # kernel.map(&made_before, area(0x1000, 0x5000).range);
+    /// # let root = made_before.space().root();
+    /// // SAFETY: whoever filled `root` knows it no more, and no CPU has it loaded.
+    /// let mm = unsafe { Mm::adopt(&kernel, &kernel.ids, root, PagingMode::FourLevel) };
+    /// let mm: MyMm = Box::pin(mm);
+    /// assert_eq!(mm.space().nr_tables(Level::Pte), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub unsafe fn adopt<M: TableMemory>(memory: &M, ids: &CtxIds, root: PhysFrame, mode: PagingMode) -> Self {
+        // SAFETY: passed on to our caller.
+        let space = unsafe { AddressSpace::adopt(memory, root, mode) };
+        // SAFETY: passed on to our caller.
+        unsafe { Self::of_space(ids, space) }
+    }
+
+    /// # Safety
+    /// As for [`MmContext::new`].
+    unsafe fn of_space(ids: &CtxIds, space: AddressSpace) -> Self {
+        // SAFETY: passed on to our caller.
+        let context = unsafe { MmContext::new(ids, space.root()) };
+        Self { space, context, open_gathers: AtomicU64::new(0) }
     }
 
     /// The TLB context, as [`switch_mm`](mmu_tlb::switch_mm) takes it.

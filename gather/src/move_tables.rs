@@ -132,10 +132,8 @@ impl<K: Platform> MmuGather<'_, '_, K> {
             debug_assert!(empty, "no table was prepared at {new_start:#x} for what is mapped in {stretch}");
             return;
         };
-        // Two table locks at once cannot deadlock: movers exclude each other by the map lock, and
-        // everybody else takes one table lock at a time.
-        let old_locked = old_table.lock(kernel);
-        let new_locked = (new_table.frame() != old_table.frame()).then(|| new_table.lock(kernel));
+        let both = old_table.lock_both(kernel, new_table);
+        let (old_locked, new_locked) = (both.first(), both.second());
         self.note_deferred_flushes();
         let mut leaves = 0;
         for page in old_table.used_parts(kernel, stretch).addresses() {
@@ -144,7 +142,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
                 continue;
             }
             let target_page = page - stretch.start() + new_start;
-            let target = new_locked.as_ref().unwrap_or(&old_locked).entry(target_page);
+            let target = new_locked.entry(target_page);
             if !target.load().is_empty() {
                 debug_assert!(false, "something is mapped at {target_page:#x}");
                 continue;
@@ -167,8 +165,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
             kernel.observe_gather(GatherEvent::DirtyFlush);
             self.flush_tlb_only();
         }
-        drop(new_locked);
-        drop(old_locked);
+        drop(both);
         kernel.observe_gather(GatherEvent::LockDropped { leaves });
     }
 

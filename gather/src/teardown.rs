@@ -202,6 +202,33 @@ where
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
     // SAFETY: passed on to our caller.
+    unsafe { exit_mmap_within(kernel, mm, limits, vmas, Bounds::whole(), unlink) }
+}
+
+/// As [`exit_mmap`], where part of the lower half stays: `bounds` are what the areas lie between.
+///
+/// That is for address spaces that share low memory, say, which no area is in. The root is then not
+/// empty at the end: what stays is the caller's to take out of it, with the tables that also cover
+/// areas.
+///
+/// # Panics
+/// As [`exit_mmap`].
+///
+/// # Safety
+/// As for [`exit_mmap`], with nothing but `vmas` between `bounds`.
+pub unsafe fn exit_mmap_within<'k, K, I>(
+    kernel: &'k K,
+    mm: &MmOf<K::Context>,
+    limits: &Limits,
+    vmas: I,
+    bounds: Bounds,
+    unlink: impl FnOnce(),
+) -> FlushedGather<'k, K>
+where
+    K: Platform,
+    I: IntoIterator<Item = Vma<K::Area>> + Clone,
+{
+    // SAFETY: passed on to our caller.
     unsafe { kernel.leave_here(mm.context()) };
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
@@ -210,7 +237,7 @@ where
     gather.flush_pfn_maps();
     unlink();
     // SAFETY: passed on to our caller; all leaves are gone, and nobody else is there.
-    unsafe { gather.free_pgtables(vmas, Bounds::whole()) };
+    unsafe { gather.free_pgtables(vmas, bounds) };
     let flushed = gather.flush();
     // SAFETY: passed on to our caller.
     unsafe { kernel.leave_everywhere(mm.context()) };

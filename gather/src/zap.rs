@@ -328,7 +328,7 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
     fn clear_entries(
         &mut self,
         vma: &Vma<K::Area>,
-        locked: &LockedTable<'_, K::Relax>,
+        locked: &LockedTable<'_, impl Sized>,
         range: VirtRange,
         leaves: impl Leaves,
         clear: impl Clear,

@@ -132,9 +132,8 @@ impl<M: Machine> Kernel<M> {
         // SAFETY: the child's areas are in place and nobody else knows it.
         let target = unsafe { child.engine.space().ensure_table(self, range.start(), Level::Pte) }
             .map_err(|_| Error::NoMemory)?;
-        // No other CPU knows the child's tables, so the two locks can be taken in any order.
-        let source = view.lock(self);
-        let target = target.lock(self);
+        let both = view.lock_both(self, target);
+        let (source, target) = (both.first(), both.second());
         gather.note_deferred_flushes();
         for address in addresses() {
             let entry = source.entry(address);
@@ -164,7 +163,7 @@ impl<M: Machine> Kernel<M> {
                 Decoded::Empty | Decoded::Table(_) | Decoded::NonPresent(_) => {}
             }
         }
-        drop((source, target));
+        drop(both);
         self.machine.cond_resched();
         Ok(())
     }

@@ -36,7 +36,7 @@ unsafe impl PageTableFrameMapping for Memory {
 
 // SAFETY: as above; each frame has a lock of its own.
 unsafe impl TableMemory for Memory {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<spin::Spin> {
         &self.locks[number(frame)]

@@ -16,11 +16,15 @@
 //! | what an entry means: empty, present, or kept | [`EntryValue::decode`], entry.rs |
 //! | where an entry is cleared | [`Entry::get_and_clear_seen`], entry.rs |
 //! | when a plain store is enough to clear it | [`EntryValue::is_settled`], entry.rs |
+//! | a root with tables below it already | [`AddressSpace::adopt`], adopt.rs |
+//! | what the `x86_64` crate calls a frame allocator | [`adapters`], adapters.rs |
 //! | where a table is linked | [`AddressSpace::ensure_table`], map.rs |
 //! | which tables may go (floor and ceiling) | [`Bounds`], unhook.rs |
 //! | where a table is unhooked (free_pgd_range) | [`AddressSpace::unhook_tables`], unhook.rs |
-//! | the lock of a table (ptlock) | [`TableView::lock`], table.rs |
-//! | what a kernel implements | [`TableMemory`], table.rs |
+//! | where an empty table is unhooked | [`AddressSpace::unhook_empty_tables`], empty.rs |
+//! | the lock of a table (ptlock) | [`TableView::lock`], locked.rs |
+//! | locks for a kernel that keeps nothing for each frame | [`HashedLocks`], [`NoLock`], lock.rs |
+//! | what a kernel implements | [`TableMemory`], memory.rs |
 //!
 //! Rules (each has a test that bears its sentence as its name, in
 //! `tests/tests/rules_pagetable.rs`):
@@ -39,9 +43,15 @@
 #![no_std]
 #![deny(unsafe_code)]
 
+pub mod adapters;
+mod adopt;
+mod empty;
 mod entry;
 mod level;
+mod lock;
+mod locked;
 mod map;
+mod memory;
 mod range;
 mod space;
 mod table;
@@ -51,10 +61,18 @@ mod walk;
 
 pub use entry::{Decoded, Entry, EntryValue, Marker, MigrationAccess, NonPresent, StaleWrites};
 pub use level::{Level, PagingMode};
+pub use lock::{HashedLocks, Lock, NoLock, TableLock};
+pub use locked::{GuardOf, LockedEntry, LockedPair, LockedTable};
 pub use map::MapError;
+pub use memory::TableMemory;
 pub use range::{RangeError, VirtRange};
 pub use space::AddressSpace;
-pub use table::{LockedEntry, LockedTable, Table, TableLock, TableMemory, TableView};
+/// The crate whose mutex a [`TableLock`] is. A kernel names it through here, in the right version.
+pub use spin;
+pub use table::{Table, TableView};
 pub use unhook::{Bounds, UnhookedTable};
 pub use used_lines::{Line, Lines, LinesIter, UsedLines, UsedParts};
 pub use walk::Mapping;
+/// The crate that this one speaks of frames and flags in. On a stable compiler a kernel names it
+/// through here, and need not depend on it: its default features ask for a nightly one.
+pub use x86_64;

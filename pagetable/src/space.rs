@@ -5,8 +5,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::level::{Level, PagingMode};
+use crate::memory::TableMemory;
 use crate::range::VirtRange;
-use crate::table::{TableMemory, TableView};
+use crate::table::TableView;
 
 /// A root table and the count of the tables linked below it.
 ///
@@ -59,6 +60,9 @@ impl AddressSpace {
     /// An address space whose root table is the zeroed frame `root`, or one whose upper half is
     /// already filled in.
     ///
+    /// For a root below which tables are linked already there is
+    /// [`adopt`](Self::adopt).
+    ///
     /// # Safety
     /// - `root` holds a table of the mode's root level, whose lower half is empty, in the memory
     ///   that every later call is given;
@@ -101,7 +105,18 @@ impl AddressSpace {
     #[doc(alias = "mm_pgtables_bytes")]
     #[must_use]
     pub fn nr_tables(&self, level: Level) -> u64 {
-        self.counter(level).map_or(0, |counter| counter.load(Ordering::Relaxed))
+        self.counter(level).map_or(0, |counter| counted(counter.load(Ordering::Relaxed)))
+    }
+
+    /// Counts `tables` tables of `level` that somebody else has linked below the root, such as the
+    /// `x86_64` crate's mapper ([`MapperTables`](crate::adapters::MapperTables) finds the levels).
+    ///
+    /// The engine counts what it links and unhooks itself. If it unhooks more than were counted, a
+    /// debug build says so; a release build goes on from zero.
+    pub fn note_linked(&self, level: Level, tables: u64) {
+        if let Some(counter) = self.counter(level) {
+            counter.fetch_add(tables, Ordering::Relaxed);
+        }
     }
 
     /// The root table.
@@ -120,14 +135,15 @@ impl AddressSpace {
     }
 
     pub(crate) fn count_linked(&self, level: Level) {
-        if let Some(counter) = self.counter(level) {
-            counter.fetch_add(1, Ordering::Relaxed);
-        }
+        self.note_linked(level, 1);
     }
 
     pub(crate) fn count_unhooked(&self, level: Level, tables: u64) {
         if let Some(counter) = self.counter(level) {
-            counter.fetch_sub(tables, Ordering::Relaxed);
+            let before = counter.fetch_sub(tables, Ordering::Relaxed);
+            if is_below_zero(before.wrapping_sub(tables)) {
+                linked_by_others(counter, level, before, tables);
+            }
         }
     }
 
@@ -140,4 +156,27 @@ impl AddressSpace {
             Level::Pgd => None,
         }
     }
+}
+
+/// Whether a count went below zero.
+const fn is_below_zero(count: u64) -> bool {
+    count > u64::MAX / 2
+}
+
+/// A count that may be below zero for a moment.
+const fn counted(count: u64) -> u64 {
+    if is_below_zero(count) { 0 } else { count }
+}
+
+/// `tables` tables were taken off a count that was `before`, and less: it goes back to zero.
+#[cold]
+#[inline(never)]
+fn linked_by_others(counter: &AtomicU64, level: Level, before: u64, tables: u64) {
+    let before = counted(before);
+    counter.fetch_add(tables - before, Ordering::Relaxed);
+    debug_assert!(
+        false,
+        "{tables} {level:?} tables were unhooked where {before} were counted: others have linked tables here, \
+        which `AddressSpace::note_linked` or `MapperTables` is to be told of, or `AddressSpace::adopt` counts"
+    );
 }

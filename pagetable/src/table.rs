@@ -1,19 +1,17 @@
-//! One table page: 512 entries, a lock, and the memory they live in.
+//! One table page: 512 entries, and a view of them.
 #![expect(unsafe_code, reason = "the one place where a frame number becomes a table")]
 
 use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use core::fmt;
-use core::ops::Range;
 use core::ptr;
 
-use spin::RelaxStrategy;
-use spin::mutex::{SpinMutex, SpinMutexGuard};
 use static_assertions::{assert_eq_align, assert_eq_size};
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::entry::{Entry, EntryValue};
 use crate::level::Level;
+use crate::memory::TableMemory;
 use crate::range::VirtRange;
 use crate::used_lines::{Line, Lines, UsedLines, UsedParts};
 
@@ -53,99 +51,14 @@ impl Table {
 
     /// Whether all entries of one cache line are empty now.
     #[inline]
-    fn line_is_empty(&self, line: Line) -> bool {
+    pub(crate) fn line_is_empty(&self, line: Line) -> bool {
         let first = line.first_entry();
         self.entries[first..first + Line::ENTRIES].iter().fold(0, |any, entry| any | entry.load().bits()) == 0
     }
 }
 
-/// The lock of one table page. It guards the entries of that page against other software, never
-/// against hardware.
-///
-/// `R` decides what a waiting CPU does. It must keep answering flush requests, or two CPUs that
-/// wait for each other stop for ever. Linux: `ptlock_ptr`.
-#[doc(alias = "ptlock")]
-pub type TableLock<R> = SpinMutex<(), R>;
-
-/// Where table pages live: what a kernel supplies to this crate.
-///
-/// The pointer to a frame comes from the `x86_64` crate's own [`PageTableFrameMapping`], so an
-/// implementation that exists for `MappedPageTable` serves unchanged. Its `FrameAllocator` is not
-/// used, because it takes `&mut self`, and several CPUs allocate at once.
-///
-/// # Safety
-/// - `frame_to_pointer` of a frame that `allocate_table` returned, or of a root, points to that
-///   frame's 4096 bytes, readable and writable, for as long as the frame is a table; no Rust
-///   reference other than `&Table` to it exists.
-/// - `allocate_table` returns a frame that nobody else uses and that reads as zero.
-/// - `table_lock` returns the same lock for the same frame until the frame is freed, and locks of
-///   tables on one path from a root are distinct.
-/// - `used_lines` returns the same [`UsedLines`] for the same frame until the frame is freed, and
-///   another one for every other frame. If it returns one, entries of linked tables are filled only
-///   through [`LockedTable::entry`] (rule P4); the kernel half of a root, which the engine does not
-///   look at, is exempt.
-/// - Nobody combines a view of one memory with a reference to another of the same type. A machine
-///   has one memory; where a process has several (a simulator), whoever holds two keeps their views
-///   apart.
-///
-/// # Example
-/// Tables in an ordinary process:
-///
-/// ```
-#[doc = include_str!("../doc/memory.rs")]
-/// ```
-pub unsafe trait TableMemory: PageTableFrameMapping {
-    /// What a CPU does while it waits for a table lock.
-    type Relax: RelaxStrategy;
-
-    /// The lock of the table in `frame`. Only a caller that takes the lock next, or tries to, asks
-    /// for it.
-    ///
-    /// # Safety
-    /// `frame` is a table of this memory, and is not freed while the lock is used.
-    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<Self::Relax>;
-
-    /// Where it is noted which cache lines of the table in `frame` may hold entries; best beside
-    /// the lock.
-    ///
-    /// With these notes, tearing down sparse memory looks at the used lines only, not at all 64 of
-    /// each table. A kernel that does not keep them, or that writes entries by means of its own,
-    /// returns `None`: every line is then looked at.
-    ///
-    /// # Safety
-    /// As for [`table_lock`](Self::table_lock).
-    #[inline]
-    unsafe fn used_lines(&self, _frame: PhysFrame) -> Option<&UsedLines> {
-        None
-    }
-
-    /// A zeroed frame for a new table; `None` when memory is short.
-    ///
-    /// # Context
-    /// No table lock is held. May sleep if the caller of the mapping function may.
-    fn allocate_table(&self) -> Option<PhysFrame>;
-
-    /// Takes back pages that were tables, or were meant to become tables.
-    ///
-    /// The engine calls this only for pages that no CPU can reach any more: never linked, or
-    /// unhooked and flushed everywhere, lazy CPUs included. A kernel whose own software walks
-    /// tables without a lock (Linux: gup_fast) must still wait for those walkers, for example by
-    /// handing the pages to RCU here.
-    ///
-    /// # Context
-    /// No table lock is held.
-    ///
-    /// # Safety
-    /// - Each of `tables` came from [`allocate_table`](Self::allocate_table), or was a root, and is
-    ///   given back once.
-    /// - Each was never linked, or was unhooked and every CPU, lazy ones included, has flushed
-    ///   since.
-    /// - No CPU has one of them as its root.
-    unsafe fn free_tables(&self, tables: &[PhysFrame]);
-}
-
 /// The end of a debug build's panic message about an entry in a line that is not noted.
-const PAST_THE_NOTES: &str = "is not noted in its used lines: entries were written past `LockedTable::entry`. \
+pub(crate) const PAST_THE_NOTES: &str = "is not noted in its used lines: entries were written past `LockedTable::entry`. \
     A kernel that writes them by means of its own says None in `TableMemory::used_lines`";
 
 /// A borrowed view of one table: its entries, its frame, and its level.
@@ -234,27 +147,8 @@ impl<'m> TableView<'m> {
         Some(unsafe { Self::new(memory, frame, below) })
     }
 
-    /// Takes the table's lock.
-    ///
-    /// # Context
-    /// Spins. Never taken while a lock of the same or a lower level is held.
-    #[inline]
-    pub fn lock<M: TableMemory>(&self, memory: &'m M) -> LockedTable<'m, M::Relax> {
-        // SAFETY: a view is of a live table (contract of `new`), in the one memory there is
-        // (contract of `TableMemory`).
-        let guard = unsafe { memory.table_lock(self.frame) }.lock();
-        LockedTable { view: *self, used: self.notes(memory), _guard: guard }
-    }
-
-    /// Takes the table's lock if nobody holds it.
-    pub fn try_lock<M: TableMemory>(&self, memory: &'m M) -> Option<LockedTable<'m, M::Relax>> {
-        // SAFETY: as in `lock`.
-        let guard = unsafe { memory.table_lock(self.frame) }.try_lock()?;
-        Some(LockedTable { view: *self, used: self.notes(memory), _guard: guard })
-    }
-
     #[inline(always)]
-    fn notes<'n, M: TableMemory>(&self, memory: &'n M) -> Option<&'n UsedLines> {
+    pub(crate) fn notes<'n, M: TableMemory>(&self, memory: &'n M) -> Option<&'n UsedLines> {
         // SAFETY: as in `lock`.
         unsafe { memory.used_lines(self.frame) }
     }
@@ -335,260 +229,5 @@ impl<'m> TableView<'m> {
 impl fmt::Debug for TableView<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} table at {:#x}", self.level, self.frame.start_address())
-    }
-}
-
-/// A table whose lock is held: the proof that no other software changes its entries. Hardware may
-/// still set A/D bits.
-pub struct LockedTable<'m, R> {
-    view: TableView<'m>,
-    used: Option<&'m UsedLines>,
-    _guard: SpinMutexGuard<'m, (), R>,
-}
-
-impl<'m, R> LockedTable<'m, R> {
-    /// The table, without the proof that its lock is held.
-    #[must_use]
-    #[inline]
-    pub const fn view(&self) -> TableView<'m> {
-        self.view
-    }
-
-    /// The entry that `address` selects.
-    #[must_use]
-    #[inline]
-    pub const fn entry(&self, address: u64) -> LockedEntry<'_> {
-        self.entry_at(self.view.level.index(address))
-    }
-
-    const fn entry_at(&self, index: usize) -> LockedEntry<'_> {
-        LockedEntry { entry: self.view.table.entry(index), index, used: self.used }
-    }
-
-    /// The entries that `range` selects, for looking and clearing; see [`TableView::entries`]. What
-    /// is put in goes through [`entry`](Self::entry).
-    ///
-    /// # Panics
-    /// If `range` reaches beyond the table.
-    #[must_use]
-    #[inline]
-    pub fn entries(&self, range: VirtRange) -> &'m [Entry] {
-        self.view.entries(range)
-    }
-
-    /// The lines that may hold entries; all lines, if the kernel does not note them. Debug builds
-    /// check them, as in [`TableView::used_parts`].
-    #[must_use]
-    #[inline]
-    pub fn used_lines(&self) -> Lines {
-        let used = self.used.map_or(Lines::ALL, UsedLines::load);
-        debug_assert!(
-            Lines::ALL.without(used).into_iter().all(|line| self.view.table.line_is_empty(line)),
-            "P4: {:?} has an entry in a line that {PAST_THE_NOTES}",
-            self.view
-        );
-        used
-    }
-
-    /// Forgets the lines whose eight entries all lie in `entries` (indices).
-    ///
-    /// Lines that reach beyond either end stay noted, empty or not: looking at them costs more than
-    /// forgetting them would ever save.
-    ///
-    /// # Safety
-    /// All of `entries` are empty now. An entry that is left would be passed over, and lost when
-    /// its table is freed.
-    #[inline]
-    pub unsafe fn forget_cleared_lines(&self, entries: &Range<usize>) {
-        let lines = Lines::inside(entries);
-        if let Some(used) = self.used
-            && !lines.is_empty()
-        {
-            debug_assert!(
-                lines.into_iter().all(|line| self.view.table.line_is_empty(line)),
-                "P4: {self:?} has entries in {lines:?}"
-            );
-            used.forget(lines);
-        }
-    }
-
-    /// Forgets the lines that are empty among those that `entries` (indices) touch. It looks at
-    /// each of them that is noted.
-    pub fn forget_empty_lines(&self, entries: &Range<usize>) {
-        if let Some(used) = self.used {
-            let noted = used.load().intersect(Lines::touched_by(entries)).into_iter();
-            let empty = noted.filter(|line| self.view.table.line_is_empty(*line));
-            used.forget(empty.fold(Lines::EMPTY, Lines::with));
-        }
-    }
-}
-
-/// An entry of a table whose lock is held. What is stored here is noted in the table's
-/// [`UsedLines`].
-#[derive(Clone, Copy, Debug)]
-pub struct LockedEntry<'l> {
-    entry: &'l Entry,
-    index: usize,
-    used: Option<&'l UsedLines>,
-}
-
-impl LockedEntry<'_> {
-    /// As [`Entry::load`].
-    #[must_use]
-    #[inline]
-    pub fn load(&self) -> EntryValue {
-        self.entry.load()
-    }
-
-    /// As [`Entry::store`].
-    ///
-    /// # Safety
-    /// A CPU may walk the table at any time, so:
-    /// - What is put in may be used at once by whoever has the address space loaded. A leaf maps a
-    ///   page that its programs may use in that way, as for
-    ///   [`AddressSpace::map`](crate::AddressSpace::map); a link leads to a table of the level
-    ///   below that nothing else links, as for
-    ///   [`AddressSpace::link_table`](crate::AddressSpace::link_table).
-    /// - No link is overwritten: only
-    ///   [`AddressSpace::unhook_tables`](crate::AddressSpace::unhook_tables) unhooks tables (rule
-    ///   P2).
-    /// - What a leaf loses, its mapping or a right, other CPUs may go on using until they have
-    ///   flushed. Until then its page is not freed, nor taken for one that cannot be written; and
-    ///   somebody is going to flush: an open gather that was told before the lock drops
-    ///   ([`changed`](https://docs.rs/mmu-gather)), or a reclaim batch that was told likewise.
-    #[inline]
-    pub unsafe fn store(&self, value: EntryValue) {
-        self.note(value);
-        // SAFETY: passed on to our caller; the lock is held (this is a part of its guard), and the
-        // line is noted.
-        unsafe { self.entry.store(value) };
-    }
-
-    /// As [`Entry::exchange`].
-    ///
-    /// # Safety
-    /// As for [`store`](Self::store).
-    #[must_use]
-    #[inline]
-    pub unsafe fn exchange(&self, new: EntryValue) -> EntryValue {
-        self.note(new);
-        // SAFETY: as in `store`.
-        unsafe { self.entry.exchange(new) }
-    }
-
-    /// As [`Entry::compare_exchange`].
-    ///
-    /// # Errors
-    /// The value found, when it was another one.
-    ///
-    /// # Safety
-    /// As for [`store`](Self::store).
-    #[inline]
-    pub unsafe fn compare_exchange(&self, current: EntryValue, new: EntryValue) -> Result<(), EntryValue> {
-        self.note(new);
-        // SAFETY: as in `store`.
-        unsafe { self.entry.compare_exchange(current, new) }
-    }
-
-    /// As [`Entry::get_and_clear`].
-    ///
-    /// # Safety
-    /// As for [`store`](Self::store) of the empty entry.
-    #[must_use]
-    #[inline]
-    pub unsafe fn get_and_clear(&self) -> EntryValue {
-        // SAFETY: as in `store`; nothing is put in.
-        unsafe { self.entry.get_and_clear() }
-    }
-
-    /// INVARIANT: P4, the line is noted before the entry is filled: whoever can see the entry finds
-    /// its line noted.
-    #[inline]
-    fn note(&self, value: EntryValue) {
-        if let Some(used) = self.used
-            && !value.is_empty()
-        {
-            used.note(self.index);
-        }
-    }
-}
-
-impl<R> fmt::Debug for LockedTable<'_, R> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "locked {:?}", self.view)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use core::cell::Cell;
-    use core::sync::atomic::AtomicU64;
-
-    use x86_64::PhysAddr;
-
-    use super::*;
-
-    #[repr(align(4096))]
-    struct Words([AtomicU64; 512]);
-
-    /// One table, wherever the frame; counts how often its lock is asked for.
-    struct Memory {
-        table: Words,
-        lock: TableLock<spin::Spin>,
-        used_lines: Option<UsedLines>,
-        asked_for_lock: Cell<u32>,
-    }
-
-    impl Memory {
-        fn new(used_lines: Option<UsedLines>) -> Self {
-            let table = Words([const { AtomicU64::new(0) }; 512]);
-            Self { table, lock: TableLock::new(()), used_lines, asked_for_lock: Cell::new(0) }
-        }
-    }
-
-    // SAFETY: the table lives as long as the memory, and its entries are atomics.
-    unsafe impl PageTableFrameMapping for Memory {
-        fn frame_to_pointer(&self, _: PhysFrame) -> *mut PageTable {
-            ptr::from_ref(&self.table.0).cast_mut().cast()
-        }
-    }
-
-    // SAFETY: one frame, one lock, one note; nothing is linked or allocated.
-    unsafe impl TableMemory for Memory {
-        type Relax = spin::Spin;
-
-        unsafe fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
-            self.asked_for_lock.set(self.asked_for_lock.get() + 1);
-            &self.lock
-        }
-
-        unsafe fn used_lines(&self, _: PhysFrame) -> Option<&UsedLines> {
-            self.used_lines.as_ref()
-        }
-
-        fn allocate_table(&self) -> Option<PhysFrame> {
-            None
-        }
-
-        unsafe fn free_tables(&self, _: &[PhysFrame]) {}
-    }
-
-    #[test]
-    fn a_lock_is_asked_for_only_by_who_takes_it() {
-        for used_lines in [None, Some(UsedLines::new())] {
-            let memory = Memory::new(used_lines);
-            let frame = PhysFrame::containing_address(PhysAddr::new(0x5000));
-            // SAFETY: the memory has a table for this frame, and outlives the view.
-            let view = unsafe { TableView::new(&memory, frame, Level::Pte) };
-            let range = VirtRange::new(0x3000, 0x40_000).expect("a good range");
-            view.prefetch_entries(&memory, range);
-            view.prefetch(&memory);
-            assert_eq!(view.used_parts(&memory, range).count(), usize::from(memory.used_lines.is_none()));
-            assert_eq!(memory.asked_for_lock.get(), 0);
-            drop(view.lock(&memory));
-            assert_eq!(memory.asked_for_lock.get(), 1);
-            drop(view.try_lock(&memory));
-            assert_eq!(memory.asked_for_lock.get(), 2);
-        }
     }
 }

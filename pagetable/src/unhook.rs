@@ -7,9 +7,10 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::entry::Entry;
 use crate::level::Level;
+use crate::memory::TableMemory;
 use crate::range::VirtRange;
 use crate::space::AddressSpace;
-use crate::table::{TableMemory, TableView};
+use crate::table::TableView;
 
 /// The stretch of addresses between the neighbours of a range: from the end of the area below (the
 /// floor) to the start of the area above (the ceiling).
@@ -33,6 +34,34 @@ impl Bounds {
     #[must_use]
     pub fn between(area_below_end: Option<u64>, area_above_start: Option<u64>) -> Self {
         Self { floor: area_below_end.unwrap_or(0), ceiling: area_above_start.unwrap_or(u64::MAX) }
+    }
+
+    /// The bounds around `range`, given the areas that stay, in any order. They may be all areas
+    /// of the address space, or those near `range` alone.
+    ///
+    /// If one of them overlaps `range`, no table may go.
+    ///
+    /// ```
+    /// # use mmu_pagetable::{Bounds, VirtRange};
+    /// let page = |start: u64| VirtRange::new(start, start + 4096).expect("a page");
+    /// let areas = [page(0x3000), page(0x7000), page(0x9000)];
+    /// let between = Bounds::between(Some(0x4000), Some(0x7000));
+    /// assert_eq!(Bounds::around(areas, page(0x5000)), between);
+    /// assert_eq!(Bounds::around(areas, page(0xc000)), Bounds::between(Some(0xa000), None));
+    /// assert_eq!(Bounds::around(areas, page(0x7000)).spans_of(page(0x7000)), None);
+    /// ```
+    #[must_use]
+    pub fn around(areas: impl IntoIterator<Item = VirtRange>, range: VirtRange) -> Self {
+        let mut bounds = Self::whole();
+        for area in areas {
+            if area.start() < range.end() {
+                bounds.floor = bounds.floor.max(area.end());
+            }
+            if area.end() > range.start() {
+                bounds.ceiling = bounds.ceiling.min(area.start());
+            }
+        }
+        bounds
     }
 
     /// No neighbours at all: the whole address space goes.
@@ -91,6 +120,11 @@ pub struct UnhookedTable {
 assert_not_impl_any!(UnhookedTable: Clone, Copy);
 
 impl UnhookedTable {
+    /// The table that was in `frame` and has just been unhooked.
+    pub(crate) const fn new(frame: PhysFrame, level: Level, span: VirtRange, root: PhysFrame) -> Self {
+        Self { frame, level, span, root }
+    }
+
     /// The page that was the table.
     #[must_use]
     #[inline]
@@ -287,7 +321,7 @@ fn first_used(entries: &[Entry], from: usize) -> usize {
 
 /// Hands `table` to `sink`. A debug build first looks whether the table is empty.
 #[inline]
-fn give<M: TableMemory>(memory: &M, table: UnhookedTable, sink: &mut impl FnMut(UnhookedTable)) {
+pub(crate) fn give<M: TableMemory>(memory: &M, table: UnhookedTable, sink: &mut impl FnMut(UnhookedTable)) {
     if cfg!(debug_assertions) {
         // SAFETY: the table was live a moment ago, and is not freed before the sink has it.
         let view = unsafe { TableView::new(memory, table.frame, table.level) };

@@ -240,6 +240,12 @@ impl UsedLines {
         self.set(u64::MAX);
     }
 
+    /// Notes `lines`, and no other line: somebody has looked at all of the table, which nobody else
+    /// changes.
+    pub(crate) fn note_exactly(&self, lines: Lines) {
+        self.set(lines.0);
+    }
+
     #[inline]
     fn set(&self, lines: u64) {
         // ORDERING: release, pairs with `load`.

@@ -4,9 +4,10 @@ use x86_64::PhysAddr;
 
 use crate::entry::{Decoded, EntryValue};
 use crate::level::{Level, PagingMode};
+use crate::memory::TableMemory;
 use crate::range::VirtRange;
 use crate::space::AddressSpace;
-use crate::table::{TableMemory, TableView};
+use crate::table::TableView;
 
 /// The lowest entry on the path to an address, as it was when read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

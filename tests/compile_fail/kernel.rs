@@ -28,7 +28,7 @@ unsafe impl PageTableFrameMapping for Kernel {
 }
 
 unsafe impl TableMemory for Kernel {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     unsafe fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
         &self.lock

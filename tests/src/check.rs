@@ -185,8 +185,10 @@ impl PaperKernel {
     }
 
     fn visit_below(&self, view: TableView<'_>, visit: &mut dyn FnMut(TableView<'_>)) {
-        for index in 0..512 {
-            let address = index * view.level().entry_span();
+        // All of a table, but half of the root: the other half is the kernel's.
+        let span = view.level().entry_span();
+        for index in 0..512.min(self.options().mode.user_end() / span) {
+            let address = index * span;
             if let Some(child) = self.child_of(view, address) {
                 visit(child);
                 self.visit_below(child, visit);

@@ -17,6 +17,10 @@ pub trait GatherOnPaper {
     fn queue_run(&mut self, frame: PhysFrame, nr_pages: u32, cleared: VirtRange);
     /// As [`MmuGather::free_pgtables`]; the test names the areas.
     fn unhook_tables(&mut self, vmas: impl IntoIterator<Item = Vma<Backing>>, bounds: Bounds);
+    /// As [`MmuGather::free_empty_tables`].
+    fn unhook_empty_tables(&mut self, range: VirtRange);
+    /// As [`MmuGather::free_pgtables_in_gaps`]; the test names the areas that stay.
+    fn unhook_tables_in_gaps(&mut self, areas: impl IntoIterator<Item = VirtRange>, range: VirtRange);
     /// As [`MmuGather::split_leaf`].
     ///
     /// # Errors
@@ -45,6 +49,16 @@ impl GatherOnPaper for MmuGather<'_, '_, PaperKernel> {
         // SAFETY: one thread: nobody faults. Where a test names areas that are not gone, the
         // checker says so.
         unsafe { self.free_pgtables(vmas, bounds) };
+    }
+
+    fn unhook_empty_tables(&mut self, range: VirtRange) {
+        // SAFETY: one thread stands in for the map lock.
+        unsafe { self.free_empty_tables(range) };
+    }
+
+    fn unhook_tables_in_gaps(&mut self, areas: impl IntoIterator<Item = VirtRange>, range: VirtRange) {
+        // SAFETY: as in `unhook_tables`.
+        unsafe { self.free_pgtables_in_gaps(areas, range) };
     }
 
     fn split(&mut self, area: Backing, address: u64) -> Result<(), SplitError> {

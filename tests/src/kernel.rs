@@ -5,7 +5,7 @@ use core::fmt;
 use std::collections::BTreeSet;
 
 use bumpalo::Bump;
-use mmu_gather::pagetable::{TableLock, UsedLines};
+use mmu_gather::pagetable::{HashedLocks, TableLock, UsedLines};
 use mmu_gather::tlb::{CpuId, CtxIds};
 use mmu_gather::{BatchArena, BatchPage, Mm};
 use x86_64::PhysAddr;
@@ -15,7 +15,7 @@ use crate::cpu::PaperCpu;
 use crate::ledger::Ledger;
 use crate::log::Log;
 use crate::options::{Bits, Options, Supply};
-use crate::table_page::TablePage;
+use crate::table_page::{Deadlock, TablePage};
 use crate::violation::Violation;
 
 /// An address space of this kernel.
@@ -29,6 +29,8 @@ pub struct PaperKernel {
     arena: Bump,
     tables: RefCell<BTreeSet<PhysFrame>>,
     kernel_root: PhysFrame,
+    pub(crate) two_locks: HashedLocks<2, Deadlock>,
+    pub(crate) one_lock: HashedLocks<1, Deadlock>,
     ids: CtxIds,
     mms: [OnceCell<Box<PaperMm>>; 16],
     cpus: Vec<PaperCpu>,
@@ -56,6 +58,8 @@ impl PaperKernel {
             tables: RefCell::new(BTreeSet::from([kernel_root])),
             arena,
             kernel_root,
+            two_locks: HashedLocks::new(),
+            one_lock: HashedLocks::new(),
             ids: CtxIds::new(),
             mms: core::array::from_fn(|_| OnceCell::new()),
             cpus: (0..options.cpus).map(|_| PaperCpu::new(kernel_root)).collect(),
@@ -87,6 +91,18 @@ impl PaperKernel {
         let free = self.mms.iter().find(|cell| cell.get().is_none()).expect("no more than 16 address spaces");
         // SAFETY: the root is a zeroed table of this kernel's memory, and the arena is never reset.
         free.get_or_init(|| Box::new(unsafe { Mm::new(&self.ids, self.new_table(), self.options.mode) }))
+    }
+
+    /// An address space of tables that are linked below `root` already.
+    ///
+    /// # Panics
+    /// If there are 16 address spaces already.
+    #[expect(unsafe_code, reason = "a root table is taken on trust")]
+    pub fn adopt_mm(&self, root: PhysFrame) -> &PaperMm {
+        let free = self.mms.iter().find(|cell| cell.get().is_none()).expect("no more than 16 address spaces");
+        // SAFETY: the root is a table of this kernel's memory, and so is what it links; the arena
+        // is never reset.
+        free.get_or_init(|| Box::new(unsafe { Mm::adopt(self, &self.ids, root, self.options.mode) }))
     }
 
     /// The address space made as number `index`; hooks, which cannot borrow one, find it this way.

@@ -40,7 +40,7 @@ pub use gather::GatherOnPaper;
 pub use kernel::{PaperKernel, PaperMm};
 pub use ledger::PageAccount;
 pub use log::{Event, Noted};
-pub use options::{Answers, Bits, LineNotes, Options, Supply};
+pub use options::{Answers, Bits, LineNotes, Locks, Options, Supply};
 pub use platform::Backing;
 pub use program::{CPU, GIB, KIB, MIB, TIB, area, range};
 pub use violation::Violation;

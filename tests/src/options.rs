@@ -17,6 +17,17 @@ pub enum LineNotes {
     NotKept,
 }
 
+/// Where the locks of tables are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locks {
+    /// Each table has one beside it.
+    PerTable,
+    /// All tables share two, whichever comes out of the hash.
+    Two,
+    /// All tables share one.
+    One,
+}
+
 /// How the kernel answers the requests of the engine to flush. All but the first are wrong, for
 /// tests of what is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +57,8 @@ pub struct Options {
     pub flush_ceiling: u64,
     /// Whether used lines are noted.
     pub line_notes: LineNotes,
+    /// Where table locks are.
+    pub locks: Locks,
     /// How requests to flush are answered.
     pub answers: Answers,
 }
@@ -59,6 +72,7 @@ impl Default for Options {
             mode: PagingMode::FourLevel,
             flush_ceiling: SINGLE_PAGE_FLUSH_CEILING,
             line_notes: LineNotes::Kept,
+            locks: Locks::PerTable,
             answers: Answers::Honest,
         }
     }

@@ -19,7 +19,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::kernel::PaperKernel;
 use crate::log::Event;
-use crate::options::{Answers, Bits, LineNotes};
+use crate::options::{Answers, Bits, LineNotes, Locks};
 use crate::table_page::{Deadlock, TablePage};
 
 /// What backs an area. The engine hands it back with every page of the area.
@@ -44,7 +44,7 @@ unsafe impl PageTableFrameMapping for PaperKernel {
 // SAFETY: tables come zeroed out of the arena and are never used twice; each has its own lock,
 // beside its entries.
 unsafe impl TableMemory for PaperKernel {
-    type Relax = Deadlock;
+    type Lock = TableLock<Deadlock>;
 
     unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<Deadlock> {
         self.note_lock(frame);
@@ -210,14 +210,18 @@ impl Pages for PaperKernel {
 
 impl PaperKernel {
     pub(crate) fn lock_of(&self, table: PhysFrame) -> &TableLock<Deadlock> {
-        // SAFETY: only frames of tables come here, and those are the first bytes of a `TablePage`
-        // in the arena, which lives as long as `self`. The entries are not touched through this
-        // reference.
-        unsafe { &(*page_of(table)).lock }
+        match self.options().locks {
+            // SAFETY: only frames of tables come here, and those are the first bytes of a
+            // `TablePage` in the arena, which lives as long as `self`. The entries are not touched
+            // through this reference.
+            Locks::PerTable => unsafe { &(*page_of(table)).lock },
+            Locks::Two => self.two_locks.lock_of(table),
+            Locks::One => self.one_lock.lock_of(table),
+        }
     }
 
     fn used_lines_of(&self, table: PhysFrame) -> &UsedLines {
-        // SAFETY: as in `lock_of`.
+        // SAFETY: as for the lock of a table, in `lock_of`.
         unsafe { &(*page_of(table)).used_lines }
     }
 }

@@ -10,7 +10,10 @@ use mmu_gather::pagetable::{
 use mmu_gather::tlb::{
     CpuId, CpuTlb, Laziness, UnmapBatch, enter_lazy_tlb, init_cpu, leave_mm, offline_cpu, switch_mm,
 };
-use mmu_gather::{FlushedGather, Limits, MmuGather, Vma, VmaKind, exit_mmap, unmap_region, zap_page_range};
+use mmu_gather::{
+    FlushedGather, Limits, MmuGather, Vma, VmaKind, exit_mmap, exit_mmap_within, unmap_range, unmap_region,
+    zap_page_range,
+};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::cpu::{Access, Fault, Translation};
@@ -334,6 +337,15 @@ impl PaperKernel {
         unsafe { unmap_region(self, mm, limits, vmas, bounds, || {}) }.expect("no leaf is cut").free();
     }
 
+    /// Unmaps `range` of `vma`, and the tables that are empty then.
+    ///
+    /// # Panics
+    /// If the range ends in the middle of a large leaf.
+    pub fn unmap_alone(&self, mm: &PaperMm, limits: &Limits, vma: &Vma<Backing>, range: VirtRange) {
+        // SAFETY: one thread stands in for the map lock.
+        unsafe { unmap_range(self, mm, limits, vma, range) }.expect("no leaf is cut").free();
+    }
+
     /// Queues one page at `nr_pages` addresses in one gather, and finishes it. Nothing maps the
     /// page.
     pub fn remove_single_pages(&self, mm: &PaperMm, limits: &Limits, nr_pages: u64) {
@@ -360,6 +372,13 @@ impl PaperKernel {
         // SAFETY: as in `gather`; no CPU runs a program of `mm` any more, which the caller answers
         // for.
         unsafe { exit_mmap(self, mm, limits, vmas.iter().copied(), || {}) }.free();
+    }
+
+    /// Unmaps everything between `bounds`; exit where the rest is not the address space's own.
+    pub fn exit_within(&self, mm: &PaperMm, vmas: &[Vma<Backing>], bounds: Bounds) {
+        let vmas = vmas.iter().copied();
+        // SAFETY: as in `exit`.
+        unsafe { exit_mmap_within(self, mm, &Limits::DEFAULT, vmas, bounds, || {}) }.free();
     }
 
     /// Reclaim unmaps the page at `address` of `mm`; its flush comes with the batch. Returns the

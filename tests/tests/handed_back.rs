@@ -62,7 +62,7 @@ unsafe impl PageTableFrameMapping for Kernel {
 
 // SAFETY: a table is zeroed, and given out once until it is freed; each has a lock of its own.
 unsafe impl TableMemory for Kernel {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     unsafe fn table_lock(&self, table: PhysFrame) -> &TableLock<spin::Spin> {
         // SAFETY: tables come from `allocate_table`, and this one is not freed meanwhile.

@@ -7,7 +7,7 @@ use mmu_gather::pagetable::{Bounds, Level, PagingMode, VirtRange};
 use mmu_gather::tlb::{OnlineCpus, PcidSupport};
 use mmu_gather::{Limits, Vma};
 use mmu_tests::{
-    Access, Answers, Backing, CPU, GIB, LineNotes, MIB, Options, PaperKernel, Supply, TIB, area, range,
+    Access, Answers, Backing, CPU, GIB, LineNotes, Locks, MIB, Options, PaperKernel, Supply, TIB, area, range,
 };
 use proptest::collection::vec;
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
@@ -217,14 +217,18 @@ fn machines() -> impl Strategy<Value = Options> {
     let pcid = prop_oneof![Just(PcidSupport::Off), Just(PcidSupport::On)];
     let mode = prop_oneof![3 => Just(PagingMode::FourLevel), 1 => Just(PagingMode::FiveLevel)];
     let line_notes = prop_oneof![3 => Just(LineNotes::Kept), 1 => Just(LineNotes::NotKept)];
-    (pcid, mode, 0..40u64, line_notes).prop_map(|(pcid, mode, flush_ceiling, line_notes)| Options {
-        cpus: 3,
-        online: OnlineCpus::Many,
-        pcid,
-        mode,
-        flush_ceiling,
-        line_notes,
-        answers: Answers::Honest,
+    let locks = prop_oneof![3 => Just(Locks::PerTable), 1 => Just(Locks::Two), 1 => Just(Locks::One)];
+    (pcid, mode, 0..40u64, line_notes, locks).prop_map(|(pcid, mode, flush_ceiling, line_notes, locks)| {
+        Options {
+            cpus: 3,
+            online: OnlineCpus::Many,
+            pcid,
+            mode,
+            flush_ceiling,
+            line_notes,
+            locks,
+            answers: Answers::Honest,
+        }
     })
 }
 

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use mmu_gather::pagetable::{Bounds, Entry, EntryValue, Level, Line, Marker, NonPresent};
 use mmu_gather::{GatherEvent, Limits};
-use mmu_tests::{Backing, CPU, Event, GIB, GatherOnPaper, MIB, Options, PaperKernel, TIB, area, range};
+use mmu_tests::{
+    Backing, CPU, Event, GIB, GatherOnPaper, LineNotes, MIB, Options, PaperKernel, TIB, area, range,
+};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PageTableFlags;
 
@@ -140,6 +142,49 @@ fn p3_table_lifetime_is_decided_by_vmas_floor_and_ceiling_never_by_guess() {
     kernel.unmap(mm, &Limits::DEFAULT, &[gone], Bounds::between(Some(TIB + PAGE), None));
     assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0]);
     assert!(kernel.lookup(mm, TIB).value.is_present());
+}
+
+#[test]
+fn p3_table_lifetime_is_decided_by_all_512_entries_empty_under_both_locks() {
+    for line_notes in [LineNotes::Kept, LineNotes::NotKept] {
+        let kernel = PaperKernel::new(Options { line_notes, ..Options::default() });
+        let mm = kernel.new_mm();
+        kernel.map(mm, GIB, Level::Pte);
+        kernel.map(mm, GIB + 2 * MIB, Level::Pte);
+        let [pte, pmd] =
+            [Level::Pte, Level::Pmd].map(|level| kernel.find_table(mm, GIB, level).expect("linked").frame());
+        let vma = area(GIB, GIB + 4 * MIB, Backing::Anonymous);
+        kernel.zap(mm, &vma, vma.range).free();
+        let unhook = || {
+            let mut gather = kernel.gather(mm);
+            gather.unhook_empty_tables(range(GIB, GIB + PAGE));
+            gather.flush().free();
+        };
+        // Somebody who works his way down by locks puts an entry into the last one, just before the
+        // lock of the table is taken; its parent's is held by then. The table looked empty.
+        for index in [0, 100, 511] {
+            kernel.once(
+                move |event| *event == Event::LockAsked(pte),
+                move |kernel| {
+                    assert!(kernel.is_locked_now(), "the parent's lock comes first");
+                    let _page = kernel.map(kernel.mm(0), GIB + index * PAGE, Level::Pte);
+                },
+            );
+            unhook();
+            assert_eq!(kernel.nr_hooks_waiting(), 0, "both locks are taken");
+            assert_eq!(kernel.nr_tables(mm), [2, 1, 1, 0], "with an entry at {index}");
+            assert!(kernel.lookup(mm, GIB + index * PAGE).value.is_present());
+            kernel.zap(mm, &vma, range(GIB, GIB + 2 * MIB)).free();
+        }
+        kernel.take_events();
+        unhook();
+        assert_eq!(kernel.nr_tables(mm), [1, 1, 1, 0]);
+        let asked = kernel.take_events().into_iter().filter_map(|noted| match noted.event {
+            Event::LockAsked(table) => Some(table),
+            _ => None,
+        });
+        assert_eq!(asked.collect::<Vec<_>>(), [pmd, pte], "the table above is not empty: no lock is needed");
+    }
 }
 
 #[test]

@@ -10,9 +10,11 @@ use core::ptr;
 use x86_64::instructions::tlb::Pcid;
 
 use crate::cpuset::CpuBits;
+#[cfg(debug_assertions)]
+use crate::cpuset::CpuId;
 use crate::generation::{CtxId, MmContext, TlbGen};
 use crate::mailbox::Mailbox;
-use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering, array_of, const_fn};
 
 /// Whether CR4.PCIDE is set on every CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +105,14 @@ struct SlotCell {
     tlb_gen: AtomicU64,
 }
 
+impl SlotCell {
+    const_fn! {
+        fn new() -> Self {
+            Self { ctx_id: AtomicU64::new(0), tlb_gen: AtomicU64::new(0) }
+        }
+    }
+}
+
 /// One CPU's state. Only the CPU itself writes it, but for its mailbox; other CPUs read what is in
 /// `shared`.
 ///
@@ -115,6 +125,10 @@ struct SlotCell {
 pub struct CpuTlb<B: CpuBits> {
     loaded_asid: AtomicU16,
     next_asid: AtomicU16,
+    /// The number of the CPU whose state this is, plus 1; 0 while nobody has used it. It takes the
+    /// room that alignment leaves.
+    #[cfg(debug_assertions)]
+    owner: core::sync::atomic::AtomicU32,
     slots: [SlotCell; NR_DYN_ASIDS as usize],
     shared: SharedLine<B>,
     mailbox: Mailbox<B>,
@@ -144,22 +158,41 @@ mod layout {
 }
 
 impl<B: CpuBits> CpuTlb<B> {
-    /// A CPU that runs on the kernel's own address space and holds no user translation.
-    #[must_use]
-    pub fn new() -> Self {
-        Self {
-            loaded_asid: AtomicU16::new(0),
-            next_asid: AtomicU16::new(0),
-            slots: core::array::from_fn(|_| SlotCell {
-                ctx_id: AtomicU64::new(0),
-                tlb_gen: AtomicU64::new(0),
-            }),
-            shared: SharedLine {
-                loaded_mm: AtomicPtr::new(ptr::null_mut()),
-                is_lazy: AtomicBool::new(false),
-            },
-            mailbox: Mailbox::new(),
+    const_fn! {
+        /// A CPU that runs on the kernel's own address space and holds no user translation.
+        ///
+        /// It is `const`, so a kernel without per-CPU memory may keep all of them in a static.
+        ///
+        /// ```
+        /// use core::sync::atomic::AtomicU64;
+        /// use mmu_tlb::CpuTlb;
+        ///
+        /// static CPUS: [CpuTlb<[AtomicU64; 1]>; 64] = [const { CpuTlb::new() }; 64];
+        /// # assert_eq!(CPUS.len(), 64);
+        /// ```
+        #[must_use]
+        pub fn new() -> Self {
+            Self {
+                loaded_asid: AtomicU16::new(0),
+                next_asid: AtomicU16::new(0),
+                #[cfg(debug_assertions)]
+                owner: core::sync::atomic::AtomicU32::new(0),
+                slots: array_of!(SlotCell::new(); NR_DYN_ASIDS as usize),
+                shared: SharedLine {
+                    loaded_mm: AtomicPtr::new(ptr::null_mut()),
+                    is_lazy: AtomicBool::new(false),
+                },
+                mailbox: Mailbox::new(),
+            }
         }
+    }
+
+    /// Debug builds: `cpu` uses this state. Who has used it before, if that was another.
+    #[cfg(debug_assertions)]
+    pub(crate) fn other_owner(&self, cpu: CpuId) -> Option<CpuId> {
+        let number = cpu.number().wrapping_add(1);
+        let before = self.owner.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed);
+        before.err().filter(|owner| *owner != number).map(|owner| CpuId::new(owner.wrapping_sub(1)))
     }
 
     /// What other CPUs ask of this one, and what it asks of them.

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, array_of, const_fn};
 
 /// Number of a logical CPU, counted from 0 by the embedder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,19 +44,44 @@ impl fmt::Display for CpuId {
 pub trait CpuBits: Words + fmt::Debug + Send + Sync + 'static {}
 
 /// What [`CpuBits`] asks of a type; private, so that the trait is sealed.
-pub(crate) trait Words {
-    /// The empty set.
+pub(crate) trait Words: Sized {
+    /// The empty set, in a constant: a function of a trait cannot be `const`.
+    #[cfg(not(mmu_loom))]
+    const EMPTY: Self;
+    /// The empty set: loom's atomics are made at run time.
+    #[cfg(mmu_loom)]
     fn empty() -> Self;
     /// The words, lowest CPU numbers first.
     fn words(&self) -> &[AtomicU64];
 }
 
+/// The empty set of some storage, in a function made with `const_fn!`.
+#[cfg(not(mmu_loom))]
+macro_rules! empty_words {
+    ($bits:ty) => {
+        <$bits>::EMPTY
+    };
+}
+#[cfg(mmu_loom)]
+macro_rules! empty_words {
+    ($bits:ty) => {
+        <$bits>::empty()
+    };
+}
+pub(crate) use empty_words;
+
 impl<const WORDS: usize> CpuBits for [AtomicU64; WORDS] {}
 
 impl<const WORDS: usize> Words for [AtomicU64; WORDS] {
+    #[cfg(not(mmu_loom))]
+    const EMPTY: Self = {
+        assert!(WORDS > 0 && WORDS <= 64, "a set has room for 64 to 4096 CPUs");
+        array_of!(AtomicU64::new(0); WORDS)
+    };
+    #[cfg(mmu_loom)]
     fn empty() -> Self {
         const { assert!(WORDS > 0 && WORDS <= 64, "a set has room for 64 to 4096 CPUs") };
-        core::array::from_fn(|_| AtomicU64::new(0))
+        array_of!(AtomicU64::new(0); WORDS)
     }
 
     #[inline]
@@ -90,10 +115,12 @@ pub struct CpuSet<B: CpuBits> {
 }
 
 impl<B: CpuBits> CpuSet<B> {
-    /// The empty set.
-    #[must_use]
-    pub fn empty() -> Self {
-        Self { bits: B::empty(), used: AtomicU64::new(0) }
+    const_fn! {
+        /// The empty set.
+        #[must_use]
+        pub fn empty() -> Self {
+            Self { bits: empty_words!(B), used: AtomicU64::new(0) }
+        }
     }
 
     /// Adds `cpu` with a locked instruction, unless it is a member already: then the line is not

@@ -115,6 +115,7 @@ mod flush;
 mod generation;
 mod hotplug;
 mod mailbox;
+mod mistakes;
 mod mmu;
 mod request;
 mod shootdown;
@@ -136,3 +137,6 @@ pub use request::{FlushKind, FlushRequest, FreedTables, PageSpan, Wanted};
 pub use shootdown::{Flushed, flush_tlb_batched_pending, flush_tlb_mm, flush_tlb_mm_range};
 pub use switch::{enter_lazy_tlb, leave_mm, switch_mm};
 pub use unmap_batch::UnmapBatch;
+/// The crate that this one speaks of frames and PCIDs in. On a stable compiler a kernel names it
+/// through here, and need not depend on it: its default features ask for a nightly one.
+pub use x86_64;

@@ -30,9 +30,9 @@
 use core::fmt;
 use core::ptr;
 
-use crate::cpuset::{CpuBits, CpuId, CpuSet, members};
+use crate::cpuset::{CpuBits, CpuId, CpuSet, empty_words, members};
 use crate::request::FlushRequest;
-use crate::sync::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{AtomicPtr, AtomicU64, Ordering, const_fn};
 
 /// What one CPU has been asked, and what it has asked of others.
 pub(crate) struct Mailbox<B: CpuBits> {
@@ -106,10 +106,12 @@ pub(crate) enum Unread {
 }
 
 impl<B: CpuBits> Mailbox<B> {
-    pub(crate) fn new() -> Self {
-        Self {
-            inbox: Inbox { from: B::empty(), words_with_mail: AtomicU64::new(0) },
-            outbox: Outbox { request: AtomicPtr::new(ptr::null_mut()), unanswered: CpuSet::empty() },
+    const_fn! {
+        pub(crate) fn new() -> Self {
+            Self {
+                inbox: Inbox { from: empty_words!(B), words_with_mail: AtomicU64::new(0) },
+                outbox: Outbox { request: AtomicPtr::new(ptr::null_mut()), unanswered: CpuSet::empty() },
+            }
         }
     }
 

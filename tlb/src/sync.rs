@@ -17,6 +17,36 @@ pub(crate) use core::sync::atomic::{Ordering, fence};
 #[cfg(mmu_loom)]
 pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering, fence};
 
+/// A function without arguments that is `const`, except under loom, whose atomics are made at run
+/// time.
+macro_rules! const_fn {
+    ($(#[$attribute:meta])* $visible:vis fn $name:ident() -> $result:ty $body:block) => {
+        $(#[$attribute])*
+        #[cfg(not(mmu_loom))]
+        $visible const fn $name() -> $result $body
+
+        $(#[$attribute])*
+        #[cfg(mmu_loom)]
+        $visible fn $name() -> $result $body
+    };
+}
+pub(crate) use const_fn;
+
+/// An array of so many values, each made by the expression, in such a function.
+#[cfg(not(mmu_loom))]
+macro_rules! array_of {
+    ($value:expr; $length:expr) => {
+        [const { $value }; $length]
+    };
+}
+#[cfg(mmu_loom)]
+macro_rules! array_of {
+    ($value:expr; $length:expr) => {
+        core::array::from_fn(|_| $value)
+    };
+}
+pub(crate) use array_of;
+
 /// Adds `value` (SeqCst), then fences fully (SeqCst), in one instruction; returns the old value.
 ///
 /// The compiler makes a locked instruction of the addition, and another one, or an MFENCE, of the

@@ -9,17 +9,18 @@ use core::sync::atomic::AtomicU64;
 use std::collections::BTreeSet;
 
 use mmu_gather::pagetable::{Bounds, EntryValue, Level, PagingMode, TableLock, TableMemory, VirtRange};
+use mmu_gather::spin;
 use mmu_gather::tlb::{
     CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, flush_interrupt, init_cpu, switch_mm,
 };
+use mmu_gather::x86_64::PhysAddr;
+use mmu_gather::x86_64::instructions::tlb::Pcid;
+use mmu_gather::x86_64::structures::paging::mapper::PageTableFrameMapping;
+use mmu_gather::x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
 use mmu_gather::{
     BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf,
     Vma, VmaKind, exit_mmap,
 };
-use x86_64::PhysAddr;
-use x86_64::instructions::tlb::Pcid;
-use x86_64::structures::paging::mapper::PageTableFrameMapping;
-use x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
 
 type Bits = [AtomicU64; 1];
 type MyMm = Pin<Box<Mm<Bits>>>;
@@ -49,7 +50,7 @@ unsafe impl PageTableFrameMapping for Kernel {
 
 // SAFETY: a table is zeroed, and given out once until it is freed; each has a lock of its own.
 unsafe impl TableMemory for Kernel {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     unsafe fn table_lock(&self, table: PhysFrame) -> &TableLock<spin::Spin> {
         &self.locks[index_of(table)]

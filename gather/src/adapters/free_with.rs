@@ -3,7 +3,7 @@
 
 use core::fmt;
 
-use mmu_pagetable::{Level, NonPresent, TableLock, TableMemory, UsedLines};
+use mmu_pagetable::{Level, NonPresent, TableMemory, UsedLines};
 use mmu_tlb::{FreedTables, PageSpan};
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PhysFrame};
@@ -63,10 +63,10 @@ unsafe impl<K: Platform, F> PageTableFrameMapping for FreeWith<'_, K, F> {
 
 // SAFETY: the kernel's own memory, locks and notes, in every method.
 unsafe impl<K: Platform, F> TableMemory for FreeWith<'_, K, F> {
-    type Relax = K::Relax;
+    type Lock = K::Lock;
 
     #[inline]
-    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<Self::Relax> {
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &K::Lock {
         // SAFETY: passed on to our caller.
         unsafe { self.kernel.table_lock(frame) }
     }

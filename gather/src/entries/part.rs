@@ -17,7 +17,7 @@ pub(crate) struct TablePart<'l> {
 impl<'l> TablePart<'l> {
     /// The entries of `range`, which lies inside the span of the table; `level` is the table's.
     #[inline]
-    pub(crate) fn new<R>(locked: &'l LockedTable<'_, R>, range: VirtRange, level: Level) -> Self {
+    pub(crate) fn new(locked: &'l LockedTable<'_, impl Sized>, range: VirtRange, level: Level) -> Self {
         Self {
             entries: locked.view().table().entries(),
             start: range.start() & !(level.table_span() - 1),

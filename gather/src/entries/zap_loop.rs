@@ -55,7 +55,7 @@ pub(crate) fn zap_entries<K: Platform>(
 pub(crate) fn zap_one<K: Platform>(
     kernel: &K,
     area: K::Area,
-    locked: &LockedTable<'_, K::Relax>,
+    locked: &LockedTable<'_, impl Sized>,
     address: u64,
     clear: impl Clear,
 ) -> (Progress, Option<BatchWord>) {

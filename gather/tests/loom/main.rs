@@ -148,7 +148,7 @@ unsafe impl PageTableFrameMapping for Cpu<'_> {
 
 // SAFETY: as above.
 unsafe impl TableMemory for Cpu<'_> {
-    type Relax = spin::Spin;
+    type Lock = TableLock<spin::Spin>;
 
     unsafe fn table_lock(&self, _: PhysFrame) -> &TableLock<spin::Spin> {
         unreachable!("there are no tables")

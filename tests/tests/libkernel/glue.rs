@@ -5,9 +5,9 @@
 //! the floor those of an area that mremap moves. Here each entry that maps a page has a reference
 //! on it, which the engine gives up after the flush. So no frame is handed back.
 //!
-//! An address space is told nothing of the neighbours, so `unmap_range` keeps the tables. They go
-//! at the end of the call, when the areas say what stays. Pages are flushed and freed inside
-//! `unmap_range`, under the map lock: what it returns has no place for what is left to be freed.
+//! An address space is told nothing of the neighbours, so the tables go that are empty when
+//! `unmap_range` has unmapped. It flushes and frees under the map lock: what it returns has no
+//! place for what is left to be freed.
 #![expect(unsafe_code, reason = "the map lock is taken on trust; entries change under their lock")]
 
 use core::cell::{Cell, RefCell};
@@ -20,8 +20,8 @@ use libkernel::memory::page::PageFrame;
 use libkernel::memory::paging::permissions::PtePermissions;
 use libkernel::memory::proc_vm::memory_map::MemoryMap;
 use libkernel::memory::region::VirtMemoryRegion;
-use mmu_gather::pagetable::{Bounds, EntryValue, Level, VirtRange};
-use mmu_gather::{FlushedGather, Limits, MmuGather, exit_mmap, zap_page_range};
+use mmu_gather::pagetable::{EntryValue, Level};
+use mmu_gather::{Limits, MmuGather, exit_mmap, unmap_range};
 use mmu_tests::{Backing, PaperKernel, PaperMm, area, range};
 use spin::RwLock;
 use x86_64::PhysAddr;
@@ -119,7 +119,7 @@ impl UserAddressSpace for Space {
             let (start, end) = (region.start_address().value(), region.end_address().value());
             let vma = area(start as u64, end as u64, Backing::Anonymous);
             // SAFETY: the map lock is held for writing.
-            let flushed = unsafe { zap_page_range(kernel, mm, &Limits::DEFAULT, &vma, vma.range) };
+            let flushed = unsafe { unmap_range(kernel, mm, &Limits::DEFAULT, &vma, vma.range) };
             flushed.map_err(|_| KernelError::InvalidValue)?.free();
             Ok(Vec::new())
         })
@@ -180,19 +180,6 @@ fn perms_of(flags: PageTableFlags) -> PtePermissions {
     if is_cow { perms.into_cow() } else { perms }
 }
 
-/// The gaps between the areas.
-fn gaps(map: &MemoryMap<Space>, whole: VirtRange) -> Vec<VirtRange> {
-    let ends = map.iter_vmas().map(|vma| vma.region().end_address().value() as u64);
-    let starts = map.iter_vmas().map(|vma| vma.region().start_address().value() as u64);
-    let above = starts.chain([whole.end()]);
-    [whole.start()]
-        .into_iter()
-        .chain(ends)
-        .zip(above)
-        .filter_map(|(end, start)| VirtRange::new(end, start).ok())
-        .collect()
-}
-
 /// A process of a kernel that uses `libkernel`.
 pub(crate) struct Process {
     pub(crate) map: RwLock<MemoryMap<Space>>,
@@ -201,19 +188,6 @@ pub(crate) struct Process {
 impl Process {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self { map: RwLock::new(MemoryMap::new()?) })
-    }
-
-    /// A call that may take areas out of `range`: the tables that nobody uses any more go, too.
-    pub(crate) fn change<R>(&self, range: VirtRange, call: impl FnOnce(&mut MemoryMap<Space>) -> R) -> R {
-        let mut map = self.map.write();
-        let result = call(&mut map);
-        let index = map.address_space_mut().index;
-        let kernel = kernel();
-        let flushed =
-            free_tables(&kernel, kernel.mm(index), &gaps(&map, kernel.mm(index).space().user_range()), range);
-        drop(map);
-        flushed.free();
-        result
     }
 
     /// fork.
@@ -237,22 +211,4 @@ impl Process {
             kernel.free_one_table(mm.space().root());
         });
     }
-}
-
-/// Frees the tables that are used by the parts of `gaps` in `range` alone.
-pub(crate) fn free_tables<'k>(
-    kernel: &'k PaperKernel,
-    mm: &'k PaperMm,
-    gaps: &[VirtRange],
-    range: VirtRange,
-) -> FlushedGather<'k, PaperKernel> {
-    // SAFETY: the map lock is held for writing until the gather has flushed.
-    let mut gather = unsafe { MmuGather::new(kernel, mm) };
-    for gap in gaps {
-        let Some(part) = gap.intersect(range) else { continue };
-        let bounds = Bounds::between(Some(gap.start()), Some(gap.end()));
-        // SAFETY: no area is in the gap, so nothing is mapped there and nobody faults.
-        unsafe { gather.free_pgtables([area(part.start(), part.end(), Backing::Anonymous)], bounds) };
-    }
-    gather.flush()
 }

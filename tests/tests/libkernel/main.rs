@@ -124,7 +124,7 @@ fn map<S: UserAddressSpace>(map: &mut MemoryMap<S>, start: u64, page: PageFrame)
 }
 
 #[test]
-fn every_flush_comes_under_the_map_lock_and_tables_are_freed_after_it() {
+fn a_page_and_its_tables_take_one_flush_under_the_map_lock_and_are_freed_after_it() {
     let (kernel, page, _) = machine();
     // The hooks live as long as the kernel, and look at the process.
     let process: &'static Process = Box::leak(Box::new(Process::new().expect("room")));
@@ -132,14 +132,16 @@ fn every_flush_comes_under_the_map_lock_and_tables_are_freed_after_it() {
     kernel.on(CPU[1], || process.map.write().address_space_mut().activate());
     kernel.touch(CPU[1], GIB, Access::Write).expect("mapped");
     let is_locked = || process.map.try_write().is_none();
-    // One flush for the page, one for its tables.
-    for _ in 0..2 {
-        let is_flush = |event: &Event| matches!(event, Event::Tlb(TlbEvent::IpisSent(1)));
-        kernel.once(is_flush, move |_| assert!(is_locked()));
-    }
-    kernel.once(|event| matches!(event, Event::TableFreed(_)), move |_| assert!(!is_locked()));
-    process.change(two_pages(GIB), |map| map.munmap(region(two_pages(GIB)))).expect("mapped");
-    assert_eq!(kernel.nr_hooks_waiting(), 0, "all three have happened");
+    let is_flush = |event: &Event| matches!(event, Event::Tlb(TlbEvent::IpisSent(1)));
+    kernel.once(is_flush, move |_| assert!(is_locked()));
+    let [flushes, tables] = [
+        |event: &Event| matches!(event, Event::Tlb(TlbEvent::IpisSent(_))),
+        |event: &Event| matches!(event, Event::TableFreed(_)),
+    ];
+    kernel.once(tables, move |kernel| assert_eq!(kernel.count(flushes), 1));
+    process.map.write().munmap(region(two_pages(GIB))).expect("mapped");
+    assert_eq!(kernel.nr_hooks_waiting(), 0, "both have happened");
+    assert_eq!((kernel.count(flushes), kernel.count(tables)), (1, 3));
     assert_eq!(kernel.take_violations(), []);
 }
 

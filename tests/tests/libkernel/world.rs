@@ -138,22 +138,21 @@ impl World {
                 let part = places(from, len, if from < 64 { 64 } else { PLACES });
                 let at = AddressRequest::Fixed { address: va(part.start()), permit_overlap: true };
                 let len = region(part).size();
-                let mapped = process.change(part, |map| {
-                    map.mmap_replacing(at, len, rights.into(), VMAreaKind::Anon, String::new())
-                });
+                let kind = VMAreaKind::Anon;
+                let mapped = process.map.write().mmap_replacing(at, len, rights.into(), kind, String::new());
                 let (at, freed) = mapped.expect("the place is taken");
                 assert_eq!((at.value() as u64, freed.len()), (part.start(), 0));
                 model.extend(pages(part).map(|page| (page, Seen { word: 0, rights })));
             }
             Op::Munmap { from, len } => {
                 let part = places(from, len, PLACES);
-                process.change(part, |map| map.munmap(region(part))).expect("munmap has no error");
+                process.map.write().munmap(region(part)).expect("munmap has no error");
                 model.retain(|page, _| !part.contains(*page));
             }
             Op::Mprotect { from, len, rights } => {
                 let part = places(from, len, PLACES);
                 // An error if the range is not inside one area.
-                if process.change(part, |map| map.mprotect(region(part), rights.into())).is_ok() {
+                if process.map.write().mprotect(region(part), rights.into()).is_ok() {
                     self.reached.protected += 1;
                     pages(part).for_each(|page| model.get_mut(&page).expect("mapped").rights = rights);
                 }
@@ -297,7 +296,7 @@ impl World {
         let which = which % self.processes.len();
         let (process, model) = &mut self.processes[which];
         let whole = process.map.write().address_space_mut().with(|_, mm| mm.space().user_range());
-        process.change(whole, |map| map.munmap(region(whole))).expect("munmap has no error");
+        process.map.write().munmap(region(whole)).expect("munmap has no error");
         model.clear();
         let tables = process.map.write().address_space_mut().with(|kernel, mm| kernel.tables(mm));
         assert_eq!(tables, []);
@@ -334,8 +333,7 @@ fn mremap(process: &Process, model: &mut Model, from: u64, len: u64, new_len: u6
         To::Place(place) => RemapDestination::Fixed(va(address(place))),
     };
     let bytes = |pages: u64| va(pages * PAGE).value();
-    let moved = process
-        .change(range(start, old_end), |map| map.mremap(va(start), bytes(len), bytes(new_len), destination));
+    let moved = process.map.write().mremap(va(start), bytes(len), bytes(new_len), destination);
     // An error if the old range is not inside one area, or the new one overlaps that.
     let (new_start, freed) = moved.ok()?;
     assert_eq!(freed, []);

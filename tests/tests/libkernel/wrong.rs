@@ -12,7 +12,7 @@ use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::flush_tlb_mm;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::glue::{Process, Space, free_tables};
+use crate::glue::{Process, Space};
 use crate::world::region;
 
 /// When the address space flushes, which frees pages where it clears their entries.
@@ -98,7 +98,10 @@ pub(crate) fn unmap_as_if_alone(process: &Process, range: VirtRange) -> Result<(
     let mut map = process.map.write();
     map.munmap(region(range))?;
     map.address_space_mut().with(|kernel, mm| {
-        free_tables(kernel, mm, &[mm.space().user_range()], range).free();
+        let mut gather = kernel.gather(mm);
+        // SAFETY: none; the checker says what is wrong.
+        unsafe { gather.free_pgtables_in_gaps([], range) };
+        gather.flush().free();
     });
     Ok(())
 }

@@ -7,15 +7,14 @@
 #![expect(unsafe_code, reason = "the map lock is taken on trust; tables are lent to the mapper")]
 
 use memory_set::{MappingBackend, MappingResult, MemoryArea, MemorySet};
-use mmu_gather::pagetable::{Bounds, EntryValue, TableMemory, VirtRange};
+use mmu_gather::pagetable::adapters::MapperTables;
+use mmu_gather::pagetable::{EntryValue, VirtRange};
 use mmu_gather::{FlushedGather, Limits, MmuGather, Vma, exit_mmap};
 use mmu_tests::{Backing, PaperKernel, PaperMm, area};
 use spin::RwLock;
 use x86_64::VirtAddr;
 use x86_64::structures::paging::mapper::{MapperFlush, PageTableFrameMapping};
-use x86_64::structures::paging::{
-    FrameAllocator, MappedPageTable, Mapper, Page, PageTableFlags, PhysFrame, Size4KiB,
-};
+use x86_64::structures::paging::{MappedPageTable, Mapper, Page, PageTableFlags, Size4KiB};
 
 /// What `memory_set` attaches to an area, and calls for its pages.
 #[derive(Clone, Copy, Debug)]
@@ -29,16 +28,6 @@ pub(crate) struct Backed<'k> {
 #[derive(Debug)]
 pub(crate) struct Pending<'k> {
     gather: MmuGather<'k, 'k, PaperKernel>,
-    detached: Vec<Vma<Backing>>,
-}
-
-struct NewTables<'k>(&'k PaperKernel);
-
-// SAFETY: a table comes out of the kernel's memory once, and is known to nobody else.
-unsafe impl FrameAllocator<Size4KiB> for NewTables<'_> {
-    fn allocate_frame(&mut self) -> Option<PhysFrame> {
-        self.0.allocate_table()
-    }
 }
 
 impl<'k> Backed<'k> {
@@ -61,7 +50,8 @@ impl<'k> Backed<'k> {
         let page = Page::<Size4KiB>::containing_address(VirtAddr::new(address));
         let upper = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
         let flags = flags | PageTableFlags::PRESENT | PageTableFlags::USER_ACCESSIBLE;
-        let mut tables = NewTables(self.kernel);
+        // SAFETY: the map lock is held for writing, and the mapper maps that address.
+        let mut tables = unsafe { MapperTables::new(self.kernel, self.mm.space(), address) };
         // SAFETY: the page is new, and programs may use it until it is unmapped.
         let mapped = unsafe { self.mapper().map_to_with_table_flags(page, frame, flags, upper, &mut tables) };
         // No CPU has cached anything there, so there is nothing to flush.
@@ -89,7 +79,6 @@ impl<'k> MappingBackend for Backed<'k> {
 
     fn unmap(&self, start: usize, size: usize, pending: &mut Pending<'k>) -> bool {
         let vma = self.vma(start, size);
-        pending.detached.push(vma);
         pending.gather.zap_vma_range(&vma, vma.range).is_ok()
     }
 
@@ -104,16 +93,18 @@ impl<'k> Pending<'k> {
     /// Begins a call that changes `mm`; the map lock is held for writing.
     pub(crate) fn new(kernel: &'k PaperKernel, mm: &'k PaperMm) -> Self {
         // SAFETY: the caller holds the map lock until `flush` has returned.
-        Self { gather: unsafe { MmuGather::new(kernel, mm) }, detached: Vec::new() }
+        Self { gather: unsafe { MmuGather::new(kernel, mm) } }
     }
 
-    /// Unhooks the tables that only the detached parts used, and makes every CPU forget all of it.
-    pub(crate) fn flush(mut self, bounds: Bounds) -> FlushedGather<'k, PaperKernel> {
-        // `memory_set` takes whole areas first, then the ends of those that are cut.
-        self.detached.sort_by_key(|vma| vma.range.start());
-        // SAFETY: the parts are out of the areas, their pages are gone, and `bounds` are the
-        // neighbours that stay.
-        unsafe { self.gather.free_pgtables(self.detached, bounds) };
+    /// Unhooks the tables of `range` that no area of `areas` needs, and makes every CPU forget all
+    /// that went.
+    pub(crate) fn flush(
+        mut self,
+        areas: impl IntoIterator<Item = VirtRange>,
+        range: VirtRange,
+    ) -> FlushedGather<'k, PaperKernel> {
+        // SAFETY: these are the areas that stay, and what was mapped elsewhere is gone.
+        unsafe { self.gather.free_pgtables_in_gaps(areas, range) };
         self.gather.flush()
     }
 }
@@ -143,9 +134,8 @@ impl<'k> AddressSpace<'k> {
     ) -> (MappingResult, FlushedGather<'k, PaperKernel>) {
         let mut pending = Pending::new(self.kernel, self.mm);
         let result = call(areas, &mut pending);
-        let below = areas.iter().map(|area| area.end() as u64).filter(|end| *end <= range.start()).last();
-        let above = areas.iter().map(|area| area.start() as u64).find(|start| *start >= range.end());
-        (result, pending.flush(Bounds::between(below, above)))
+        let stay = areas.iter().map(|area| area.backend().vma(area.start(), area.size()).range);
+        (result, pending.flush(stay, range))
     }
 
     /// As `change`, for a call that is done with one change.

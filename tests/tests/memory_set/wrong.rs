@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "answers for what the checker is to notice")]
 
 use memory_set::{MappingBackend, MappingResult};
-use mmu_gather::pagetable::{Bounds, VirtRange};
+use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::flush_tlb_mm;
 use mmu_tests::PaperKernel;
 use x86_64::VirtAddr;
@@ -74,7 +74,7 @@ pub(crate) fn unmap_as_if_alone(space: &AddressSpace<'_>, range: VirtRange) -> M
     let mut areas = space.areas.write();
     let mut pending = Pending::new(space.kernel, space.mm);
     let result = areas.unmap(start, end - start, &mut pending);
-    let flushed = pending.flush(Bounds::whole());
+    let flushed = pending.flush([], range);
     drop(areas);
     flushed.free();
     result
