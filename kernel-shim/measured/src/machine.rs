@@ -269,7 +269,8 @@ impl<'m, C: Counting> Machine<'m, C> {
     /// machine, or one around it.
     ///
     /// # Safety
-    /// `cpus` has its [`cpu_state`](Cpus::cpu_state) and [`pinned`](Cpus::pinned) from this machine.
+    /// `cpus` has its [`cpu_state`](Cpus::cpu_state) and [`pinned`](Cpus::pinned) from this
+    /// machine.
     pub unsafe fn interrupt<K: Cpus<Bits = Bits>>(&self, cpus: &K, targets: &CpuSet<Bits>) {
         for cpu in targets.iter() {
             // SAFETY: this thread plays the CPU, and nothing interrupts it; the rest is our
