@@ -202,6 +202,9 @@ mod teardown;
 mod zap;
 
 #[cfg(doc)]
+#[doc = include_str!("../EMBEDDING.md")]
+pub mod embedding {}
+#[cfg(doc)]
 #[doc = include_str!("../FAST-PATHS.md")]
 pub mod fast_paths {}
 #[cfg(doc)]

@@ -1,8 +1,9 @@
-//! FAST-PATHS.md and MUNMAP.md name files, functions and tests: each of them is there.
+//! EMBEDDING.md, FAST-PATHS.md and MUNMAP.md name files, functions, types and tests: each is there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+const EMBEDDING: &str = include_str!("../EMBEDDING.md");
 const FAST_PATHS: &str = include_str!("../FAST-PATHS.md");
 const MUNMAP: &str = include_str!("../MUNMAP.md");
 
@@ -32,8 +33,10 @@ fn defines(text: &str, name: &str) -> bool {
 
 #[test]
 fn every_file_that_is_named_is_there() {
-    for (document, text) in [("FAST-PATHS.md", FAST_PATHS), ("MUNMAP.md", MUNMAP)] {
-        assert!(paths(text).count() > 40, "{document} names files");
+    for (document, text, least) in
+        [("EMBEDDING.md", EMBEDDING, 3), ("FAST-PATHS.md", FAST_PATHS, 40), ("MUNMAP.md", MUNMAP, 40)]
+    {
+        assert!(paths(text).count() >= least, "{document} names files");
         for path in paths(text) {
             assert!(root().join(path).exists(), "{document} names {path}, which is not there");
         }
@@ -68,4 +71,54 @@ fn every_function_on_the_way_of_a_munmap_is_in_the_file_of_its_line() {
         }
     }
     assert!(found > 50, "{found} functions are named");
+}
+
+/// All sources of the engine.
+fn sources(folder: &Path, into: &mut String) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            into.push_str(&fs::read_to_string(path).expect("a text file"));
+        }
+    }
+}
+
+#[test]
+fn all_that_the_guide_tells_an_embedder_to_call_or_implement_is_in_the_engine() {
+    let mut engine = String::new();
+    for package in ["pagetable", "tlb", "gather"] {
+        sources(&root().join(package).join("src"), &mut engine);
+    }
+    let is_name = |word: &&str| word.chars().all(|c| c.is_alphanumeric() || "_:".contains(c));
+    // What is not the engine's: of the `x86_64` and `spin` crates, of Rust, and this project's own.
+    let others = [
+        "PageTableFrameMapping",
+        "FrameAllocator",
+        "OffsetPageTable",
+        "MappedPageTable",
+        "RelaxStrategy",
+        "relax",
+        "x86_64",
+        "spin",
+        "Arc",
+        "const",
+        "None",
+        "meanwhile",
+    ];
+    let mut found = 0;
+    for name in quoted(EMBEDDING).filter(is_name) {
+        let last = name.rsplit("::").next().expect("a word");
+        if others.contains(&last) {
+            continue;
+        }
+        let defined = ["fn ", "struct ", "trait ", "enum ", "const ", "type ", "mod "]
+            .iter()
+            .any(|kind| engine.contains(&format!("{kind}{last}")))
+            || engine.contains(&format!("    {last},"));
+        assert!(defined, "EMBEDDING.md names {name}, which the engine does not have");
+        found += 1;
+    }
+    assert!(found > 80, "{found} names");
 }

@@ -1,4 +1,4 @@
-//! The figures in EMBEDDING.md are those of the files that it names.
+//! The figures in WALKTHROUGH.md are those of the files that it names.
 //!
 //! `BLESS=1 cargo test -p mmu-kernel-shim --test embedding` writes them anew.
 
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use lines::code_lines;
 
-const PAGE: &str = "EMBEDDING.md";
+const PAGE: &str = "WALKTHROUGH.md";
 const EMBED: &str = "src/embed.rs";
 
 /// A figure is exact below this, and rounded to hundreds from here on.

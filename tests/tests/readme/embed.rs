@@ -1,0 +1,82 @@
+struct Process {
+    mm: Pin<Box<Mm<Bits>>>,                          // pinned: CPUs know it by its address
+    areas: RwLock<Areas>,                            // the map lock
+}
+
+fn new_process(kernel: &Kernel) -> Option<Process> {
+    let root = kernel.allocate_table()?;             // zeroed; your kernel's half is copied into it here, for good
+    // SAFETY: the root is this address space's alone, and `ids` is the machine's one `CtxIds`.
+    let mm = Box::pin(unsafe { Mm::new(&kernel.ids, root, PagingMode::FourLevel) });
+    Some(Process { mm, areas: RwLock::default() })
+}
+
+// SAFETY, of the next five: they run on `cpu`, with interrupts off.
+fn start(kernel: &Kernel, cpu: CpuId) {              // each CPU first, and again when it comes back
+    unsafe { init_cpu(kernel, cpu) };
+}
+fn flush_vector(kernel: &Kernel, cpu: CpuId) {       // the interrupt handler, and whoever spins with interrupts off
+    unsafe { flush_interrupt(kernel, cpu) };
+}
+fn run(kernel: &Kernel, cpu: CpuId, next: &Process) { // the scheduler; `next` lives until this CPU has left it
+    unsafe { switch_mm(kernel, cpu, Some(next.mm.as_ref().pinned_context())) };
+}
+fn idle(kernel: &Kernel, cpu: CpuId) {               // a kernel thread, too: CR3 stays as it is
+    unsafe { enter_lazy_tlb(kernel, cpu) };
+}
+fn stop(kernel: &Kernel, cpu: CpuId) {               // the last that a CPU does: no flush waits for it any more
+    unsafe { offline_cpu(kernel, cpu) };
+}
+
+fn munmap(kernel: &Kernel, process: &Process, range: VirtRange) -> Result<(), CutLeaf> {
+    let mut areas = process.areas.write();
+    let detached = areas.detach(range);              // nobody faults there any more
+    let bounds = Bounds::around(areas.iter().map(|vma| vma.range), range); // the neighbours: their tables stay
+    let areas = areas.downgrade();
+    // SAFETY: the map lock is held until `flush` has returned.
+    let mut gather = unsafe { MmuGather::new(kernel, &process.mm) };
+    gather.unmap_vmas(detached.iter().copied(), range)?; // clear entries, queue pages
+    // SAFETY: the areas are detached, their pages gone, and `bounds` are the neighbours that stay.
+    unsafe { gather.free_pgtables(detached.iter().copied(), bounds) }; // unhook tables, queue them
+    let flushed = gather.flush();                    // every CPU has forgotten the range
+    drop(areas);                                     // lock released
+    flushed.free();                                  // frees happen here, outside every lock
+    Ok(())
+}
+
+fn mprotect(kernel: &Kernel, process: &Process, range: VirtRange, rights: PageTableFlags) -> Result<(), CutLeaf> {
+    let _areas = process.areas.write();              // and say in the areas what faults may map from now on
+    // SAFETY: the map lock is held until `flush` has returned.
+    let mut gather = unsafe { MmuGather::new(kernel, &process.mm) };
+    // SAFETY: the areas allow this, and no page is shared.
+    unsafe { gather.change_protection(range, |_, _, _| rights) }?;
+    gather.flush().free();                           // nobody can do any more what was forbidden
+    Ok(())
+}
+
+fn fork(kernel: &Kernel, parent: &Process, child: &Process) -> Result<(), MapError> {
+    let areas = parent.areas.write();
+    // SAFETY: the map lock is held until `flush` has returned.
+    let mut gather = unsafe { MmuGather::new(kernel, &parent.mm) };
+    for vma in areas.iter() {
+        // SAFETY: pages lose the right to be written to, and gain none.
+        let _cut = unsafe { gather.change_protection(vma.range, |_, _, old| old.flags() - PageTableFlags::WRITABLE) };
+        for address in (vma.range.start()..vma.range.end()).step_by(4096) {
+            // SAFETY, of both: the map lock is held; and the page is counted twice from here on.
+            let found = unsafe { parent.mm.space().lookup(kernel, address) };
+            let Decoded::Leaf(_) = found.value.decode(found.level) else { continue };
+            unsafe { child.mm.space().map(kernel, address, found.level, found.value) }?;
+        }
+    }
+    gather.flush().free();                           // before the child runs: nobody writes to what it shares
+    Ok(())
+}
+
+fn exit(kernel: &Kernel, process: &Process) {        // no program runs in it; CPUs may be lazy in it still
+    let areas = process.areas.write();
+    // SAFETY: the map lock is held, these are all areas, and no program comes back.
+    let flushed = unsafe { exit_mmap(kernel, &process.mm, &Limits::DEFAULT, areas.iter(), || ()) };
+    drop(areas);
+    flushed.free();
+    // SAFETY: no CPU has the root in CR3 any more, the lazy ones neither.
+    unsafe { kernel.free_tables(&[process.mm.space().root()]) };
+}
