@@ -36,9 +36,9 @@
 //! | (c) all of it | [`TableMemory`], [`Cpus`], [`Pages`] | the shootdown, too | `small_kernel` |
 //!
 //! At (a) the kernel walks and clears its tables itself, and queues what it unmaps. At (b) the
-//! engine does, over an [`MmOf`]`<`[`OwnContext`]`<..>>`, and calls the kernel to flush. At (c) it
-//! has an [`Mm`], and the engine knows which CPUs must be told, which are lazy, and what their
-//! PCIDs still hold.
+//! engine does, over an [`MmOf`]`<`[`OwnContext`]`<..>>`, and calls the kernel to flush; tables
+//! that are there already are [adopted](pagetable::AddressSpace::adopt). At (c) it has an [`Mm`],
+//! and the engine knows which CPUs must be told, which are lazy, and what their PCIDs still hold.
 //!
 //! Which level it is, the types say: any [`Cpus`] has [`FlushTlb`] by that, and no type implements
 //! both by hand. A kernel of level (c) calls [`switch_mm`](tlb::switch_mm) wherever it loads CR3:
