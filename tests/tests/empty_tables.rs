@@ -335,3 +335,14 @@ fn the_tables_in_the_gaps_between_areas_go_and_those_that_an_area_needs_stay() {
     assert_eq!(kernel.nr_tables(mm), [3, 2, 2, 0]);
     assert!(vmas.iter().all(|address| kernel.lookup(mm, *address).value.is_present()));
 }
+
+/// A release build would free the tables of the second area, together with its pages.
+#[cfg(debug_assertions)]
+#[test]
+#[should_panic(expected = "the areas that stay do not ascend")]
+fn areas_that_do_not_ascend_are_named_by_a_debug_build() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let mut gather = kernel.gather(mm);
+    gather.unhook_tables_in_gaps([page(TIB), page(GIB)], range(2 * TIB, 3 * TIB));
+}
