@@ -118,14 +118,14 @@ fn another_gather_that_is_open_makes_it_flush_everything() {
     let mm = kernel.new_mm();
     kernel.map_range(mm, range(GIB, GIB + 2 * PAGE));
     kernel.run(CPU[1], mm);
-    kernel.touch(CPU[1], GIB, Access::Write).expect("mapped");
+    kernel.touch(CPU[1], GIB + PAGE, Access::Write).expect("mapped");
     // It has cleared the entries, and not flushed; its table is empty.
     let mut other = kernel.gather(mm);
     let vma = area(GIB, GIB + 2 * PAGE, Backing::Anonymous);
     other.zap_vma_range(&vma, vma.range).expect("no large leaf");
     unmap(&kernel, page(GIB + 9 * PAGE));
     assert_eq!(kernel.nr_tables(mm), [0; 4]);
-    assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Err(Fault::NotPresent));
+    assert_eq!(kernel.touch(CPU[1], GIB + PAGE, Access::Read), Err(Fault::NotPresent));
     other.flush().free();
 }
 

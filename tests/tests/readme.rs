@@ -23,9 +23,7 @@ impl Areas {
     }
 
     fn bounds_around(&self, range: VirtRange) -> Bounds {
-        let below = self.0.iter().map(|vma| vma.range.end()).rfind(|end| *end <= range.start());
-        let above = self.0.iter().map(|vma| vma.range.start()).find(|start| *start >= range.end());
-        Bounds::between(below, above)
+        Bounds::around(self.0.iter().map(|vma| vma.range), range)
     }
 }
 
