@@ -2,9 +2,12 @@
 //! for the path of one page (one_page.rs) alike.
 
 use mmu_pagetable::StaleWrites;
-use mmu_tlb::{CpuBits, FreedTables, PageSpan, flush_tlb_mm, flush_tlb_mm_range};
+use mmu_tlb::{FreedTables, PageSpan};
 
-use crate::mm::Mm;
+use crate::levels::context::TlbContext;
+use crate::levels::context::sealed::Sealed;
+use crate::levels::flush_tlb::FlushTlb;
+use crate::mm::MmOf;
 use crate::platform::{GatherEvent, Platform};
 use crate::queue::waiting::Covered;
 use crate::state::DeferredFlushes;
@@ -26,8 +29,8 @@ pub(crate) enum Scope {
 /// one (`own`), or by reclaim, whose flushes are noted (`deferred`). If there is none of these,
 /// whoever wrote to the entry before its lock was taken here has flushed.
 #[inline(always)]
-pub(crate) fn stale_writes<B: CpuBits>(
-    mm: &Mm<B>,
+pub(crate) fn stale_writes<C: TlbContext>(
+    mm: &MmOf<C>,
     deferred: DeferredFlushes,
     own: StaleWrites,
 ) -> StaleWrites {
@@ -36,7 +39,7 @@ pub(crate) fn stale_writes<B: CpuBits>(
 
 /// The scope of a flush before the last one of a gather; `own` is what its own entries need.
 #[inline(always)]
-pub(crate) fn scope_before_the_last<B: CpuBits>(mm: &Mm<B>, own: Scope) -> Scope {
+pub(crate) fn scope_before_the_last<C: TlbContext>(mm: &MmOf<C>, own: Scope) -> Scope {
     if own != Scope::Nothing && mm.has_other_gathers() { Scope::WholeMm } else { own }
 }
 
@@ -46,7 +49,7 @@ pub(crate) fn scope_before_the_last<B: CpuBits>(mm: &Mm<B>, own: Scope) -> Scope
 /// nothing: an entry that it found empty may have been cleared by the other, which has not flushed
 /// yet (rule G6).
 #[inline(always)]
-pub(crate) fn scope_of_the_last<K: Platform>(kernel: &K, mm: &Mm<K::Bits>, own: Scope) -> Scope {
+pub(crate) fn scope_of_the_last<K: Platform>(kernel: &K, mm: &MmOf<K::Context>, own: Scope) -> Scope {
     if mm.has_other_gathers() {
         kernel.observe_gather(GatherEvent::NestedFlush);
         Scope::WholeMm
@@ -59,17 +62,28 @@ pub(crate) fn scope_of_the_last<K: Platform>(kernel: &K, mm: &Mm<K::Bits>, own: 
 #[inline(always)]
 pub(crate) fn flush<K: Platform>(
     kernel: &K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     scope: Scope,
     span: Option<PageSpan>,
     tables: FreedTables,
 ) -> Covered {
-    let context = mm.context();
-    let receipt = match (scope, span) {
-        (Scope::Range, Some(span)) => flush_tlb_mm_range(kernel, context, span, tables),
-        _ => flush_tlb_mm(kernel, context),
-    };
-    Covered::from_receipt(context, receipt)
+    let span = if scope == Scope::Range { span } else { None };
+    flush_context(kernel, mm.context(), span, tables)
+}
+
+/// Flushes `span` of `context`, or all of it.
+#[inline(always)]
+pub(crate) fn flush_context<K: FlushTlb>(
+    kernel: &K,
+    context: &K::Context,
+    span: Option<PageSpan>,
+    tables: FreedTables,
+) -> Covered {
+    match span {
+        Some(_) => kernel.flush_tlb(context, span, tables),
+        None => context.flush_whole(|| kernel.flush_tlb(context, None, FreedTables::Yes)),
+    }
+    Covered::after_flush()
 }
 
 /// Flushes for dirty pages, then lets them lose their rmaps; `remove_rmaps` gets what `flush`

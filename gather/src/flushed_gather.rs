@@ -3,8 +3,8 @@
 use core::{fmt, mem};
 
 use crate::limits::Limits;
-use crate::platform::Platform;
 use crate::queue::batch::PageQueue;
+use crate::queue::release::Release;
 use crate::queue::table_batch::TableQueue;
 use crate::queue::waiting::{Covered, Waiting};
 use crate::queue::word::BatchWord;
@@ -14,7 +14,7 @@ use crate::queue::word::BatchWord;
 ///
 /// It is made to be freed after the locks are dropped. Dropping it frees, too.
 #[must_use = "drop the locks, then free"]
-pub struct FlushedGather<'a, K: Platform> {
+pub struct FlushedGather<'a, K: Release> {
     pub(crate) kernel: &'a K,
     pub(crate) waiting: Waiting,
     /// As [`Limits::free_chunk`].
@@ -23,7 +23,7 @@ pub struct FlushedGather<'a, K: Platform> {
     pub(crate) receipt: Option<Covered>,
 }
 
-impl<'a, K: Platform> FlushedGather<'a, K> {
+impl<'a, K: Release> FlushedGather<'a, K> {
     /// What is left of unmapping one page; `receipt` is that of the flush, if there was one.
     #[inline(always)]
     pub(crate) fn of_page(kernel: &'a K, word: Option<BatchWord>, receipt: Option<Covered>) -> Self {
@@ -53,7 +53,7 @@ impl<'a, K: Platform> FlushedGather<'a, K> {
     }
 }
 
-impl<K: Platform> Drop for FlushedGather<'_, K> {
+impl<K: Release> Drop for FlushedGather<'_, K> {
     fn drop(&mut self) {
         // The receipt is gone if the kernel's own code unwound while it was handed what waits. The
         // rest of that leaks.
@@ -63,7 +63,7 @@ impl<K: Platform> Drop for FlushedGather<'_, K> {
     }
 }
 
-impl<K: Platform> fmt::Debug for FlushedGather<'_, K> {
+impl<K: Release> fmt::Debug for FlushedGather<'_, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FlushedGather").field("waiting", &self.waiting).finish_non_exhaustive()
     }

@@ -10,7 +10,7 @@ use crate::cut_leaf::CutLeaf;
 use crate::flushed_gather::FlushedGather;
 use crate::gather::MmuGather;
 use crate::limits::Limits;
-use crate::mm::Mm;
+use crate::mm::MmOf;
 use crate::open_gather::OwesFlush;
 use crate::platform::{Platform, Vma};
 
@@ -115,7 +115,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
 /// ```
 pub unsafe fn unmap_range<'k, K: Platform>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vma: &Vma<K::Area>,
     range: VirtRange,

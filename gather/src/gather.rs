@@ -8,8 +8,9 @@ use mmu_pagetable::{StaleWrites, TableView};
 
 use crate::flush_policy::{Scope, flush, scope_before_the_last, scope_of_the_last};
 use crate::flushed_gather::FlushedGather;
+use crate::levels::context::TlbContext;
 use crate::limits::{GatherMode, Limits};
-use crate::mm::Mm;
+use crate::mm::MmOf;
 use crate::open_gather::{OpenGather, close_after};
 use crate::platform::{GatherEvent, Platform};
 use crate::queue::waiting::{Covered, Waiting};
@@ -31,7 +32,7 @@ use crate::state::{DeferredFlushes, PfnMaps, Phase, State};
 #[doc(alias = "mmu_gather")]
 pub struct MmuGather<'k, 'm, K: Platform> {
     pub(crate) kernel: &'k K,
-    pub(crate) mm: &'m Mm<K::Bits>,
+    pub(crate) mm: &'m MmOf<K::Context>,
     pub(crate) state: State,
     pub(crate) limits: Limits,
     pub(crate) waiting: Waiting,
@@ -74,7 +75,7 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     #[doc(alias = "tlb_gather_mmu")]
     #[must_use]
     #[inline]
-    pub unsafe fn new(kernel: &'k K, mm: &'m Mm<K::Bits>) -> Self {
+    pub unsafe fn new(kernel: &'k K, mm: &'m MmOf<K::Context>) -> Self {
         Self::begin(kernel, mm, GatherMode::Shared)
     }
 
@@ -91,12 +92,12 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     #[doc(alias = "tlb_gather_mmu_fullmm")]
     #[must_use]
     #[inline]
-    pub unsafe fn new_fullmm(kernel: &'k K, mm: &'m Mm<K::Bits>) -> Self {
+    pub unsafe fn new_fullmm(kernel: &'k K, mm: &'m MmOf<K::Context>) -> Self {
         Self::begin(kernel, mm, GatherMode::FullMm)
     }
 
     #[inline]
-    fn begin(kernel: &'k K, mm: &'m Mm<K::Bits>, mode: GatherMode) -> Self {
+    fn begin(kernel: &'k K, mm: &'m MmOf<K::Context>, mode: GatherMode) -> Self {
         // A `const` block, because the type is generic; sizes of other types are `const_assert`s.
         const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
         mm.open_gather();

@@ -26,13 +26,94 @@
 //! [`Cpus`](tlb::Cpus) (who may hold a translation) and [`Pages`] (what happens to the pages).
 //! Nothing else is reached: no heap, no global, no `dyn`.
 //!
+//! # Levels
+//!
+//! A kernel takes as much as it wants. Each level has an example that the tests run.
+//!
+//! | level | the kernel implements | and gets | example |
+//! |---|---|---|---|
+//! | (a) the gather alone | [`FlushTlb`], [`Release`] | [`PageGather`] | `level_a.rs` |
+//! | (b) its own flush | [`TableMemory`], [`FlushTlb`], [`Pages`] | the drivers | `level_b.rs` |
+//! | (c) all of it | [`TableMemory`], [`Cpus`], [`Pages`] | the shootdown, too | `small_kernel` |
+//!
+//! At (a) the kernel walks and clears its tables itself, and queues what it unmaps. At (b) the
+//! engine does, over an [`MmOf`]`<`[`OwnContext`]`<..>>`, and calls the kernel to flush. At (c) it
+//! has an [`Mm`], and the engine knows which CPUs must be told, which are lazy, and what their
+//! PCIDs still hold.
+//!
+//! Which level it is, the types say: any [`Cpus`] has [`FlushTlb`] by that, and no type implements
+//! both by hand. A kernel of level (c) calls [`switch_mm`](tlb::switch_mm) wherever it loads CR3:
+//! who never calls it has no CPU told. A kernel that does not want that takes level (b), and makes
+//! an [`MmOf::with_own_flush`].
+//!
+//! What is provided by default is correct, and slow: without
+//! [`allocate_batch`](Pages::allocate_batch) a gather flushes every seven pages, and every table
+//! alone.
+//!
+//! [`TableMemory`]: pagetable::TableMemory
+//! [`Cpus`]: tlb::Cpus
+//!
+//! # Pages that are not freed, but handed back
+//!
+//! Frames of a layer that returns them to its caller go through [`FreeWith`], which is the kernel
+//! with another place for its pages. Frames that are counted objects need nothing: an entry holds
+//! one reference, [`unmap_page`](Pages::unmap_page) answers [`Free`](Disposition::Free), and
+//! [`free_pages`](Pages::free_pages) drops the reference that it finds by the number of the frame
+//! (`Arc::from_raw`, if that is its address; else by a table of frames).
+//!
+//! # Interrupts, and locks that keep them off
+//!
+//! Levels (a) and (b) ask nothing of interrupts: the kernel's own flush does. In level (c) a flush
+//! waits for other CPUs, which answer in the handler of the flush interrupt. A CPU that has
+//! interrupts off answers all the same if it calls [`flush_interrupt`](tlb::flush_interrupt) while
+//! it spins; the engine does while it waits. So an address-space lock that keeps interrupts off
+//! works, whether it is held or waited for, as long as whoever waits for it answers:
+//!
+//! - a lock of the `spin` crate, the table locks among them, says what a waiting CPU does in
+//!   `RelaxStrategy::relax`, which has no `self`: it finds the kernel in a static, and its own
+//!   number where `pinned` finds it;
+//! - a lock of the kernel's own may keep a reference to the kernel.
+//!
+//! ```
+//! # use core::sync::atomic::AtomicU64;
+//! # use mmu_gather::tlb::{CpuId, CpuTlb, Cpus, flush_interrupt};
+//! # use x86_64::structures::paging::PhysFrame;
+//! # struct Kernel;
+//! # // SAFETY: nothing of it is ever run.
+//! # unsafe impl Cpus for Kernel {
+//! #     type Bits = [AtomicU64; 1];
+//! #     fn pinned<R>(&self, _: impl FnOnce(CpuId) -> R) -> R { unimplemented!() }
+//! #     fn cpu_state(&self, _: CpuId) -> &CpuTlb<Self::Bits> { unimplemented!() }
+//! #     fn init_root(&self) -> PhysFrame { unimplemented!() }
+//! # }
+//! # static KERNEL: std::sync::OnceLock<Kernel> = std::sync::OnceLock::new();
+//! struct Answer;
+//!
+//! impl spin::RelaxStrategy for Answer {
+//!     fn relax() {
+//!         if let Some(kernel) = KERNEL.get() {
+//!             kernel.pinned(|here| {
+//!                 // SAFETY: pinned to `here`, interrupts off.
+//!                 kernel.without_interrupts(|| unsafe { flush_interrupt(kernel, here) });
+//!             });
+//!         }
+//!         core::hint::spin_loop();
+//!     }
+//! }
+//! ```
+//!
+//! A kernel that overrides [`flush_others`](tlb::Cpus::flush_others) knows itself whether its calls
+//! to other CPUs need interrupts on. No flush is made with a lock held that the handler of an
+//! interrupt takes.
+//!
 //! # Example
 //!
 //! Two CPUs run a program; then part of it is unmapped, and then the rest.
-//! `gather/examples/small_kernel/machine.rs` has the three traits, in 100 lines.
+//! `gather/examples/small_kernel/machine.rs` has `Kernel` and its three traits, in 100 lines.
 //!
 //! ```
-#![doc = include_str!("../examples/small_kernel/main.rs")]
+//! # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/small_kernel/machine.rs"));
+#![doc = include_str!("../examples/small_kernel/calls.rs")]
 //! ```
 //!
 //! # What safe code can and cannot do
@@ -97,8 +178,8 @@
 #![no_std]
 #![deny(unsafe_code)]
 
-#[cfg(feature = "bumpalo")]
-mod arena;
+mod adapters;
+mod change_protection;
 mod cut_leaf;
 mod entries;
 mod flush_policy;
@@ -106,6 +187,7 @@ mod flushed_gather;
 mod free_empty;
 mod free_pgtables;
 mod gather;
+mod levels;
 mod limits;
 mod mm;
 mod move_tables;
@@ -134,14 +216,20 @@ pub use mmu_tlb as tlb;
 pub use pagetable::{spin, x86_64};
 
 #[cfg(feature = "bumpalo")]
-pub use arena::BatchArena;
+pub use adapters::arena::BatchArena;
+pub use adapters::free_with::FreeWith;
 pub use cut_leaf::CutLeaf;
 pub use flushed_gather::FlushedGather;
 pub use free_empty::unmap_range;
 pub use gather::MmuGather;
+pub use levels::context::{OwnContext, TlbContext};
+pub use levels::flush_tlb::FlushTlb;
+pub use levels::page_gather::PageGather;
 pub use limits::{GatherMode, Limits};
-pub use mm::Mm;
+pub use mm::{Mm, MmOf};
 pub use platform::{BatchPage, Disposition, Fate, GatherEvent, Pages, Platform, UnmappedLeaf, Vma, VmaKind};
 pub use queue::freed_pages::{FreedFrames, FreedPages, PageRun};
+pub use queue::release::Release;
+pub use queue::spare::Room;
 pub use split::SplitError;
 pub use teardown::{exit_mmap, exit_mmap_within, shift_arg_pages, unmap_region, zap_page_range};

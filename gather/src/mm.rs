@@ -12,24 +12,31 @@ use mmu_pagetable::{AddressSpace, PagingMode, TableMemory};
 use mmu_tlb::{CpuBits, CtxIds, MmContext};
 use x86_64::structures::paging::PhysFrame;
 
+use crate::levels::context::{OwnContext, TlbContext};
+
+/// An address space that the engine flushes; `B` is the storage of a set of CPUs. What it can do is
+/// at [`MmOf`].
+pub type Mm<B> = MmOf<MmContext<B>>;
+
 /// What an embedder puts in its mm structure: the paging structures, the TLB context, and the count
-/// of open gathers.
+/// of open gathers. A kernel that implements [`Cpus`](mmu_tlb::Cpus) has an [`Mm`], one with a
+/// flush of its own an `MmOf<OwnContext<..>>`.
 ///
-/// It must not move while a CPU has it loaded: [`switch_mm`](mmu_tlb::switch_mm) takes its
+/// An [`Mm`] must not move while a CPU has it loaded: [`switch_mm`](mmu_tlb::switch_mm) takes its
 /// [context](Self::pinned_context) pinned, so an `Mm` lives in a `Pin<Box<Mm>>`, in a
 /// `Pin<Arc<..>>`, or in a structure that is pinned.
 /// Linux: the parts of mm_struct that mm/mmu_gather.c and arch/x86/mm/tlb.c use.
 #[derive(Debug)]
-pub struct Mm<B: CpuBits> {
+pub struct MmOf<C: TlbContext> {
     space: AddressSpace,
-    context: MmContext<B>,
+    context: C,
     /// Gathers begun and not yet flushed. Linux: tlb_flush_pending. It has 64 bits, because a
     /// gather that is forgotten (`mem::forget`) counts for ever: no number of them makes the count
     /// wrap.
     open_gathers: AtomicU64,
 }
 
-impl<B: CpuBits> Mm<B> {
+impl<B: CpuBits> MmOf<MmContext<B>> {
     /// A new address space whose top table is `root`.
     ///
     /// # Safety
@@ -101,6 +108,31 @@ impl<B: CpuBits> Mm<B> {
         Self { space, context, open_gathers: AtomicU64::new(0) }
     }
 
+    /// The TLB context, as [`switch_mm`](mmu_tlb::switch_mm) takes it.
+    #[must_use]
+    #[inline]
+    pub fn pinned_context(self: Pin<&Self>) -> Pin<&MmContext<B>> {
+        // SAFETY: `context` is pinned whenever the `Mm` is: it is reached by shared references
+        // only, `Mm` has no `Drop` of its own, and is not `Unpin`, because `MmContext` is not.
+        unsafe { self.map_unchecked(|mm| &mm.context) }
+    }
+}
+
+impl<T> MmOf<OwnContext<T>> {
+    /// An address space that the kernel itself flushes ([`FlushTlb`](crate::FlushTlb)); `key` is
+    /// what its flush needs to find it.
+    ///
+    /// # Safety
+    /// - `key` stands for `space`: a flush of it reaches every CPU that loads the root, however it
+    ///   comes to load it;
+    /// - there is no second `MmOf` of that root.
+    #[must_use]
+    pub unsafe fn with_own_flush(space: AddressSpace, key: T) -> Self {
+        Self { space, context: OwnContext::new(key), open_gathers: AtomicU64::new(0) }
+    }
+}
+
+impl<C: TlbContext> MmOf<C> {
     /// The paging structures.
     #[must_use]
     #[inline]
@@ -111,17 +143,8 @@ impl<B: CpuBits> Mm<B> {
     /// The TLB context.
     #[must_use]
     #[inline]
-    pub const fn context(&self) -> &MmContext<B> {
+    pub const fn context(&self) -> &C {
         &self.context
-    }
-
-    /// The TLB context, as [`switch_mm`](mmu_tlb::switch_mm) takes it.
-    #[must_use]
-    #[inline]
-    pub fn pinned_context(self: Pin<&Self>) -> Pin<&MmContext<B>> {
-        // SAFETY: `context` is pinned whenever the `Mm` is: it is reached by shared references
-        // only, `Mm` has no `Drop` of its own, and is not `Unpin`, because `MmContext` is not.
-        unsafe { self.map_unchecked(|mm| &mm.context) }
     }
 
     /// Gathers begun on this address space and not yet flushed.

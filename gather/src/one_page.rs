@@ -15,7 +15,8 @@ use crate::flush_policy::{
     Scope, flush, flush_dirty, scope_before_the_last, scope_of_the_last, stale_writes,
 };
 use crate::flushed_gather::FlushedGather;
-use crate::mm::Mm;
+use crate::levels::context::TlbContext;
+use crate::mm::MmOf;
 use crate::open_gather::OpenGather;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 use crate::queue::freed_pages::{FreedPages, Which};
@@ -26,7 +27,7 @@ use crate::state::DeferredFlushes;
 /// The page, not looked at yet.
 pub(crate) struct OnePage<'k, 'm, K: Platform> {
     kernel: &'k K,
-    mm: &'m Mm<K::Bits>,
+    mm: &'m MmOf<K::Context>,
     area: K::Area,
     address: u64,
     table: TableView<'k>,
@@ -39,8 +40,8 @@ pub(crate) struct OnePage<'k, 'm, K: Platform> {
 #[must_use]
 pub(crate) struct ClearedPage<'k, 'm, K: Platform> {
     kernel: &'k K,
-    mm: &'m Mm<K::Bits>,
-    open: OpenGather<'m, K::Bits>,
+    mm: &'m MmOf<K::Context>,
+    open: OpenGather<'m, K::Context>,
     word: Option<BatchWord>,
     to_flush: ToFlush,
 }
@@ -62,7 +63,7 @@ impl<'k, 'm, K: Platform> OnePage<'k, 'm, K> {
     #[inline(always)]
     pub(crate) unsafe fn find(
         kernel: &'k K,
-        mm: &'m Mm<K::Bits>,
+        mm: &'m MmOf<K::Context>,
         vma: &Vma<K::Area>,
         range: VirtRange,
     ) -> Option<Self> {
@@ -124,7 +125,7 @@ impl<'k, 'm, K: Platform> ClearedPage<'k, 'm, K> {
 #[inline(never)]
 fn flush_dirty_page<K: Platform>(
     kernel: &K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     to_flush: ToFlush,
     word: Option<BatchWord>,
 ) -> ToFlush {
@@ -163,7 +164,7 @@ impl ToFlush {
     }
 
     #[inline(always)]
-    fn carry_out<K: Platform>(self, kernel: &K, mm: &Mm<K::Bits>, scope: Scope) -> Option<Covered> {
+    fn carry_out<K: Platform>(self, kernel: &K, mm: &MmOf<K::Context>, scope: Scope) -> Option<Covered> {
         match (scope, self) {
             (Scope::WholeMm, _) => Some(flush(kernel, mm, scope, None, FreedTables::No)),
             (_, Self::Page(span)) => Some(flush(kernel, mm, Scope::Range, Some(span), FreedTables::No)),

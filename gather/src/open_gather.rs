@@ -2,26 +2,25 @@
 
 use core::mem;
 
-use mmu_tlb::{CpuBits, MmContext};
-
-use crate::mm::Mm;
+use crate::levels::context::TlbContext;
+use crate::mm::MmOf;
 
 /// One count in [`Mm::open_gathers`].
 ///
 /// If a call of the kernel's own unwinds before this is closed, the count goes down all the same,
 /// and the flush that did not come is left to whoever looks next.
 #[must_use]
-pub(crate) struct OpenGather<'a, B: CpuBits>(&'a Mm<B>);
+pub(crate) struct OpenGather<'a, C: TlbContext>(&'a MmOf<C>);
 
-impl<'a, B: CpuBits> OpenGather<'a, B> {
+impl<'a, C: TlbContext> OpenGather<'a, C> {
     #[inline(always)]
-    pub(crate) fn new(mm: &'a Mm<B>) -> Self {
+    pub(crate) fn new(mm: &'a MmOf<C>) -> Self {
         mm.open_gather();
         Self(mm)
     }
 
     /// The count of a gather that is being dropped.
-    pub(crate) const fn taken_over(mm: &'a Mm<B>) -> Self {
+    pub(crate) const fn taken_over(mm: &'a MmOf<C>) -> Self {
         Self(mm)
     }
 
@@ -40,7 +39,7 @@ impl<'a, B: CpuBits> OpenGather<'a, B> {
     }
 }
 
-impl<B: CpuBits> Drop for OpenGather<'_, B> {
+impl<C: TlbContext> Drop for OpenGather<'_, C> {
     fn drop(&mut self) {
         self.0.context().owe_flush();
         self.0.close_gather();
@@ -50,7 +49,7 @@ impl<B: CpuBits> Drop for OpenGather<'_, B> {
 /// Flushes, then counts one gather out. If `flush` unwinds the count stays: what counts the gather
 /// as open is dropped then, and closes it.
 #[inline(always)]
-pub(crate) fn close_after<B: CpuBits, R>(mm: &Mm<B>, flush: impl FnOnce() -> R) -> R {
+pub(crate) fn close_after<C: TlbContext, R>(mm: &MmOf<C>, flush: impl FnOnce() -> R) -> R {
     let flushed = flush();
     // INVARIANT: G6, the count goes down only after the flush.
     mm.close_gather();
@@ -59,9 +58,9 @@ pub(crate) fn close_after<B: CpuBits, R>(mm: &Mm<B>, flush: impl FnOnce() -> R) 
 
 /// Notes, when it is dropped, that entries were cleared for which nobody is going to flush.
 /// Forgotten where all went well.
-pub(crate) struct OwesFlush<'a, B: CpuBits>(pub(crate) &'a MmContext<B>);
+pub(crate) struct OwesFlush<'a, C: TlbContext>(pub(crate) &'a C);
 
-impl<B: CpuBits> Drop for OwesFlush<'_, B> {
+impl<C: TlbContext> Drop for OwesFlush<'_, C> {
     fn drop(&mut self) {
         self.0.owe_flush();
     }

@@ -4,16 +4,17 @@
 use core::ptr::NonNull;
 
 use mmu_pagetable::{EntryValue, Level, NonPresent, TableMemory, VirtRange};
-use mmu_tlb::Cpus;
 use x86_64::structures::paging::PhysFrame;
 
+use crate::levels::flush_tlb::FlushTlb;
 use crate::queue::freed_pages::FreedPages;
 
 /// Everything a kernel supplies. It is implemented for every type that implements the three traits,
-/// and adds nothing to them.
-pub trait Platform: TableMemory + Cpus + Pages {}
+/// and adds nothing to them. [`FlushTlb`] comes with [`Cpus`](mmu_tlb::Cpus), or is the kernel's
+/// own.
+pub trait Platform: TableMemory + FlushTlb + Pages {}
 
-impl<K: TableMemory + Cpus + Pages> Platform for K {}
+impl<K: TableMemory + FlushTlb + Pages> Platform for K {}
 
 /// One mapped area, as far as the engine needs to know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +106,8 @@ impl BatchPage {
 
 /// What a kernel supplies about unmapping and freeing its pages.
 ///
-/// Everything but `unmap_page` and `unmap_non_present` is called for a batch at a time.
+/// Everything but `unmap_page` and `unmap_non_present` is called for a batch at a time. What is
+/// provided is correct for a kernel whose entries hold one reference each, and slow.
 pub trait Pages {
     /// What the kernel attaches to an area: a reference to its own VMA, or nothing.
     type Area: Copy;
@@ -117,8 +119,12 @@ pub trait Pages {
     ///
     /// # Context
     /// The table's lock is held. It is called once for each leaf, and inlined. It must not free the
-    /// page.
-    fn unmap_page(&self, area: Self::Area, leaf: &UnmappedLeaf) -> Disposition;
+    /// page. Unless overridden it answers [`Free`](Disposition::Free): each leaf held one reference
+    /// on its page.
+    #[inline]
+    fn unmap_page(&self, _area: Self::Area, _leaf: &UnmappedLeaf) -> Disposition {
+        Disposition::Free
+    }
 
     /// Releases references on pages: nothing can reach them through this address space any more.
     ///
@@ -128,14 +134,24 @@ pub trait Pages {
     fn free_pages(&self, pages: FreedPages<'_>);
 
     /// A page for a batch, at once or not at all. `None` is no error: the gather flushes sooner
-    /// then.
+    /// then. Unless overridden there is never one: a gather then flushes every seven pages, and
+    /// every table alone.
     ///
     /// # Context
     /// A table lock is held: it must not sleep, nor wait for another CPU (Linux: GFP_NOWAIT).
-    fn allocate_batch(&self) -> Option<BatchPage>;
+    #[inline]
+    fn allocate_batch(&self) -> Option<BatchPage> {
+        None
+    }
 
     /// Takes back a page from [`allocate_batch`](Self::allocate_batch).
-    fn free_batch(&self, page: BatchPage);
+    ///
+    /// # Panics
+    /// In a debug build, unless overridden: pages that are lent and not taken back would leak.
+    #[inline]
+    fn free_batch(&self, page: BatchPage) {
+        debug_assert!(false, "{page:?} was lent by allocate_batch, and this kernel has no free_batch");
+    }
 
     /// Takes away the mapcount of pages for which [`unmap_page`](Self::unmap_page) answered
     /// [`FreeAfterRmap`](Disposition::FreeAfterRmap): the flush has completed.

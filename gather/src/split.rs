@@ -4,7 +4,7 @@
 use core::fmt;
 
 use mmu_pagetable::{Decoded, EntryValue, Level, MigrationAccess, NonPresent, TableView, VirtRange};
-use mmu_tlb::{FreedTables, PageSpan, flush_tlb_mm_range};
+use mmu_tlb::{FreedTables, PageSpan};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
@@ -103,7 +103,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         drop(locked);
 
         let span = PageSpan { start: whole.start(), end: whole.end(), stride_shift: level.entry_shift() };
-        let _flushed = flush_tlb_mm_range(kernel, mm.context(), span, FreedTables::No);
+        kernel.flush_tlb(mm.context(), Some(span), FreedTables::No);
 
         // SAFETY: `allocate_table` returned this zeroed frame and nobody else knows it.
         map_the_same(unsafe { TableView::new(kernel, table, below) }, old, level, below);

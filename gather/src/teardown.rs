@@ -2,13 +2,12 @@
 #![expect(unsafe_code, reason = "the map lock is taken on trust")]
 
 use mmu_pagetable::{Bounds, MapError, VirtRange};
-use mmu_tlb::{Laziness, flush_tlb_mm, switch_mm};
 
 use crate::cut_leaf::CutLeaf;
 use crate::flushed_gather::FlushedGather;
 use crate::gather::MmuGather;
 use crate::limits::Limits;
-use crate::mm::Mm;
+use crate::mm::MmOf;
 use crate::one_page::OnePage;
 use crate::platform::{Platform, Vma};
 
@@ -22,6 +21,10 @@ use crate::platform::{Platform, Vma};
 ///
 /// Call [`split_leaf`](MmuGather::split_leaf) for both ends of the range before the areas are
 /// detached; then nothing can fail here.
+///
+/// `vmas` can be cloned because they are gone through twice, for the pages and then for the tables:
+/// no table goes before every page of its neighbours has gone. (An iterator over a slice, or over a
+/// tree of areas, clones for a few instructions.)
 ///
 /// # Errors
 /// [`CutLeaf`] if that was forgotten and an area ends in the middle of a large leaf. The leaf is
@@ -58,7 +61,7 @@ use crate::platform::{Platform, Vma};
 /// ```
 pub unsafe fn unmap_region<'k, K, I>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vmas: I,
     bounds: Bounds,
@@ -127,7 +130,7 @@ where
 #[doc(alias = "zap_page_range_single")]
 pub unsafe fn zap_page_range<'k, K: Platform>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vma: &Vma<K::Area>,
     range: VirtRange,
@@ -151,7 +154,11 @@ pub unsafe fn zap_page_range<'k, K: Platform>(
 ///
 /// If the CPU that runs this has the address space loaded, lazily or not, it switches to the
 /// kernel's own. When this returns no CPU has it loaded, lazy ones included: the root table is the
-/// caller's to free, after what comes back was freed.
+/// caller's to free, after what comes back was freed. (A kernel with a flush of its own sees to
+/// both itself: [`FlushTlb::leave_here`](crate::FlushTlb::leave_here) and
+/// [`leave_everywhere`](crate::FlushTlb::leave_everywhere).)
+///
+/// `vmas` can be cloned because they are gone through twice, as in [`unmap_region`].
 ///
 /// # Panics
 /// If another CPU has the address space loaded all the same, and is not lazy: the root would be
@@ -185,7 +192,7 @@ pub unsafe fn zap_page_range<'k, K: Platform>(
 /// ```
 pub unsafe fn exit_mmap<'k, K, I>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vmas: I,
     unlink: impl FnOnce(),
@@ -211,7 +218,7 @@ where
 /// As for [`exit_mmap`], with nothing but `vmas` between `bounds`.
 pub unsafe fn exit_mmap_within<'k, K, I>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     vmas: I,
     bounds: Bounds,
@@ -221,7 +228,8 @@ where
     K: Platform,
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
-    leave_here(kernel, mm);
+    // SAFETY: passed on to our caller.
+    unsafe { kernel.leave_here(mm.context()) };
     // SAFETY: passed on to our caller.
     let mut gather = unsafe { MmuGather::new_fullmm(kernel, mm) }.with_limits(limits);
     let cut = gather.unmap_vmas(vmas.clone(), mm.space().user_range());
@@ -231,30 +239,9 @@ where
     // SAFETY: passed on to our caller; all leaves are gone, and nobody else is there.
     unsafe { gather.free_pgtables(vmas, bounds) };
     let flushed = gather.flush();
-    if mm.context().may_be_loaded_somewhere(kernel) {
-        // Nothing was mapped, so nothing was flushed, and a CPU still has the address space loaded
-        // lazily: a flush makes it leave. A CPU that is switching may still have the root in CR3,
-        // too.
-        let _left = flush_tlb_mm(kernel, mm.context());
-        assert!(
-            !mm.context().is_loaded_somewhere(kernel),
-            "G1: context {} is torn down while a CPU runs programs in it",
-            mm.context().ctx_id().get()
-        );
-    }
+    // SAFETY: passed on to our caller.
+    unsafe { kernel.leave_everywhere(mm.context()) };
     flushed
-}
-
-/// Switches this CPU to the kernel's own address space, if it has `mm` loaded and is not lazy. (A
-/// lazy CPU leaves when it flushes.)
-fn leave_here<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
-    kernel.pinned(|here| {
-        let state = kernel.cpu_state(here);
-        if state.has_loaded(mm.context()) && state.laziness() == Laziness::Active {
-            // SAFETY: pinned to `here`, interrupts off.
-            kernel.without_interrupts(|| unsafe { switch_mm(kernel, here, None) });
-        }
-    });
 }
 
 /// Moves the stack of a new program down by `shift` bytes, to where exec wants it, and frees the
@@ -276,7 +263,7 @@ fn leave_here<K: Platform>(kernel: &K, mm: &Mm<K::Bits>) {
 #[doc(alias = "relocate_vma_down")]
 pub unsafe fn shift_arg_pages<'k, K: Platform>(
     kernel: &'k K,
-    mm: &Mm<K::Bits>,
+    mm: &MmOf<K::Context>,
     limits: &Limits,
     old: VirtRange,
     shift: u64,

@@ -13,8 +13,7 @@ use core::sync::atomic::{AtomicI64, Ordering};
 use crossbeam_utils::CachePadded;
 use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, FlushRequest, OnlineCpus, PageSpan, PcidSupport,
-    flush_tlb_func,
+    Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, OnlineCpus, PageSpan, PcidSupport,
 };
 use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, Pages, UnmappedLeaf, Vma, VmaKind};
 use x86_64::instructions::tlb::Pcid;
@@ -125,9 +124,8 @@ unsafe impl<M: Machine> TableMemory for Embedder<M> {
     }
 }
 
-// SAFETY: every CPU has a state of its own; pinning, interrupts, invalidation and `run_on` are the
-// machine's, whose contract says what this one does; `run_on` runs `flush_tlb_func` on every target
-// before it returns.
+// SAFETY: every CPU has a state of its own; pinning, interrupts and invalidation are the machine's,
+// whose contract says what this one does.
 unsafe impl<M: Machine> Cpus for Embedder<M> {
     type Bits = M::Bits;
 
@@ -144,15 +142,16 @@ unsafe impl<M: Machine> Cpus for Embedder<M> {
         self.init_root
     }
 
-    fn flush_others(
-        &self,
-        targets: &CpuSet<M::Bits>,
-        request: &FlushRequest<'_, M::Bits>,
-        meanwhile: impl FnOnce(),
-    ) {
-        // SAFETY: the machine calls this on each target, with interrupts off.
-        let work = |cpu: CpuId| unsafe { flush_tlb_func(self, cpu, request) };
-        self.machine.run_on(targets, &work, meanwhile);
+    fn send_flush_interrupt(&self, targets: &CpuSet<M::Bits>) {
+        self.machine.send_flush_interrupt(targets);
+    }
+
+    fn wait_for_answers(&self, answers: Answers<'_, M::Bits>) {
+        self.machine.wait_for_answers(answers);
+    }
+
+    fn answered(&self, initiator: CpuId) {
+        self.machine.answered(initiator);
     }
 
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {

@@ -10,7 +10,9 @@ use core::sync::atomic::{AtomicI64, Ordering};
 
 use crossbeam_utils::CachePadded;
 use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
-use mmu_gather::tlb::{CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, init_cpu, switch_mm};
+use mmu_gather::tlb::{
+    CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, flush_interrupt, init_cpu, switch_mm,
+};
 use mmu_gather::{
     CutLeaf, FlushedGather, Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region,
     zap_page_range,
@@ -168,6 +170,15 @@ impl<M: Machine> Kernel<M> {
         self.machine.pinned(|cpu| {
             // SAFETY: pinned, interrupts off, and the CPU has loaded nothing yet.
             self.machine.without_interrupts(|| unsafe { init_cpu(self, cpu) });
+        });
+    }
+
+    /// Flushes what other CPUs have asked of this one: the handler of the flush interrupt, and what
+    /// a CPU does that spins with interrupts off.
+    pub fn flush_interrupt(&self) {
+        self.machine.without_interrupts(|| {
+            // SAFETY: pinned, interrupts off.
+            self.machine.pinned(|cpu| unsafe { flush_interrupt(self, cpu) });
         });
     }
 

@@ -4,7 +4,7 @@
 use mmu_gather::GatherEvent;
 use mmu_gather::pagetable::{Level, TableLock, VirtRange};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuBits, CpuId, CpuSet, CtxId, EarlyAnswer, Laziness, OnlineCpus, PageSpan,
+    Answers, CachedTranslations, CpuBits, CpuId, CpuSet, CtxId, EarlyAnswer, Laziness, OnlineCpus, PageSpan,
     PcidSupport, Slot, TlbEvent,
 };
 use spin::RelaxStrategy;
@@ -19,7 +19,8 @@ use crate::vma::Protection;
 /// - `frame_to_pointer` of any frame below `nr_frames` points to its 4096 bytes, valid as long as
 ///   the machine;
 /// - `pinned` names the CPU it runs on and does not move; `without_interrupts` does what it says;
-/// - `run_on` returns only after `work` has run on every target, with interrupts off there;
+/// - `send_flush_interrupt` reaches every target, which then calls
+///   [`Kernel::flush_interrupt`](crate::Kernel::flush_interrupt); nothing else calls that for it;
 /// - `invlpg` and `load_cr3` do what the instructions do.
 pub unsafe trait Machine: Sync {
     /// What a CPU does while it waits for a lock; it keeps answering interrupts.
@@ -49,9 +50,17 @@ pub unsafe trait Machine: Sync {
     /// Runs `f` with interrupts off on this CPU.
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R;
 
-    /// Interrupts every CPU in `targets` to run `work`, calls `meanwhile` here, and waits for all
-    /// of them. Interrupts are on.
-    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce());
+    /// Interrupts every CPU in `targets`, which then calls
+    /// [`Kernel::flush_interrupt`](crate::Kernel::flush_interrupt).
+    fn send_flush_interrupt(&self, targets: &CpuSet<Self::Bits>);
+
+    /// As [`Cpus::wait_for_answers`](mmu_gather::tlb::Cpus::wait_for_answers).
+    fn wait_for_answers(&self, _answers: Answers<'_, Self::Bits>) {
+        core::hint::spin_loop();
+    }
+
+    /// As [`Cpus::answered`](mmu_gather::tlb::Cpus::answered).
+    fn answered(&self, _initiator: CpuId) {}
 
     /// As [`Cpus::answered_early`](mmu_gather::tlb::Cpus::answered_early): a machine that loses
     /// requests on purpose overrides it.
@@ -60,6 +69,11 @@ pub unsafe trait Machine: Sync {
     /// Unless overridden.
     fn answered_early(&self, early: &EarlyAnswer) {
         panic!("{early}");
+    }
+
+    /// As [`Cpus::cr3`](mmu_gather::tlb::Cpus::cr3), for a machine whose CR3 is not the host's.
+    fn cr3(&self) -> Option<PhysFrame> {
+        None
     }
 
     /// INVLPG on this CPU.
@@ -245,6 +259,8 @@ pub enum Note {
         /// The first frame it maps.
         frame: PhysFrame,
     },
+    /// This CPU asks that one to flush, and is going to wait for the answer.
+    Asked(CpuId),
     /// The shootdown core did something on this CPU.
     Tlb {
         /// What.
@@ -304,12 +320,24 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
         (**self).without_interrupts(f)
     }
 
-    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
-        (**self).run_on(targets, work, meanwhile);
+    fn send_flush_interrupt(&self, targets: &CpuSet<Self::Bits>) {
+        (**self).send_flush_interrupt(targets);
+    }
+
+    fn wait_for_answers(&self, answers: Answers<'_, Self::Bits>) {
+        (**self).wait_for_answers(answers);
+    }
+
+    fn answered(&self, initiator: CpuId) {
+        (**self).answered(initiator);
     }
 
     fn answered_early(&self, early: &EarlyAnswer) {
         (**self).answered_early(early);
+    }
+
+    fn cr3(&self) -> Option<PhysFrame> {
+        (**self).cr3()
     }
 
     fn invlpg(&self, address: u64) {

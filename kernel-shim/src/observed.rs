@@ -10,8 +10,8 @@ use core::ops::Deref;
 
 use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus, PageSpan,
-    PcidSupport, TlbEvent, flush_tlb_func,
+    Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus,
+    PageSpan, PcidSupport, TlbEvent,
 };
 use mmu_gather::{BatchPage, Disposition, Fate, FreedPages, GatherEvent, Pages, UnmappedLeaf};
 use x86_64::instructions::tlb::Pcid;
@@ -77,7 +77,8 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     }
 }
 
-// SAFETY: passed on; `flush_others` is that of `embed.rs` word for word.
+// SAFETY: passed on: `flush_others` posts the very request, once, into the mailboxes of the same
+// CPUs.
 unsafe impl<M: Machine> Cpus for Kernel<M> {
     type Bits = M::Bits;
 
@@ -100,10 +101,22 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
         request: &FlushRequest<'_, M::Bits>,
         meanwhile: impl FnOnce(),
     ) {
-        // Not passed on: what the targets do is observed, too.
-        // SAFETY: the machine calls this on each target, with interrupts off.
-        let work = |cpu: CpuId| unsafe { flush_tlb_func(self, cpu, request) };
-        self.machine.run_on(targets, &work, meanwhile);
+        for target in targets.iter() {
+            self.machine.note(Note::Asked(target));
+        }
+        self.embedder.flush_others(targets, request, meanwhile);
+    }
+
+    fn send_flush_interrupt(&self, targets: &CpuSet<M::Bits>) {
+        self.embedder.send_flush_interrupt(targets);
+    }
+
+    fn wait_for_answers(&self, answers: Answers<'_, M::Bits>) {
+        self.embedder.wait_for_answers(answers);
+    }
+
+    fn answered(&self, initiator: CpuId) {
+        self.embedder.answered(initiator);
     }
 
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
@@ -129,6 +142,10 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         // SAFETY: passed on to our caller.
         unsafe { self.embedder.load_cr3(root, pcid, cached) };
+    }
+
+    fn cr3(&self) -> Option<PhysFrame> {
+        self.machine.cr3().or_else(|| self.embedder.cr3())
     }
 
     fn answered_early(&self, early: &EarlyAnswer) {

@@ -87,6 +87,9 @@ impl AddressSpace {
                 continue;
             }
             let new = memory.allocate_table().ok_or(MapError::NoTable(address))?;
+            if cfg!(debug_assertions) {
+                check_zeroed(memory, new);
+            }
             // SAFETY: a table that was just allocated.
             if let Some(used) = unsafe { memory.used_lines(new) } {
                 used.forget_all();
@@ -184,5 +187,22 @@ impl AddressSpace {
             self.count_linked(below);
         }
         Ok(())
+    }
+}
+
+/// Asserts that a table that was just allocated reads as zero.
+#[expect(unsafe_code, reason = "looks at a frame before it is a table")]
+fn check_zeroed<M: TableMemory>(memory: &M, new: PhysFrame) {
+    // SAFETY: a frame that was just allocated for a table, and nobody else knows; the level plays
+    // no part in reading it.
+    let view = unsafe { TableView::new(memory, new, Level::Pte) };
+    let dirty = (0..512).find(|index| !view.table().entry(*index).load().is_empty());
+    if let Some(index) = dirty {
+        panic!(
+            "allocate_table returned frame {:#x}, and entry {index} of it is {:#x}: as a table it would map what nobody \
+             has mapped. A new table reads as zero",
+            new.start_address(),
+            view.table().entry(index).load().bits(),
+        );
     }
 }

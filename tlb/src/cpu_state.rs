@@ -10,6 +10,8 @@ use core::ptr;
 use x86_64::instructions::tlb::Pcid;
 
 use crate::cpuset::CpuBits;
+#[cfg(debug_assertions)]
+use crate::cpuset::CpuId;
 use crate::generation::{CtxId, MmContext, TlbGen};
 use crate::mailbox::Mailbox;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering, array_of, const_fn};
@@ -123,6 +125,10 @@ impl SlotCell {
 pub struct CpuTlb<B: CpuBits> {
     loaded_asid: AtomicU16,
     next_asid: AtomicU16,
+    /// The number of the CPU whose state this is, plus 1; 0 while nobody has used it. It takes the
+    /// room that alignment leaves.
+    #[cfg(debug_assertions)]
+    owner: core::sync::atomic::AtomicU32,
     slots: [SlotCell; NR_DYN_ASIDS as usize],
     shared: SharedLine<B>,
     mailbox: Mailbox<B>,
@@ -169,6 +175,8 @@ impl<B: CpuBits> CpuTlb<B> {
             Self {
                 loaded_asid: AtomicU16::new(0),
                 next_asid: AtomicU16::new(0),
+                #[cfg(debug_assertions)]
+                owner: core::sync::atomic::AtomicU32::new(0),
                 slots: array_of!(SlotCell::new(); NR_DYN_ASIDS as usize),
                 shared: SharedLine {
                     loaded_mm: AtomicPtr::new(ptr::null_mut()),
@@ -177,6 +185,14 @@ impl<B: CpuBits> CpuTlb<B> {
                 mailbox: Mailbox::new(),
             }
         }
+    }
+
+    /// Debug builds: `cpu` uses this state. Who has used it before, if that was another.
+    #[cfg(debug_assertions)]
+    pub(crate) fn other_owner(&self, cpu: CpuId) -> Option<CpuId> {
+        let number = cpu.number().wrapping_add(1);
+        let before = self.owner.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed);
+        before.err().filter(|owner| *owner != number).map(|owner| CpuId::new(owner.wrapping_sub(1)))
     }
 
     /// What other CPUs ask of this one, and what it asks of them.

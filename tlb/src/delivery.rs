@@ -5,8 +5,9 @@ use crate::cpu_state::LoadedMm;
 use crate::cpuset::{CpuBits, CpuId, CpuSet};
 use crate::flush::flush_tlb_func;
 use crate::mailbox::Mailbox;
+use crate::mistakes::{check_cr3, is_too_long, name_silent};
 use crate::mmu::Cpus;
-use crate::request::FlushRequest;
+use crate::request::{FlushKind, FlushRequest};
 
 /// Has `targets` carry out `request`, calls `meanwhile`, and returns when all have answered. Pinned
 /// to the initiator.
@@ -44,7 +45,7 @@ impl<C: Cpus> Drop for UntilAnswered<'_, C> {
         let mailbox = cpus.cpu_state(here).mailbox();
         // If a call of the kernel unwinds below.
         let _without_its_help = SpinUntilAnswered(mailbox);
-        let mut turns: u32 = 0;
+        let mut turns: u64 = 0;
         while !mailbox.is_answered() {
             if mailbox.has_mail() {
                 // SAFETY: pinned to `here`, interrupts off.
@@ -53,6 +54,11 @@ impl<C: Cpus> Drop for UntilAnswered<'_, C> {
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(TURNS_BETWEEN_LOOKS) || asked == Asked::InPart {
                 take_back(cpus, here, asked);
+            }
+            if is_too_long(cpus, turns)
+                && let Some(target) = take_back(cpus, here, Asked::InPart)
+            {
+                name_silent(cpus, here, target, turns);
             }
             cpus.wait_for_answers(mailbox.answers());
         }
@@ -73,20 +79,25 @@ impl<B: CpuBits> Drop for SpinUntilAnswered<'_, B> {
 
 /// A CPU that waits looks this rarely for targets that went off, because looking reads a line of
 /// each.
-const TURNS_BETWEEN_LOOKS: u32 = if cfg!(mmu_loom) { 1 } else { 128 };
+const TURNS_BETWEEN_LOOKS: u64 = if cfg!(mmu_loom) { 1 } else { 128 };
 
 /// Takes the request of `here` back from targets that will not take it: those that went off after
 /// they were asked, which take no mail until they are back; and if asking unwound, whoever may not
 /// have been interrupted. A target that has already taken it will answer.
+///
+/// One from which it was taken back, if there is any.
 #[cold]
-fn take_back<C: Cpus>(cpus: &C, here: CpuId, asked: Asked) {
+fn take_back<C: Cpus>(cpus: &C, here: CpuId, asked: Asked) -> Option<CpuId> {
     let mailbox = cpus.cpu_state(here).mailbox();
+    let mut from = None;
     for target in mailbox.unanswered().iter() {
         let there = cpus.cpu_state(target);
         if (there.is_offline() || asked == Asked::InPart) && there.mailbox().withdraw(here) {
             mailbox.answer(target);
+            from = Some(target);
         }
     }
+    from
 }
 
 /// Carries out what other CPUs have asked of this one, each request once, and answers.
@@ -129,6 +140,9 @@ pub unsafe fn flush_interrupt<C: Cpus>(cpus: &C, cpu: CpuId) {
         let theirs = cpus.cpu_state(initiator).mailbox();
         // SAFETY: taken from this CPU's inbox just now, answered below, and not used after that.
         let request = unsafe { theirs.request() };
+        if let FlushKind::Range { mm, .. } | FlushKind::Mm { mm, .. } = *request.kind() {
+            check_cr3(cpus, cpu, mm);
+        }
         // SAFETY: passed on to our caller.
         unsafe { flush_tlb_func(cpus, cpu, request) };
         theirs.answer(cpu);

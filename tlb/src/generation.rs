@@ -118,6 +118,9 @@ pub struct MmContext<B: CpuBits> {
     /// Reclaim's deferred flushes: how many were asked for (low half), and up to which of them the
     /// flush is done (high half).
     deferred: AtomicU64,
+    /// Where the context is, once a CPU has loaded it or flushed for it; 0 before.
+    #[cfg(debug_assertions)]
+    place: core::sync::atomic::AtomicUsize,
     _stays_where_it_is: PhantomPinned,
 }
 
@@ -141,8 +144,18 @@ impl<B: CpuBits> MmContext<B> {
             tlb_gen: AtomicU64::new(TlbGen::START.0),
             cpumask: CpuSet::empty(),
             deferred: AtomicU64::new(0),
+            #[cfg(debug_assertions)]
+            place: core::sync::atomic::AtomicUsize::new(0),
             _stays_where_it_is: PhantomPinned,
         }
+    }
+
+    /// Debug builds: where the context was when this was asked first, if it is elsewhere now.
+    #[cfg(debug_assertions)]
+    pub(crate) fn moved_from(&self) -> Option<usize> {
+        let here = core::ptr::from_ref(self).addr();
+        let before = self.place.compare_exchange(0, here, Ordering::Relaxed, Ordering::Relaxed);
+        before.err().filter(|before| *before != here)
     }
 
     /// The context's unique name.

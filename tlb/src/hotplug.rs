@@ -4,6 +4,7 @@
 use crate::cpu_state::{KERNEL_PCID, Laziness, LoadedMm};
 use crate::cpuset::CpuId;
 use crate::delivery::flush_interrupt;
+use crate::mistakes::check_owner;
 use crate::mmu::{CachedTranslations, Cpus};
 use crate::switch::switch_mm;
 
@@ -45,6 +46,7 @@ pub unsafe fn offline_cpu<C: Cpus>(cpus: &C, cpu: CpuId) {
 #[doc(alias = "initialize_tlbstate_and_flush")]
 pub unsafe fn init_cpu<C: Cpus>(cpus: &C, cpu: CpuId) {
     let state = cpus.cpu_state(cpu);
+    check_owner(state, cpu);
     state.set_laziness(Laziness::Active);
     // A flusher that still found this CPU off need not ask it: what is cached from here on comes
     // from tables as they are now, and `switch_mm` announces itself before it reads a generation.

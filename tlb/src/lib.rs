@@ -115,6 +115,7 @@ mod flush;
 mod generation;
 mod hotplug;
 mod mailbox;
+mod mistakes;
 mod mmu;
 mod request;
 mod shootdown;

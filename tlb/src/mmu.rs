@@ -5,8 +5,10 @@
 use core::arch::asm;
 use core::fmt;
 
+use x86_64::PrivilegeLevel;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::{Cr3, Cr4, Cr4Flags};
+use x86_64::registers::segmentation::{CS, Segment};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::cpu_state::{CpuTlb, PcidSupport};
@@ -297,6 +299,26 @@ pub unsafe trait Cpus {
     /// Unless overridden, with all that is known.
     fn answered_early(&self, early: &EarlyAnswer) {
         panic!("{early}");
+    }
+
+    /// The top table in this CPU's CR3; `None` if that is not known. Debug builds compare it with
+    /// what [`switch_mm`](crate::switch_mm) has loaded; release builds do not ask.
+    ///
+    /// Unless overridden it reads CR3, in ring 0, and does not know elsewhere. A kernel that loads
+    /// another root for a while by means of its own (to call firmware, say) does that with
+    /// interrupts off, and does not flush meanwhile.
+    fn cr3(&self) -> Option<PhysFrame> {
+        (CS::get_reg().rpl() == PrivilegeLevel::Ring0).then(|| Cr3::read().0)
+    }
+
+    /// After so many calls of [`wait_for_answers`](Self::wait_for_answers) for one request, debug
+    /// builds panic and say which CPU does not answer; `None`: never. A release build waits for
+    /// ever.
+    ///
+    /// Unless overridden 2^31: half a minute to two minutes of PAUSE. A kernel that sleeps while it
+    /// waits says fewer.
+    fn most_turns(&self) -> Option<u64> {
+        Some(1 << 31)
     }
 
     /// Counts an event. Not called per page.

@@ -6,6 +6,7 @@ use crate::cpuset::{CpuBits, CpuId, CpuSet};
 use crate::delivery::ask;
 use crate::flush::{flush_tlb_func, flush_tlb_func_inlined};
 use crate::generation::{CtxId, MmContext, TlbGen};
+use crate::mistakes::{check_cr3, check_place};
 use crate::mmu::{Cpus, EarlyAnswer, OnlineCpus, TlbEvent};
 use crate::request::{FlushKind, FlushRequest, FreedTables, PageSpan};
 
@@ -153,6 +154,8 @@ fn raise_and_flush<'m, C: Cpus>(
     tables: FreedTables,
     kind: impl FnOnce(TlbGen) -> FlushKind<'m, C::Bits>,
 ) -> TlbGen {
+    check_place(mm);
+    check_cr3(cpus, here, mm);
     // T1: before looking which CPUs must be told, and even if none must.
     let tlb_gen = mm.raise_tlb_gen();
     cpus.observe(TlbEvent::Raised { ctx_id: mm.ctx_id(), tlb_gen, span: changed });

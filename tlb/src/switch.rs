@@ -6,6 +6,7 @@ use core::pin::Pin;
 use crate::cpu_state::{Asid, CpuTlb, KERNEL_PCID, Laziness, LoadedMm, PcidSupport, SlotIs};
 use crate::cpuset::CpuId;
 use crate::generation::{MmContext, TlbGen};
+use crate::mistakes::{check_owner, check_place};
 use crate::mmu::{CachedTranslations, Cpus, TlbEvent};
 use crate::sync::{Ordering, fence};
 
@@ -56,6 +57,7 @@ use crate::sync::{Ordering, fence};
 #[doc(alias = "switch_mm_irqs_off")]
 pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmContext<C::Bits>>>) {
     let state = cpus.cpu_state(cpu);
+    check_owner(state, cpu);
     let was = state.laziness();
     // S1, L1. ORDERING: before the fence after S3; in the same-mm case, before L2's fence.
     if was == Laziness::Lazy {
@@ -66,6 +68,7 @@ pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmConte
         return;
     };
     let next = next.get_ref();
+    check_place(next);
     if state.has_loaded(next) {
         if was == Laziness::Lazy {
             catch_up(cpus, cpu, next);

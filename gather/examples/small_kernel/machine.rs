@@ -9,19 +9,18 @@ use core::sync::atomic::AtomicU64;
 use std::collections::BTreeSet;
 
 use mmu_gather::pagetable::{Bounds, EntryValue, Level, PagingMode, TableLock, TableMemory, VirtRange};
-use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushRequest, flush_tlb_func, init_cpu,
-    switch_mm,
-};
-use mmu_gather::{
-    BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf,
-    Vma, VmaKind, exit_mmap,
-};
 use mmu_gather::spin;
+use mmu_gather::tlb::{
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, flush_interrupt, init_cpu, switch_mm,
+};
 use mmu_gather::x86_64::PhysAddr;
 use mmu_gather::x86_64::instructions::tlb::Pcid;
 use mmu_gather::x86_64::structures::paging::mapper::PageTableFrameMapping;
 use mmu_gather::x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
+use mmu_gather::{
+    BatchPage, CutLeaf, Disposition, FlushedGather, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf,
+    Vma, VmaKind, exit_mmap,
+};
 
 type Bits = [AtomicU64; 1];
 type MyMm = Pin<Box<Mm<Bits>>>;
@@ -69,8 +68,8 @@ unsafe impl TableMemory for Kernel {
     }
 }
 
-// SAFETY: the thread stays on the CPU that it plays, and every target has flushed when
-// `flush_others` returns; `invlpg` and `load_cr3` drop what the instructions drop.
+// SAFETY: the thread stays on the CPU that it plays; `invlpg` and `load_cr3` drop what the
+// instructions drop.
 unsafe impl Cpus for Kernel {
     type Bits = Bits;
 
@@ -86,16 +85,10 @@ unsafe impl Cpus for Kernel {
         frame(0)
     }
 
-    fn flush_others(
-        &self,
-        targets: &CpuSet<Bits>,
-        request: &FlushRequest<'_, Bits>,
-        meanwhile: impl FnOnce(),
-    ) {
-        meanwhile();
+    fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
         for cpu in targets.iter() {
             // SAFETY: the thread plays `cpu`, which nothing interrupts.
-            self.on(cpu, || unsafe { flush_tlb_func(self, cpu, request) });
+            self.on(cpu, || unsafe { flush_interrupt(self, cpu) });
         }
     }
 

@@ -10,6 +10,7 @@ use static_assertions::const_assert_eq;
 use crate::limits::Limits;
 use crate::platform::{BatchPage, GatherEvent, Pages};
 use crate::queue::freed_pages::{FreedPages, Which};
+use crate::queue::release::Release;
 use crate::queue::spare::{Room, SpareSlots, lend_spare};
 use crate::queue::word::{BatchWord, DelayedRmaps, Runs};
 
@@ -82,7 +83,7 @@ impl PageQueue {
 
     /// Stores one page. There is room: the batch is not [full](Self::is_full).
     #[inline]
-    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, page: BatchWord) -> Room {
+    pub(crate) fn push<K: Release>(&mut self, kernel: &K, limits: &Limits, page: BatchWord) -> Room {
         self.store(kernel, limits, &[page])
     }
 
@@ -93,13 +94,13 @@ impl PageQueue {
     }
 
     /// Stores a run of pages: two words that stay in one batch.
-    pub(crate) fn push_run<K: Pages>(&mut self, kernel: &K, limits: &Limits, run: [BatchWord; 2]) -> Room {
+    pub(crate) fn push_run<K: Release>(&mut self, kernel: &K, limits: &Limits, run: [BatchWord; 2]) -> Room {
         self.runs = Runs::Queued;
         self.store(kernel, limits, &run)
     }
 
     #[inline]
-    fn store<K: Pages>(&mut self, kernel: &K, limits: &Limits, record: &[BatchWord]) -> Room {
+    fn store<K: Release>(&mut self, kernel: &K, limits: &Limits, record: &[BatchWord]) -> Room {
         // A batch counts as full one slot early, so that a run never has to be cut in two.
         let nearly_full = match self.active {
             None => {
@@ -119,7 +120,7 @@ impl PageQueue {
 
     /// Goes on to the next batch page: one kept from before the last flush, or a new one.
     #[cold]
-    pub(crate) fn next_batch<K: Pages>(&mut self, kernel: &K, limits: &Limits) -> Room {
+    pub(crate) fn next_batch<K: Release>(&mut self, kernel: &K, limits: &Limits) -> Room {
         // Removing rmaps walks the bundle and the active batch only, for it is done under a lock.
         // Pages whose rmaps are delayed must not spread over more batches.
         if self.delayed_rmaps == DelayedRmaps::Queued && self.active.is_some() {
@@ -175,7 +176,7 @@ impl PageQueue {
 
     /// Hands everything to the kernel, chunk by chunk with a preemption point after each; returns
     /// how many slots that were.
-    pub(crate) fn free_all<K: Pages>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
+    pub(crate) fn free_all<K: Release>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
         let mut slots = self.free_bundle(kernel, free_chunk);
         let mut next = self.first;
         while let Some(mut batch) = next {
@@ -195,7 +196,7 @@ impl PageQueue {
 
     /// As [`free_all`](Self::free_all), if there is no batch page.
     #[inline]
-    pub(crate) fn free_bundle<K: Pages>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
+    pub(crate) fn free_bundle<K: Release>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
         let slots = free_slots(kernel, free_chunk, &self.bundle, self.runs);
         self.bundle.clear();
         slots
@@ -224,7 +225,7 @@ impl PageQueue {
 
     /// Returns the batch pages; called when nothing is queued any more.
     #[inline]
-    pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
+    pub(crate) fn give_back<K: Release>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: pages queued and never freed");
         if self.first.is_some() {
             self.give_back_pages(kernel);
@@ -232,7 +233,7 @@ impl PageQueue {
     }
 
     #[inline(never)]
-    fn give_back_pages<K: Pages>(&mut self, kernel: &K) {
+    fn give_back_pages<K: Release>(&mut self, kernel: &K) {
         self.active = None;
         let mut next = self.first.take();
         while let Some(batch) = next {
@@ -295,18 +296,18 @@ fn append<const N: usize>(slots: &mut ArrayVec<BatchWord, N>, record: &[BatchWor
 /// Hands `slots` to the kernel, at most `free_chunk` pages at a time (rule G7), or a single run of
 /// more; returns how many slots those were.
 #[inline]
-fn free_slots<K: Pages>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) -> u64 {
+fn free_slots<K: Release>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) -> u64 {
     if runs == Runs::Queued || slots.len() > usize::from(free_chunk) {
         free_in_chunks(kernel, free_chunk, slots, runs);
     } else if !slots.is_empty() {
-        kernel.free_pages(FreedPages::new(slots, Which::All, runs));
+        kernel.release_pages(FreedPages::new(slots, Which::All, runs));
         kernel.cond_resched();
     }
     slots.len() as u64
 }
 
 #[inline(never)]
-fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) {
+fn free_in_chunks<K: Release>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) {
     let mut rest = slots;
     while !rest.is_empty() {
         let chunk = match runs {
@@ -314,7 +315,7 @@ fn free_in_chunks<K: Pages>(kernel: &K, free_chunk: u16, slots: &[BatchWord], ru
             Runs::Queued => chunk_with_runs(rest, u64::from(free_chunk)),
         };
         let (now, later) = rest.split_at(chunk);
-        kernel.free_pages(FreedPages::new(now, Which::All, runs));
+        kernel.release_pages(FreedPages::new(now, Which::All, runs));
         kernel.cond_resched();
         rest = later;
     }

@@ -12,10 +12,15 @@ use crate::queue::word::BatchWord;
 pub(crate) const LINE: usize = 8;
 
 /// Whether another page or run fits.
+///
+/// [`Full`](Self::Full) was answered to whoever queued the page that took the last room; the page
+/// is queued. Linux: what __tlb_remove_page returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a full queue must be flushed before the next page"]
-pub(crate) enum Room {
+pub enum Room {
+    /// One more fits.
     Left,
+    /// No other fits before what waits is flushed for and freed.
     Full,
 }
 

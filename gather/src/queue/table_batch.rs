@@ -9,7 +9,8 @@ use static_assertions::const_assert_eq;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::limits::Limits;
-use crate::platform::{BatchPage, Pages, Platform};
+use crate::platform::BatchPage;
+use crate::queue::release::Release;
 
 /// The batch page. Linux: struct mmu_table_batch.
 type TableBatch = ArrayVec<PhysFrame, { Limits::TABLE_SLOTS }>;
@@ -39,7 +40,7 @@ impl TableQueue {
         Self { batch: None }
     }
 
-    pub(crate) fn push<K: Pages>(&mut self, kernel: &K, limits: &Limits, table: PhysFrame) -> TableQueued {
+    pub(crate) fn push<K: Release>(&mut self, kernel: &K, limits: &Limits, table: PhysFrame) -> TableQueued {
         let mut batch = match self.batch {
             Some(batch) => batch,
             None => {
@@ -66,7 +67,7 @@ impl TableQueue {
     /// # Safety
     /// All of them were [unhooked](mmu_pagetable::UnhookedTable), and have been flushed for since
     /// they were queued.
-    pub(crate) unsafe fn free_all<K: Platform>(&mut self, kernel: &K) -> u64 {
+    pub(crate) unsafe fn free_all<K: Release>(&mut self, kernel: &K) -> u64 {
         let Some(mut batch) = self.batch else { return 0 };
         // SAFETY: by the invariant the page is ours alone.
         let batch = unsafe { batch.as_mut() };
@@ -75,7 +76,7 @@ impl TableQueue {
         }
         // SAFETY: passed on to our caller; each was queued once, because an `UnhookedTable` cannot
         // be copied.
-        unsafe { kernel.free_tables(batch) };
+        unsafe { kernel.release_tables(batch) };
         let tables = batch.len() as u64;
         batch.clear();
         kernel.cond_resched();
@@ -96,7 +97,7 @@ impl TableQueue {
 
     /// Returns the batch page; called when nothing is queued any more.
     #[inline]
-    pub(crate) fn give_back<K: Pages>(&mut self, kernel: &K) {
+    pub(crate) fn give_back<K: Release>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: tables queued and never freed");
         if let Some(batch) = self.batch.take() {
             // SAFETY: this is the page that `allocate_batch` lent, and we have just forgotten it.

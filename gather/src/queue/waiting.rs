@@ -3,22 +3,23 @@
 
 use core::mem;
 
-use mmu_tlb::{CpuBits, Flushed, MmContext};
 use static_assertions::assert_not_impl_any;
 
-use crate::platform::{GatherEvent, Platform};
+use crate::platform::GatherEvent;
 use crate::queue::batch::PageQueue;
+use crate::queue::release::Release;
 use crate::queue::table_batch::TableQueue;
 
-/// Proof that everything that waits has been flushed for. It is what is left of the receipt of that
-/// flush, and takes no room.
+/// Proof that everything that waits has been flushed for: the receipt of that flush. It takes no
+/// room.
 #[derive(Debug)]
 pub(crate) struct Covered(());
 
 impl Covered {
-    #[inline]
-    pub(crate) fn from_receipt<B: CpuBits>(mm: &MmContext<B>, receipt: Flushed) -> Self {
-        debug_assert!(receipt.is_of(mm), "G1: {receipt:?} is of another address space");
+    /// The receipt of a flush of everything that waits, which
+    /// [`flush_tlb`](crate::FlushTlb::flush_tlb) has just completed.
+    #[inline(always)]
+    pub(crate) const fn after_flush() -> Self {
         Self(())
     }
 }
@@ -68,7 +69,7 @@ impl Waiting {
     ///
     /// INVARIANT: G1, it takes the receipt of a flush for everything here.
     #[inline(never)]
-    pub(crate) fn free_all<K: Platform>(&mut self, kernel: &K, free_chunk: u16, _receipt: Covered) {
+    pub(crate) fn free_all<K: Release>(&mut self, kernel: &K, free_chunk: u16, _receipt: Covered) {
         let handed_over = HandedOver(self);
         // SAFETY: the receipt is of a flush for everything that waits here.
         let tables = unsafe { handed_over.0.tables.free_all(kernel) };
@@ -80,7 +81,7 @@ impl Waiting {
     /// Frees everything, for the last time, and returns the batch pages. `receipt` is that of a
     /// flush for everything here; there need not be one if nothing is.
     #[inline(always)]
-    pub(crate) fn finish<K: Platform>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
+    pub(crate) fn finish<K: Release>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
         debug_assert!(receipt.is_some() || self.is_empty(), "G1: freed without a flush");
         if self.pages.has_batches() || self.tables.has_batch() {
             self.finish_batches(kernel, free_chunk, receipt);
@@ -91,7 +92,7 @@ impl Waiting {
     }
 
     #[inline(never)]
-    fn finish_batches<K: Platform>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
+    fn finish_batches<K: Release>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
         if let Some(receipt) = receipt {
             self.free_all(kernel, free_chunk, receipt);
         }

@@ -19,7 +19,7 @@
 //!   -------------------------------------    -----
 //!   this CPU, its state                      cpu::percpu::this_cpu
 //!   INVLPG, CR3 with or without flush        arch::mmu::invalidate_page, arch::mmu::load_root
-//!   run on other CPUs and wait               cpu::ipi::call_on
+//!   interrupt other CPUs, wait for them       cpu::ipi
 //!   physical memory as pointers, frames      arch::phys_map::phys_to_ptr, arch::frames
 //!   ring 3 until a system call or fault      cpu::ring3::run_user
 //!   all CPUs at work                         cpu::smp::on_every_cpu
@@ -37,9 +37,7 @@
 //! - **B3** All RAM is mapped at `PHYS_OFFSET`, and every root holds the same kernel half, which
 //!   does not change after the second CPU has started, except that stacks are added below tables
 //!   that exist. (`arch::paging`)
-//! - **B4** Interrupt handlers take no lock, allocate nothing and do not fault; a function passed
-//!   to `cpu::ipi::call_on` may take a lock if its author knows that no interrupted code can hold
-//!   it.
+//! - **B4** Interrupt handlers take no lock, allocate nothing and do not fault.
 //!
 //! Assembly is in `arch::asm` and the `.s` files only. Built for the host, the crate is a library:
 //! everything but the assembly is type-checked, and the pure parts are tested. `image.toml` sets

@@ -5,7 +5,7 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use mmu_gather::tlb::{CachedTranslations, CpuId, CpuSet, PcidSupport};
+use mmu_gather::tlb::{Answers, CachedTranslations, CpuId, CpuSet, PcidSupport, TlbEvent};
 use mmu_kernel_shim::{FrameRole, Machine, Note};
 use x86_64::instructions::interrupts;
 use x86_64::instructions::tlb::Pcid;
@@ -18,8 +18,8 @@ use crate::arch::phys_map::{ADDRESS_BITS, PHYS_OFFSET, phys_to_ptr};
 use crate::arch::{clock, frames};
 use crate::checks::ledger::{Ledger, frame_words};
 use crate::checks::violation;
-use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
-use crate::cpu::ipi::{self, ServeCalls};
+use crate::cpu::index::{CpuIndex, MAX_CPUS};
+use crate::cpu::ipi::{self, TakeMail};
 use crate::cpu::percpu::{online, this_index};
 use crate::cpu::watchdog;
 
@@ -44,7 +44,7 @@ pub(crate) enum PlantedFault {
     Absent,
     /// A CPU that unmapped something does not flush itself, and reports that it has.
     SkipLocalFlush,
-    /// A CPU that another CPU tells to flush does not flush, and reports that it has.
+    /// A CPU that is interrupted to flush leaves out the instructions that flush, and answers.
     SkipRemoteFlush,
     /// A CPU that frees pages pauses now and then, as if its hypervisor ran something else. The
     /// pause is harmless; it makes a page that is freed too early visible. Without it, an emulator
@@ -81,6 +81,12 @@ impl CpuState {
             waited: AtomicU64::new(0),
             least_waited: AtomicU64::new(u64::MAX),
         }
+    }
+
+    fn count_shootdown(&self, cycles: u64) {
+        self.nr_shootdowns.fetch_add(1, Ordering::Relaxed);
+        self.waited.fetch_add(cycles, Ordering::Relaxed);
+        self.least_waited.fetch_min(cycles, Ordering::Relaxed);
     }
 }
 
@@ -158,9 +164,25 @@ impl BareMachine {
         &self.cpus[this_index().get()]
     }
 
-    /// Whether a flush of this CPU is to be left out.
+    /// Takes this CPU's mail: runs `flush`, which carries out what other CPUs have asked for.
+    pub(crate) fn told(&self, flush: impl FnOnce()) {
+        let is_told = &self.this_cpu_state().is_told;
+        is_told.store(true, Ordering::Relaxed);
+        flush();
+        is_told.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether an instruction that flushes this CPU is to be left out.
     fn skips_flush(&self) -> bool {
-        self.fault == PlantedFault::SkipLocalFlush && !self.this_cpu_state().is_told.load(Ordering::Relaxed)
+        match self.fault {
+            PlantedFault::SkipLocalFlush => !self.is_told(),
+            PlantedFault::SkipRemoteFlush => self.is_told(),
+            PlantedFault::Absent | PlantedFault::Linger => false,
+        }
+    }
+
+    fn is_told(&self) -> bool {
+        self.this_cpu_state().is_told.load(Ordering::Relaxed)
     }
 
     fn check_freed(&self, frame: PhysFrame, role: FrameRole) {
@@ -185,21 +207,12 @@ impl BareMachine {
     }
 }
 
-fn mask_of(cpus: &CpuSet<[AtomicU64; 1]>) -> CpuMask {
-    cpus.iter().fold(CpuMask::EMPTY, |mask, cpu| mask.with(CpuIndex::new(cpu.number())))
-}
-
-fn id_of(cpu: CpuIndex) -> CpuId {
-    // At most `MAX_CPUS`.
-    CpuId::new(u32::try_from(cpu.get()).unwrap_or(0))
-}
-
 // SAFETY: all RAM is mapped at `PHYS_OFFSET` for ever (B3). Code is never moved to another CPU
-// here. `call_on_meanwhile` returns after every target has run the function, in an interrupt, with
-// interrupts off. INVLPG and MOV CR3 are the instructions, unless a fault was asked for, whose
-// point is to break this contract.
+// here. The flush interrupt reaches every CPU that is online, and its handler is the kernel's
+// (`workloads::program::boot`). INVLPG and MOV CR3 are the instructions, unless a fault was asked
+// for, whose point is to break this contract.
 unsafe impl Machine for BareMachine {
-    type Relax = ServeCalls;
+    type Relax = TakeMail;
     type Bits = [AtomicU64; 1];
 
     fn nr_cpus(&self) -> u32 {
@@ -225,7 +238,7 @@ unsafe impl Machine for BareMachine {
 
     #[inline]
     fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
-        f(id_of(this_index()))
+        f(this_index().id())
     }
 
     #[inline]
@@ -233,23 +246,16 @@ unsafe impl Machine for BareMachine {
         interrupts::without_interrupts(f)
     }
 
-    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
-        let start = clock::cycles();
-        let told = |cpu: CpuIndex| {
-            if self.fault != PlantedFault::SkipRemoteFlush {
-                let is_told = &self.cpus[cpu.get()].is_told;
-                is_told.store(true, Ordering::Relaxed);
-                work(id_of(cpu));
-                is_told.store(false, Ordering::Relaxed);
-            }
-        };
-        ipi::call_on_meanwhile(mask_of(targets), &told, meanwhile);
-        let cycles = clock::cycles().wrapping_sub(start);
-        let me = self.this_cpu_state();
-        me.nr_shootdowns.fetch_add(1, Ordering::Relaxed);
-        me.waited.fetch_add(cycles, Ordering::Relaxed);
-        me.least_waited.fetch_min(cycles, Ordering::Relaxed);
-        watchdog::progress();
+    fn send_flush_interrupt(&self, targets: &CpuSet<Self::Bits>) {
+        ipi::send_flush_interrupt(targets.iter().collect());
+    }
+
+    fn wait_for_answers(&self, answers: Answers<'_, Self::Bits>) {
+        ipi::wait_for_answers(|| answers.missing().collect());
+    }
+
+    fn answered(&self, initiator: CpuId) {
+        ipi::answered(CpuIndex::new(initiator.number()));
     }
 
     #[inline]
@@ -260,12 +266,14 @@ unsafe impl Machine for BareMachine {
     }
 
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
-        // Loading the same root again is a flush, which may be skipped; another root is a switch,
-        // which may not.
-        let before = self.this_cpu_state().root.swap(root.start_address().as_u64(), Ordering::Relaxed);
-        if before == root.start_address().as_u64() && self.skips_flush() {
+        // Loading the same root again is a flush, which may be left out. Another root is a switch,
+        // which may not, unless another CPU has asked for it.
+        let (loaded, root_address) = (&self.this_cpu_state().root, root.start_address().as_u64());
+        let is_switch = loaded.load(Ordering::Relaxed) != root_address;
+        if self.skips_flush() && (self.is_told() || !is_switch) {
             return;
         }
+        loaded.store(root_address, Ordering::Relaxed);
         let cached = match cached {
             CachedTranslations::Flush => Cached::Flush,
             CachedTranslations::Keep => Cached::Keep,
@@ -300,6 +308,10 @@ unsafe impl Machine for BareMachine {
             // file.
             Note::MappedByNobody(_) => {}
             Note::Unmapped { root, range, .. } => self.ledger.unmapped(root, range),
+            Note::Asked(_) => ipi::begin_wait(),
+            Note::Tlb { event: TlbEvent::IpisSent(_), .. } => {
+                self.this_cpu_state().count_shootdown(ipi::end_wait())
+            }
             // These serve to explain a failure; nothing is checked with them.
             Note::Mapped { .. }
             | Note::Cleared { .. }

@@ -43,11 +43,11 @@ pub use boundary::{Boundaries, Boundary};
 pub use checker::events::{Detail, Event, Fill, Kept, What};
 pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
-pub use machine::HostedMachine;
+pub use machine::{FlushHandler, HostedMachine};
 pub use memory::Memory;
 pub use mmu::{arch, broadcast, features, invalidate, physical, structure_cache, tlb_cache, walk, watch};
 pub use options::{Adversary, Checking, Device, MachineFault, MostWork, Options, Telling};
-pub use program::{HostedKernel, Touched, touch};
+pub use program::{HostedKernel, Touched, boot, touch};
 pub use random::Choices;
 pub use schedule::{GiveWay, Schedule, give_way, is_scheduled};
 pub use sequence::{

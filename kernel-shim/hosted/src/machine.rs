@@ -3,11 +3,11 @@
 
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use mmu_gather::pagetable::TableLock;
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
+    Answers, CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
 };
 use mmu_kernel_shim::{Machine, Moment, Note, Seam};
 use x86_64::instructions::tlb::Pcid;
@@ -51,19 +51,26 @@ pub struct HostedMachine {
     faults: AtomicU64,
     /// A CPU goes on at a seam unless these bits of a choice are all 0.
     pub(crate) calm: u64,
+    /// The kernel's handler of the flush interrupt.
+    flush_handler: OnceLock<FlushHandler>,
 }
+
+/// What the kernel does in the flush interrupt, on the CPU that takes it, interrupts off.
+pub type FlushHandler = Box<dyn Fn() + Send + Sync>;
 
 /// One CPU.
 #[derive(Debug)]
 pub(crate) struct VirtualCpu {
     pub(crate) id: CpuId,
     pub(crate) caches: Mutex<Option<Caches>>,
-    /// Requests not yet answered.
-    mailbox: Mutex<Vec<Mail>>,
-    has_mail: AtomicBool,
+    /// A flush interrupt was sent to it, which it has not taken.
+    is_interrupted: AtomicBool,
     interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
-    /// It has sent a request and waits for the answers.
+    /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
+    /// nothing.
+    flushes_nothing: AtomicBool,
+    /// It has asked others to flush, and they have not all answered.
     waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
     pub(crate) table_locks: TableLocks,
@@ -74,23 +81,6 @@ pub(crate) struct VirtualCpu {
     /// Whether it has a coroutine, which answers its mail when it is chosen.
     pub(crate) has_turns: AtomicBool,
 }
-
-/// A request in flight, on the stack of the CPU that waits for it.
-struct Request<'a> {
-    work: &'a dyn Fn(CpuId),
-    unanswered: AtomicU32,
-}
-
-/// A pointer to a request, in a mailbox.
-#[derive(Debug)]
-struct Mail {
-    request: *const Request<'static>,
-    from: CpuId,
-}
-
-// SAFETY: the request is read-only but for its atomic counter; the sender keeps it alive until the
-// counter is zero.
-unsafe impl Send for Mail {}
 
 impl HostedMachine {
     /// A machine whose CPUs have just been switched on.
@@ -122,10 +112,10 @@ impl HostedMachine {
             VirtualCpu {
                 id: CpuId::new(number),
                 caches: Mutex::new(caches),
-                mailbox: Mutex::new(Vec::new()),
-                has_mail: AtomicBool::new(false),
+                is_interrupted: AtomicBool::new(false),
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
+                flushes_nothing: AtomicBool::new(false),
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
                 table_locks: TableLocks::default(),
@@ -151,6 +141,7 @@ impl HostedMachine {
             // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long
             // ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
+            flush_handler: OnceLock::new(),
         })
     }
 
@@ -238,7 +229,7 @@ impl HostedMachine {
             self.cpus[cpu.index()].has_turns.store(true, Ordering::Relaxed);
         }
         let machine = Arc::clone(self);
-        let on_return = move || machine.answer_mail();
+        let on_return = move || machine.take_interrupt();
         let becomes = |cpu| {
             self.turns.fetch_add(1, Ordering::Relaxed);
             self.become_cpu(cpu);
@@ -249,32 +240,56 @@ impl HostedMachine {
         self.become_cpu(CpuId::new(0));
     }
 
-    /// Carries out the requests in this CPU's mailbox, if interrupts are on.
-    pub fn answer_mail(&self) {
+    /// The kernel handles flush interrupts with `handler`. To be called once, before a second CPU
+    /// runs.
+    ///
+    /// # Panics
+    /// If called again: a machine runs one kernel.
+    pub fn set_flush_handler(&self, handler: FlushHandler) {
+        assert!(self.flush_handler.set(handler).is_ok(), "a machine runs one kernel");
+    }
+
+    /// Takes the flush interrupt, if one was sent to this CPU and interrupts are on.
+    ///
+    /// # Panics
+    /// If there is no handler.
+    pub fn take_interrupt(&self) {
         let cpu = self.cpu();
-        if !cpu.has_mail.load(Ordering::Acquire) || cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
+        if !cpu.is_interrupted.load(Ordering::Acquire) || cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
             return;
         }
         let was_user = cpu.in_user_mode.swap(false, Ordering::Relaxed);
         cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
-        cpu.has_mail.store(false, Ordering::Relaxed);
-        let mail = core::mem::take(&mut *lock(&cpu.mailbox));
-        if cpu.waits.load(Ordering::Relaxed) {
-            self.reached.note(Boundary::Crossing);
+        cpu.is_interrupted.store(false, Ordering::Relaxed);
+        if self.options.fault == MachineFault::DropIpi && self.choices.one_in(4) {
+            cpu.flushes_nothing.store(true, Ordering::Relaxed);
         }
-        let here = self.current();
-        for Mail { request, from } in mail {
-            // SAFETY: the sender waits, and keeps the request, until `unanswered` is zero; this
-            // answer is not given yet.
-            let request = unsafe { &*request };
-            (request.work)(here);
-            self.log(What::Answered(from));
-            request.unanswered.fetch_sub(1, Ordering::Release);
-        }
+        let handler = self.flush_handler.get();
+        handler.expect("a kernel that interrupts CPUs has a handler: `set_flush_handler`")();
+        cpu.flushes_nothing.store(false, Ordering::Relaxed);
         cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
         if was_user {
             self.enter_user_mode();
         }
+    }
+
+    /// Whether the planted fault keeps this CPU from flushing just now.
+    fn skips_flushes(&self) -> bool {
+        self.options.fault == MachineFault::SkipFlush || self.cpu().flushes_nothing.load(Ordering::Relaxed)
+    }
+
+    /// This CPU asks `target` to flush.
+    pub(crate) fn asks(&self, checked: &Checked, target: CpuId) {
+        if !self.cpu().waits.swap(true, Ordering::Relaxed) {
+            self.check_wait_outside_locks(checked);
+            self.check_wait_outside_map_locks(checked);
+        }
+        self.log(What::Sent(target));
+    }
+
+    /// All have answered whom this CPU has asked.
+    pub(crate) fn has_answers(&self) {
+        self.cpu().waits.store(false, Ordering::Relaxed);
     }
 
     /// At the `seams`th seam from now this CPU stays away for long: others get whole operations
@@ -299,32 +314,12 @@ impl HostedMachine {
     pub(crate) fn is_in_user_mode(&self, cpu: CpuId) -> bool {
         self.cpus[cpu.index()].in_user_mode.load(Ordering::Relaxed)
     }
-
-    fn send(&self, to: CpuId, request: &Request<'_>) {
-        let here = self.current();
-        if self.options.fault == MachineFault::DropIpi && self.choices.one_in(4) {
-            self.faults.fetch_add(1, Ordering::Relaxed);
-            self.on_cpu(to, || self.log(What::Lost(here)));
-            request.unanswered.fetch_sub(1, Ordering::Release);
-            return;
-        }
-        self.log(What::Sent(to));
-        // SAFETY: only the lifetime changes; `run_on` does not return before every answer was
-        // given.
-        let request = unsafe { core::mem::transmute::<*const Request<'_>, *const Request<'static>>(request) };
-        let cpu = &self.cpus[to.index()];
-        if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
-            self.reached.note(Boundary::HeldOff);
-        }
-        lock(&cpu.mailbox).push(Mail { request, from: here });
-        cpu.has_mail.store(true, Ordering::Release);
-    }
 }
 
 // SAFETY: frames are parts of one reservation that lives as long as the machine. Code runs as one
-// CPU until it gives way, and comes back as the same one. A request leaves `run_on` only when every
-// target has run it, with its interrupts off. INVLPG and CR3 loads do to the software MMU what the
-// SDM says, unless a fault was planted.
+// CPU until it gives way, and comes back as the same one. A CPU that is interrupted runs the
+// handler once its interrupts are on. INVLPG and CR3 loads do to the software MMU what the SDM
+// says, unless a fault was planted.
 unsafe impl Machine for HostedMachine {
     type Relax = GiveWay;
     type Bits = [AtomicU64; 1];
@@ -359,34 +354,38 @@ unsafe impl Machine for HostedMachine {
         cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
         let result = f();
         cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
-        self.answer_mail();
+        self.take_interrupt();
         result
     }
 
-    fn run_on(&self, targets: &CpuSet<Self::Bits>, work: &(dyn Fn(CpuId) + Sync), meanwhile: impl FnOnce()) {
-        if let Some(checked) = &self.checked {
-            self.check_wait_outside_locks(checked);
-            self.check_wait_outside_map_locks(checked);
-        }
-        let request = Request { work, unanswered: AtomicU32::new(targets.len()) };
+    fn send_flush_interrupt(&self, targets: &CpuSet<Self::Bits>) {
         for target in targets.iter() {
-            self.send(target, &request);
-        }
-        meanwhile();
-        let waits = &self.cpu().waits;
-        waits.store(true, Ordering::Relaxed);
-        while request.unanswered.load(Ordering::Acquire) > 0 {
-            // A CPU that has nothing else to do takes the interrupt at once.
-            for target in targets.iter() {
-                if !self.cpus[target.index()].has_turns.load(Ordering::Relaxed) {
-                    self.on_cpu(target, || self.answer_mail());
-                }
+            let cpu = &self.cpus[target.index()];
+            if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
+                self.reached.note(Boundary::HeldOff);
             }
-            if request.unanswered.load(Ordering::Acquire) > 0 {
-                schedule::wait();
+            cpu.is_interrupted.store(true, Ordering::Release);
+        }
+    }
+
+    fn wait_for_answers(&self, answers: Answers<'_, Self::Bits>) {
+        // A CPU that has nothing else to do takes the interrupt at once.
+        for target in answers.missing() {
+            if !self.cpus[target.index()].has_turns.load(Ordering::Relaxed) {
+                self.on_cpu(target, || self.take_interrupt());
             }
         }
-        waits.store(false, Ordering::Relaxed);
+        if !answers.are_complete() {
+            schedule::wait();
+        }
+    }
+
+    fn answered(&self, initiator: CpuId) {
+        if self.cpu().waits.load(Ordering::Relaxed) {
+            self.reached.note(Boundary::Crossing);
+        }
+        let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
+        self.log(if is_lost { What::Lost(initiator) } else { What::Answered(initiator) });
     }
 
     /// With a fault planted, the checker is to find the violation that follows, so the engine's own
@@ -395,9 +394,13 @@ unsafe impl Machine for HostedMachine {
         assert!(self.options.fault != MachineFault::Absent, "{early}");
     }
 
+    fn cr3(&self) -> Option<PhysFrame> {
+        lock(&self.cpu().caches).as_ref().map(|caches| caches.mmu.cr3().0)
+    }
+
     fn invlpg(&self, address: u64) {
         self.seam(Seam::Lock);
-        if self.options.fault == MachineFault::SkipFlush {
+        if self.skips_flushes() {
             self.faults.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -414,10 +417,17 @@ unsafe impl Machine for HostedMachine {
         let mut is_switch = false;
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             is_switch = mmu.cr3().0 != root;
-            let skip = self.options.fault == MachineFault::SkipFlush && self.options.pcid == PcidSupport::On;
+            let has_pcids = self.options.pcid == PcidSupport::On;
+            let skip = self.skips_flushes() && (has_pcids || !is_switch);
             self.faults.fetch_add(u64::from(skip && !keep), Ordering::Relaxed);
-            let load = if keep || skip { Cr3Load::Keep } else { Cr3Load::Flush };
-            let loaded = mmu.load_cr3(root, pcid, load, watch);
+            let loaded = match cached {
+                // Without PCIDs there is no load that keeps anything.
+                CachedTranslations::Flush if skip && !has_pcids => Ok(()),
+                CachedTranslations::Flush if !skip => mmu.load_cr3(root, pcid, Cr3Load::Flush, watch),
+                CachedTranslations::Flush | CachedTranslations::Keep => {
+                    mmu.load_cr3(root, pcid, Cr3Load::Keep, watch)
+                }
+            };
             // The root in CR3 is told below.
             watch.take_fills();
             debug_assert!(loaded.is_ok(), "the kernel loads PCID {} with PCIDs off", pcid.value());

@@ -51,7 +51,7 @@ pub enum MachineFault {
     Absent,
     /// INVLPG and the flush of a CR3 load do nothing.
     SkipFlush,
-    /// One interrupt in four is lost, and acknowledged all the same.
+    /// A CPU that takes one flush interrupt in four answers, and flushes nothing.
     DropIpi,
 }
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use mmu_kernel_shim::{FaultError, Kernel, Machine, Mm, UserAccess};
+use mmu_gather::tlb::CpuId;
+use mmu_kernel_shim::{Config, Error, FaultError, Kernel, Machine, Mm, UserAccess};
 
 use crate::machine::HostedMachine;
 use crate::mmu::Fault;
@@ -14,6 +15,27 @@ pub type HostedKernel = Kernel<Arc<HostedMachine>>;
 
 /// An address space of it.
 pub(crate) type HostedMm = Mm<Arc<HostedMachine>>;
+
+/// Boots a kernel on `machine`, to which it is the handler of flush interrupts, and starts every
+/// CPU.
+///
+/// # Errors
+/// [`Error::NoMemory`] if the machine has no frame for the kernel's root table.
+pub fn boot(machine: &Arc<HostedMachine>, config: Config) -> Result<Arc<HostedKernel>, Error> {
+    let kernel = Arc::new(Kernel::boot(Arc::clone(machine), config)?);
+    // The kernel owns the machine.
+    let handler = Arc::downgrade(&kernel);
+    machine.set_flush_handler(Box::new(move || {
+        // An interrupt that comes after the kernel has no mail.
+        if let Some(kernel) = handler.upgrade() {
+            kernel.flush_interrupt();
+        }
+    }));
+    for number in 0..machine.nr_cpus() {
+        machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
+    }
+    Ok(kernel)
+}
 
 /// What a touch came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

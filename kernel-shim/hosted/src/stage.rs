@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_kernel_shim::{Config, Error, FaultError, Kernel, Machine, Mm, Stage, UserAccess};
+use mmu_kernel_shim::{Config, Error, FaultError, Mm, Stage, UserAccess};
 
 use crate::machine::HostedMachine;
-use crate::program::{HostedKernel, Touched, touch};
+use crate::program::{HostedKernel, Touched, boot, touch};
 
 /// A kernel on a hosted machine whose CPUs work one at a time.
 #[derive(Debug)]
-pub struct HostedStage(HostedKernel);
+pub struct HostedStage(Arc<HostedKernel>);
 
 impl HostedStage {
     /// Boots a kernel on `machine` and starts every CPU.
@@ -19,12 +19,7 @@ impl HostedStage {
     /// # Errors
     /// [`Error::NoMemory`] if the machine has no frame for the kernel's root table.
     pub fn boot(machine: HostedMachine, config: Config) -> Result<Self, Error> {
-        let machine = Arc::new(machine);
-        let kernel = Kernel::boot(Arc::clone(&machine), config)?;
-        for number in 0..machine.nr_cpus() {
-            machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
-        }
-        Ok(Self(kernel))
+        Ok(Self(boot(&Arc::new(machine), config)?))
     }
 }
 

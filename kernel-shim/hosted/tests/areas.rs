@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, touch};
+use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, boot, touch};
 use mmu_kernel_shim::{
-    Area, AreaKind, Config, FaultError, Growth, Kernel, Mm, PageContent, Protection, UserAccess, Vma,
+    Area, AreaKind, Config, FaultError, Growth, Mm, PageContent, Protection, UserAccess, Vma,
 };
 use x86_64::structures::paging::PhysFrame;
 
@@ -18,15 +18,14 @@ fn range(first: u64, end: u64) -> VirtRange {
 /// A kernel on one CPU that runs an address space with `areas`.
 struct Small {
     machine: Arc<HostedMachine>,
-    kernel: HostedKernel,
+    kernel: Arc<HostedKernel>,
     mm: Arc<Mm<Arc<HostedMachine>>>,
 }
 
 impl Small {
     fn new(areas: &[(VirtRange, Area)]) -> Self {
         let machine = Arc::new(HostedMachine::new(Options::new(1, 8192, 1)).expect("a small machine"));
-        let kernel = Kernel::boot(Arc::clone(&machine), Config::default()).expect("it has frames");
-        kernel.start_cpu();
+        let kernel = boot(&machine, Config::default()).expect("it has frames");
         let mm = kernel.new_mm().expect("it has frames");
         for (range, area) in areas {
             kernel.mmap(&mm, Vma { range: *range, area: *area }).expect("nothing is there");

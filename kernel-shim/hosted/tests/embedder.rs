@@ -5,19 +5,15 @@ use std::sync::Arc;
 use mmu_gather::pagetable::{Bounds, VirtRange};
 use mmu_gather::tlb::CpuId;
 use mmu_gather::{Fate, Limits, Vma as EngineVma, VmaKind, unmap_region, zap_page_range};
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, touch};
-use mmu_kernel_shim::{Area, Config, Embedder, EngineArea, Kernel, UserAccess, Vma};
+use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, boot, touch};
+use mmu_kernel_shim::{Area, Config, Embedder, EngineArea, UserAccess, Vma};
 
 const START: u64 = 0x7000_0000_0000;
 const NR_PAGES: u64 = 40;
 
-fn kernel() -> HostedKernel {
+fn kernel() -> Arc<HostedKernel> {
     let machine = HostedMachine::new(Options::new(2, 4096, 1)).expect("a small machine");
-    let kernel: HostedKernel = Kernel::boot(Arc::new(machine), Config::default()).expect("it has frames");
-    for cpu in 0..2 {
-        kernel.machine().on_cpu(CpuId::new(cpu), || kernel.start_cpu());
-    }
-    kernel
+    boot(&Arc::new(machine), Config::default()).expect("it has frames")
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, give_way, touch};
-use mmu_kernel_shim::{Area, Config, Kernel, Mm, PageContent, UserAccess, Vma};
+use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, boot, give_way, touch};
+use mmu_kernel_shim::{Area, Config, Mm, PageContent, UserAccess, Vma};
 use x86_64::structures::paging::PhysFrame;
 
 use account::end;
@@ -26,12 +26,11 @@ fn range(first: u64, end: u64) -> VirtRange {
 /// Two CPUs that run one process, which has written to all its pages.
 fn parent(seed: u64) -> (Arc<HostedKernel>, Arc<HostedMm>) {
     let machine = Arc::new(HostedMachine::new(Options::new(2, 8192, seed)).expect("a small machine"));
-    let kernel = Arc::new(Kernel::boot(Arc::clone(&machine), Config::default()).expect("it has frames"));
+    let kernel = boot(&machine, Config::default()).expect("it has frames");
     let mm = kernel.new_mm().expect("it has frames");
     kernel.mmap(&mm, Vma { range: range(0, PAGES), area: Area::anon() }).expect("nothing is there");
     for number in 0..2 {
         machine.on_cpu(CpuId::new(number), || {
-            kernel.start_cpu();
             kernel.switch_to(Some(&mm));
         });
     }

@@ -8,10 +8,8 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::{Decoded, Level, Line, Marker, NonPresent, VirtRange};
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, give_way, touch};
-use mmu_kernel_shim::{
-    Area, AreaKind, Config, Error, FaultError, Kernel, Mm, PageContent, Supply, UserAccess, Vma,
-};
+use mmu_hosted::{HostedKernel, HostedMachine, Options, Schedule, Touched, boot, give_way, touch};
+use mmu_kernel_shim::{Area, AreaKind, Config, Error, FaultError, Mm, PageContent, Supply, UserAccess, Vma};
 
 use account::end;
 
@@ -30,12 +28,11 @@ fn range(first: u64, end: u64) -> VirtRange {
 /// Three CPUs that run one process, which has written to all its pages.
 fn process(seed: u64) -> (Arc<HostedKernel>, Arc<HostedMm>) {
     let machine = Arc::new(HostedMachine::new(Options::new(CPUS, 8192, seed)).expect("a small machine"));
-    let kernel = Arc::new(Kernel::boot(Arc::clone(&machine), Config::default()).expect("it has frames"));
+    let kernel = boot(&machine, Config::default()).expect("it has frames");
     let mm = kernel.new_mm().expect("it has frames");
     kernel.mmap(&mm, Vma { range: range(0, PAGES), area: Area::anon() }).expect("nothing is there");
     for number in 0..CPUS {
         machine.on_cpu(CpuId::new(number), || {
-            kernel.start_cpu();
             kernel.switch_to(Some(&mm));
         });
     }

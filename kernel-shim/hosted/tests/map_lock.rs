@@ -5,11 +5,9 @@ use std::sync::Arc;
 
 use mmu_gather::GatherEvent;
 use mmu_gather::pagetable::VirtRange;
-use mmu_gather::tlb::{CpuId, CpuSet, Laziness};
-use mmu_hosted::{HostedMachine, Options, ViolationKind};
-use mmu_kernel_shim::{
-    Area, Config, FrameRole, Kernel, Machine, Note, PageContent, Protection, UnderMapLock, Vma,
-};
+use mmu_gather::tlb::{CpuId, Laziness};
+use mmu_hosted::{HostedMachine, Options, ViolationKind, boot};
+use mmu_kernel_shim::{Area, Config, FrameRole, Machine, Note, PageContent, Protection, UnderMapLock, Vma};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
@@ -114,9 +112,7 @@ fn a_call_that_flushes_after_the_map_lock_cannot_wait_for_others_under_it() {
     ] {
         let machine = machine();
         machine.note(locked(most));
-        let mut other = CpuSet::empty();
-        other.insert(CpuId::new(1));
-        machine.run_on(&other, &|_| (), || ());
+        machine.note(Note::Asked(CpuId::new(1)));
         let kinds: Vec<_> = machine.violations().told.iter().map(|violation| violation.kind).collect();
         assert_eq!(kinds, expected, "{most:?}");
     }
@@ -126,10 +122,7 @@ fn a_call_that_flushes_after_the_map_lock_cannot_wait_for_others_under_it() {
 fn every_call_of_the_small_kernel_keeps_to_its_row() {
     const NR_PAGES: u64 = 64;
     let machine = Arc::new(HostedMachine::new(Options::new(2, 8192, 1)).expect("a small machine"));
-    let kernel = Kernel::boot(Arc::clone(&machine), Config::default()).expect("it has frames");
-    for cpu in 0..2 {
-        machine.on_cpu(CpuId::new(cpu), || kernel.start_cpu());
-    }
+    let kernel = boot(&machine, Config::default()).expect("it has frames");
     let mm = kernel.new_mm().expect("frames");
     for cpu in 0..2 {
         machine.on_cpu(CpuId::new(cpu), || kernel.switch_to(Some(&mm)));

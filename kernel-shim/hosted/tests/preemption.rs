@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{Found, HostedKernel, HostedMachine, MostWork, Options, ViolationKind};
-use mmu_kernel_shim::{Area, Config, Kernel, Mm, PageContent, Protection, Vma};
+use mmu_hosted::{Found, HostedKernel, HostedMachine, MostWork, Options, ViolationKind, boot};
+use mmu_kernel_shim::{Area, Config, Mm, PageContent, Protection, Vma};
 
 /// Where a table of the level above begins, too.
 const START: u64 = 0x4000_0000;
@@ -20,8 +20,7 @@ fn found(most_leaves: u32, leaves: &[(PageContent, u64)], call: Call) -> Found {
     let options = Options::new(1, 16384, 1);
     let options = Options { most_work: MostWork { leaves: most_leaves, ..options.most_work }, ..options };
     let machine = Arc::new(HostedMachine::new(options).expect("a small machine"));
-    let kernel = Kernel::boot(Arc::clone(&machine), Config::default()).expect("it has frames");
-    kernel.start_cpu();
+    let kernel = boot(&machine, Config::default()).expect("it has frames");
     let mm = kernel.new_mm().expect("it has frames");
     let mut parts = Vec::new();
     let mut end = START;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{HostedMachine, Options, Touched, touch};
-use mmu_kernel_shim::{Area, Config, Error, Kernel, Supply, UserAccess, Vma};
+use mmu_hosted::{HostedMachine, Options, Touched, boot, touch};
+use mmu_kernel_shim::{Area, Config, Error, Supply, UserAccess, Vma};
 
 const START: u64 = 0x7000_0000_0000;
 
@@ -15,8 +15,7 @@ fn range(first: u64, end: u64) -> VirtRange {
 #[test]
 fn what_is_at_the_target_stays_when_the_source_is_not_inside_one_area() {
     let machine = Arc::new(HostedMachine::new(Options::new(1, 8192, 1)).expect("a small machine"));
-    let kernel = Kernel::boot(Arc::clone(&machine), Config::default()).expect("it has frames");
-    kernel.start_cpu();
+    let kernel = boot(&machine, Config::default()).expect("it has frames");
     let mm = kernel.new_mm().expect("it has frames");
     for area in [range(0, 4), range(100, 108)] {
         kernel.mmap(&mm, Vma { range: area, area: Area::anon() }).expect("nothing is there");

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use mmu_gather::pagetable::{Level, VirtRange};
-use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, touch};
-use mmu_kernel_shim::{Area, Config, Kernel, Mm, PageContent, UserAccess, Vma};
+use mmu_hosted::{HostedKernel, HostedMachine, Options, Touched, boot, touch};
+use mmu_kernel_shim::{Area, Config, Mm, PageContent, UserAccess, Vma};
 
 /// The first address of a PMD table.
 const START: u64 = 0x7000_0000_0000;
@@ -18,10 +18,9 @@ fn range(start: u64, len_bytes: u64) -> VirtRange {
     VirtRange::new(START + start, START + start + len_bytes).expect("a good range")
 }
 
-fn kernel() -> (HostedKernel, Arc<HostedMm>) {
+fn kernel() -> (Arc<HostedKernel>, Arc<HostedMm>) {
     let machine = Arc::new(HostedMachine::new(Options::new(1, 8192, 1)).expect("a small machine"));
-    let kernel = Kernel::boot(machine, Config::default()).expect("it has frames");
-    kernel.start_cpu();
+    let kernel = boot(&machine, Config::default()).expect("it has frames");
     let mm = kernel.new_mm().expect("it has frames");
     kernel.switch_to(Some(&mm));
     (kernel, mm)

@@ -10,8 +10,7 @@ use std::time::Instant;
 
 use mmu_gather::pagetable::{TableLock, TableMemory, UsedLines};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, PcidSupport, flush_tlb_func,
-    switch_mm,
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, OnlineCpus, PcidSupport, flush_interrupt, switch_mm,
 };
 use mmu_gather::{
     BatchArena, BatchPage, Disposition, FreedFrames, FreedPages, GatherEvent, Mm, Pages, UnmappedLeaf,
@@ -132,6 +131,8 @@ const BLOCK: u64 = 512;
 pub struct Machine<'m, C> {
     memory: &'m Memory,
     cpus: Vec<CpuTlb<Bits>>,
+    /// The CPU that the thread plays now.
+    here: Cell<CpuId>,
     online: OnlineCpus,
     ipi_cost: Duration,
     batches: BatchArena,
@@ -148,6 +149,7 @@ impl<'m, C: Counting> Machine<'m, C> {
         Self {
             memory,
             cpus: vec![CpuTlb::new()],
+            here: Cell::new(CpuId::new(0)),
             online,
             ipi_cost: Duration::ZERO,
             batches: BatchArena::new(None),
@@ -192,27 +194,20 @@ impl<'m, C: Counting> Machine<'m, C> {
     pub unsafe fn load(&self, mm: &Mm<Bits>) {
         // SAFETY: passed on to our caller.
         let next = unsafe { Pin::new_unchecked(mm) }.pinned_context();
-        for cpu in self.numbers() {
-            // SAFETY: this thread plays every CPU, one after the other; the rest is passed on to
-            // our caller.
-            unsafe { switch_mm(self, cpu, Some(next)) };
-        }
+        // SAFETY: this thread plays the CPU; the rest is passed on to our caller.
+        self.on_each(|cpu| unsafe { switch_mm(self, cpu, Some(next)) });
     }
 
     /// Puts the kernel's own address space into CR3 of every CPU.
     pub fn leave(&self) {
-        for cpu in self.numbers() {
-            // SAFETY: as in `load`.
-            unsafe { switch_mm(self, cpu, None) };
-        }
+        // SAFETY: as in `load`.
+        self.on_each(|cpu| unsafe { switch_mm(self, cpu, None) });
     }
 
     /// Ends the program of every CPU: they go lazy.
     pub fn go_lazy(&self) {
-        for cpu in self.numbers() {
-            // SAFETY: as in `load`; nobody uses user addresses here.
-            unsafe { mmu_gather::tlb::enter_lazy_tlb(self, cpu) };
-        }
+        // SAFETY: as in `load`; nobody uses user addresses here.
+        self.on_each(|cpu| unsafe { mmu_gather::tlb::enter_lazy_tlb(self, cpu) });
     }
 
     /// Waits as long as one interrupt to `others` CPUs takes, and counts it; for peers that flush
@@ -257,23 +252,31 @@ impl<'m, C: Counting> Machine<'m, C> {
         self.memory.free_chain(chain);
     }
 
-    fn numbers(&self) -> impl Iterator<Item = CpuId> + use<C> {
-        (0u32..).take(self.cpus.len()).map(CpuId::new)
+    fn on_each(&self, work: impl Fn(CpuId)) {
+        for cpu in (0u32..).take(self.cpus.len()).map(CpuId::new) {
+            self.on(cpu, || work(cpu));
+        }
     }
-}
 
-/// Carries out a request on every target, one after the other.
-///
-/// # Safety
-/// The calling thread plays all CPUs of `cpus`, and nothing interrupts it.
-pub unsafe fn answer_for_all<C: Cpus>(
-    cpus: &C,
-    targets: &CpuSet<C::Bits>,
-    request: &FlushRequest<'_, C::Bits>,
-) {
-    for cpu in targets.iter() {
-        // SAFETY: this thread is that CPU for the moment, by our caller's word.
-        unsafe { flush_tlb_func(cpus, cpu, request) };
+    /// Lets the thread play `cpu`.
+    fn on(&self, cpu: CpuId, work: impl FnOnce()) {
+        let before = self.here.replace(cpu);
+        work();
+        self.here.set(before);
+    }
+
+    /// Has each of `targets` take its mail, one after the other. They answer as `cpus`: this
+    /// machine, or one around it.
+    ///
+    /// # Safety
+    /// `cpus` has its [`cpu_state`](Cpus::cpu_state) and [`pinned`](Cpus::pinned) from this
+    /// machine.
+    pub unsafe fn interrupt<K: Cpus<Bits = Bits>>(&self, cpus: &K, targets: &CpuSet<Bits>) {
+        for cpu in targets.iter() {
+            // SAFETY: this thread plays the CPU, and nothing interrupts it; the rest is our
+            // caller's word.
+            self.on(cpu, || unsafe { flush_interrupt(cpus, cpu) });
+        }
     }
 }
 
@@ -314,14 +317,16 @@ unsafe impl<C> PageTableFrameMapping for Machine<'_, C> {
 }
 
 // SAFETY: one thread plays every CPU. `cpu_state` indexes a vector that never changes; `pinned`
-// names CPU 0, which is the one that runs; `flush_others` runs `flush_tlb_func` for each target
-// before it returns; there are no translations to drop.
+// names the one that it plays now, which is CPU 0 wherever a release build asks; there are no
+// translations to drop.
 unsafe impl<C: Counting> Cpus for Machine<'_, C> {
     type Bits = Bits;
 
     #[inline]
     fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
-        f(CpuId::new(0))
+        // Only a debug build asks while the thread plays another CPU than the first, and a release
+        // build does not pay for the question.
+        f(if cfg!(debug_assertions) { self.here.get() } else { CpuId::new(0) })
     }
 
     #[inline]
@@ -333,15 +338,9 @@ unsafe impl<C: Counting> Cpus for Machine<'_, C> {
         PhysFrame::containing_address(x86_64::PhysAddr::zero())
     }
 
-    fn flush_others(
-        &self,
-        targets: &CpuSet<Bits>,
-        request: &FlushRequest<'_, Bits>,
-        meanwhile: impl FnOnce(),
-    ) {
-        meanwhile();
-        // SAFETY: this thread plays every CPU.
-        unsafe { answer_for_all(self, targets, request) };
+    fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
+        // SAFETY: this is the machine.
+        unsafe { self.interrupt(self, targets) };
         self.pay_for_flush(targets.len());
     }
 

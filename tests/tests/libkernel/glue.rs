@@ -20,9 +20,9 @@ use libkernel::memory::page::PageFrame;
 use libkernel::memory::paging::permissions::PtePermissions;
 use libkernel::memory::proc_vm::memory_map::MemoryMap;
 use libkernel::memory::region::VirtMemoryRegion;
-use mmu_gather::pagetable::{EntryValue, Level, VirtRange};
+use mmu_gather::pagetable::{EntryValue, Level};
 use mmu_gather::{Limits, MmuGather, exit_mmap, unmap_range};
-use mmu_tests::{Backing, PaperKernel, PaperMm, area};
+use mmu_tests::{Backing, PaperKernel, PaperMm, area, range};
 use spin::RwLock;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
@@ -102,14 +102,16 @@ impl UserAddressSpace for Space {
 
     fn protect_range(&mut self, region: VirtMemoryRegion, perms: PtePermissions) -> Result<()> {
         self.with(|kernel, mm| {
+            let (start, end) = (region.start_address().value(), region.end_address().value());
             // SAFETY: the map lock is held for writing until the gather has flushed.
             let mut gather = unsafe { MmuGather::new(kernel, mm) };
-            for va in region.iter_pages() {
-                protect_page(kernel, mm, &mut gather, va, perms);
-            }
+            let rights = |_, _, old| rights_of(kernel, perms, old);
+            // SAFETY: the same pages with the rights of their area; one that is shared does not
+            // become writable.
+            let changed = unsafe { gather.change_protection(range(start as u64, end as u64), rights) };
             gather.flush().free();
-        });
-        Ok(())
+            changed.map_err(|_| KernelError::InvalidValue)
+        })
     }
 
     fn unmap_range(&mut self, region: VirtMemoryRegion) -> Result<Vec<PageFrame>> {
@@ -148,33 +150,12 @@ impl UserAddressSpace for Space {
     }
 }
 
-/// Gives one page other rights, if it is there. One that is shared does not become writable.
-fn protect_page(
-    kernel: &PaperKernel,
-    mm: &PaperMm,
-    gather: &mut MmuGather<'_, '_, PaperKernel>,
-    va: VA,
-    perms: PtePermissions,
-) {
-    let address = va.value() as u64;
-    let Some(table) = kernel.find_table(mm, address, Level::Pte) else { return };
-    let locked = table.lock(kernel);
-    let entry = locked.entry(address);
-    let mut old = entry.load();
-    while old.is_present() {
-        let page = old.leaf_address(Level::Pte);
-        let account = kernel.ledger().page(PhysFrame::containing_address(page));
-        let is_shared = account.is_some_and(|account| account.mappings > 1);
-        let perms = if is_shared && perms.is_write() { perms.into_cow() } else { perms };
-        let kept = old.flags() & (PageTableFlags::ACCESSED | PageTableFlags::DIRTY);
-        let new = EntryValue::leaf(Level::Pte, page, kept | flags_of(perms));
-        // SAFETY: the same page with other rights; the gather flushes before the map lock is
-        // dropped.
-        match unsafe { entry.compare_exchange(old, new) } {
-            Ok(()) => return gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte),
-            Err(found) => old = found,
-        }
-    }
+/// The flags that `perms` give a page which `old` maps. One that is shared does not become
+/// writable.
+fn rights_of(kernel: &PaperKernel, perms: PtePermissions, old: EntryValue) -> PageTableFlags {
+    let account = kernel.ledger().page(PhysFrame::containing_address(old.leaf_address(Level::Pte)));
+    let is_shared = account.is_some_and(|account| account.mappings > 1);
+    flags_of(if is_shared && perms.is_write() { perms.into_cow() } else { perms })
 }
 
 fn flags_of(perms: PtePermissions) -> PageTableFlags {

@@ -8,7 +8,7 @@
 
 use memory_set::{MappingBackend, MappingResult, MemoryArea, MemorySet};
 use mmu_gather::pagetable::adapters::MapperTables;
-use mmu_gather::pagetable::{EntryValue, Level, VirtRange};
+use mmu_gather::pagetable::{EntryValue, VirtRange};
 use mmu_gather::{FlushedGather, Limits, MmuGather, Vma, exit_mmap};
 use mmu_tests::{Backing, PaperKernel, PaperMm, area};
 use spin::RwLock;
@@ -61,26 +61,6 @@ impl<'k> Backed<'k> {
         }
         is_mapped
     }
-
-    /// Changes R/W in the entry of one page. The mapper would load and store, and lose what
-    /// hardware sets in between.
-    fn protect_page(&self, address: u64, flags: PageTableFlags, gather: &mut MmuGather<'k, 'k, PaperKernel>) {
-        // SAFETY: the map lock is held, so nobody frees tables.
-        let table = unsafe { self.mm.space().find_table(self.kernel, address, Level::Pte) };
-        let Some(locked) = table.map(|table| table.lock(self.kernel)) else { return };
-        let entry = locked.entry(address);
-        let mut old = entry.load();
-        while old.is_present() {
-            let kept = old.flags() - PageTableFlags::WRITABLE;
-            let new = EntryValue::leaf(Level::Pte, old.leaf_address(Level::Pte), kept | flags);
-            // SAFETY: the same page with other rights; the gather flushes before the lock is
-            // dropped.
-            match unsafe { entry.compare_exchange(old, new) } {
-                Ok(()) => return gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte),
-                Err(found) => old = found,
-            }
-        }
-    }
 }
 
 impl<'k> MappingBackend for Backed<'k> {
@@ -103,10 +83,9 @@ impl<'k> MappingBackend for Backed<'k> {
     }
 
     fn protect(&self, start: usize, size: usize, flags: PageTableFlags, pending: &mut Pending<'k>) -> bool {
-        for address in (start..start + size).step_by(4096) {
-            self.protect_page(address as u64, flags, &mut pending.gather);
-        }
-        true
+        let rights = |_, _, old: EntryValue| (old.flags() - PageTableFlags::WRITABLE) | flags;
+        // SAFETY: the map lock is held, and each page is this area's alone.
+        unsafe { pending.gather.change_protection(self.vma(start, size).range, rights) }.is_ok()
     }
 }
 

@@ -2,8 +2,8 @@
 
 /// System call: INT 0x80 from ring 3.
 pub const SYSCALL_VECTOR: u8 = 0x80;
-/// A call from another CPU waits in the inbox.
-pub(crate) const CALL_VECTOR: u8 = 0xf0;
+/// There is mail of other CPUs.
+pub(crate) const FLUSH_VECTOR: u8 = 0xf0;
 /// Wakes a CPU from HLT, or fetches it from ring 3.
 pub(crate) const WAKE_VECTOR: u8 = 0xf1;
 /// What the local APIC raises when an interrupt is withdrawn before it is taken; it gets no

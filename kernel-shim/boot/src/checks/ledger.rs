@@ -25,7 +25,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::arch::paging::kernel_root;
 use crate::arch::phys_map::{FRAME_WORDS, phys_to_ptr};
 use crate::checks::stamp::{Word, poison};
-use crate::cpu::ipi::ServeCalls;
+use crate::cpu::ipi::TakeMail;
 use crate::cpu::percpu::this_index;
 
 /// Unmappings remembered.
@@ -39,7 +39,7 @@ pub(crate) struct Ledger {
     /// Whether frames are poisoned and checked; off while something is measured.
     checking: AtomicBool,
     /// The last unmappings, in a ring.
-    unmaps: SpinMutex<Unmaps, ServeCalls>,
+    unmaps: SpinMutex<Unmaps, TakeMail>,
 }
 
 #[derive(Debug)]

@@ -9,12 +9,14 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use x86_64::instructions::interrupts::without_interrupts;
 use x86_64::structures::idt::PageFaultErrorCode;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::arch::exit::Verdict;
 use crate::arch::phys_map::{FRAME_BYTES, PHYS_OFFSET};
 use crate::arch::{apic, clock, frames, mmu};
+use crate::checks::test_kernel::{self, float_sum};
 use crate::checks::test_space::{COUNTS, DATA, NEW, OLD, TEXT, TestSpace};
 use crate::counted::Counted;
 use crate::cpu::agent::{Outcome, Program, Stop, Task};
@@ -22,16 +24,18 @@ use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
 use crate::cpu::percpu::{cpu, online};
 use crate::cpu::ring3::{UserExit, run_user};
 use crate::cpu::smp::{kick, on_cpus, on_every_cpu};
-use crate::cpu::{ipi, watchdog};
+use crate::cpu::watchdog;
 use crate::println;
 
 /// Round trips measured for each pair of CPUs; the shortest one counts.
 const ROUND_TRIPS: u64 = 50;
-/// Calls that each CPU makes while all others call too.
-const STORM_CALLS: u64 = 500;
-/// One call in this many is made with interrupts off. Not more: such a caller cannot halt, and
+/// Flushes that each CPU asks for while all others ask too.
+const STORM_FLUSHES: u64 = 500;
+/// One flush in this many is asked for with interrupts off. Not more: such a CPU cannot halt, and
 /// spins on a core that another CPU needs.
 const MASKED_EVERY: u64 = 16;
+/// Terms of a sum of floating-point numbers.
+const SUMMED: u32 = 2000;
 /// Reads through an entry that has changed, before the CPU is told.
 const STALE_READS: u64 = 100_000;
 /// Pages that each CPU's program faults in.
@@ -51,13 +55,14 @@ pub(crate) fn run_self_test() -> Verdict {
         ("every CPU is set up, and known by its APIC", controls),
         ("the heap hands out what it gets back", heap),
         ("floating point survives interrupts", floating_point),
-        ("a call reaches every CPU from every CPU", round_trips),
-        ("calls that cross do not block each other", storm),
+        ("a request reaches every CPU from every CPU", round_trips),
+        ("requests that cross do not block each other", storm),
         ("a stale entry is used until the CPU is told", stale_entry),
         ("ring 3 faults, goes on, and ends", ring_3),
         ("a flush reaches a CPU that is in ring 3", flush_in_ring_3),
         ("all memory left is there", memory),
     ];
+    test_kernel::start();
     let mut verdict = Verdict::Pass;
     for (name, test) in tests {
         watchdog::progress();
@@ -103,38 +108,40 @@ fn heap() -> Result<String, String> {
     Ok(format!("200 vectors a CPU, on {}", cpus_online()))
 }
 
-/// Every CPU sums floating-point numbers while all are interrupted by calls that do the same.
+/// Every CPU sums floating-point numbers while all are interrupted, by a handler that does the
+/// same.
 fn floating_point() -> Result<String, String> {
     let failures = AtomicU64::new(0);
-    let sum = || (1..=2000_u32).map(|n| core::hint::black_box(f64::from(n)).recip()).sum::<f64>();
-    let expected = sum();
+    let space = TestSpace::new();
+    let expected = float_sum(SUMMED);
     on_every_cpu(&|_| {
+        space.load();
         for _ in 0..20 {
-            ipi::call_on(online(), &|_| {
-                core::hint::black_box(sum());
-            });
-            if sum().to_bits() != expected.to_bits() {
+            space.flush(DATA);
+            if float_sum(SUMMED).to_bits() != expected.to_bits() {
                 failures.fetch_add(1, Ordering::Relaxed);
             }
         }
+        TestSpace::load_kernel_root();
     });
     fail_if_any(&failures, "sum", "came out different")?;
     Ok(String::from("20 sums a CPU, interrupted by all"))
 }
 
+/// Each CPU has a space of its own, so a flush of one interrupts one CPU.
 fn round_trips() -> Result<String, String> {
     let cpus = online();
+    let spaces: Vec<&TestSpace> = cpus.iter().map(|_| TestSpace::new()).collect();
+    on_every_cpu(&|me| spaces[me.get()].load());
     let shortest: Vec<AtomicU64> = (0..MAX_CPUS * MAX_CPUS).map(|_| AtomicU64::new(u64::MAX)).collect();
-    let runs = AtomicU64::new(0);
+    let answers = test_kernel::nr_answers();
     for from in cpus.iter() {
-        // One caller at a time, the others halted: the numbers are those of an idle machine.
+        // One CPU asks at a time, the others have halted: the numbers are those of an idle machine.
         on_cpus(CpuMask::only(from), &|me| {
             for to in cpus.without(me).iter() {
                 for _ in 0..ROUND_TRIPS {
                     let start = clock::cycles();
-                    ipi::call_on(CpuMask::only(to), &|_| {
-                        runs.fetch_add(1, Ordering::Relaxed);
-                    });
+                    spaces[to.get()].flush(DATA);
                     let cycles = clock::cycles() - start;
                     shortest[me.get() * MAX_CPUS + to.get()].fetch_min(cycles, Ordering::Relaxed);
                 }
@@ -142,14 +149,11 @@ fn round_trips() -> Result<String, String> {
             }
         });
     }
+    on_every_cpu(&|_| TestSpace::load_kernel_root());
     let others = u64::from(cpus.count()) - 1;
-    let expected = u64::from(cpus.count()) * others * ROUND_TRIPS;
-    let counted = runs.load(Ordering::Relaxed);
-    if counted != expected {
-        return Err(format!("{} ran, not {expected}", Counted(counted, "call")));
-    }
+    let told = expect_answers(answers, u64::from(cpus.count()) * others * ROUND_TRIPS)?;
     if others == 0 {
-        return Ok(String::from("one CPU, nobody to call"));
+        return Ok(String::from("one CPU, nobody to tell"));
     }
     for from in cpus.iter() {
         let row: Vec<u64> = cpus
@@ -159,35 +163,34 @@ fn round_trips() -> Result<String, String> {
             .collect();
         println!("self-test:      shortest round trip from cpu {from} to each, emulated cycles: {row:?}");
     }
-    Ok(format!("{expected} calls"))
+    Ok(told)
 }
 
+/// All CPUs flush one space, which all have loaded.
 fn storm() -> Result<String, String> {
-    let runs = AtomicU64::new(0);
-    on_every_cpu(&|me| {
-        for call in 0..STORM_CALLS {
-            let count = |_: CpuIndex| {
-                runs.fetch_add(1, Ordering::Relaxed);
-            };
-            if call % MASKED_EVERY != 0 {
-                ipi::call_on(online().without(me), &count);
+    let space = TestSpace::new();
+    on_every_cpu(&|_| space.load());
+    let answers = test_kernel::nr_answers();
+    on_every_cpu(&|_| {
+        for flush in 0..STORM_FLUSHES {
+            if flush % MASKED_EVERY != 0 {
+                space.flush(DATA);
             } else {
-                // A caller that may not be interrupted serves its inbox while it waits.
-                x86_64::instructions::interrupts::without_interrupts(|| {
-                    ipi::call_on(online().without(me), &count);
-                });
+                // A CPU that may not be interrupted takes its mail while it waits.
+                without_interrupts(|| space.flush(DATA));
             }
             watchdog::progress();
         }
     });
+    on_every_cpu(&|_| TestSpace::load_kernel_root());
     let cpus = u64::from(online().count());
-    let expected = cpus * (cpus - 1) * STORM_CALLS;
-    let counted = runs.load(Ordering::Relaxed);
-    if counted == expected {
-        Ok(format!("{expected} calls"))
-    } else {
-        Err(format!("{} ran, not {expected}", Counted(counted, "call")))
-    }
+    expect_answers(answers, cpus * (cpus - 1) * STORM_FLUSHES)
+}
+
+/// Checks how many requests were carried out since there were `before`, and says how many.
+fn expect_answers(before: u64, expected: u64) -> Result<String, String> {
+    let answers = Counted(test_kernel::nr_answers() - before, "request");
+    if answers.0 == expected { Ok(answers.to_string()) } else { Err(format!("{answers}, not {expected}")) }
 }
 
 /// A last-level entry is pointed at another frame; each CPU reads before and after its own INVLPG.
@@ -309,7 +312,7 @@ fn flush_in_ring_3() -> Result<String, String> {
             wait_for_arrivals(&steps, 3 * nr_cpus);
             clock::wait_us(20_000);
             // The others are in the endless watch by now.
-            ipi::call_on(others, &|_| mmu::invalidate_page(DATA));
+            space.flush(DATA);
             wait_for_arrivals(&steps, 4 * nr_cpus);
             // Each program counts in a word of its own; once the word is not 0, the program runs.
             for cpu in others.iter() {

@@ -1,5 +1,6 @@
 //! A small address space for the self-test: one lower half, pages mapped by hand or by a fault.
 
+use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::Mutex;
@@ -11,8 +12,9 @@ use x86_64::structures::paging::{Mapper, Page, PageTableFlags, PhysFrame, Size4K
 use crate::arch::context::UserContext;
 use crate::arch::frames::{self, TableFrames};
 use crate::arch::mmu;
-use crate::arch::paging::{self, kernel_root};
+use crate::arch::paging;
 use crate::arch::phys_map::{ADDRESS_BITS, FRAME_BYTES, FRAME_WORDS, phys_to_ptr};
+use crate::checks::test_kernel::{self, Context};
 use crate::cpu::agent::{self, Outcome};
 use crate::cpu::ring3::{self, UserExit};
 
@@ -27,10 +29,11 @@ pub(crate) const OLD: u64 = 0x01d0_1d01_d01d_01d0;
 /// and the one it points to afterwards.
 pub(crate) const NEW: u64 = 0x4e3e_4e3e_4e3e_4e3e;
 
-/// An address space; its frames are not given back, because the run is short.
+/// An address space. It is not given back, nor are its frames, because the run is short.
 #[derive(Debug)]
 pub(crate) struct TestSpace {
     root: PhysFrame,
+    context: Context,
     /// Held while the tables change.
     tables: Mutex<()>,
 }
@@ -43,23 +46,28 @@ impl TestSpace {
     pub(crate) const USER_DATA: PageTableFlags = Self::KERNEL_DATA.union(PageTableFlags::USER_ACCESSIBLE);
     const USER_TEXT: PageTableFlags = PageTableFlags::PRESENT.union(PageTableFlags::USER_ACCESSIBLE);
 
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new() -> &'static Self {
         let root = paging::zeroed_frame().expect("the self-test needs little memory");
         // SAFETY: the frame is new, and nobody has loaded it.
         unsafe { paging::share_kernel_half(root) };
-        Self { root, tables: Mutex::new(()) }
+        // SAFETY: just prepared, for this space alone, and never freed.
+        let context = unsafe { test_kernel::new_context(root) };
+        Box::leak(Box::new(Self { root, context, tables: Mutex::new(()) }))
     }
 
     /// Makes this the address space of the running CPU.
-    pub(crate) fn load(&self) {
-        // SAFETY: the root has the kernel half, and is never freed.
-        unsafe { mmu::load_root_flush(self.root) };
+    pub(crate) fn load(&'static self) {
+        test_kernel::switch_to(Some(&self.context));
     }
 
     /// Puts the running CPU back into the kernel's own address space.
     pub(crate) fn load_kernel_root() {
-        // SAFETY: the kernel's root is never freed.
-        unsafe { mmu::load_root_flush(kernel_root()) };
+        test_kernel::switch_to(None);
+    }
+
+    /// Makes every CPU forget the page at `address`, and returns when all have.
+    pub(crate) fn flush(&'static self, address: VirtAddr) {
+        test_kernel::flush_page(&self.context, address);
     }
 
     pub(crate) fn frame_filled_with(&self, value: u64) -> PhysFrame {

@@ -3,6 +3,8 @@
 use core::fmt;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use mmu_gather::tlb::CpuId;
+
 /// As many CPUs as a [`CpuMask`] has bits.
 pub const MAX_CPUS: usize = 64;
 
@@ -30,6 +32,12 @@ impl CpuIndex {
     #[must_use]
     pub const fn number(self) -> u32 {
         self.0
+    }
+
+    /// Returns what the engine calls this CPU.
+    #[must_use]
+    pub const fn id(self) -> CpuId {
+        CpuId::new(self.0)
     }
 
     /// Returns the number as an index into arrays of [`MAX_CPUS`].
@@ -136,6 +144,18 @@ impl CpuMask {
                 CpuIndex(lowest)
             })
         })
+    }
+}
+
+impl FromIterator<CpuIndex> for CpuMask {
+    fn from_iter<I: IntoIterator<Item = CpuIndex>>(cpus: I) -> Self {
+        cpus.into_iter().fold(Self::EMPTY, Self::with)
+    }
+}
+
+impl FromIterator<CpuId> for CpuMask {
+    fn from_iter<I: IntoIterator<Item = CpuId>>(ids: I) -> Self {
+        ids.into_iter().map(|id| CpuIndex::new(id.number())).collect()
     }
 }
 

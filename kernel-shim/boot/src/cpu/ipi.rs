@@ -1,170 +1,92 @@
-//! Calls on other CPUs: run a function there, in an interrupt, and wait until all have.
+//! Interrupts between CPUs: one says that there is mail, one ends a halt.
 //!
-//! Each CPU has one slot for the call it makes, and an inbox with one bit for each CPU that has a
-//! call for it:
+//! What a CPU asks of another lies in the engine's mailbox. This file interrupts the CPUs that have
+//! mail, runs there what the kernel has registered, and says how a CPU waits for the answers.
 //!
-//! ```text
-//! caller                                  called
-//! slot.function = f; slot.waiting = set
-//! inbox[called] |= me      (Release)      bits = inbox.swap(0)         (Acquire)
-//! send the interrupt                      for each bit: run slot[bit].function
-//! until slot.waiting is empty (Acquire):  slot[bit].waiting -= called  (Release)
-//!     serve own inbox
-//! ```
-//!
-//! Because the waiting CPU serves its own inbox, two CPUs that call each other cannot block each
-//! other, even with interrupts off. With interrupts on, the caller spins for a while and then halts
-//! until the last of the called CPUs wakes it: an emulator has more CPUs than its host has cores,
-//! and a CPU that spins occupies the core that a called CPU needs.
+//! With interrupts on, a CPU spins for a while and then halts until the answers are there: an
+//! emulator has more CPUs than its host has cores, and a CPU that spins occupies the core that a
+//! CPU with mail needs.
 
-use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
-use spin::RelaxStrategy;
-use x86_64::instructions::interrupts::{self, without_interrupts};
+use spin::{Once, RelaxStrategy};
+use x86_64::instructions::interrupts;
 
 use crate::arch::apic::{self, Delivery};
 use crate::arch::clock;
-use crate::arch::vectors::{CALL_VECTOR, WAKE_VECTOR};
+use crate::arch::vectors::{FLUSH_VECTOR, WAKE_VECTOR};
 use crate::cpu::index::{CpuIndex, CpuMask, MAX_CPUS};
-use crate::cpu::percpu::{cpu, online, this_index};
+use crate::cpu::percpu::{cpu, this_index};
 
-/// How long a caller spins before it halts, in cycles. A round trip takes 10,000 to 20,000 emulated
+/// How long a CPU spins before it halts, in cycles. A round trip takes 10,000 to 20,000 emulated
 /// cycles where both CPUs run, and millions where one has to wait for a core of the host.
 const SPIN_CYCLES: u64 = 40_000;
 
-static CALLS: [CpuCalls; MAX_CPUS] = [const { CpuCalls::new() }; MAX_CPUS];
+type Handler = dyn Fn() + Sync;
 
-/// The calls of one CPU; on cache lines of its own.
+/// What a CPU does with its mail.
+static HANDLER: Once<&'static Handler> = Once::new();
+
+static WAITS: [Wait; MAX_CPUS] = [const { Wait::new() }; MAX_CPUS];
+
+/// How one CPU waits for answers; on a cache line of its own.
 #[repr(align(128))]
-struct CpuCalls {
-    /// One bit for each CPU that has a call for this one.
-    inbox: AtomicU64,
-    /// The call this CPU has for others.
-    slot: CallSlot,
-    /// Calls that this CPU has sent to others.
-    nr_sent: AtomicU64,
-}
-
-impl CpuCalls {
-    const fn new() -> Self {
-        Self { inbox: AtomicU64::new(0), slot: CallSlot::new(), nr_sent: AtomicU64::new(0) }
-    }
-}
-
-fn calls_of(cpu: CpuIndex) -> &'static CpuCalls {
-    &CALLS[cpu.get()]
-}
-
-/// A function to be run on other CPUs, and the CPUs that have not run it yet.
-struct CallSlot {
-    function: UnsafeCell<Option<&'static Function<'static>>>,
-    waiting: AtomicU64,
-    /// The caller has halted, or is about to.
+struct Wait {
+    /// When it asked.
+    since: AtomicU64,
+    /// The CPUs whose answers were missing when it last looked.
+    missing: AtomicU64,
+    /// It has halted, or is about to.
     halted: AtomicBool,
 }
 
-type Function<'a> = dyn Fn(CpuIndex) + Sync + 'a;
-
-// SAFETY: the cell is written by its own CPU only, while `waiting` is empty, and read by others
-// only while they are in `waiting`; see the orderings in `call_on` and `serve`.
-unsafe impl Sync for CallSlot {}
-
-impl CallSlot {
+impl Wait {
     const fn new() -> Self {
-        Self { function: UnsafeCell::new(None), waiting: AtomicU64::new(0), halted: AtomicBool::new(false) }
-    }
-
-    /// Returns who has still to run the call.
-    fn waiting(&self) -> CpuMask {
-        CpuMask::from_bits(self.waiting.load(Ordering::Relaxed))
+        Self { since: AtomicU64::new(0), missing: AtomicU64::new(0), halted: AtomicBool::new(false) }
     }
 }
 
-/// Runs `function` on every CPU in `targets`, the calling one too if it is a member, and returns
-/// when all have run it.
-///
-/// On another CPU it runs in an interrupt, in ring 0, with interrupts off, whatever that CPU was
-/// doing: it must not wait for anything that the interrupted code may hold, and must not make a
-/// call itself. What the caller wrote before is visible to `function`, and what `function` wrote is
-/// visible to the caller afterwards.
-///
-/// # Context
-///
-/// Interrupts on or off; no lock is held that `function` takes. While this CPU waits, it runs the
-/// calls of others.
+fn wait_of(cpu: CpuIndex) -> &'static Wait {
+    &WAITS[cpu.get()]
+}
+
+/// Makes `handler` what a CPU does with its mail. It runs with interrupts off.
 ///
 /// # Panics
 ///
-/// If a target is not online, or if called from a `function`.
-pub fn call_on(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync)) {
-    call_on_meanwhile(targets, function, || ());
+/// If there is a handler already.
+pub fn handle_mail_with(handler: &'static Handler) {
+    assert!(!HANDLER.is_completed(), "two kernels in one run");
+    HANDLER.call_once(|| handler);
 }
 
-/// As [`call_on`], and runs `meanwhile` on this CPU between sending the interrupts and waiting: a
-/// CPU that flushes itself while the others flush hides one cost behind the other.
-///
-/// # Panics
-///
-/// As [`call_on`]. `meanwhile` must not make a call.
-pub fn call_on_meanwhile(targets: CpuMask, function: &(dyn Fn(CpuIndex) + Sync), meanwhile: impl FnOnce()) {
-    assert!(targets.bits() & !online().bits() == 0, "a call for a CPU that is not online");
-    let me = this_index();
-    let calls = calls_of(me);
-    let others = targets.without(me);
-    if !others.is_empty() {
-        assert!(calls.slot.waiting().is_empty(), "a call made from within a call");
-        // SAFETY: only the lifetime changes. `wait_for_targets` below returns after the last target
-        // has run the function, and there is no other way out of here: panics end the run. So no
-        // target uses the reference after this function has returned.
-        let function = unsafe { core::mem::transmute::<&Function<'_>, &'static Function<'static>>(function) };
-        // SAFETY: `waiting` is empty, so nobody reads the cell, and it is this CPU's own.
-        unsafe { *calls.slot.function.get() = Some(function) };
-        calls.slot.waiting.store(others.bits(), Ordering::Relaxed);
-        for target in others.iter() {
-            // ORDERING: pairs with the swap in `serve`: who takes the bit sees the slot, and all
-            // that was written before.
-            calls_of(target).inbox.fetch_or(CpuMask::only(me).bits(), Ordering::Release);
-            send(target, CALL_VECTOR);
-        }
-        calls.nr_sent.fetch_add(u64::from(others.count()), Ordering::Relaxed);
+/// Takes this CPU's mail. Interrupts are off.
+pub(crate) fn take_mail() {
+    // Nobody has mail before there is a kernel.
+    if let Some(handler) = HANDLER.get() {
+        handler();
     }
-    meanwhile();
-    if targets.contains(me) {
-        without_interrupts(|| function(me));
-    }
-    wait_for_targets(&calls.slot);
 }
 
-/// How a CPU of this image waits for a lock. With interrupts off it runs the calls of others
-/// meanwhile: the holder of the lock may be waiting for this CPU to flush, and would wait for ever.
+/// How a CPU of this image waits for a lock. With interrupts off it takes its mail meanwhile: the
+/// holder of the lock may be waiting for this CPU to flush, and would wait for ever.
 #[derive(Debug)]
-pub struct ServeCalls;
+pub struct TakeMail;
 
-impl RelaxStrategy for ServeCalls {
+impl RelaxStrategy for TakeMail {
     #[inline]
     fn relax() {
         if !interrupts::are_enabled() {
-            serve();
+            take_mail();
         }
         core::hint::spin_loop();
     }
 }
 
-/// Returns how many calls a CPU has sent to others so far: one for each target.
-#[must_use]
-pub fn calls_sent(by: CpuIndex) -> u64 {
-    calls_of(by).nr_sent.load(Ordering::Relaxed)
-}
-
-/// Returns the CPUs that have still to run the call of `caller`; to be printed.
-pub(crate) fn waited_for(caller: CpuIndex) -> CpuMask {
-    calls_of(caller).slot.waiting()
-}
-
-/// Returns the CPUs whose calls `called` has still to run; to be printed.
-pub(crate) fn callers_of(called: CpuIndex) -> CpuMask {
-    CpuMask::from_bits(calls_of(called).inbox.load(Ordering::Relaxed))
+/// Interrupts `targets`, which have mail now: each runs the handler.
+pub fn send_flush_interrupt(targets: CpuMask) {
+    // `apic::send` sends only after earlier stores, the mail among them, are visible.
+    targets.iter().for_each(|target| send(target, FLUSH_VECTOR));
 }
 
 /// Wakes a CPU that has halted until the next interrupt.
@@ -176,61 +98,52 @@ fn send(target: CpuIndex, vector: u8) {
     apic::send(cpu(target).apic_id(), Delivery::Fixed(vector));
 }
 
-/// Waits until nobody has the call still to run.
-fn wait_for_targets(slot: &CallSlot) {
-    let may_halt = interrupts::are_enabled();
-    let start = clock::cycles();
-    // ORDERING: pairs with the `fetch_and` in `serve`: what the function did there is visible here.
-    while slot.waiting.load(Ordering::Acquire) != 0 {
-        if may_halt && clock::cycles().wrapping_sub(start) > SPIN_CYCLES {
-            halt_until_served(slot);
-        } else {
-            without_interrupts(serve);
-            core::hint::spin_loop();
-        }
-    }
+/// This CPU is about to ask others.
+pub fn begin_wait() {
+    wait_of(this_index()).since.store(clock::cycles(), Ordering::Relaxed);
 }
 
-/// Halts until an interrupt arrives, unless the call is over.
-fn halt_until_served(slot: &CallSlot) {
+/// Waits a little for the answers of the CPUs that `missing` returns. Called again and again
+/// between [`begin_wait`] and [`end_wait`].
+pub fn wait_for_answers(missing: impl Fn() -> CpuMask) {
+    let wait = wait_of(this_index());
+    wait.missing.store(missing().bits(), Ordering::Relaxed);
+    let waited = clock::cycles().wrapping_sub(wait.since.load(Ordering::Relaxed));
+    if waited <= SPIN_CYCLES || !interrupts::are_enabled() {
+        core::hint::spin_loop();
+        return;
+    }
     interrupts::disable();
-    slot.halted.store(true, Ordering::Relaxed);
-    // ORDERING: pairs with the fence in `serve`; either the last of the called CPUs sees `halted`,
-    // or this one sees that nobody is left in `waiting`.
+    wait.halted.store(true, Ordering::Relaxed);
+    // ORDERING: pairs with the fence in `answered`: either the CPU that answers sees `halted`, or
+    // this one sees its answer.
     fence(Ordering::SeqCst);
-    if slot.waiting.load(Ordering::Relaxed) == 0 {
+    if missing().is_empty() {
         interrupts::enable();
     } else {
         // Interrupts come on together with the halt: one that is sent from now on ends it.
         interrupts::enable_and_hlt();
     }
-    slot.halted.store(false, Ordering::Relaxed);
+    wait.halted.store(false, Ordering::Relaxed);
 }
 
-/// Runs the calls that other CPUs have for this one. Interrupts are off.
-pub(crate) fn serve() {
-    let me = this_index();
-    let inbox = &calls_of(me).inbox;
-    if inbox.load(Ordering::Relaxed) == 0 {
-        return;
+/// This CPU has answered `initiator`.
+pub fn answered(initiator: CpuIndex) {
+    // ORDERING: pairs with the fence in `wait_for_answers`.
+    fence(Ordering::SeqCst);
+    if wait_of(initiator).halted.load(Ordering::Relaxed) {
+        wake(initiator);
     }
-    // ORDERING: pairs with the `fetch_or` in `call_on`.
-    let callers = CpuMask::from_bits(inbox.swap(0, Ordering::Acquire));
-    for caller in callers.iter() {
-        let slot = &calls_of(caller).slot;
-        // SAFETY: the caller wrote the cell before it set the bit just taken, and writes it again
-        // only after this CPU has left `waiting`, below.
-        let function = unsafe { *slot.function.get() };
-        if let Some(function) = function {
-            function(me);
-        }
-        let mine = CpuMask::only(me).bits();
-        // ORDERING: pairs with the load in `wait_for_targets`.
-        let before = slot.waiting.fetch_and(!mine, Ordering::Release);
-        // ORDERING: pairs with the fence in `halt_until_served`.
-        fence(Ordering::SeqCst);
-        if before == mine && slot.halted.load(Ordering::Relaxed) {
-            wake(caller);
-        }
-    }
+}
+
+/// All have answered. Returns for how many cycles this CPU has waited.
+pub fn end_wait() -> u64 {
+    let wait = wait_of(this_index());
+    wait.missing.store(0, Ordering::Relaxed);
+    clock::cycles().wrapping_sub(wait.since.load(Ordering::Relaxed))
+}
+
+/// Returns the CPUs whose answers `initiator` waits for; to be printed.
+pub(crate) fn waited_for(initiator: CpuIndex) -> CpuMask {
+    CpuMask::from_bits(wait_of(initiator).missing.load(Ordering::Relaxed))
 }

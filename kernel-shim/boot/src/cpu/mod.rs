@@ -1,10 +1,11 @@
-//! Several CPUs: the state of each, calls between them, work for all, programs in ring 3.
+//! Several CPUs: the state of each, interrupts between them, work for all, programs in ring 3.
 //!
 //! ```text
 //!   comes in                   file       goes out
 //!   --------                   ----       --------
 //!   the ids of the CPUs        smp        CPUs that are up; their state (percpu), numbers (index)
-//!   a function, a set of CPUs  smp, ipi   it has run there: as ordinary work, or in an interrupt
+//!   a function, a set of CPUs  smp        it has run there, as ordinary work
+//!   a set of CPUs with mail    ipi        they have taken it, in an interrupt
 //!   registers of a program     ring3      the registers at the next trap, and what the trap was
 //!   loops over memory          agent      the program itself, and what it read
 //!   a trap in ring 0           trap       an interrupt handled, or the end of the run
@@ -16,7 +17,6 @@
 
 pub mod agent;
 pub mod index;
-#[expect(unsafe_code, reason = "a borrowed function is used by other CPUs while its owner waits")]
 pub mod ipi;
 #[expect(unsafe_code, reason = "the GS base as a reference")]
 pub mod percpu;

@@ -7,7 +7,7 @@
 use crate::arch::apic;
 use crate::arch::context::TrapFrame;
 use crate::arch::exit::{self, Verdict};
-use crate::arch::vectors::{CALL_VECTOR, FIRST_INTERRUPT, NMI, SPURIOUS_VECTOR, exception_name};
+use crate::arch::vectors::{FIRST_INTERRUPT, FLUSH_VECTOR, NMI, SPURIOUS_VECTOR, exception_name};
 use crate::cpu::dump::print_state;
 use crate::cpu::{ipi, watchdog};
 
@@ -25,16 +25,15 @@ pub(crate) extern "C" fn trap_from_kernel(frame: &TrapFrame) {
 ///
 /// # Context
 ///
-/// Takes no lock and allocates nothing (B4), except what a function passed to [`ipi::call_on`]
-/// does.
+/// Takes no lock and allocates nothing (B4).
 pub(crate) fn handle_interrupt(vector: u64) {
     if vector != u64::from(SPURIOUS_VECTOR) {
-        // Acknowledged before the work is done: a call that arrives during the work must interrupt
+        // Acknowledged before the work is done: mail that arrives during the work must interrupt
         // again.
         apic::end_of_interrupt();
     }
-    if vector == u64::from(CALL_VECTOR) {
-        ipi::serve();
+    if vector == u64::from(FLUSH_VECTOR) {
+        ipi::take_mail();
     }
 }
 

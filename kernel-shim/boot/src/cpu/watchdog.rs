@@ -136,14 +136,15 @@ fn print_this_cpu(frame: &TrapFrame) {
     let _turn = TURN.lock();
     let me = this_index();
     let life = life_of(me);
+    let waiters = online().iter().filter(|other| ipi::waited_for(*other).contains(me)).collect();
     let ring = frame.code_segment & 3;
     print_state(
         format_args!(
-            "in ring {ring}, {}, {}; waits for calls on {}; has calls from {}",
+            "in ring {ring}, {}, {}; waits for answers of {}; is waited for by {}",
             life.activity(),
             Counted(life.steps.load(Ordering::Relaxed), "step"),
             List(ipi::waited_for(me)),
-            List(ipi::callers_of(me)),
+            List(waiters),
         ),
         frame,
     );

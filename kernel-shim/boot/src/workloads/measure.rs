@@ -1,16 +1,20 @@
 //! What things cost, in cycles of the emulator: compare these numbers with each other, not with
 //! hardware.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_kernel_shim::{Area, Error, PageContent, Vma};
+use mmu_gather::tlb::{FreedTables, PageSpan, flush_tlb_mm_range};
+use mmu_kernel_shim::{Area, Error, Mm, PageContent, Vma};
 use x86_64::VirtAddr;
 
+use crate::arch::phys_map::FRAME_BYTES;
 use crate::arch::{clock, mmu};
 use crate::cpu::index::{CpuIndex, CpuMask};
 use crate::cpu::percpu::online;
-use crate::cpu::{ipi, smp, watchdog};
+use crate::cpu::{smp, watchdog};
+use crate::machine::BareMachine;
 use crate::println;
 use crate::workloads::program::{BareKernel, page_range};
 
@@ -40,9 +44,9 @@ fn measure_all(kernel: &BareKernel) -> Result<(), Error> {
     let mm = kernel.new_mm()?;
     let range = page_range(PLACE, BULK);
     kernel.mmap(&mm, Vma { range, area: Area::anon() })?;
+    measure_round_trips(kernel, &mm);
     kernel.switch_to(Some(&mm));
     measure_instructions();
-    measure_round_trips();
     measure_unmap(kernel, &mm, "unmap per page, nobody else has it loaded", BULK)?;
     measure_unmap(kernel, &mm, "flush of one page, this CPU only", 1)?;
     let others = online().without(CpuIndex::FIRST);
@@ -78,26 +82,27 @@ fn measure_instructions() {
     print_cycles("CR3 load", load, INSTRUCTIONS);
 }
 
-/// Calls from the first CPU to each other one and back; the others have halted.
-fn measure_round_trips() {
+/// Flushes of a page that one other CPU has loaded, which has halted.
+fn measure_round_trips(kernel: &BareKernel, mm: &Arc<Mm<BareMachine>>) {
+    let span = PageSpan { start: PLACE, end: PLACE + FRAME_BYTES, stride_shift: 12 };
     let mut all = Vec::new();
     for to in online().without(CpuIndex::FIRST).iter() {
+        smp::on_cpus(CpuMask::only(to), &|_| kernel.switch_to(Some(mm)));
         for _ in 0..TIMES {
-            all.push(cycles_of(|| ipi::call_on(CpuMask::only(to), &|_| ())));
+            all.push(cycles_of(|| {
+                // Nothing is freed with the receipt.
+                let _flushed = flush_tlb_mm_range(kernel, mm.engine().context(), span, FreedTables::No);
+            }));
             watchdog::progress();
         }
+        smp::on_cpus(CpuMask::only(to), &|_| kernel.switch_to(None));
     }
-    print_cycles("IPI round trip", all, 1);
+    print_cycles("flush of one page, one other CPU only", all, 1);
 }
 
 /// Drops the first `nr_pages` pages of the region, again and again, and prints what one call costs;
 /// for [`BULK`] pages, what one page costs.
-fn measure_unmap(
-    kernel: &BareKernel,
-    mm: &mmu_kernel_shim::Mm<crate::machine::BareMachine>,
-    what: &str,
-    nr_pages: u64,
-) -> Result<(), Error> {
+fn measure_unmap(kernel: &BareKernel, mm: &Mm<BareMachine>, what: &str, nr_pages: u64) -> Result<(), Error> {
     let range: VirtRange = page_range(PLACE, nr_pages);
     let mut all = Vec::new();
     for _ in 0..TIMES {

@@ -29,7 +29,7 @@ impl Meeting {
     ///
     /// # Context
     ///
-    /// Interrupts on; other CPUs' calls are served meanwhile.
+    /// Interrupts on: this CPU takes its mail meanwhile.
     pub(crate) fn meet(&self) {
         // ORDERING: pairs with the loads in `halt_until`: what was done before a meeting is visible
         // after it.

@@ -1,6 +1,7 @@
 //! Programs in ring 3, as the workloads use them: the memory of a process, the stamps on it, and
 //! what to do when a program reads something else.
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 
 use mmu_gather::pagetable::VirtRange;
@@ -18,21 +19,23 @@ use crate::cpu::agent::{self, Outcome, Program, Stop, Task};
 use crate::cpu::index::CpuIndex;
 use crate::cpu::percpu::this_index;
 use crate::cpu::ring3::{self, UserExit};
-use crate::cpu::{smp, watchdog};
+use crate::cpu::{ipi, smp, watchdog};
 use crate::machine::BareMachine;
 
 /// The kernel of this image.
 pub(crate) type BareKernel = Kernel<BareMachine>;
 
-/// Boots the small kernel on all CPUs.
+/// Boots the small kernel on all CPUs. It stays to the end of the run, because interrupt handlers
+/// use it.
 ///
 /// # Errors
 ///
 /// [`Error::NoMemory`].
-pub(crate) fn boot(machine: BareMachine, config: Config) -> Result<BareKernel, Error> {
-    let kernel = Kernel::boot(machine, config)?;
+pub(crate) fn boot(machine: BareMachine, config: Config) -> Result<&'static BareKernel, Error> {
+    let kernel: &BareKernel = Box::leak(Box::new(Kernel::boot(machine, config)?));
+    ipi::handle_mail_with(Box::leak(Box::new(|| kernel.machine().told(|| kernel.flush_interrupt()))));
     smp::on_every_cpu(&|_| kernel.start_cpu());
-    load_code(&kernel)?;
+    load_code(kernel)?;
     Ok(kernel)
 }
 

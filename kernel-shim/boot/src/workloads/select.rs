@@ -61,7 +61,7 @@ pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>)
         return Verdict::Usage;
     };
     match program::boot(machine, Config { misbehaviour, ..Config::default() }) {
-        Ok(kernel) => phases(Phases::new(&kernel, module)).verdict(),
+        Ok(kernel) => phases(Phases::new(kernel, module)).verdict(),
         Err(error) => {
             println!("workload: the kernel does not boot: {error}");
             Verdict::Usage

@@ -2,12 +2,10 @@
 //! checked.
 
 use core::time::Duration;
-use std::sync::Arc;
 
 use mmu_gather::Limits;
-use mmu_gather::tlb::CpuId;
-use mmu_hosted::{Checking, Found, HostedKernel, HostedMachine, MachineFault, Options};
-use mmu_kernel_shim::{Config, Kernel, Machine, Misbehaviour, Supply};
+use mmu_hosted::{Checking, Found, HostedKernel, MachineFault, Options};
+use mmu_kernel_shim::{Config, Misbehaviour, Supply};
 
 use crate::output::report::{LayoutReport, Lost, Report};
 
@@ -64,22 +62,6 @@ impl RunOptions {
             ..Config::default()
         }
     }
-}
-
-/// Boots a kernel on a hosted machine and starts every CPU.
-///
-/// # Errors
-/// If the machine has no frame for the kernel's root table.
-pub(crate) fn boot_hosted(
-    machine: HostedMachine,
-    config: Config,
-) -> Result<HostedKernel, mmu_kernel_shim::Error> {
-    let machine = Arc::new(machine);
-    let kernel = Kernel::boot(Arc::clone(&machine), config)?;
-    for number in 0..machine.nr_cpus() {
-        machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
-    }
-    Ok(kernel)
 }
 
 /// Runs `pass` timed and then, if the checker is on, once more checked, and adds what was found to

@@ -9,13 +9,13 @@ use std::time::Instant;
 use bumpalo::Bump;
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{Checking, Choices, HostedKernel, HostedMachine, Schedule, give_way, touch};
+use mmu_hosted::{Checking, Choices, HostedKernel, HostedMachine, Schedule, boot, give_way, touch};
 use mmu_kernel_shim::{Area, Machine, Seam, UserAccess, Vma};
 
 use crate::input::layout::Layout;
 use crate::output::report::{LayoutReport, Report};
 use crate::run::hosted_process::{BuildError, HostedMm, HostedProcess, frames_needed};
-use crate::run::pass::{PassResult, RunOptions, boot_hosted, run_passes};
+use crate::run::pass::{PassResult, RunOptions, run_passes};
 
 /// Touches by each CPU before the teardown begins.
 const TOUCHES: u64 = 4000;
@@ -50,7 +50,7 @@ impl Pass {
     fn new(layout: &Layout, options: &RunOptions, checking: Checking) -> Result<Self, BuildError> {
         let machine = HostedMachine::new(options.machine(checking, frames_needed(layout)))?;
         let error = |source| BuildError::Kernel { name: layout.name.clone(), start: 0, end: 0, source };
-        let kernel = boot_hosted(machine, options.config(checking)).map_err(error)?;
+        let kernel = boot(&Arc::new(machine), options.config(checking)).map_err(error)?;
         let bystander = kernel.new_mm().map_err(error)?;
         if let Ok(range) = VirtRange::new(BYSTANDER, BYSTANDER + BYSTANDER_PAGES * 4096) {
             kernel.mmap(&bystander, Vma { range, area: Area::anon() }).map_err(error)?;
@@ -59,7 +59,7 @@ impl Pass {
         Ok(Self {
             name: layout.name.clone(),
             nr_pages: layout.totals().nr_present(),
-            kernel: Arc::new(kernel),
+            kernel,
             process: Arc::new(process),
             bystander,
             seed: options.seed,

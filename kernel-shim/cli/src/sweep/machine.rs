@@ -9,14 +9,13 @@ use core::time::Duration;
 
 use mmu_gather::pagetable::{Bounds, TableLock, TableMemory, UsedLines, VirtRange};
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, FlushRequest, OnlineCpus, TlbEvent, enter_lazy_tlb,
-    switch_mm,
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, OnlineCpus, TlbEvent, enter_lazy_tlb, switch_mm,
 };
 use mmu_gather::{
     BatchPage, Disposition, FreedPages, GatherEvent, Limits, Mm, MmuGather, Pages, UnmappedLeaf, Vma,
     VmaKind, unmap_region,
 };
-use mmu_measured::machine::{Batched, Bits, Machine, answer_for_all};
+use mmu_measured::machine::{Batched, Bits, Machine};
 use mmu_measured::memory::Memory;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
@@ -179,8 +178,7 @@ unsafe impl<W: Watcher> PageTableFrameMapping for SweepMachine<'_, W> {
 }
 
 // SAFETY: the CPUs are those of `base`, which answers for them. Only what is watched, and what must
-// name this machine for it to be watched, is done here: `flush_others` as `base` does it; there are
-// no translations to drop.
+// name this machine for it to be watched, is done here; there are no translations to drop.
 unsafe impl<W: Watcher> Cpus for SweepMachine<'_, W> {
     type Bits = Bits;
 
@@ -198,15 +196,9 @@ unsafe impl<W: Watcher> Cpus for SweepMachine<'_, W> {
         self.base.init_root()
     }
 
-    fn flush_others(
-        &self,
-        targets: &CpuSet<Bits>,
-        request: &FlushRequest<'_, Bits>,
-        meanwhile: impl FnOnce(),
-    ) {
-        meanwhile();
-        // SAFETY: this thread plays every CPU.
-        unsafe { answer_for_all(self, targets, request) };
+    fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
+        // SAFETY: the CPUs are those of `base`.
+        unsafe { self.base.interrupt(self, targets) };
     }
 
     #[inline]

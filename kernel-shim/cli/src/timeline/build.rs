@@ -45,7 +45,7 @@ impl Timeline {
                         waiting.push((cpu, rows.len()));
                     }
                 }
-                What::Answered(from) => {
+                What::Answered(from) | What::Lost(from) => {
                     let waiting = &mut requests[cpu];
                     if let Some(place) = waiting.iter().position(|(sender, _)| *sender == from.index()) {
                         let (_, sent) = waiting.remove(place);

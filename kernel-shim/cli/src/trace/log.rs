@@ -23,11 +23,11 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mmu_hosted::{Checking, HostedMachine, Options};
+use mmu_hosted::{Checking, HostedMachine, Options, boot};
 
 use crate::input::strace::{MemoryCall, Trace, TraceError, TraceEvent};
 use crate::output::report::{LayoutReport, LogReport, Report};
-use crate::run::pass::{PassResult, RunOptions, boot_hosted, run_passes};
+use crate::run::pass::{PassResult, RunOptions, run_passes};
 use crate::trace::kernel::TraceKernel;
 use crate::trace::threads::{FRAMES_PER_CALL, LogRun, Refused};
 
@@ -98,7 +98,7 @@ pub(crate) fn run_log(
 fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<PassResult, TraceRunError> {
     let machine = HostedMachine::new(options.machine(checking, frames_needed(&log.trace)))?;
     let boot_error = |source| TraceRunError::Boot { log: log.source.clone(), source };
-    let kernel = Arc::new(boot_hosted(machine, options.config(checking)).map_err(boot_error)?);
+    let kernel = boot(&Arc::new(machine), options.config(checking)).map_err(boot_error)?;
     let before = kernel.counters().snapshot();
     let events: Rc<[TraceEvent]> = log.trace.events.as_slice().into();
     let log_run = Rc::new(LogRun::new(TraceKernel::new(Arc::clone(&kernel)), events).map_err(boot_error)?);

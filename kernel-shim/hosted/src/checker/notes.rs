@@ -1,7 +1,7 @@
 //! What the kernel says as it goes (`Note`), and what is checked at each.
 
 use mmu_gather::GatherEvent;
-use mmu_gather::tlb::CpuId;
+use mmu_gather::tlb::{CpuId, TlbEvent};
 use mmu_kernel_shim::{FrameRole, Note};
 use x86_64::structures::paging::PhysFrame;
 
@@ -88,7 +88,13 @@ impl HostedMachine {
                 self.log_detail(Detail::Restricted(address, level));
             }
             Note::Split { frame, .. } => self.count_split(checked, frame),
-            Note::Tlb { event, slot } => self.log_detail(Detail::Tlb(event, slot)),
+            Note::Asked(target) => self.asks(checked, target),
+            Note::Tlb { event, slot } => {
+                if matches!(event, TlbEvent::IpisSent(_)) {
+                    self.has_answers();
+                }
+                self.log_detail(Detail::Tlb(event, slot));
+            }
             Note::Gather(event) => {
                 if event == GatherEvent::DirtyFlush {
                     self.announce_dirty_flush();

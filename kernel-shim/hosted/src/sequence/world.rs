@@ -11,8 +11,8 @@ use mmu_gather::Limits;
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::{CpuId, CtxId};
 use mmu_kernel_shim::{
-    Area, AreaKind, Config, Error, Growth, Kernel, Machine, Misbehaviour, Mm, PageContent, Protection,
-    Supply, UserAccess, Vma,
+    Area, AreaKind, Config, Error, Growth, Machine, Misbehaviour, Mm, PageContent, Protection, Supply,
+    UserAccess, Vma,
 };
 use x86_64::structures::paging::PhysFrame;
 
@@ -25,7 +25,7 @@ use crate::checker::violation::{Found, Violation};
 use crate::machine::HostedMachine;
 use crate::mutex::lock;
 use crate::options::{Device, MachineFault, MostWork, Options, Telling};
-use crate::program::{HostedKernel, HostedMm, touch};
+use crate::program::{HostedKernel, HostedMm, boot, touch};
 use crate::schedule::{self, Schedule};
 use crate::sequence::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
 use crate::sequence::pace::Pace;
@@ -150,10 +150,7 @@ impl World {
         let machine = Arc::new(HostedMachine::new(options)?);
         let config = Config { limits: LIMITS, misbehaviour, ..Config::default() };
         let short = |_| std::io::Error::from(std::io::ErrorKind::OutOfMemory);
-        let kernel: HostedKernel = Kernel::boot(Arc::clone(&machine), config).map_err(short)?;
-        for number in 0..machine.nr_cpus() {
-            machine.on_cpu(CpuId::new(number), || kernel.start_cpu());
-        }
+        let kernel = boot(&machine, config).map_err(short)?;
         let process = || -> std::io::Result<_> {
             let mm = kernel.new_mm().map_err(short)?;
             share_with_device(&machine, &mm);
@@ -168,7 +165,7 @@ impl World {
             steps,
             frontier: AtomicUsize::new(0),
             pace,
-            kernel: Arc::new(kernel),
+            kernel,
         }))
     }
 
