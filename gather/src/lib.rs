@@ -16,8 +16,9 @@
 //!  (table lock)     (parent's lock)      (nothing freed)      tell, wait          free_tables
 //! ```
 //!
-//! The drivers ([`unmap_region`], [`zap_page_range`], [`exit_mmap`], [`shift_arg_pages`]) take
-//! these steps in the order that is right. [`one_munmap`] follows one munmap through them, file
+//! The drivers ([`unmap_region`], [`zap_page_range`], [`exit_mmap`], [`shift_arg_pages`], and
+//! [`unmap_range`] for a kernel that knows no neighbours) take these steps in the order that is
+//! right. [`one_munmap`] follows one munmap through them, file
 //! by file; [`fast_paths`] is the table of the shorter paths: what each saves, where that
 //! was measured, and which test holds it equal to the general path.
 //!
