@@ -2,9 +2,8 @@
 //! the generator makes.
 
 use arbitrary::{Arbitrary, Unstructured};
-use mmu_hosted::{
-    MachineFault, Op, Run, Sequence, Telling, Trial, Verdict, generate, judge, judge_in, shrink,
-};
+use mmu_adapter::{Trial, judge, judge_in, shrink};
+use mmu_hosted::{MachineFault, Op, Run, Sequence, Telling, Verdict, generate};
 use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
 

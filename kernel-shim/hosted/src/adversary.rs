@@ -3,8 +3,6 @@
 use core::cell::Cell;
 use core::sync::atomic::Ordering;
 
-use mmu_kernel_shim::Seam;
-
 use crate::checker::access::{WatchedMemory, log_fills};
 use crate::checker::checked::Caches;
 use crate::checker::events::Fill;
@@ -14,6 +12,7 @@ use crate::mmu::walk::Depth;
 use crate::mutex::lock;
 use crate::options::Adversary;
 use crate::schedule;
+use crate::vocabulary::Seam;
 
 impl HostedMachine {
     /// Kernel code crosses a seam: other CPUs may run, and any CPU may speculate.

@@ -7,9 +7,6 @@
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use mmu_gather::Limits;
-use mmu_kernel_shim::Snapshot;
-
 macro_rules! boundaries {
     ($($name:ident, $words:literal, $means:literal;)*) => {
         /// A corner.
@@ -102,47 +99,6 @@ impl Boundaries {
     /// Those in it.
     pub fn iter(self) -> impl Iterator<Item = Boundary> {
         Boundary::ALL.into_iter().filter(move |boundary| self.has(*boundary))
-    }
-
-    /// What a kernel that had these `limits` has counted.
-    #[must_use]
-    pub fn counted(counted: &Snapshot, limits: &Limits) -> Self {
-        use Boundary as B;
-        // A bundle or batch counts as full one slot early.
-        let bundle = u64::from(limits.bundle_slots) - 1;
-        let batch = u64::from(limits.batch_slots) - 1;
-        let all = bundle + batch * u64::from(limits.batch_pages);
-        let reached = [
-            (B::BundleFull, counted.max_deferred_slots >= bundle),
-            (B::BatchFull, counted.max_deferred_slots > bundle + batch),
-            (B::GatherFull, counted.max_deferred_slots >= all),
-            (B::ForcedFlush, counted.forced_flushes > 0),
-            (B::BatchRefused, counted.batches_refused > 0),
-            (B::TableBatchFull, counted.max_deferred_tables >= u64::from(limits.table_slots)),
-            (B::TableBatchRefused, counted.table_fallbacks > 0),
-            (B::DirtyFlush, counted.dirty_flushes > 0),
-            (B::NestedGather, counted.nested_flushes > 0),
-            (B::DeferredSeen, counted.deferred_seen > 0),
-            (B::PteTable, counted.pte_tables > 0),
-            (B::PmdTable, counted.pmd_tables > 0),
-            (B::PudTable, counted.pud_tables > 0),
-            (B::TableRefused, counted.tables_refused > 0),
-            (B::Split, counted.splits > 0),
-            (B::Ranged, counted.invlpgs > 0),
-            (B::CeilingPassed, counted.ceilings_passed > 0),
-            (B::GenerationGap, counted.gap_flushes > 0),
-            (B::AlreadyCurrent, counted.flushes_skipped > 0),
-            (B::LazySkipped, counted.ipis_saved_lazy > 0),
-            (B::LazyCaught, counted.lazy_left > 0),
-            (B::LazyCaughtUp, counted.caught_up > 0),
-            (B::ElsewhereSkipped, counted.ipis_saved_elsewhere > 0),
-            (B::Copied, counted.copies > 0),
-            (B::SwappedIn, counted.swap_ins > 0),
-            (B::GuardKept, counted.guards_kept > 0),
-            (B::GuardMet, counted.guard_faults > 0),
-        ];
-        let reached = reached.into_iter().filter(|(_, reached)| *reached);
-        reached.fold(Self::default(), |set, (boundary, _)| set.with(boundary))
     }
 }
 

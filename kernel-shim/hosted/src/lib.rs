@@ -1,21 +1,26 @@
-//! The hosted machine: N virtual CPUs in an ordinary process, each with an MMU that keeps every
-//! stale translation the architecture allows, and a checker that holds the engine against it.
+//! The conformance kit for kernels that embed `mmu-gather`: N virtual CPUs in an ordinary process,
+//! each with an MMU that keeps every stale translation the architecture allows, and a checker that
+//! holds a kernel against it.
 //!
 //! ```text
-//!  sequence/    steps for every CPU: made up, written down, run, made short
-//!      │        program, stage: programs, and fixed work
+//!  fuzz         what a kernel's own tests call
 //!      │
 //!      v
+//!  sequence/    steps for every CPU: made up, written down, run on any kernel, made short
+//!      │
+//!      v
+//!  kernel       what this machine needs of a kernel: one trait
 //!  adversary    at every seam other CPUs run, and any CPU speculates
 //!  checker/     what must never happen, looked for wherever it could
 //!      │
 //!      v
-//!  machine      CPUs, interrupts, memory: what the kernel runs on
+//!  hardware     what a kernel calls: interrupts, INVLPG, CR3, and what it tells
+//!  machine      CPUs and memory: what the kernel runs on
 //!      │        schedule: one coroutine a CPU, the next one chosen by the seed at every seam
 //!      │        device: walks page tables, too; hears of nothing but the secondary-TLB hook
 //!      │        boundary: corners that a run has been to          options, random, memory, mutex
 //!      v
-//!  mmu/         the software MMU of one CPU
+//!  mmu/         the software MMU of one CPU           vocabulary: what both sides speak of
 //! ```
 //!
 //! A file uses what is below it. The checker and the adversary are methods of the machine, which
@@ -28,30 +33,39 @@ mod adversary;
 mod boundary;
 mod checker;
 mod device;
+mod fuzz;
+mod hardware;
+mod kernel;
 mod machine;
 mod memory;
 pub mod mmu;
 mod mutex;
 mod options;
 mod program;
+mod quiet;
 mod random;
 mod schedule;
 mod sequence;
-mod stage;
+mod vocabulary;
 
 pub use boundary::{Boundaries, Boundary};
 pub use checker::events::{Detail, Event, Fill, Kept, What};
 pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
+pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};
+pub use hardware::Bits;
+pub use kernel::{Kernel, NotDone, Promises, boot};
 pub use machine::{FlushHandler, HostedMachine};
 pub use memory::Memory;
 pub use mmu::{arch, broadcast, features, invalidate, physical, structure_cache, tlb_cache, walk, watch};
 pub use options::{Adversary, Checking, Device, MachineFault, MostWork, Options, Telling};
-pub use program::{HostedKernel, Touched, boot, touch};
+pub use program::Signal;
 pub use random::Choices;
 pub use schedule::{GiveWay, Schedule, give_way, is_scheduled};
 pub use sequence::{
-    Backing, Guarding, MmId, NR_MMS, Op, Outcome, Rights, Run, Sequence, SequenceError, Step, Trial, Verdict,
-    View, execute, execute_with, generate, judge, judge_in, shrink, views,
+    Calls, MmId, NR_MMS, Op, Outcome, Pace, Run, Sequence, SequenceError, Step, Tally, Trial, Verdict,
+    execute, generate, judge, shrink,
 };
-pub use stage::HostedStage;
+pub use vocabulary::{
+    Backing, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,
+};

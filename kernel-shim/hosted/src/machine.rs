@@ -1,34 +1,27 @@
 //! The hosted machine: CPUs, interrupts and memory in an ordinary process.
-#![expect(unsafe_code, reason = "implements the machine's contract; requests travel by pointer")]
 
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use mmu_gather::pagetable::TableLock;
-use mmu_gather::tlb::{
-    Answers, CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
-};
-use mmu_kernel_shim::{Machine, Moment, Note, Seam};
-use x86_64::instructions::tlb::Pcid;
+use mmu_gather::tlb::{CpuId, PcidSupport};
 use x86_64::registers::control::Cr4Flags;
-use x86_64::structures::paging::{PageTable, PhysFrame};
+use x86_64::structures::paging::PhysFrame;
 
-use crate::boundary::{Boundary, PcidOwners, Reached};
+use crate::boundary::{Boundaries, PcidOwners, Reached};
 use crate::checker::checked::{Caches, Checked};
-use crate::checker::events::{Detail, Event, EventLog, Kept, What};
+use crate::checker::events::{Detail, Event, EventLog, What};
+use crate::checker::kind::ViolationKind;
 use crate::checker::ledger::Ledger;
 use crate::checker::per_cpu::{MapLocks, TableLocks, WorkDone};
 use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
-use crate::mmu::arch::LinearAddress;
-use crate::mmu::invalidate::Cr3Load;
-use crate::mutex::lock;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
-use crate::schedule::{self, GiveWay, Schedule};
+use crate::schedule::{self, Schedule};
+use crate::vocabulary::FrameRole;
 
 /// A machine of up to 64 CPUs.
 pub struct HostedMachine {
@@ -64,14 +57,16 @@ pub(crate) struct VirtualCpu {
     pub(crate) id: CpuId,
     pub(crate) caches: Mutex<Option<Caches>>,
     /// A flush interrupt was sent to it, which it has not taken.
-    is_interrupted: AtomicBool,
-    interrupts_off: AtomicU32,
+    pub(crate) is_interrupted: AtomicBool,
+    pub(crate) interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
     /// nothing.
-    flushes_nothing: AtomicBool,
+    pub(crate) flushes_nothing: AtomicBool,
+    /// The CPUs that it waits for to answer: bit n is CPU n.
+    pub(crate) awaits: AtomicU64,
     /// It has asked others to flush, and they have not all answered.
-    waits: AtomicBool,
+    pub(crate) waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
     pub(crate) table_locks: TableLocks,
     pub(crate) map_locks: MapLocks,
@@ -116,6 +111,7 @@ impl HostedMachine {
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
                 flushes_nothing: AtomicBool::new(false),
+                awaits: AtomicU64::new(0),
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
                 table_locks: TableLocks::default(),
@@ -170,11 +166,68 @@ impl HostedMachine {
         self.checked.as_ref().map(|checked| checked.ledger.found()).unwrap_or_default()
     }
 
+    /// What the kernel has in use now it keeps: it has booted. What it takes from now on and does
+    /// not free is lost.
+    pub fn note_booted(&self) {
+        if let Some(checked) = &self.checked {
+            checked.ledger.note_booted();
+        }
+    }
+
+    /// Frames that the kernel has told to be in use since it had booted, and not to be free again;
+    /// with what they were taken for.
+    #[must_use]
+    pub fn not_freed(&self) -> Vec<(PhysFrame, FrameRole)> {
+        self.checked.as_ref().map(|checked| checked.ledger.not_freed().collect()).unwrap_or_default()
+    }
+
+    /// How often the kernel freed a frame that was not in use.
+    #[must_use]
+    pub fn double_frees(&self) -> u64 {
+        self.checked.as_ref().map_or(0, |checked| checked.ledger.double_frees())
+    }
+
+    /// Whether the kernel has freed the frame, and not given it out again.
+    #[must_use]
+    pub fn is_free(&self, frame: PhysFrame) -> bool {
+        self.checked.as_ref().is_some_and(|checked| checked.ledger.when_freed(frame).is_some())
+    }
+
+    /// Whether a program has written to the frame since it was given out.
+    #[must_use]
+    pub fn was_written(&self, frame: PhysFrame) -> bool {
+        self.checked.as_ref().is_some_and(|checked| checked.ledger.was_written(frame))
+    }
+
+    /// Notes a violation that the kernel itself has found, on this CPU; nothing if nothing is
+    /// checked.
+    pub fn report_violation(&self, kind: ViolationKind, address: u64, frame: PhysFrame) {
+        if let Some(checked) = &self.checked {
+            self.report(checked, kind, self.current(), address, frame, None);
+        }
+    }
+
+    /// The corners that it has been to.
+    #[must_use]
+    pub fn reached(&self) -> Boundaries {
+        self.reached.so_far()
+    }
+
     /// How often the fault of its options has happened so far: requests lost, or invalidations left
     /// out.
     #[must_use]
     pub fn nr_faults(&self) -> u64 {
         self.faults.load(Ordering::Relaxed)
+    }
+
+    /// What is wrong on purpose has happened so often more.
+    pub(crate) fn note_fault(&self, times: u64) {
+        self.faults.fetch_add(times, Ordering::Relaxed);
+    }
+
+    /// How often a CPU was chosen so far.
+    pub(crate) fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
     }
 
     /// Runs `f` as if it were code on `cpu`.
@@ -265,7 +318,8 @@ impl HostedMachine {
             cpu.flushes_nothing.store(true, Ordering::Relaxed);
         }
         let handler = self.flush_handler.get();
-        handler.expect("a kernel that interrupts CPUs has a handler: `set_flush_handler`")();
+        let handler = handler.expect("a kernel that interrupts CPUs has a handler: `set_flush_handler`");
+        schedule::without_unwinding(handler);
         cpu.flushes_nothing.store(false, Ordering::Relaxed);
         cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
         if was_user {
@@ -273,8 +327,31 @@ impl HostedMachine {
         }
     }
 
+    /// Which CPUs wait for the answers of which others, in words: a line for each that is missing.
+    #[must_use]
+    pub fn missing_answers(&self) -> Vec<String> {
+        let pairs = self.cpus.iter().flat_map(|cpu| {
+            let awaits = cpu.awaits.load(Ordering::Relaxed);
+            self.cpus
+                .iter()
+                .filter(move |other| awaits >> other.id.number() & 1 != 0)
+                .map(|other| (cpu.id, other))
+        });
+        let words = pairs.map(|(waits, other)| {
+            let why = if !other.is_interrupted.load(Ordering::Relaxed) {
+                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing"
+            } else if other.interrupts_off.load(Ordering::Relaxed) > 0 {
+                "it was interrupted, and has its interrupts off"
+            } else {
+                "it was interrupted, and got no turn"
+            };
+            format!("{waits} waits for the answer of {}: {why}", other.id)
+        });
+        words.collect()
+    }
+
     /// Whether the planted fault keeps this CPU from flushing just now.
-    fn skips_flushes(&self) -> bool {
+    pub(crate) fn skips_flushes(&self) -> bool {
         self.options.fault == MachineFault::SkipFlush || self.cpu().flushes_nothing.load(Ordering::Relaxed)
     }
 
@@ -313,185 +390,6 @@ impl HostedMachine {
 
     pub(crate) fn is_in_user_mode(&self, cpu: CpuId) -> bool {
         self.cpus[cpu.index()].in_user_mode.load(Ordering::Relaxed)
-    }
-}
-
-// SAFETY: frames are parts of one reservation that lives as long as the machine. Code runs as one
-// CPU until it gives way, and comes back as the same one. A CPU that is interrupted runs the
-// handler once its interrupts are on. INVLPG and CR3 loads do to the software MMU what the SDM
-// says, unless a fault was planted.
-unsafe impl Machine for HostedMachine {
-    type Relax = GiveWay;
-    type Bits = [AtomicU64; 1];
-
-    fn nr_cpus(&self) -> u32 {
-        self.options.nr_cpus.clamp(1, 64)
-    }
-
-    fn nr_frames(&self) -> u64 {
-        self.memory.nr_frames()
-    }
-
-    fn nr_reserved_frames(&self) -> u64 {
-        Options::RESERVED_FRAMES
-    }
-
-    #[inline]
-    fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
-        self.memory.pointer(frame)
-    }
-
-    fn pointer_to_frame(&self, pointer: *const PageTable) -> PhysFrame {
-        self.memory.frame_at(pointer)
-    }
-
-    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
-        f(self.current())
-    }
-
-    fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
-        let cpu = self.cpu();
-        cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
-        let result = f();
-        cpu.interrupts_off.fetch_sub(1, Ordering::Relaxed);
-        self.take_interrupt();
-        result
-    }
-
-    fn send_flush_interrupt(&self, targets: &CpuSet<Self::Bits>) {
-        for target in targets.iter() {
-            let cpu = &self.cpus[target.index()];
-            if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
-                self.reached.note(Boundary::HeldOff);
-            }
-            cpu.is_interrupted.store(true, Ordering::Release);
-        }
-    }
-
-    fn wait_for_answers(&self, answers: Answers<'_, Self::Bits>) {
-        // A CPU that has nothing else to do takes the interrupt at once.
-        for target in answers.missing() {
-            if !self.cpus[target.index()].has_turns.load(Ordering::Relaxed) {
-                self.on_cpu(target, || self.take_interrupt());
-            }
-        }
-        if !answers.are_complete() {
-            schedule::wait();
-        }
-    }
-
-    fn answered(&self, initiator: CpuId) {
-        if self.cpu().waits.load(Ordering::Relaxed) {
-            self.reached.note(Boundary::Crossing);
-        }
-        let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
-        self.log(if is_lost { What::Lost(initiator) } else { What::Answered(initiator) });
-    }
-
-    /// With a fault planted, the checker is to find the violation that follows, so the engine's own
-    /// assertion must not come first.
-    fn answered_early(&self, early: &EarlyAnswer) {
-        assert!(self.options.fault != MachineFault::Absent, "{early}");
-    }
-
-    fn cr3(&self) -> Option<PhysFrame> {
-        lock(&self.cpu().caches).as_ref().map(|caches| caches.mmu.cr3().0)
-    }
-
-    fn invlpg(&self, address: u64) {
-        self.seam(Seam::Lock);
-        if self.skips_flushes() {
-            self.faults.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
-            mmu.invlpg(LinearAddress::new(address), watch);
-        }
-        self.log(What::Invlpg(address));
-    }
-
-    unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
-        let keep = cached == CachedTranslations::Keep;
-        // Between the decision what to keep and the load.
-        self.cross_between_steps();
-        let mut is_switch = false;
-        if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
-            is_switch = mmu.cr3().0 != root;
-            let has_pcids = self.options.pcid == PcidSupport::On;
-            let skip = self.skips_flushes() && (has_pcids || !is_switch);
-            self.faults.fetch_add(u64::from(skip && !keep), Ordering::Relaxed);
-            let loaded = match cached {
-                // Without PCIDs there is no load that keeps anything.
-                CachedTranslations::Flush if skip && !has_pcids => Ok(()),
-                CachedTranslations::Flush if !skip => mmu.load_cr3(root, pcid, Cr3Load::Flush, watch),
-                CachedTranslations::Flush | CachedTranslations::Keep => {
-                    mmu.load_cr3(root, pcid, Cr3Load::Keep, watch)
-                }
-            };
-            // The root in CR3 is told below.
-            watch.take_fills();
-            debug_assert!(loaded.is_ok(), "the kernel loads PCID {} with PCIDs off", pcid.value());
-        }
-        if is_switch
-            && let Some(boundary) =
-                self.cpu().pcid_owners.loads(root.start_address().as_u64(), pcid.value(), keep)
-        {
-            self.reached.note(boundary);
-        }
-        self.log(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
-        self.check_stale();
-        // Between the load and its announcement.
-        self.cross_between_steps();
-    }
-
-    fn invalidate_secondary(&self, ctx_id: CtxId, span: Option<PageSpan>) {
-        self.device_forgets(ctx_id, span);
-    }
-
-    fn online_cpus(&self) -> OnlineCpus {
-        // A flusher asks after it has raised the generation and before it reads the cpumask.
-        self.cross_between_steps();
-        if self.nr_cpus() == 1 { OnlineCpus::One } else { OnlineCpus::Many }
-    }
-
-    fn pcid_support(&self) -> PcidSupport {
-        // A switch asks after it has announced itself and read the generation.
-        self.cross_between_steps();
-        self.options.pcid
-    }
-
-    fn cond_resched(&self) {
-        self.begin_work_anew();
-        let turns = self.turns.load(Ordering::Relaxed);
-        self.cross_between_steps();
-        if self.turns.load(Ordering::Relaxed) != turns {
-            self.reached.note(Boundary::Preempted);
-        }
-    }
-
-    #[inline]
-    fn seam(&self, seam: Seam) {
-        if self.checked.is_some() {
-            self.cross(seam);
-        }
-    }
-
-    #[inline]
-    fn note(&self, note: Note) {
-        if let Some(checked) = &self.checked {
-            self.check_note(checked, note);
-        }
-    }
-
-    fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {
-        if self.checked.is_some() {
-            self.cross(Seam::Lock);
-            self.ask_for_lock(frame, lock);
-        }
-    }
-
-    fn moment(&self) -> Moment {
-        self.checked.as_ref().map_or(Moment::START, |checked| checked.ledger.moment())
     }
 }
 

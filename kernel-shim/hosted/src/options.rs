@@ -95,6 +95,9 @@ pub struct MostWork {
 }
 
 impl MostWork {
+    /// Nothing is promised.
+    pub const UNBOUNDED: Self = Self { leaves: u32::MAX, splits: u32::MAX, freed: u32::MAX };
+
     /// What gathers with these limits promise.
     ///
     /// Between two preemption points a gather frees at most a chunk of pages, the tables of a

@@ -26,8 +26,12 @@ thread_local! {
     static WAITS: Cell<u64> = const { Cell::new(0) };
     /// Times that a CPU gave way, for whatever reason, since a step was done.
     static TURNS: Cell<u64> = const { Cell::new(0) };
-    /// How many of those the size of a step can explain. Set while a schedule runs that says when
-    /// steps are done.
+    /// Times of those that it gave way because a lock was taken.
+    static TRIES: Cell<u64> = const { Cell::new(0) };
+    /// What a CPU panicked with that must not be unwound.
+    static GIVEN_UP: Cell<Option<Box<dyn Any + Send>>> = const { Cell::new(None) };
+    /// How many of the turns the size of a step can explain. Set while a schedule runs that says
+    /// when steps are done.
     static MOST_TURNS: Cell<u64> = const { Cell::new(u64::MAX) };
 }
 
@@ -35,14 +39,43 @@ thread_local! {
 const MOST_WAITS: u64 = 20_000_000;
 
 /// As [`give_way`], for a CPU that waits for another.
-///
-/// # Panics
-/// If all CPUs have been waiting for one another for very long.
 pub(crate) fn wait() {
-    let waits = WAITS.get() + 1;
-    assert!(waits < MOST_WAITS, "deadlock: every CPU waits for another");
-    WAITS.set(waits);
+    WAITS.set(WAITS.get() + 1);
     give_way();
+}
+
+/// Runs `f`, in which a panic ends the run of the schedule, if there is one, and unwinds nothing
+/// above: the code there may be waiting for answers, and would then wait for them without end.
+pub(crate) fn without_unwinding<R>(f: impl FnOnce() -> R) -> R {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(result) => result,
+        Err(panic) if is_scheduled() => {
+            GIVEN_UP.set(Some(panic));
+            loop {
+                // The schedule looks, and does not come back.
+                give_way();
+            }
+        }
+        Err(panic) => resume_unwind(panic),
+    }
+}
+
+/// What went on for so long that it has no end, if anything did.
+///
+/// Asked between two turns and not by the code that waits: that may be in a place that cannot
+/// unwind, such as the wait for answers of which some are missing.
+fn endless() -> Option<String> {
+    let turns = TURNS.get();
+    if WAITS.get() >= MOST_WAITS {
+        return Some("deadlock: every CPU waits for another".to_owned());
+    }
+    (turns > MOST_TURNS.get()).then(|| {
+        let locks = if TRIES.get() > turns / 4 { "; in many of them a CPU tried to take a lock" } else { "" };
+        format!(
+            "a call does not end: no step has begun or ended for {turns} turns, which its size does not \
+             explain{locks}"
+        )
+    })
 }
 
 /// Something was done: the CPUs are not deadlocked.
@@ -55,6 +88,7 @@ pub(crate) fn progress() {
 pub(crate) fn step_done() {
     progress();
     TURNS.set(0);
+    TRIES.set(0);
 }
 
 /// The schedule that this thread runs next calls [`step_done`] at least once in so many turns.
@@ -63,22 +97,14 @@ pub(crate) fn expect_steps_within(turns: u64) {
 }
 
 /// Gives the other CPUs a chance, if this code runs in a schedule. Returns when this CPU is chosen
-/// again.
-///
-/// # Panics
-/// If no step was done for more turns than `expect_steps_within` allows.
+/// again; never, if no step was done for more turns than `expect_steps_within` allows.
 #[inline]
 pub fn give_way() {
     let way = WAY_OUT.get();
     if way.is_null() {
         return;
     }
-    let turns = TURNS.get() + 1;
-    TURNS.set(turns);
-    assert!(
-        turns <= MOST_TURNS.get(),
-        "a call does not end: no step has begun or ended for {turns} turns, which its size does not explain"
-    );
+    TURNS.set(TURNS.get() + 1);
     // SAFETY: `run` sets the pointer before it resumes a coroutine, to the yielder that coroutine
     // was given and that lives on its stack until it returns; and clears it when the coroutine is
     // suspended or done.
@@ -99,6 +125,7 @@ impl RelaxStrategy for GiveWay {
     fn relax() {
         // Requests are answered when this CPU is chosen again: see `HostedMachine::run`.
         if is_scheduled() {
+            TRIES.set(TRIES.get() + 1);
             wait();
         } else {
             std::thread::yield_now();
@@ -190,15 +217,17 @@ impl Schedule {
             task.way_out = WAY_OUT.replace(ptr::null());
             leaves(task.cpu);
             let result = result.unwrap_or_else(|panic| {
-                ON_RETURN.set(None);
-                MOST_TURNS.set(u64::MAX);
-                // Unwinding the other coroutines would run what they still have to do, and wait for
-                // this one. Their stacks are leaked instead, since mail may point into them.
-                for task in self.tasks.drain(..) {
-                    core::mem::forget(task.coroutine);
-                }
+                self.abandon();
                 resume_unwind(panic)
             });
+            if let Some(panic) = GIVEN_UP.take() {
+                self.abandon();
+                resume_unwind(panic)
+            }
+            if let Some(words) = endless() {
+                self.abandon();
+                panic!("{words}");
+            }
             if matches!(result, CoroutineResult::Return(())) {
                 let done = self.tasks.swap_remove(place);
                 is_done(done.cpu);
@@ -208,6 +237,66 @@ impl Schedule {
         MOST_TURNS.set(u64::MAX);
     }
 }
+
+impl Schedule {
+    /// Nothing of it runs any more.
+    fn abandon(&mut self) {
+        ON_RETURN.set(None);
+        MOST_TURNS.set(u64::MAX);
+        progress();
+        // Unwinding the coroutines would run what they still have to do, and wait for those that do
+        // nothing more. Their stacks are leaked instead, since mail may point into them.
+        for task in self.tasks.drain(..) {
+            core::mem::forget(task.coroutine);
+        }
+    }
+}
+
+/// Runs `work` by itself, from its beginning to its end; if it only waits, not for ever.
+///
+/// # Panics
+/// If `work` does, or if it does not end.
+pub(crate) fn run_alone<T: 'static, R: 'static>(shared: &T, work: impl FnOnce(&T) -> R + 'static) -> R {
+    let pointer = ptr::from_ref(shared);
+    let mut coroutine: Coroutine<(), (), R> = Coroutine::new(move |way: &Way, ()| {
+        WAY_OUT.set(way);
+        // SAFETY: `shared` outlives this call, and nothing resumes the coroutine after it.
+        work(unsafe { &*pointer })
+    });
+    step_done();
+    MOST_TURNS.set(MOST_TURNS_ALONE);
+    let mut way_out = ptr::null();
+    loop {
+        WAY_OUT.set(way_out);
+        let result = catch_unwind(AssertUnwindSafe(|| coroutine.resume(())));
+        way_out = WAY_OUT.replace(ptr::null());
+        if let Some(panic) = GIVEN_UP.take() {
+            MOST_TURNS.set(u64::MAX);
+            core::mem::forget(coroutine);
+            resume_unwind(panic)
+        }
+        let words = match result {
+            Ok(CoroutineResult::Return(value)) => {
+                MOST_TURNS.set(u64::MAX);
+                return value;
+            }
+            Ok(CoroutineResult::Yield(())) => endless(),
+            Err(panic) => {
+                MOST_TURNS.set(u64::MAX);
+                resume_unwind(panic)
+            }
+        };
+        if let Some(words) = words {
+            MOST_TURNS.set(u64::MAX);
+            progress();
+            core::mem::forget(coroutine);
+            panic!("{words}");
+        }
+    }
+}
+
+/// Turns of work that runs by itself, which waits for nobody for long.
+const MOST_TURNS_ALONE: u64 = 1_000_000;
 
 impl fmt::Debug for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -17,8 +17,7 @@ use mmu_cli::input::bundled::{LAYOUTS, TRACES};
 use mmu_cli::input::layout::{Layout, LayoutVma, PageState, Prot, Sharing, VmaKind};
 use mmu_cli::input::strace::{Advice, Backing as TraceBacking, ChildMemory, MemoryCall, Trace};
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Sequence, Step, generate};
-use mmu_kernel_shim::UserAccess;
+use mmu_hosted::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Sequence, Step, UserAccess, generate};
 
 const CPUS: u8 = 4;
 /// Areas of one layout.
@@ -209,7 +208,7 @@ fn push_some(push: &mut impl FnMut(Op), op: Option<Op>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mmu_hosted::execute;
+    use mmu_adapter::execute;
 
     #[test]
     fn every_seed_is_many_operations_and_clean() {

@@ -6,7 +6,8 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use mmu_hosted::{MachineFault, Sequence, execute_with};
+use mmu_adapter::execute_with;
+use mmu_hosted::{MachineFault, Sequence};
 
 static FAULT: LazyLock<MachineFault> = LazyLock::new(|| match std::env::var("MACHINE_FAULT").as_deref() {
     Err(_) => MachineFault::Absent,

@@ -15,10 +15,14 @@ const BELOW: &[(&str, &[&str])] = &[
     ("tlb", &[]),
     ("gather", &["pagetable", "tlb"]),
     ("kernel-shim", &["gather"]),
-    ("kernel-shim/hosted", &["gather", "kernel-shim"]),
+    ("kernel-shim/hosted", &["gather"]),
+    ("kernel-shim/adapter", &["gather", "kernel-shim", "kernel-shim/hosted"]),
     ("kernel-shim/boot", &["gather", "kernel-shim"]),
     ("kernel-shim/measured", &["gather"]),
-    ("kernel-shim/cli", &["gather", "kernel-shim", "kernel-shim/hosted", "kernel-shim/measured"]),
+    (
+        "kernel-shim/cli",
+        &["gather", "kernel-shim", "kernel-shim/hosted", "kernel-shim/adapter", "kernel-shim/measured"],
+    ),
     ("tests", &["gather"]),
     ("benches", &["gather", "kernel-shim/measured"]),
 ];

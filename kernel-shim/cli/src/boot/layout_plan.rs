@@ -3,8 +3,9 @@
 
 use core::fmt::Write;
 
+use mmu_adapter::HostedStage;
 use mmu_gather::tlb::PcidSupport;
-use mmu_hosted::{HostedMachine, HostedStage, Options};
+use mmu_hosted::{HostedMachine, Options};
 use mmu_kernel_shim::{AreaKind, Config, PageContent, Protection, Snapshot, Stage, drill, plan};
 
 use crate::input::layout::{HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageState, VmaKind};

@@ -4,8 +4,9 @@
 use std::io::{self, BufWriter, Write};
 
 use clap::{Args, ValueEnum};
+use mmu_adapter::Trial;
 use mmu_gather::Limits;
-use mmu_hosted::{Checking, MachineFault, Trial};
+use mmu_hosted::{Checking, MachineFault};
 use mmu_kernel_shim::Misbehaviour;
 
 use crate::commands::outcome::{CommandError, CommandVerdict};

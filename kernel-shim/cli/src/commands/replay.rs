@@ -8,7 +8,8 @@ use crate::timeline::page::html_page;
 use crate::timeline::rows::Timeline;
 use crate::timeline::terminal::{Colour, WhichRows, draw_on_terminal};
 use clap::Args;
-use mmu_hosted::{Sequence, Telling, Trial, judge_in};
+use mmu_adapter::{Trial, judge_in};
+use mmu_hosted::{Sequence, Telling};
 
 use crate::commands::options::{Fault, Format};
 use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file, read_text};

@@ -14,9 +14,8 @@ use std::thread;
 use std::time::Instant;
 
 use crate::fuzz::job_watch::JobWatch;
-use mmu_hosted::{
-    Boundaries, Boundary, Choices, Op, Run, Sequence, Trial, Verdict, generate, judge_in, shrink,
-};
+use mmu_adapter::{Trial, judge_in, shrink};
+use mmu_hosted::{Boundaries, Boundary, Choices, Op, Run, Sequence, Verdict, generate};
 
 /// How to fuzz.
 #[derive(Clone, Copy, Debug)]

@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm};
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{HostedKernel, HostedMachine, Options};
-use mmu_kernel_shim::{Area, Growth, Mm, PageContent, Vma};
+use mmu_hosted::Options;
+use mmu_kernel_shim::{Area, Growth, PageContent, Vma};
 
 use crate::input::layout::{Layout, LayoutVma, PAGE_BYTES, VmaKind};
 use crate::run::kernel_terms::{DirtyPages, FileNumbers, page_content, protection};
-
-/// An address space of the hosted kernel.
-pub(crate) type HostedMm = Mm<Arc<HostedMachine>>;
 
 /// A process whose memory looks like a layout.
 #[derive(Debug)]

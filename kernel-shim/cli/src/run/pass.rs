@@ -3,8 +3,9 @@
 
 use core::time::Duration;
 
+use mmu_adapter::HostedKernel;
 use mmu_gather::Limits;
-use mmu_hosted::{Checking, Found, HostedKernel, MachineFault, Options};
+use mmu_hosted::{Checking, Found, MachineFault, Options};
 use mmu_kernel_shim::{Config, Misbehaviour, Supply};
 
 use crate::output::report::{LayoutReport, Lost, Report};

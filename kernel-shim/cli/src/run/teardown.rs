@@ -7,14 +7,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bumpalo::Bump;
+use mmu_adapter::{HostedKernel, HostedMm, boot, touch};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CpuId;
-use mmu_hosted::{Checking, Choices, HostedKernel, HostedMachine, Schedule, boot, give_way, touch};
+use mmu_hosted::{Checking, Choices, HostedMachine, Schedule, give_way};
 use mmu_kernel_shim::{Area, Machine, Seam, UserAccess, Vma};
 
 use crate::input::layout::Layout;
 use crate::output::report::{LayoutReport, Report};
-use crate::run::hosted_process::{BuildError, HostedMm, HostedProcess, frames_needed};
+use crate::run::hosted_process::{BuildError, HostedProcess, frames_needed};
 use crate::run::pass::{PassResult, RunOptions, run_passes};
 
 /// Touches by each CPU before the teardown begins.

@@ -56,7 +56,7 @@ pub(crate) fn explanation(timeline: &Timeline) -> Vec<Sentence> {
         told.extend(explainer.tell_last_write());
         told.extend(explainer.cleared(0).map(|at| explainer.tell_clearing(Some(at))));
     }
-    told.push(Sentence::new(rule(focus.violation.kind)));
+    told.push(Sentence::new(focus.violation.kind.rule()));
     told
 }
 
@@ -260,55 +260,5 @@ fn is_flush(row: &Row) -> bool {
                 | TlbEvent::IpisSaved { .. }
         ),
         _ => false,
-    }
-}
-
-/// The rule that is broken.
-const fn rule(kind: ViolationKind) -> &'static str {
-    match kind {
-        ViolationKind::PageReachableAfterFree | ViolationKind::TableReachableAfterFree => {
-            "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed."
-        }
-        ViolationKind::DeviceReachesAfterFree => {
-            "Rule G1: a frame or table is freed only after secondary TLBs were told to forget it, too."
-        }
-        ViolationKind::AddressUsableAfterUnmap
-        | ViolationKind::PageUsableAfterDiscard
-        | ViolationKind::RightsUsableAfterProtect => {
-            "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all)."
-        }
-        ViolationKind::TwoPageSizes => {
-            "Before a page is mapped in another size, every CPU must have forgotten the old one: a split flushes first."
-        }
-        ViolationKind::FreePageMapped | ViolationKind::CountsDisagree => {
-            "Rule G5: what is queued is released once, and what is mapped is not free."
-        }
-        ViolationKind::TableFreedInUse => {
-            "Rule P3: a table is freed when all 512 entries are empty, never by guess."
-        }
-        ViolationKind::EntryNotNoted => {
-            "Rule P4: where used lines are noted, the line of every entry that is not empty is noted."
-        }
-        ViolationKind::MeaningsDisagree => {
-            "What an entry means besides a page is the kernel's: the kernel is told once of each entry that is dropped, and says which entries stay."
-        }
-        ViolationKind::FreedUnderTableLock | ViolationKind::WaitedUnderTableLock => {
-            "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty and moved pages."
-        }
-        ViolationKind::FreedUnderMapLock | ViolationKind::WaitedUnderMapLock => {
-            "The kernel's own rule: what a call says it does after it drops the map lock, it does after it drops the map lock."
-        }
-        ViolationKind::NoPreemptionPoint => {
-            "Rule G7: the work between two preemption points is bounded, whatever the range."
-        }
-        ViolationKind::SlotIsOlder => {
-            "Rule T2: a slot at a generation promises that nothing older is cached there."
-        }
-        ViolationKind::NotInCpumask => {
-            "Rule T4: a CPU joins the cpumask of an address space before it loads it, and stays while it has it."
-        }
-        ViolationKind::WriteLost | ViolationKind::WritableThoughUnmapped => {
-            "Rule G3: a dirty page of a file is flushed for before its table's lock is dropped."
-        }
     }
 }

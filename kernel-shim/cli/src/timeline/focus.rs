@@ -2,9 +2,9 @@
 
 use mmu_gather::pagetable::Level;
 use mmu_gather::tlb::TlbEvent;
+use mmu_hosted::FrameRole;
 use mmu_hosted::watch::Use;
 use mmu_hosted::{Detail, Op, Sequence, ViolationKind, What};
-use mmu_kernel_shim::FrameRole;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::timeline::rows::{Focus, Row, Timeline, has_address};

@@ -2,9 +2,9 @@
 
 use mmu_gather::GatherEvent;
 use mmu_gather::tlb::TlbEvent;
+use mmu_hosted::FrameRole;
 use mmu_hosted::watch::Use;
 use mmu_hosted::{Detail, Event, Fill, Kept, Sequence, What};
-use mmu_kernel_shim::FrameRole;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::output::words::counted;

@@ -6,12 +6,12 @@ use core::time::Duration;
 use std::sync::Arc;
 use std::time::Instant;
 
+use mmu_adapter::{HostedKernel, HostedMm, Touched, touch};
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{Checking, Choices, HostedKernel, Touched, touch};
+use mmu_hosted::{Checking, Choices};
 use mmu_kernel_shim::{Error, FaultError, UserAccess};
 
 use crate::input::layout::PAGE_BYTES;
-use crate::run::hosted_process::HostedMm;
 
 /// Pages that are used of a range which a call has just mapped, or is about to take away or change.
 pub(crate) const RANGE_TOUCHES: u64 = 64;

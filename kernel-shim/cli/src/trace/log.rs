@@ -23,7 +23,8 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mmu_hosted::{Checking, HostedMachine, Options, boot};
+use mmu_adapter::boot;
+use mmu_hosted::{Checking, HostedMachine, Options};
 
 use crate::input::strace::{MemoryCall, Trace, TraceError, TraceEvent};
 use crate::output::report::{LayoutReport, LogReport, Report};

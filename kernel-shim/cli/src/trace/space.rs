@@ -4,13 +4,13 @@ use core::cell::{Cell, RefCell};
 use core::ops::Range;
 use std::sync::Arc;
 
+use mmu_adapter::{HostedKernel, HostedMm};
 use mmu_gather::pagetable::VirtRange;
-use mmu_hosted::{Choices, HostedKernel};
+use mmu_hosted::Choices;
 use mmu_kernel_shim::{Area, AreaKind, Error, Growth, Kernel, PageContent, Vma, VmaTree};
 
 use crate::input::layout::{PAGE_BYTES, Sharing};
 use crate::input::strace::{Advice, Backing, MemoryCall, OldRange, Placement};
-use crate::run::hosted_process::HostedMm;
 use crate::run::kernel_terms::protection;
 use crate::trace::kernel::TraceKernel;
 

@@ -3,7 +3,6 @@
 use core::cell::Cell;
 
 use mmu_gather::tlb::CpuId;
-use mmu_kernel_shim::UserAccess;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
@@ -18,6 +17,7 @@ use crate::mmu::physical::PhysicalMemory;
 use crate::mmu::watch::Held;
 use crate::mmu::{AccessKind, AccessMode, Fault};
 use crate::mutex::lock;
+use crate::vocabulary::UserAccess;
 
 /// Memory as a walk reads it, with an eye on walks through tables that are free.
 pub(crate) struct WatchedMemory<'a> {

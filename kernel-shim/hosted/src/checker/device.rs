@@ -4,7 +4,6 @@ use core::cell::Cell;
 use core::ops::Range;
 
 use mmu_gather::tlb::{CtxId, PageSpan};
-use mmu_kernel_shim::UserAccess;
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
 
@@ -19,6 +18,7 @@ use crate::mmu::features::{Features, InvlpgUppers};
 use crate::mmu::watch::{FrameWatch, Held, Tag, Use};
 use crate::mmu::{AccessKind, AccessMode, Mmu, PCID_ZERO};
 use crate::mutex::lock;
+use crate::vocabulary::{FrameRole, UserAccess};
 
 impl HostedMachine {
     /// Lets the device use the address space of this context and root, until the root is freed.
@@ -123,7 +123,7 @@ impl HostedMachine {
             .iter()
             .find_map(|shared| shared.caches.mmu.entries().find(|entry| overlaps(entry, freed)));
         if let Some(entry) = found {
-            let first = frames_of(entry.frame, mmu_kernel_shim::FrameRole::Page).start;
+            let first = frames_of(entry.frame, FrameRole::Page).start;
             let address = entry.address.as_u64() + ((freed.start.saturating_sub(first) as u64) << 12);
             let frame = frame_numbered(first.max(freed.start));
             let kind = ViolationKind::DeviceReachesAfterFree;

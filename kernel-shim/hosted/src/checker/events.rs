@@ -7,12 +7,12 @@ use std::sync::Mutex;
 use mmu_gather::GatherEvent;
 use mmu_gather::pagetable::Level;
 use mmu_gather::tlb::{CpuId, CtxId, FreedTables, Slot, TlbEvent};
-use mmu_kernel_shim::FrameRole;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::checker::kind::ViolationKind;
 use crate::mmu::watch::{Held, Use};
 use crate::options::Telling;
+use crate::vocabulary::FrameRole;
 
 /// How many events are kept.
 const KEPT: usize = 8192;

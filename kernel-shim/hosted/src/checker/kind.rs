@@ -15,6 +15,8 @@ pub enum ViolationKind {
     AddressUsableAfterUnmap,
     /// A call that discards pages returned while a CPU could still use what it had cached before.
     PageUsableAfterDiscard,
+    /// A new area was mapped while a CPU could still use what was mapped there before.
+    OldPageUsableAfterMap,
     /// A call that takes rights away returned while a CPU could still use them.
     RightsUsableAfterProtect,
     /// A CPU has cached one page in two sizes for one address, and runs a program.
@@ -23,6 +25,10 @@ pub enum ViolationKind {
     FreePageMapped,
     /// A table was freed although not all of its entries are empty.
     TableFreedInUse,
+    /// A frame was freed that was not in use.
+    FreedTwice,
+    /// A frame was given out that was in use.
+    GivenOutTwice,
     /// An entry that is not empty is in a line that its table is noted not to use: a walk would
     /// pass it by.
     EntryNotNoted,
@@ -46,12 +52,72 @@ pub enum ViolationKind {
     NoPreemptionPoint,
     /// A CPU has cached what its page tables no longer say, and its slot claims that it has not.
     SlotIsOlder,
+    /// A CPU that runs a program has cached what page tables no longer say, and nothing is going on
+    /// that could still flush it.
+    StaleAtRest,
     /// A CPU has an address space in CR3 and is not in its cpumask.
     NotInCpumask,
     /// A program wrote to a page of a file, and the kernel does not know that it is dirty.
     WriteLost,
     /// A program can write to a page of a file, unseen, that nothing maps any more.
     WritableThoughUnmapped,
+}
+
+impl ViolationKind {
+    /// The rule that is broken, in a sentence.
+    #[must_use]
+    pub const fn rule(self) -> &'static str {
+        match self {
+            Self::PageReachableAfterFree | Self::TableReachableAfterFree => {
+                "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed."
+            }
+            Self::DeviceReachesAfterFree => {
+                "Rule G1: a frame or table is freed only after secondary TLBs were told to forget it, too."
+            }
+            Self::AddressUsableAfterUnmap | Self::PageUsableAfterDiscard | Self::RightsUsableAfterProtect => {
+                "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all)."
+            }
+            Self::OldPageUsableAfterMap => {
+                "The map lock is held until the flush has returned: what comes next at the same addresses finds that every CPU has forgotten what was there."
+            }
+            Self::TwoPageSizes => {
+                "Before a page is mapped in another size, every CPU must have forgotten the old one: a split flushes first."
+            }
+            Self::FreePageMapped | Self::CountsDisagree | Self::FreedTwice | Self::GivenOutTwice => {
+                "Rule G5: what is queued is released once, and what is mapped is not free."
+            }
+            Self::TableFreedInUse => {
+                "Rule P3: a table is freed when all 512 entries are empty, never by guess."
+            }
+            Self::EntryNotNoted => {
+                "Rule P4: where used lines are noted, the line of every entry that is not empty is noted."
+            }
+            Self::MeaningsDisagree => {
+                "What an entry means besides a page is the kernel's: the kernel is told once of each entry that is dropped, and says which entries stay."
+            }
+            Self::FreedUnderTableLock | Self::WaitedUnderTableLock => {
+                "Rule G3: nothing is freed and no answer is awaited under the lock of a page table, but for dirty and moved pages."
+            }
+            Self::FreedUnderMapLock | Self::WaitedUnderMapLock => {
+                "The kernel's own rule: what a call says it does after it drops the map lock, it does after it drops the map lock."
+            }
+            Self::NoPreemptionPoint => {
+                "Rule G7: the work between two preemption points is bounded, whatever the range."
+            }
+            Self::SlotIsOlder => {
+                "Rule T2: a slot at a generation promises that nothing older is cached there."
+            }
+            Self::StaleAtRest => {
+                "Rule G2: when every call has returned, every entry that they cleared or restricted has been flushed on each CPU that runs programs there."
+            }
+            Self::NotInCpumask => {
+                "Rule T4: a CPU joins the cpumask of an address space before it loads it, and stays while it has it."
+            }
+            Self::WriteLost | Self::WritableThoughUnmapped => {
+                "Rule G3: a dirty page of a file is flushed for before its table's lock is dropped."
+            }
+        }
+    }
 }
 
 impl fmt::Display for ViolationKind {
@@ -68,6 +134,11 @@ impl fmt::Display for ViolationKind {
             Self::PageUsableAfterDiscard => {
                 "what was cached before a call that discards can still be used although it has returned"
             }
+            Self::OldPageUsableAfterMap => {
+                "what was mapped at an address before can still be used although a new area is mapped there"
+            }
+            Self::FreedTwice => "a frame was freed that was not in use",
+            Self::GivenOutTwice => "a frame was given out that was in use",
             Self::RightsUsableAfterProtect => {
                 "rights can still be used although the call that takes them away has returned"
             }
@@ -90,6 +161,9 @@ impl fmt::Display for ViolationKind {
             Self::NoPreemptionPoint => "a CPU did too much between two preemption points",
             Self::SlotIsOlder => {
                 "a CPU has cached what page tables no longer say, though its slot is at the newest generation"
+            }
+            Self::StaleAtRest => {
+                "a CPU that runs a program has cached what page tables no longer say, and nobody is flushing"
             }
             Self::NotInCpumask => "a CPU has an address space in CR3 and is not in its cpumask",
             Self::WriteLost => "a program wrote to a page of a file, and nobody knows that it is dirty",

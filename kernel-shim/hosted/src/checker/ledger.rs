@@ -5,11 +5,10 @@
 //! it runs a program; a table, always (speculation walks on lazy CPUs too). Otherwise it becomes
 //! one when the CPU enters user mode, or loads the PCID, with the entry still there.
 
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mmu_gather::tlb::CpuId;
-use mmu_kernel_shim::{FrameRole, Moment};
 use rustc_hash::FxHashMap;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
@@ -19,9 +18,17 @@ use crate::checker::violation::{Found, Violation};
 use crate::memory::index;
 use crate::mmu::arch::PageSize;
 use crate::mmu::watch::{CachedEntry, FrameWatch, Held, Use};
+use crate::vocabulary::{FrameRole, Moment};
 
 /// How many violations of one kind are told in full; the others are counted.
 const TOLD: usize = 2;
+
+/// What a frame is in use for: nothing; a page of a program, or one lent to a gather; a table;
+/// whatever the kernel has taken before it had booted.
+const FREE: u8 = 0;
+const PAGE: u8 = 1;
+const TABLE: u8 = 2;
+const SINCE_BOOT: u8 = 3;
 
 /// The truth about frames, and the violations found.
 #[derive(Debug)]
@@ -29,6 +36,9 @@ pub(crate) struct Ledger {
     /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed,
     /// plus one, and in the low 8 bits by which CPU.
     freed_at: Box<[AtomicU64]>,
+    /// By frame: what it is in use for, as the kernel has told.
+    in_use: Box<[AtomicU8]>,
+    double_frees: AtomicU64,
     holders: Arc<Holders>,
     /// By frame: whether a program wrote to it since it was given out.
     written: Box<[AtomicBool]>,
@@ -82,6 +92,8 @@ impl Ledger {
     pub(crate) fn new(nr_frames: u64) -> Self {
         Self {
             freed_at: (0..nr_frames).map(|_| AtomicU64::new(0)).collect(),
+            in_use: (0..nr_frames).map(|_| AtomicU8::new(FREE)).collect(),
+            double_frees: AtomicU64::new(0),
             holders: Arc::new(Holders::new(nr_frames)),
             written: (0..nr_frames).map(|_| AtomicBool::new(false)).collect(),
             found: Mutex::new(Found::default()),
@@ -99,16 +111,23 @@ impl Ledger {
         self.holders.any(frame, frames_of(frame, role).len())
     }
 
-    /// The frame is in use from now on.
-    pub(crate) fn allocated(&self, frame: PhysFrame, role: FrameRole) {
+    /// The frame is in use from now on. Whether it was in use before.
+    #[must_use]
+    pub(crate) fn allocated(&self, frame: PhysFrame, role: FrameRole) -> bool {
+        let mut was_in_use = false;
+        let used = if role == FrameRole::Table { TABLE } else { PAGE };
         for number in frames_of(frame, role) {
             if let Some(freed) = self.freed_at.get(number) {
                 freed.store(0, Ordering::Relaxed);
+            }
+            if let Some(in_use) = self.in_use.get(number) {
+                was_in_use |= in_use.swap(used, Ordering::Relaxed) != FREE;
             }
             if let Some(written) = self.written.get(number) {
                 written.store(false, Ordering::Relaxed);
             }
         }
+        was_in_use
     }
 
     /// The frame is free from now on, since `step`. Whether any cache may still name it.
@@ -116,11 +135,38 @@ impl Ledger {
     pub(crate) fn freed(&self, frame: PhysFrame, role: FrameRole, step: u64, by: CpuId) -> bool {
         let mark = (step + 1) << 8 | u64::from(by.number() & 0xff);
         for number in frames_of(frame, role) {
+            if self.in_use.get(number).is_some_and(|in_use| in_use.swap(FREE, Ordering::Relaxed) == FREE) {
+                self.double_frees.fetch_add(1, Ordering::Relaxed);
+            }
             if let Some(freed) = self.freed_at.get(number) {
                 freed.store(mark, Ordering::Relaxed);
             }
         }
         self.holders.any(frame, frames_of(frame, role).len())
+    }
+
+    /// What is in use now stays in use: the kernel has booted.
+    pub(crate) fn note_booted(&self) {
+        for in_use in self.in_use.iter().filter(|in_use| in_use.load(Ordering::Relaxed) != FREE) {
+            in_use.store(SINCE_BOOT, Ordering::Relaxed);
+        }
+    }
+
+    /// How often a frame was freed that was not in use.
+    pub(crate) fn double_frees(&self) -> u64 {
+        self.double_frees.load(Ordering::Relaxed)
+    }
+
+    /// The frames that were given out since the kernel had booted, and not freed; with what for.
+    pub(crate) fn not_freed(&self) -> impl Iterator<Item = (PhysFrame, FrameRole)> + '_ {
+        self.in_use.iter().enumerate().filter_map(|(number, in_use)| {
+            let role = match in_use.load(Ordering::Relaxed) {
+                PAGE => FrameRole::Page,
+                TABLE => FrameRole::Table,
+                _ => return None,
+            };
+            Some((frame_numbered(number), role))
+        })
     }
 
     /// A moment that is later than everything so far.

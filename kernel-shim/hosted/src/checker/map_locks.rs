@@ -7,13 +7,13 @@
 use core::sync::atomic::Ordering;
 
 use mmu_gather::GatherEvent;
-use mmu_kernel_shim::UnderMapLock;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::checker::checked::Checked;
 use crate::checker::kind::ViolationKind;
 use crate::machine::HostedMachine;
 use crate::mutex::lock;
+use crate::vocabulary::UnderMapLock;
 
 impl HostedMachine {
     /// This CPU holds the map lock of the address space of `root`, and does no more than `most`

@@ -10,7 +10,7 @@
 //!                           how much was done since a preemption point   preemption
 //!        at every return    what the call has promised                   promises
 //!        at sync points     caches against page tables                   caches_against_tables
-//!                           page tables against frames                   tables_against_frames
+//!                           page tables against frames                   at_rest
 //!
 //!  out   violations, each with the last events that explain it           violation, kind, events
 //! ```
@@ -29,7 +29,8 @@
 //! `sequence::verdict`, is to run a sequence and say what came of it.
 
 pub(crate) mod access;
-pub(crate) mod caches_against_tables;
+mod at_rest;
+mod caches_against_tables;
 pub(crate) mod checked;
 mod device;
 pub(crate) mod events;
@@ -41,5 +42,4 @@ pub(crate) mod per_cpu;
 mod preemption;
 mod promises;
 mod table_locks;
-pub(crate) mod tables_against_frames;
 pub(crate) mod violation;

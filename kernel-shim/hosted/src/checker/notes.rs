@@ -2,7 +2,6 @@
 
 use mmu_gather::GatherEvent;
 use mmu_gather::tlb::{CpuId, TlbEvent};
-use mmu_kernel_shim::{FrameRole, Note};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundary;
@@ -15,6 +14,7 @@ use crate::checker::violation::Violation;
 use crate::machine::HostedMachine;
 use crate::mmu::watch::{CachedEntry, Tag, Use};
 use crate::mutex::lock;
+use crate::vocabulary::{FrameRole, Note};
 
 impl HostedMachine {
     pub(crate) fn report(
@@ -47,7 +47,9 @@ impl HostedMachine {
                 if checked.ledger.is_cached(frame, role) {
                     self.reached.note(Boundary::ReusedWhileCached);
                 }
-                checked.ledger.allocated(frame, role);
+                if checked.ledger.allocated(frame, role) {
+                    self.report(checked, ViolationKind::GivenOutTwice, self.current(), 0, frame, None);
+                }
                 if role == FrameRole::Table {
                     self.note_own_table(frame);
                 }
@@ -116,7 +118,12 @@ impl HostedMachine {
                 cpu.pcid_owners.forget(frame.start_address().as_u64());
             }
         }
-        if !checked.ledger.freed(frame, role, step, self.current()) {
+        let frees = checked.ledger.double_frees();
+        let may_be_cached = checked.ledger.freed(frame, role, step, self.current());
+        if checked.ledger.double_frees() != frees {
+            self.report(checked, ViolationKind::FreedTwice, self.current(), 0, frame, None);
+        }
+        if !may_be_cached {
             return;
         }
         let freed = frames_of(frame, role);

@@ -5,10 +5,10 @@ use core::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::Mutex;
 
 use mmu_gather::pagetable::TableLock;
-use mmu_kernel_shim::UnderMapLock;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::schedule::GiveWay;
+use crate::vocabulary::UnderMapLock;
 
 /// The table locks that one CPU has asked for.
 #[derive(Debug, Default)]

@@ -6,7 +6,6 @@
 
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::Laziness;
-use mmu_kernel_shim::{Moment, Protection};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::checker::checked::{Caches, Checked};
@@ -15,6 +14,7 @@ use crate::machine::HostedMachine;
 use crate::mmu::arch::LinearAddress;
 use crate::mmu::watch::{CachedEntry, Use};
 use crate::mutex::lock;
+use crate::vocabulary::{Moment, Rights};
 
 /// What a call that is about to return has promised.
 #[derive(Clone, Copy, Debug)]
@@ -39,8 +39,11 @@ pub(crate) enum Promised {
     /// Also where the call found empty entries, because another call was faster and has not flushed
     /// yet: rule G6, and the deferred flushes of reclaim.
     Discarded(Moment),
+    /// A new area is there, and no program can use what was cached before this moment, when nothing
+    /// was.
+    New(Moment),
     /// No program can do more than this there.
-    AtMost(Protection),
+    AtMost(Rights),
 }
 
 impl Promise {
@@ -48,6 +51,7 @@ impl Promise {
         match self.what {
             Promised::Gone => ViolationKind::AddressUsableAfterUnmap,
             Promised::Discarded(_) => ViolationKind::PageUsableAfterDiscard,
+            Promised::New(_) => ViolationKind::OldPageUsableAfterMap,
             Promised::AtMost(_) => ViolationKind::RightsUsableAfterProtect,
         }
     }
@@ -60,15 +64,22 @@ impl Promise {
         is_inside
             && match self.what {
                 Promised::Gone => true,
-                Promised::AtMost(Protection::Nothing) => entry.rights.user(),
-                Promised::Discarded(since) => entry.at < since,
-                Promised::AtMost(Protection::Read) => entry.rights.user() && entry.rights.writable(),
-                Promised::AtMost(Protection::Write) => false,
+                Promised::AtMost(Rights::Nothing) => entry.rights.user(),
+                Promised::Discarded(since) | Promised::New(since) => entry.at < since,
+                Promised::AtMost(Rights::Read) => entry.rights.user() && entry.rights.writable(),
+                Promised::AtMost(Rights::Write) => false,
             }
     }
 }
 
 impl HostedMachine {
+    /// A call that began at `since` has mapped a new area.
+    pub(crate) fn promise_new(&self, root: PhysFrame, range: VirtRange, since: Moment, caller: Laziness) {
+        if let Some(checked) = &self.checked {
+            self.check_promise(checked, Promise { root, range, caller, what: Promised::New(since) });
+        }
+    }
+
     /// A call is about to return: looks for a CPU on which a program can still do what it must not.
     pub(crate) fn check_promise(&self, checked: &Checked, promise: Promise) {
         for cpu in &self.cpus {

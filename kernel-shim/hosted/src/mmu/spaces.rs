@@ -1,6 +1,5 @@
 //! All that one CPU caches, by PCID: which frames it can reach, and what the watcher is told.
 
-use mmu_kernel_shim::Moment;
 use rustc_hash::FxHashMap;
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
@@ -11,6 +10,7 @@ use crate::mmu::features::Capacity;
 use crate::mmu::structure_cache::{StructureCache, StructureEntry};
 use crate::mmu::tlb_cache::{Clash, Inserted, TlbCache, TlbEntry};
 use crate::mmu::watch::{CachedEntry, FrameWatch, Held, Tag, Use};
+use crate::vocabulary::Moment;
 
 /// Everything cached under one tag.
 #[derive(Debug)]

@@ -1,6 +1,5 @@
 //! The MMU of one virtual CPU: its control registers, and what it can still reach.
 
-use mmu_kernel_shim::Moment;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
@@ -12,6 +11,7 @@ use crate::mmu::features::{Coexisting, Features};
 use crate::mmu::spaces::{Space, SpaceIndex, Spaces};
 use crate::mmu::tlb_cache::TlbEntry;
 use crate::mmu::watch::{CachedEntry, FrameWatch, Held, Reach, Tag, Use};
+use crate::vocabulary::Moment;
 
 /// The MMU of one virtual CPU, paging enabled.
 ///

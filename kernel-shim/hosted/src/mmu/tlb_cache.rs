@@ -1,11 +1,11 @@
 //! TLB entries of one PCID, or the global ones: page numbers and what they translate to.
 
 use indexmap::IndexMap;
-use mmu_kernel_shim::Moment;
 use rustc_hash::FxBuildHasher;
 use x86_64::PhysAddr;
 
 use crate::mmu::arch::{ADDRESS_MASK, DIRTY, GLOBAL, LinearAddress, PageSize, Rights};
+use crate::vocabulary::Moment;
 
 /// Entries by page number or by the address bits a structure entry covers. Dense, so that a flush
 /// of few is cheap and any one can be picked to vanish.

@@ -2,11 +2,11 @@
 
 use core::fmt;
 
-use mmu_kernel_shim::Moment;
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::mmu::arch::{LinearAddress, PageSize, Rights, TableLevel};
+use crate::vocabulary::Moment;
 
 /// Told of each thing that names a frame when it enters or leaves the caches of a CPU.
 ///

@@ -22,13 +22,13 @@
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
-use mmu_kernel_shim::{Supply, UserAccess};
 
 use crate::mmu::features::{InvlpgUppers, SettingDirty};
 use crate::options::{Adversary, Device};
-use crate::sequence::op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
+use crate::sequence::op::{MmId, NR_MMS, Op, Step};
 use crate::sequence::places::{MOST_TOUCHED, PLACES};
 use crate::sequence::text::Sequence;
+use crate::vocabulary::{Backing, Guarding, Rights, Supply, UserAccess};
 
 /// Bytes of the header.
 const HEADER: usize = 10;

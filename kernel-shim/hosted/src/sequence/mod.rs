@@ -5,9 +5,10 @@
 //!        bytes             bytes ────┼─> text: a Sequence, steps of op
 //!        text              text ─────┘        │
 //!                                             v
-//!        what is wrong on purpose ────>  world: machine and kernel; every CPU does its steps
+//!        a kernel, a trial ────────────>  world: machine and kernel; every CPU does its steps
+//!                                             │  steps: what each of them is
 //!                                             │
-//!  out   what programs could see              ├─> view
+//!  out   how many calls were made             ├─> calls
 //!        how it ended, whatever it was        └─> verdict ──> shrink: a shorter one
 //! ```
 //!
@@ -15,21 +16,22 @@
 //! do not know it.
 
 mod bytes;
+mod calls;
 mod generate;
 mod op;
-mod pace;
 mod places;
 mod shrink;
+mod steps;
 mod text;
+mod trial;
 mod verdict;
-mod view;
 mod world;
 
+pub use calls::{Calls, Tally};
 pub use generate::generate;
-pub use op::{Backing, Guarding, MmId, NR_MMS, Op, Rights, Step};
-pub use pace::View;
+pub use op::{MmId, NR_MMS, Op, Step};
 pub use shrink::shrink;
 pub use text::{Sequence, SequenceError};
-pub use verdict::{Run, Verdict, judge, judge_in};
-pub use view::views;
-pub use world::{Outcome, Trial, execute, execute_with};
+pub use trial::{Outcome, Pace, Trial};
+pub use verdict::{Run, Verdict, judge};
+pub use world::execute;

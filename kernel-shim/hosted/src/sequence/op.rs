@@ -12,7 +12,8 @@
 use core::fmt;
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_kernel_shim::{Supply, UserAccess};
+
+use crate::vocabulary::{Backing, Guarding, Rights, Supply, UserAccess};
 
 /// How many address spaces a sequence has.
 pub const NR_MMS: u8 = 3;
@@ -20,46 +21,6 @@ pub const NR_MMS: u8 = 3;
 /// One of the address spaces of a sequence: `0..NR_MMS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MmId(pub u8);
-
-/// What backs a new area.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Backing {
-    /// The program's own memory.
-    Anon,
-    /// The program's own memory, in 2 MiB pages where it can be.
-    Huge,
-    /// The program's own memory, in 2 MiB pages where it can be, which it has only read: reclaim
-    /// drops them whole.
-    Clean,
-    /// A private mapping of a file.
-    Private,
-    /// A shared mapping of a file.
-    Shared,
-    /// Frames that are not counted.
-    Pfn,
-    /// A stack.
-    Stack,
-}
-
-/// What a program may do in an area.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Rights {
-    /// Nothing.
-    Nothing,
-    /// Read.
-    Read,
-    /// Read and write.
-    Write,
-}
-
-/// What becomes of guard pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Guarding {
-    /// They are put in place of whatever is there.
-    Install,
-    /// They are taken out; what else is there stays.
-    Remove,
-}
 
 /// What a CPU does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,39 +184,6 @@ impl fmt::Display for Pages {
 impl fmt::Display for MmId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "m{}", self.0)
-    }
-}
-
-impl fmt::Display for Backing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Anon => "anon",
-            Self::Huge => "huge",
-            Self::Clean => "clean",
-            Self::Private => "private",
-            Self::Shared => "shared",
-            Self::Pfn => "pfn",
-            Self::Stack => "stack",
-        })
-    }
-}
-
-impl fmt::Display for Rights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Nothing => "none",
-            Self::Read => "read",
-            Self::Write => "write",
-        })
-    }
-}
-
-impl fmt::Display for Guarding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Install => "install",
-            Self::Remove => "remove",
-        })
     }
 }
 

@@ -1,10 +1,13 @@
 //! The shortest form of a sequence that fails.
 
 use std::io;
+use std::sync::Arc;
 
+use crate::kernel::Kernel;
+use crate::machine::HostedMachine;
 use crate::sequence::text::Sequence;
-use crate::sequence::verdict::{Verdict, judge_in};
-use crate::sequence::world::Trial;
+use crate::sequence::trial::Trial;
+use crate::sequence::verdict::{Verdict, judge};
 
 /// How many other seeds a shorter sequence is tried with: leaving a step out changes every choice
 /// after it.
@@ -14,7 +17,12 @@ const SEEDS_TRIED: u64 = 6;
 ///
 /// # Errors
 /// If the host refuses memory for the machine.
-pub fn shrink(sequence: &Sequence, trial: Trial, verdict: Verdict) -> io::Result<(Sequence, Verdict)> {
+pub fn shrink<K: Kernel>(
+    sequence: &Sequence,
+    trial: Trial,
+    verdict: Verdict,
+    make: impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
+) -> io::Result<(Sequence, Verdict)> {
     let sort = verdict.sort();
     let mut best = (sequence.clone(), verdict);
     let mut chunk = best.0.steps.len().div_ceil(2);
@@ -24,7 +32,7 @@ pub fn shrink(sequence: &Sequence, trial: Trial, verdict: Verdict) -> io::Result
         while at < best.0.steps.len() {
             let mut candidate = best.0.clone();
             candidate.steps.drain(at..(at + chunk).min(best.0.steps.len()));
-            match fails_like(&candidate, trial, &sort)? {
+            match fails_like(&candidate, trial, &sort, &make)? {
                 Some(found) => {
                     best = found;
                     shorter = true;
@@ -41,10 +49,15 @@ pub fn shrink(sequence: &Sequence, trial: Trial, verdict: Verdict) -> io::Result
     }
 }
 
-fn fails_like(candidate: &Sequence, trial: Trial, sort: &str) -> io::Result<Option<(Sequence, Verdict)>> {
+fn fails_like<K: Kernel>(
+    candidate: &Sequence,
+    trial: Trial,
+    sort: &str,
+    make: &impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
+) -> io::Result<Option<(Sequence, Verdict)>> {
     for other in 0..SEEDS_TRIED {
         let seeded = Sequence { seed: candidate.seed.wrapping_add(other), ..candidate.clone() };
-        let verdict = judge_in(&seeded, trial)?.verdict;
+        let verdict = judge(&seeded, trial, make)?.verdict;
         if verdict.sort() == sort {
             return Ok(Some((seeded, verdict)));
         }

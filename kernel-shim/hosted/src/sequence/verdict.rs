@@ -3,12 +3,17 @@
 use core::panic::AssertUnwindSafe;
 use std::io;
 use std::panic::catch_unwind;
+use std::sync::Arc;
 
 use crate::boundary::Boundaries;
 use crate::checker::events::Event;
+use crate::checker::violation::Found;
+use crate::kernel::Kernel;
+use crate::machine::HostedMachine;
 use crate::options::Telling;
 use crate::sequence::text::Sequence;
-use crate::sequence::world::{Outcome, Trial, World};
+use crate::sequence::trial::{Outcome, Trial};
+use crate::sequence::world::{World, machine_of};
 
 /// What running a sequence came to.
 #[derive(Clone, Debug)]
@@ -28,6 +33,8 @@ pub struct Run {
     pub reached: Boundaries,
     /// How often what was wrong on purpose has happened.
     pub faults: u64,
+    /// The violations found, also by a run that then gave up.
+    pub found: Found,
     /// All that happened, oldest first; empty unless the trial was to remember all.
     pub events: Vec<Event>,
 }
@@ -58,32 +65,39 @@ impl Verdict {
     }
 }
 
-/// Runs a sequence and catches whatever it does.
+/// Runs a sequence on the kernel that `make` boots, and catches whatever it does.
 ///
 /// # Errors
-/// If the host refuses memory for the machine.
-pub fn judge(sequence: &Sequence) -> io::Result<Run> {
-    judge_in(sequence, Trial::default())
-}
-
-/// As [`judge`], with something wrong on purpose, or with all that happens remembered.
-///
-/// # Errors
-/// If the host refuses memory for the machine.
-pub fn judge_in(sequence: &Sequence, trial: Trial) -> io::Result<Run> {
-    let world = World::new(sequence, trial)?;
+/// If the host refuses memory for the machine, or the kernel does not boot.
+pub fn judge<K: Kernel>(
+    sequence: &Sequence,
+    trial: Trial,
+    make: impl FnOnce(&Arc<HostedMachine>) -> io::Result<K>,
+) -> io::Result<Run> {
+    let machine = machine_of(sequence, trial)?;
+    let mut world = None;
     let ended = catch_unwind(AssertUnwindSafe(|| {
+        let world = world.insert(World::new(sequence, trial, Arc::clone(&machine), make)?);
         world.run();
-        world.end()
+        io::Result::Ok(world.end())
     }));
     let verdict = match ended {
-        Ok(outcome) => Verdict::Ended(outcome),
+        Ok(outcome) => Verdict::Ended(outcome?),
         Err(panic) => {
             let words = panic.downcast_ref::<String>().map(String::as_str);
             let words = words.or_else(|| panic.downcast_ref::<&str>().copied());
-            Verdict::Panicked(words.unwrap_or("no words").to_owned())
+            let mut words = words.unwrap_or("no words").to_owned();
+            for missing in machine.missing_answers() {
+                words.push('\n');
+                words.push_str(&missing);
+            }
+            Verdict::Panicked(words)
         }
     };
-    let events = if trial.telling == Telling::All { world.events() } else { Vec::new() };
-    Ok(Run { verdict, reached: world.reached(), faults: world.faults(), events })
+    let events = if trial.telling == Telling::All { machine.events() } else { Vec::new() };
+    let (reached, faults) = match &world {
+        Some(world) => (world.reached(), world.faults()),
+        None => (machine.reached(), machine.nr_faults()),
+    };
+    Ok(Run { verdict, reached, faults, found: machine.violations(), events })
 }

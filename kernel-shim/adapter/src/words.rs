@@ -1,0 +1,108 @@
+//! The words of the small kernel in those of the hosted machine, and back.
+
+use mmu_hosted as kit;
+use mmu_kernel_shim as shim;
+
+pub(crate) const fn seam(seam: shim::Seam) -> kit::Seam {
+    match seam {
+        shim::Seam::Cleared => kit::Seam::Cleared,
+        shim::Seam::Lock => kit::Seam::Lock,
+        shim::Seam::Free => kit::Seam::Free,
+        shim::Seam::Allocate => kit::Seam::Allocate,
+    }
+}
+
+pub(crate) const fn note(note: shim::Note) -> kit::Note {
+    match note {
+        shim::Note::Allocated(frame, of) => kit::Note::Allocated(frame, role(of)),
+        shim::Note::Freed(frame, of) => kit::Note::Freed(frame, role(of)),
+        shim::Note::MappedByNobody(frame) => kit::Note::MappedByNobody(frame),
+        shim::Note::Unmapped { root, range, caller } => kit::Note::Unmapped { root, range, caller },
+        shim::Note::Discarded { root, range, since, caller } => {
+            kit::Note::Discarded { root, range, since: kit::Moment(since.0), caller }
+        }
+        shim::Note::Protected { root, range, most, caller } => {
+            kit::Note::Protected { root, range, most: rights(most), caller }
+        }
+        shim::Note::Mapped { root, address, frame } => kit::Note::Mapped { root, address, frame },
+        shim::Note::Cleared { address, level, frame } => kit::Note::Cleared { address, level, frame },
+        shim::Note::Restricted { address, level, frame } => kit::Note::Restricted { address, level, frame },
+        shim::Note::Split { address, level, frame } => kit::Note::Split { address, level, frame },
+        shim::Note::Asked(target) => kit::Note::Asked(target),
+        shim::Note::Tlb { event, slot } => kit::Note::Tlb { event, slot },
+        shim::Note::Gather(event) => kit::Note::Gather(event),
+        shim::Note::MapLocked { root, most } => kit::Note::MapLocked { root, most: under_map_lock(most) },
+        shim::Note::MapUnlocked { root } => kit::Note::MapUnlocked { root },
+    }
+}
+
+const fn role(role: shim::FrameRole) -> kit::FrameRole {
+    match role {
+        shim::FrameRole::Page => kit::FrameRole::Page,
+        shim::FrameRole::Block => kit::FrameRole::Block,
+        shim::FrameRole::Table => kit::FrameRole::Table,
+    }
+}
+
+const fn under_map_lock(most: shim::UnderMapLock) -> kit::UnderMapLock {
+    match most {
+        shim::UnderMapLock::WaitsForNobody => kit::UnderMapLock::WaitsForNobody,
+        shim::UnderMapLock::Flushes => kit::UnderMapLock::Flushes,
+        shim::UnderMapLock::FreesEarly => kit::UnderMapLock::FreesEarly,
+        shim::UnderMapLock::Frees => kit::UnderMapLock::Frees,
+    }
+}
+
+const fn rights(protection: shim::Protection) -> kit::Rights {
+    match protection {
+        shim::Protection::Nothing => kit::Rights::Nothing,
+        shim::Protection::Read => kit::Rights::Read,
+        shim::Protection::Write => kit::Rights::Write,
+    }
+}
+
+pub(crate) const fn protection(rights: kit::Rights) -> shim::Protection {
+    match rights {
+        kit::Rights::Nothing => shim::Protection::Nothing,
+        kit::Rights::Read => shim::Protection::Read,
+        kit::Rights::Write => shim::Protection::Write,
+    }
+}
+
+pub(crate) const fn access(access: shim::UserAccess) -> kit::UserAccess {
+    match access {
+        shim::UserAccess::Read => kit::UserAccess::Read,
+        shim::UserAccess::Write => kit::UserAccess::Write,
+    }
+}
+
+pub(crate) const fn access_of_program(access: kit::UserAccess) -> shim::UserAccess {
+    match access {
+        kit::UserAccess::Read => shim::UserAccess::Read,
+        kit::UserAccess::Write => shim::UserAccess::Write,
+    }
+}
+
+pub(crate) const fn supply(supply: kit::Supply) -> shim::Supply {
+    match supply {
+        kit::Supply::Always => shim::Supply::Always,
+        kit::Supply::Never => shim::Supply::Never,
+        kit::Supply::ExceptEvery(every) => shim::Supply::ExceptEvery(every),
+    }
+}
+
+pub(crate) const fn area(backing: kit::Backing, rights: kit::Rights) -> shim::Area {
+    let kind = match backing {
+        kit::Backing::Anon | kit::Backing::Huge | kit::Backing::Clean | kit::Backing::Stack => {
+            shim::AreaKind::Anon
+        }
+        kit::Backing::Private => shim::AreaKind::FilePrivate(1),
+        kit::Backing::Shared => shim::AreaKind::FileShared(2),
+        kit::Backing::Pfn => shim::AreaKind::Pfn,
+    };
+    let growth = match backing {
+        kit::Backing::Stack => shim::Growth::Down,
+        _ => shim::Growth::Fixed,
+    };
+    shim::Area { kind, protection: protection(rights), growth, file_base: 0 }
+}

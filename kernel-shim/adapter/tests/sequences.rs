@@ -1,0 +1,175 @@
+//! Sequences: their text, their determinism, and what the checker says of them.
+
+use mmu_adapter::{Trial, execute, execute_with, judge_in, views};
+use mmu_gather::pagetable::Level;
+use mmu_hosted::{Detail, Event, MachineFault, Op, Sequence, Supply, Telling, What, generate};
+
+const LENGTH: usize = 160;
+
+#[test]
+fn a_sequence_survives_its_text() {
+    for seed in 0..200 {
+        let sequence = generate(seed, 4, LENGTH);
+        let text = sequence.to_string();
+        assert_eq!(Sequence::parse(&text).as_ref(), Ok(&sequence), "{text}");
+    }
+}
+
+#[test]
+fn a_text_that_is_none_is_refused_at_its_line() {
+    let good = generate(1, 4, 3).to_string();
+    let lines: Vec<&str> = good.lines().collect();
+    for (at, bad) in [
+        (0, "mmu-gather sequence 2"),
+        (1, "cpus 0"),
+        (1, "cpus 65"),
+        (2, "seed x"),
+        (3, "mmu pcid intel"),
+        (3, "mmu pcid intel keeper iommu"),
+        (4, "0 map m3 1000+1 anon write"),
+        (4, "0 map m0 1001+1 anon write"),
+        (4, "0 map m0 1000+0 anon write"),
+        (4, "0 unmap m0 7ffffffff000+2"),
+        (4, "0 unmap m0 1000+ffffffffffffffff"),
+        (4, "0 lazy now"),
+        (4, "0 leap"),
+        (4, "0 preempt"),
+        (4, "0 preempt soon"),
+        (4, "0 guard m0 1000+1"),
+        (4, "0 guard m0 1000+1 away"),
+        (4, "x lazy"),
+    ] {
+        let mut broken = lines.clone();
+        broken[at] = bad;
+        let error = Sequence::parse(&broken.join("\n")).expect_err(bad);
+        assert_eq!(error.line, at + 1, "{bad}: {error}");
+        // Comments are lines.
+        for before in 0..=at {
+            let mut commented = broken.clone();
+            commented.splice(before..before, ["# one", "  # two"]);
+            let error = Sequence::parse(&commented.join("\n")).expect_err(bad);
+            assert_eq!(error.line, at + 3, "{bad}, comments before line {}: {error}", before + 1);
+        }
+    }
+    // Cut short anywhere, it is noticed.
+    for kept in 0..lines.len() {
+        let error = Sequence::parse(&lines[..kept].join("\n")).expect_err("it has no end");
+        assert_eq!(error.line, kept + 1, "{error}");
+        let commented = [&lines[..kept], &["# the end is missing"]].concat().join("\n");
+        let error = Sequence::parse(&commented).expect_err("it has no end");
+        assert_eq!(error.line, kept + 2, "{error}");
+    }
+}
+
+#[test]
+fn random_sequences_are_clean() {
+    for seed in 0..120 {
+        for nr_cpus in [1, 2, 4] {
+            let sequence = generate(seed, nr_cpus, LENGTH);
+            let outcome = execute(&sequence).expect("memory");
+            assert!(outcome.is_clean(), "seed {seed}, {nr_cpus} CPUs: {outcome:?}\n{sequence}");
+        }
+    }
+}
+
+/// Whether a call is preempted in time (rule G7) can only be told where one changes more than one
+/// table has.
+#[test]
+fn every_call_that_changes_small_pages_is_made_up_with_more_of_them_than_a_table_has() {
+    let calls = ["unmap", "discard", "protect", "fork", "reclaim"];
+    let mut times = [0; 5];
+    for seed in 0..2000 {
+        let mut sequence = generate(seed, 4, LENGTH);
+        // That is how such a sequence begins; others come to such a place rarely.
+        if !matches!(sequence.steps[0].op, Op::Map(_, range, ..) if range.nr_pages() > 512) {
+            continue;
+        }
+        sequence.steps.truncate(32);
+        let trial = Trial { telling: Telling::All, ..Trial::default() };
+        let run = judge_in(&sequence, trial).expect("memory");
+        assert!(run.verdict.is_clean(), "seed {seed}: {:?}\n{sequence}", run.verdict);
+        for (number, step) in sequence.steps.iter().enumerate() {
+            if let Some(call) = calls.iter().position(|call| *call == Op::WORDS[step.op.number()])
+                && small_pages_changed(&run.events, number) > 512
+            {
+                times[call] += 1;
+            }
+        }
+    }
+    assert!(times.iter().all(|times| *times >= 2), "{calls:?} {times:?}");
+}
+
+/// How many 4 KiB leaves the call of step `number` cleared, or took rights from.
+fn small_pages_changed(events: &[Event], number: usize) -> usize {
+    let begun = events
+        .iter()
+        .skip_while(|event| !matches!(event.what, What::Detail(Detail::Began(index, _)) if index == number));
+    let Some(cpu) = begun.clone().next().map(|event| event.cpu) else { return 0 };
+    let done = |event: &&Event| matches!(event.what, What::Detail(Detail::Ended(index)) if index == number);
+    let changed = |event: &Event| {
+        let small = Level::Pte;
+        matches!(event.what, What::Detail(Detail::Cleared(_, level, _) | Detail::Restricted(_, level)) if level == small)
+    };
+    begun.take_while(|event| !done(event)).filter(|event| event.cpu == cpu && changed(event)).count()
+}
+
+/// Reclaim once took a thousand pages and more without a preemption point, when huge ones had been
+/// split (rule G7).
+#[test]
+fn reclaim_of_a_large_range_can_be_preempted() {
+    let text = "mmu-gather sequence 1\ncpus 4\nseed 15541764258020549807\nmmu pcid intel keeper\n\
+        2 map m2 7fffe00000+512 huge write\n0 remap m2 7fffe00000+512 401f8000\n2 touch 331000+3 write\n\
+        0 map m0 40000000+1024 huge write\n0 touch c0015000+2 write\n3 touch 1d000+2 read\n\
+        2 map m2 4000c000+5 anon write\n1 movestack m0 40004000+6 152\n1 reclaim m0 m2 40000000+1024\nend\n";
+    let sequence = Sequence::parse(text).expect("a sequence");
+    let outcome = execute(&sequence).expect("memory");
+    assert!(outcome.is_clean(), "{outcome:?}");
+}
+
+#[test]
+fn a_machine_that_skips_flushes_or_loses_interrupts_is_found_out() {
+    for fault in [MachineFault::SkipFlush, MachineFault::DropIpi] {
+        let found = (0..40).find(|seed| {
+            let outcome = execute_with(&generate(*seed, 4, LENGTH), fault).expect("memory");
+            outcome.found.count > 0
+        });
+        assert!(found.is_some(), "{fault:?} was not noticed in 40 sequences");
+    }
+}
+
+#[test]
+fn the_same_sequence_tells_the_same_story_every_time() {
+    let failing = (0..40).map(|seed| generate(seed, 4, LENGTH)).find(|sequence| {
+        let outcome = execute_with(sequence, MachineFault::DropIpi).expect("memory");
+        outcome.found.count > 0
+    });
+    let failing = failing.expect("lost interrupts are noticed");
+    let story = || {
+        let found = execute_with(&failing, MachineFault::DropIpi).expect("memory").found;
+        found.told.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let first = story();
+    assert!(!first.is_empty());
+    assert_eq!(first, story());
+    assert_eq!(first, story());
+}
+
+/// Rule G4: what is refused to a gather changes when it flushes, and nothing that a program can
+/// see.
+#[test]
+fn refused_batch_pages_are_invisible_in_the_result() {
+    for seed in 0..60 {
+        let sequence = generate(seed, 3, LENGTH);
+        let (outcome, plenty) = views(&sequence, Supply::Always).expect("memory");
+        assert!(outcome.is_clean(), "seed {seed}: {outcome:?}");
+        assert!(plenty.iter().any(|view| !view.areas.is_empty()), "seed {seed}: nothing to be seen");
+        for supply in [Supply::Never, Supply::ExceptEvery(2), Supply::ExceptEvery(3)] {
+            let (outcome, short) = views(&sequence, supply).expect("memory");
+            assert_eq!(short.len(), plenty.len());
+            for (sync, (short, plenty)) in short.iter().zip(&plenty).enumerate() {
+                assert_eq!(short, plenty, "seed {seed}, {supply:?}, sync {sync}\n{sequence}");
+            }
+            assert!(outcome.is_clean(), "seed {seed}, {supply:?}: {outcome:?}");
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! The words in which a kernel and this machine speak of what happens.
+
+use core::fmt;
+
+use mmu_gather::GatherEvent;
+use mmu_gather::pagetable::{Level, VirtRange};
+use mmu_gather::tlb::{CpuId, Laziness, Slot, TlbEvent};
+use x86_64::structures::paging::PhysFrame;
+
+/// What a program tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserAccess {
+    /// Load, or fetch.
+    Read,
+    /// Store.
+    Write,
+}
+
+/// What a program may do in an area.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rights {
+    /// Nothing.
+    Nothing,
+    /// Read.
+    Read,
+    /// Read and write.
+    Write,
+}
+
+/// What backs a new area.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backing {
+    /// The program's own memory.
+    Anon,
+    /// The program's own memory, in 2 MiB pages where it can be.
+    Huge,
+    /// The program's own memory, in 2 MiB pages where it can be, which it has only read: reclaim
+    /// drops them whole.
+    Clean,
+    /// A private mapping of a file.
+    Private,
+    /// A shared mapping of a file.
+    Shared,
+    /// Frames that are not counted.
+    Pfn,
+    /// A stack.
+    Stack,
+}
+
+/// What becomes of guard pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Guarding {
+    /// They are put in place of whatever is there.
+    Install,
+    /// They are taken out; what else is there stays.
+    Remove,
+}
+
+/// When something that is asked for is refused, although there is memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Supply {
+    /// Never.
+    #[default]
+    Always,
+    /// Every time.
+    Never,
+    /// Each time the number of requests so far is a multiple of this; 1 is every time.
+    ExceptEvery(u32),
+}
+
+/// A point in time, by the clock of the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(pub u64);
+
+impl Moment {
+    /// Before everything.
+    pub const START: Self = Self(0);
+}
+
+/// The moments at which other CPUs may run, and any CPU may speculate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seam {
+    /// A leaf was cleared; its table is locked.
+    Cleared,
+    /// A table lock is about to be taken.
+    Lock,
+    /// Pages or tables are about to be freed.
+    Free,
+    /// A frame was allocated.
+    Allocate,
+}
+
+/// The most that a call does while it holds the map lock of an address space, the least first. Each
+/// does what those before it do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum UnderMapLock {
+    /// It waits for no other CPU, and frees nothing.
+    WaitsForNobody,
+    /// It waits for other CPUs to flush.
+    Flushes,
+    /// It frees early, when a gather has no room for more or holds dirty pages of a file; what the
+    /// gather clears last is freed after the lock was dropped.
+    FreesEarly,
+    /// It frees.
+    Frees,
+}
+
+/// What a frame is given out for, or was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameRole {
+    /// A page of a program, or one lent to a gather.
+    Page,
+    /// The first of 512 frames of one.
+    Block,
+    /// A page table.
+    Table,
+}
+
+/// What a kernel tells the machine. All but the first two are optional: each that is told lets the
+/// checker see more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// The frame is in use from now on; its bytes are as they were when it was freed.
+    Allocated(PhysFrame, FrameRole),
+    /// The frame is free from now on; another use may follow at once.
+    Freed(PhysFrame, FrameRole),
+    /// Nothing maps this page of a file any more: from now on it may be written back and called
+    /// clean.
+    MappedByNobody(PhysFrame),
+    /// An unmapping is about to return: no program may use these addresses of the address space any
+    /// more.
+    Unmapped {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+        /// Whether the CPU that unmaps runs programs, or merely borrows an address space: a lazy
+        /// one may keep old translations until it wakes (rule T5).
+        caller: Laziness,
+    },
+    /// Pages were discarded while their areas stay: no program may use what a CPU cached of these
+    /// addresses before `since`.
+    ///
+    /// What was cached later may be of a page that a fault has just put there.
+    Discarded {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses; areas cover all of them.
+        range: VirtRange,
+        /// When the call began.
+        since: Moment,
+        /// As for `Unmapped`.
+        caller: Laziness,
+    },
+    /// Programs lost rights, and the map lock is still held for writing: nothing cached of these
+    /// addresses may allow more than this.
+    Protected {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+        /// What programs may do from now on.
+        most: Rights,
+        /// As for `Unmapped`.
+        caller: Laziness,
+    },
+    /// A fault was answered: the entry maps this frame from now on.
+    Mapped {
+        /// The root table.
+        root: PhysFrame,
+        /// The page.
+        address: u64,
+        /// The frame.
+        frame: PhysFrame,
+    },
+    /// A leaf was cleared; its table is locked.
+    Cleared {
+        /// The first address it mapped.
+        address: u64,
+        /// Level of the table it was in.
+        level: Level,
+        /// The (first) frame it mapped.
+        frame: PhysFrame,
+    },
+    /// A leaf lost rights; its table is locked.
+    Restricted {
+        /// The first address it maps.
+        address: u64,
+        /// Level of the table it is in.
+        level: Level,
+        /// The (first) frame it maps.
+        frame: PhysFrame,
+    },
+    /// A large leaf makes way for a table of smaller ones; its table is locked, or the map lock is
+    /// held for writing.
+    Split {
+        /// The first address it maps.
+        address: u64,
+        /// Level of the table it is in.
+        level: Level,
+        /// The first frame it maps.
+        frame: PhysFrame,
+    },
+    /// This CPU asks that one to flush, and is going to wait for the answer.
+    Asked(CpuId),
+    /// The shootdown core did something on this CPU.
+    Tlb {
+        /// What.
+        event: TlbEvent,
+        /// What the slot of the loaded address space says after it.
+        slot: Slot,
+    },
+    /// A gather did something on this CPU.
+    Gather(GatherEvent),
+    /// This CPU holds the map lock of an address space from now on, for reading or for writing, or
+    /// has downgraded it.
+    MapLocked {
+        /// The root table.
+        root: PhysFrame,
+        /// The most that is done on this CPU until the lock is dropped, or until this is said
+        /// again.
+        most: UnderMapLock,
+    },
+    /// This CPU is about to drop the map lock.
+    MapUnlocked {
+        /// The root table.
+        root: PhysFrame,
+    },
+}
+
+impl fmt::Display for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Anon => "anon",
+            Self::Huge => "huge",
+            Self::Clean => "clean",
+            Self::Private => "private",
+            Self::Shared => "shared",
+            Self::Pfn => "pfn",
+            Self::Stack => "stack",
+        })
+    }
+}
+
+impl fmt::Display for Rights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "none",
+            Self::Read => "read",
+            Self::Write => "write",
+        })
+    }
+}
+
+impl fmt::Display for Guarding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Install => "install",
+            Self::Remove => "remove",
+        })
+    }
+}

@@ -1,0 +1,217 @@
+//! The kit on a kernel that it does not know, which is clean, and with each of its mistakes.
+
+#[path = "../../examples/stranger/kernel.rs"]
+mod kernel;
+#[path = "../../examples/stranger/kit.rs"]
+mod kit;
+#[path = "../../../tests/lines/mod.rs"]
+mod lines;
+
+mod guide;
+
+use std::sync::{Arc, Weak};
+use std::{fs, io};
+
+use mmu_hosted::{
+    Calls, FuzzOptions, HostedMachine, Report, Sequence, Trial, Verdict, ViolationKind, fuzz, generate,
+    judge, replay,
+};
+
+use kernel::{Mistake, Stranger};
+
+fn options() -> FuzzOptions {
+    FuzzOptions { sequences: 300, ..FuzzOptions::default() }
+}
+
+fn made_with(mistake: Mistake) -> impl Fn(&Arc<HostedMachine>) -> io::Result<Stranger> {
+    move |machine| Ok(Stranger::with(machine, mistake))
+}
+
+fn fuzzed(mistake: Mistake) -> Report {
+    fuzz(&options(), made_with(mistake)).expect("memory")
+}
+
+/// The kinds of violation that the short sequence shows; nothing else may be wrong with it.
+fn kinds(mistake: Mistake) -> Vec<ViolationKind> {
+    let report = fuzzed(mistake);
+    let failure = report.failure.as_ref().unwrap_or_else(|| panic!("{mistake:?} is not found"));
+    assert!(matches!(failure.verdict, Verdict::Ended(_)), "{report}");
+    failure.found.told.iter().map(|violation| violation.kind).collect()
+}
+
+/// The words with which the short sequence ends.
+fn words(mistake: Mistake) -> String {
+    let report = fuzzed(mistake);
+    match report.failure.unwrap_or_else(|| panic!("{mistake:?} is not found")).verdict {
+        Verdict::Panicked(words) => words,
+        Verdict::Ended(outcome) => panic!("{mistake:?}: {outcome:?}"),
+    }
+}
+
+#[test]
+fn a_kernel_without_a_mistake_is_clean_and_what_it_lacks_is_counted() {
+    let report = fuzzed(Mistake::Absent);
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(report.sequences, 300);
+    for word in ["map", "unmap", "discard", "protect", "exit", "touch", "switch", "lazy", "sync"] {
+        let tally = report.calls.of(word);
+        assert!(tally.done > 100 && tally.skipped == 0, "{word}: {tally:?}");
+    }
+    for word in ["fork", "remap", "movestack", "reclaim", "guard", "populate", "batches", "tables"] {
+        let tally = report.calls.of(word);
+        assert!(tally.done == 0 && tally.skipped > 10, "{word}: {tally:?}");
+    }
+    let told = report.to_string();
+    assert!(
+        told.contains("reclaim           0 done, ") && told.contains("the kernel has no such call"),
+        "{told}"
+    );
+}
+
+#[test]
+fn rights_that_no_gather_was_told_of_are_found() {
+    assert!(kinds(Mistake::ChangedForgotten).contains(&ViolationKind::RightsUsableAfterProtect));
+}
+
+#[test]
+fn a_page_that_is_freed_when_its_entry_is_cleared_is_found() {
+    assert!(kinds(Mistake::FreedWhenUnmapped).contains(&ViolationKind::PageReachableAfterFree));
+}
+
+#[test]
+fn a_map_lock_that_is_dropped_before_the_flush_is_found() {
+    assert_eq!(kinds(Mistake::LockDroppedEarly), [ViolationKind::OldPageUsableAfterMap]);
+}
+
+#[test]
+fn a_page_that_is_never_freed_is_counted() {
+    let report = fuzzed(Mistake::NeverFreed);
+    let Some(Verdict::Ended(outcome)) = report.failure.map(|failure| failure.verdict) else {
+        panic!("it is not found");
+    };
+    assert!(outcome.leaked_frames > 0 && outcome.leaked_tables == 0, "{outcome:?}");
+}
+
+#[test]
+fn a_page_that_is_freed_twice_is_found() {
+    let report = fuzzed(Mistake::FreedTwice);
+    let failure = report.failure.expect("it is found");
+    let found: Vec<_> = failure.found.told.iter().map(|violation| violation.kind).collect();
+    assert!(found.contains(&ViolationKind::FreedTwice), "{found:?}");
+}
+
+#[test]
+fn neighbours_that_were_not_named_end_the_run_with_the_rule() {
+    assert!(words(Mistake::NeighboursForgotten).starts_with("P3: "));
+}
+
+#[test]
+fn a_handler_that_answers_nothing_ends_the_run_and_is_named() {
+    let words = words(Mistake::HandlerDoesNothing);
+    assert!(words.contains("does not end") && words.contains("waits for the answer of"), "{words}");
+}
+
+#[test]
+fn a_fault_that_maps_with_a_table_locked_ends_the_run() {
+    let words = words(Mistake::MapsUnderTableLock);
+    assert!(words.contains("does not end") && words.contains("tried to take a lock"), "{words}");
+}
+
+/// Debug builds of the engine name these themselves, and the run ends with their words.
+#[test]
+fn what_the_engine_names_ends_the_run_with_its_words() {
+    for (mistake, said) in [
+        (Mistake::SwitchOfItsOwn, "T4: "),
+        (Mistake::OneCpuState, "T2: "),
+        (Mistake::HandlerNamesAnother, "flush_interrupt was called for CPU"),
+        (Mistake::DirtyTables, "A new table reads as zero"),
+        (Mistake::BatchPageNotAligned, "is not aligned"),
+        (Mistake::PcidsSaidOn, "with PCIDs off"),
+    ] {
+        if cfg!(debug_assertions) {
+            let words = words(mistake);
+            assert!(words.contains(said), "{mistake:?}: {words}");
+        } else if mistake != Mistake::BatchPageNotAligned {
+            assert!(!fuzzed(mistake).is_clean(), "{mistake:?}");
+        }
+    }
+}
+
+#[test]
+fn an_assertion_of_the_kernel_ends_the_run_with_its_words() {
+    assert_eq!(words(Mistake::UnmapPanics), "more areas than expected");
+}
+
+#[test]
+fn what_fails_is_saved_and_fails_again_with_the_same_words() {
+    let folder = std::env::temp_dir().join(format!("mmu-hosted-{}", std::process::id()));
+    let path = folder.join("saved").join("stranger.sequence");
+    let made = made_with(Mistake::ChangedForgotten);
+    let report = fuzz(&FuzzOptions { reproducer: Some(path.clone()), ..options() }, &made).expect("memory");
+    let told = |report: &Report| {
+        let failure = report.failure.as_ref().expect("it fails");
+        failure.found.told.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert!(report.to_string().contains(&format!("saved as {}", path.display())), "{report}");
+    let text = fs::read_to_string(&path).expect("it was written");
+    for _ in 0..2 {
+        let again = replay(&text, Trial::default(), &made).expect("memory");
+        assert_eq!(told(&again), told(&report));
+    }
+    let mended = replay(&text, Trial::default(), made_with(Mistake::Absent)).expect("memory");
+    assert!(mended.is_clean(), "{mended}");
+    fs::remove_dir_all(&folder).expect("it is ours");
+}
+
+#[test]
+fn a_text_that_is_no_sequence_is_refused_at_its_line() {
+    let refused = replay("mmu-gather sequence 1\ncpus x\n", Trial::default(), made_with(Mistake::Absent));
+    let error = refused.expect_err("no CPU");
+    assert_eq!((error.kind(), error.to_string().split(':').next()), (io::ErrorKind::InvalidData, Some("2")));
+}
+
+#[test]
+fn a_run_that_is_given_up_gives_its_machine_back() {
+    for mistake in [Mistake::UnmapPanics, Mistake::NeighboursForgotten] {
+        let failing: Sequence = fuzzed(mistake).failure.expect("it is found").sequence;
+        let mut machine = Weak::new();
+        let run = judge(&failing, Trial::default(), |made| {
+            machine = Arc::downgrade(made);
+            made_with(mistake)(made)
+        });
+        assert!(matches!(run.expect("memory").verdict, Verdict::Panicked(_)));
+        assert_eq!(machine.strong_count(), 0, "{mistake:?}");
+    }
+}
+
+#[test]
+fn a_kernel_that_does_not_boot_is_an_error() {
+    let refuses = |_: &Arc<HostedMachine>| -> io::Result<Stranger> { Err(io::Error::other("no memory")) };
+    let error = judge(&generate(1, 2, 8), Trial::default(), refuses).expect_err("it does not boot");
+    assert_eq!(error.to_string(), "no memory");
+}
+
+#[test]
+fn calls_of_two_runs_are_added() {
+    let made = made_with(Mistake::Absent);
+    let mut sum = Calls::default();
+    let mut reports = Vec::new();
+    for seed in [1, 2] {
+        let report = fuzz(&FuzzOptions { seed, sequences: 3, ..options() }, &made).expect("memory");
+        sum.add(&report.calls);
+        reports.push(report);
+    }
+    let done = |calls: &Calls| calls.of("unmap").done;
+    assert_eq!(done(&sum), done(&reports[0].calls) + done(&reports[1].calls));
+    assert!(reports.iter().all(|report| done(&report.calls) > 0));
+}
+
+/// What a stranger writes to be run by the kit, as rustfmt leaves it, without blank lines and
+/// comments.
+#[test]
+fn the_glue_is_as_short_as_the_guide_says() {
+    let nr_lines = lines::code_lines(include_str!("../../examples/stranger/kit.rs")).count();
+    let guide = include_str!("../../README.md");
+    assert!(guide.contains(&format!("{nr_lines} lines")), "{nr_lines} lines");
+    assert!(nr_lines <= 64, "{nr_lines} lines");
+}
