@@ -1,7 +1,6 @@
 //! What debug builds look for in a kernel that embeds this crate, and say in words. Release builds
 //! look for none of it.
 
-
 use x86_64::structures::paging::PhysFrame;
 
 use crate::cpu_state::{CpuTlb, Laziness};
