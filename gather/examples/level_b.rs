@@ -1,20 +1,21 @@
 #![doc = "The engine walks, clears and frees; the kernel flushes by means of its own."]
-// Its CPUs are flushed by a broadcast instruction that names address spaces by number. A frame is
-// memory of this process here, at the address that is its number, and all TLBs together are a set
-// of pages.
+// Its tables are its own, made by the mapper of the `x86_64` crate and taken over by the engine; one
+// thread at a time walks them. Its CPUs are flushed by a broadcast instruction that names address
+// spaces by number. A frame is memory of this process here, at the address that is its number, and
+// all TLBs together are a set of pages.
 use core::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
-use mmu_gather::pagetable::{
-    AddressSpace, Bounds, EntryValue, Level, PagingMode, TableLock, TableMemory, VirtRange,
-};
+use mmu_gather::pagetable::{AddressSpace, Bounds, NoLock, PagingMode, TableMemory, VirtRange};
 use mmu_gather::tlb::{FreedTables, PageSpan};
 use mmu_gather::{
     CutLeaf, FlushTlb, FreedPages, Limits, MmOf, OwnContext, Pages, Vma, VmaKind, exit_mmap, unmap_region,
 };
-use x86_64::PhysAddr;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
-use x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
+use x86_64::structures::paging::{
+    FrameAllocator, Mapper, OffsetPageTable, Page, PageTable, PageTableFlags, PhysFrame, Size4KiB,
+};
+use x86_64::{PhysAddr, VirtAddr};
 
 /// The number by which the broadcast names an address space.
 type Asid = u16;
@@ -27,43 +28,31 @@ struct Kernel {
     freed_pages: Cell<usize>,
 }
 
-/// A table, with its lock behind it.
-#[repr(C, align(4096))]
-struct TablePage {
-    table: PageTable,
-    lock: TableLock<spin::Spin>,
-}
-
-fn page_of(table: PhysFrame) -> *mut TablePage {
-    table.start_address().as_u64() as *mut TablePage
-}
-
 // SAFETY: the number of a frame is its address.
 unsafe impl PageTableFrameMapping for Kernel {
     fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
-        page_of(frame).cast()
+        frame.start_address().as_u64() as *mut PageTable
     }
 }
 
-// SAFETY: a table is zeroed, and given out once until it is freed; each has a lock of its own.
+// SAFETY: a table is zeroed, and given out once until it is freed; one thread walks them.
 unsafe impl TableMemory for Kernel {
-    type Lock = TableLock<spin::Spin>;
+    type Lock = NoLock;
 
-    unsafe fn table_lock(&self, table: PhysFrame) -> &TableLock<spin::Spin> {
-        // SAFETY: the caller's table is not freed meanwhile.
-        unsafe { &(*page_of(table)).lock }
+    unsafe fn table_lock(&self, _: PhysFrame) -> &NoLock {
+        &NoLock
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {
-        let page = Box::into_raw(Box::new(TablePage { table: PageTable::new(), lock: TableLock::new(()) }));
+        let table = Box::into_raw(Box::new(PageTable::new()));
         self.nr_tables.set(self.nr_tables.get() + 1);
-        PhysFrame::from_start_address(PhysAddr::new(page as u64)).ok()
+        PhysFrame::from_start_address(PhysAddr::new(table as u64)).ok()
     }
 
     unsafe fn free_tables(&self, tables: &[PhysFrame]) {
         for table in tables {
             // SAFETY: it comes from `allocate_table`, and nobody reaches it any more.
-            drop(unsafe { Box::from_raw(page_of(*table)) });
+            drop(unsafe { Box::from_raw(self.frame_to_pointer(*table)) });
         }
         self.nr_tables.set(self.nr_tables.get() - tables.len());
     }
@@ -87,13 +76,26 @@ impl Pages for Kernel {
     }
 }
 
+// SAFETY: a table is a new page.
+unsafe impl FrameAllocator<Size4KiB> for &Kernel {
+    fn allocate_frame(&mut self) -> Option<PhysFrame> {
+        self.allocate_table()
+    }
+}
+
 impl Kernel {
-    // Maps new pages at `range`.
-    fn map(&self, mm: &MyMm, range: VirtRange) {
+    // Maps pages at `range`, as this kernel always did.
+    fn map(&self, root: PhysFrame, range: VirtRange) {
+        // SAFETY: nobody else uses the table.
+        let root = unsafe { &mut *self.frame_to_pointer(root) };
+        // SAFETY: the number of a frame is its address.
+        let mut mapper = unsafe { OffsetPageTable::new(root, VirtAddr::zero()) };
         for address in (range.start()..range.end()).step_by(4096) {
-            let page = EntryValue::leaf(Level::Pte, PhysAddr::new(1 << 30), PageTableFlags::PRESENT);
-            // SAFETY: no table of `mm` is freed meanwhile, and the page is nobody else's.
-            unsafe { mm.space().map(self, address, Level::Pte, page) }.expect("there is memory for tables");
+            let page = Page::<Size4KiB>::containing_address(VirtAddr::new(address));
+            let frame = PhysFrame::containing_address(PhysAddr::new((1 << 30) + address));
+            // SAFETY: the page is nobody else's.
+            let mapped = unsafe { mapper.map_to(page, frame, PageTableFlags::PRESENT, &mut &*self) };
+            mapped.expect("there is memory for tables").ignore();
         }
     }
 
@@ -125,15 +127,15 @@ fn area(start: u64, end: u64) -> Vma<()> {
 pub(crate) fn main() {
     let kernel = Kernel::default();
     let root = kernel.allocate_table().expect("there is memory for tables");
-    // SAFETY: the root is an empty table that is this address space's alone.
-    let space = unsafe { AddressSpace::new(root, PagingMode::FourLevel) };
-    // SAFETY: the broadcast knows it by this number.
-    let mm = unsafe { MyMm::with_own_flush(space, 7) };
     let (code, data) = (area(0x1000, 0x3000), area(0x20_0000, 0x24_0000));
     for vma in [code, data] {
-        kernel.map(&mm, vma.range);
-        assert!(kernel.touch(&mm, vma.range.start()));
+        kernel.map(root, vma.range);
     }
+    // SAFETY: the tables below the root are this kernel's, and nobody else uses them.
+    let space = unsafe { AddressSpace::adopt(&kernel, root, PagingMode::FourLevel) };
+    // SAFETY: the broadcast knows it by this number.
+    let mm = unsafe { MyMm::with_own_flush(space, 7) };
+    assert!(kernel.touch(&mm, 0x1000) && kernel.touch(&mm, 0x20_0000));
     munmap(&kernel, &mm, data, Bounds::between(Some(code.range.end()), None))
         .expect("no large page is there");
     assert!(!kernel.touch(&mm, 0x20_0000), "no CPU can use the page any more");

@@ -78,6 +78,9 @@ impl<K: Platform> MmuGather<'_, '_, K> {
     /// # Context
     /// As for [`free_pgtables`](Self::free_pgtables).
     ///
+    /// # Panics
+    /// In a debug build, if the areas do not ascend.
+    ///
     /// # Safety
     /// Until [`flush`](Self::flush) has returned, nothing is mapped outside `areas` between the
     /// nearest area below `range` and the nearest above, nobody faults or walks there, and no area
@@ -111,6 +114,10 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         self.flush_pfn_maps();
         let mut floor = 0;
         for area in areas {
+            debug_assert!(
+                floor <= area.start(),
+                "P3: the areas that stay do not ascend: {area} below {floor:#x}"
+            );
             self.free_gap(range, floor, area.start());
             floor = floor.max(area.end());
         }

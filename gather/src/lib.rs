@@ -16,8 +16,9 @@
 //!  (table lock)     (parent's lock)      (nothing freed)      tell, wait          free_tables
 //! ```
 //!
-//! The drivers ([`unmap_region`], [`zap_page_range`], [`exit_mmap`], [`shift_arg_pages`]) take
-//! these steps in the order that is right. [`one_munmap`] follows one munmap through them, file
+//! The drivers ([`unmap_region`], [`zap_page_range`], [`exit_mmap`], [`shift_arg_pages`], and
+//! [`unmap_range`] for a kernel that knows no neighbours) take these steps in the order that is
+//! right. [`one_munmap`] follows one munmap through them, file
 //! by file; [`fast_paths`] is the table of the shorter paths: what each saves, where that
 //! was measured, and which test holds it equal to the general path.
 //!
@@ -36,9 +37,9 @@
 //! | (c) all of it | [`TableMemory`], [`Cpus`], [`Pages`] | the shootdown, too | `small_kernel` |
 //!
 //! At (a) the kernel walks and clears its tables itself, and queues what it unmaps. At (b) the
-//! engine does, over an [`MmOf`]`<`[`OwnContext`]`<..>>`, and calls the kernel to flush. At (c) it
-//! has an [`Mm`], and the engine knows which CPUs must be told, which are lazy, and what their
-//! PCIDs still hold.
+//! engine does, over an [`MmOf`]`<`[`OwnContext`]`<..>>`, and calls the kernel to flush; tables
+//! that are there already are [adopted](pagetable::AddressSpace::adopt). At (c) it has an [`Mm`],
+//! and the engine knows which CPUs must be told, which are lazy, and what their PCIDs still hold.
 //!
 //! Which level it is, the types say: any [`Cpus`] has [`FlushTlb`] by that, and no type implements
 //! both by hand. A kernel of level (c) calls [`switch_mm`](tlb::switch_mm) wherever it loads CR3:

@@ -104,6 +104,7 @@ fn all_that_the_guide_tells_an_embedder_to_call_or_implement_is_in_the_engine() 
         "spin",
         "Arc",
         "const",
+        "None",
         "meanwhile",
     ];
     let mut found = 0;

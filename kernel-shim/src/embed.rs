@@ -1,6 +1,6 @@
 //! The engine's three traits, implemented for this kernel: the part to copy from.
 //!
-//! Most methods are a line or two, and nine pass a question on to the machine. What the checker of
+//! Most methods are a line or two, and many pass a question on to the machine. What the checker of
 //! this project wants to hear is not here: `observed.rs` wraps around it, and nothing in this file
 //! knows that.
 #![expect(unsafe_code, reason = "the engine believes the implementor about memory and CPUs")]

@@ -19,7 +19,9 @@ impl<'m> TableView<'m> {
     /// Takes the table's lock.
     ///
     /// # Context
-    /// Spins. No table lock is held: who needs two calls [`lock_both`](Self::lock_both).
+    /// Spins. No table lock is held: whoever needs two calls [`lock_both`](Self::lock_both). Where
+    /// each table has a lock of its own, that of a parent may be held, for somebody who comes down
+    /// from the root by locks.
     #[inline]
     pub fn lock<M: TableMemory>(&self, memory: &'m M) -> LockedTable<'m, GuardOf<'m, M>> {
         self.under(memory, self.table_lock(memory).lock())

@@ -138,6 +138,7 @@ impl AddressSpace {
         self.note_linked(level, 1);
     }
 
+    #[inline]
     pub(crate) fn count_unhooked(&self, level: Level, tables: u64) {
         if let Some(counter) = self.counter(level) {
             let before = counter.fetch_sub(tables, Ordering::Relaxed);

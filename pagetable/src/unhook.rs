@@ -48,7 +48,8 @@ impl Bounds {
     /// let between = Bounds::between(Some(0x4000), Some(0x7000));
     /// assert_eq!(Bounds::around(areas, page(0x5000)), between);
     /// assert_eq!(Bounds::around(areas, page(0xc000)), Bounds::between(Some(0xa000), None));
-    /// assert_eq!(Bounds::around(areas, page(0x7000)).spans_of(page(0x7000)), None);
+    /// let all = VirtRange::new(0, 1 << 30).expect("a range");
+    /// assert_eq!(Bounds::around([page(512 << 20)], all).spans_of(all), None);
     /// ```
     #[must_use]
     pub fn around(areas: impl IntoIterator<Item = VirtRange>, range: VirtRange) -> Self {

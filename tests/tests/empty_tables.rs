@@ -118,14 +118,14 @@ fn another_gather_that_is_open_makes_it_flush_everything() {
     let mm = kernel.new_mm();
     kernel.map_range(mm, range(GIB, GIB + 2 * PAGE));
     kernel.run(CPU[1], mm);
-    kernel.touch(CPU[1], GIB, Access::Write).expect("mapped");
+    kernel.touch(CPU[1], GIB + PAGE, Access::Write).expect("mapped");
     // It has cleared the entries, and not flushed; its table is empty.
     let mut other = kernel.gather(mm);
     let vma = area(GIB, GIB + 2 * PAGE, Backing::Anonymous);
     other.zap_vma_range(&vma, vma.range).expect("no large leaf");
     unmap(&kernel, page(GIB + 9 * PAGE));
     assert_eq!(kernel.nr_tables(mm), [0; 4]);
-    assert_eq!(kernel.touch(CPU[1], GIB, Access::Read), Err(Fault::NotPresent));
+    assert_eq!(kernel.touch(CPU[1], GIB + PAGE, Access::Read), Err(Fault::NotPresent));
     other.flush().free();
 }
 
@@ -334,4 +334,15 @@ fn the_tables_in_the_gaps_between_areas_go_and_those_that_an_area_needs_stay() {
     gather.flush().free();
     assert_eq!(kernel.nr_tables(mm), [3, 2, 2, 0]);
     assert!(vmas.iter().all(|address| kernel.lookup(mm, *address).value.is_present()));
+}
+
+/// A release build would free the tables of the second area, together with its pages.
+#[cfg(debug_assertions)]
+#[test]
+#[should_panic(expected = "the areas that stay do not ascend")]
+fn areas_that_do_not_ascend_are_named_by_a_debug_build() {
+    let kernel = PaperKernel::new(Options::default());
+    let mm = kernel.new_mm();
+    let mut gather = kernel.gather(mm);
+    gather.unhook_tables_in_gaps([page(TIB), page(GIB)], range(2 * TIB, 3 * TIB));
 }

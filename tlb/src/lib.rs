@@ -91,7 +91,8 @@
 //! - **A machine of small steps** (`mmu-tests`, `tlb_gen_model`) proves every run of two CPUs and
 //!   two address spaces, up to three generations, exit and reclaim included, with stores that wait;
 //!   and that everything begun can end. It does not prove this source, except for `plan`: the steps
-//!   are a copy, compared with the engine call by call. Nor does it have three CPUs.
+//!   are a copy, compared with the engine call by call. Three CPUs it has only where all run one
+//!   address space and none switches.
 //! - **The rules** (`mmu-tests`, `rules_tlb`) prove each sentence above, on one thread that plays
 //!   all CPUs, and not what happens between two instructions.
 //! - **The fuzzer** (`teardown fuzz`) proves nothing. It finds what breaks in long random runs of a

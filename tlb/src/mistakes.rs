@@ -1,8 +1,6 @@
 //! What debug builds look for in a kernel that embeds this crate, and say in words. Release builds
 //! look for none of it.
 
-use core::ptr;
-
 use x86_64::structures::paging::PhysFrame;
 
 use crate::cpu_state::{CpuTlb, Laziness};
@@ -60,7 +58,7 @@ pub(crate) fn check_place<B: CpuBits>(_mm: &MmContext<B>) {
             "context {} was at {before:#x} when a CPU loaded it, and is at {:p} now: CPUs know it by its address. An Mm \
              that a CPU has loaded is neither moved nor copied (keep it in a Pin<Box<Mm>> or a Pin<Arc<..>>)",
             _mm.ctx_id().get(),
-            ptr::from_ref(_mm),
+            core::ptr::from_ref(_mm),
         );
     }
 }

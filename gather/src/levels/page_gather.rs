@@ -89,7 +89,7 @@ impl<'k, 'c, K: Release + FlushTlb> PageGather<'k, 'c, K> {
     ///
     /// # Panics
     /// In a debug build, if the gather was full: a release build flushes and frees at once, under
-    /// whatever lock is held.
+    /// whatever lock is held. In a debug build, if `address` lies in the kernel's half.
     ///
     /// # Safety
     /// - The entry of a `level` table that mapped `frame` at `address`, in the address space of the

@@ -341,6 +341,11 @@ impl World<'_> {
                 let _ = Lines::touched_by(&(start..end))
                     .intersect(Lines::inside(&(end..start)))
                     .first_run(&(start..end));
+                drop(locked);
+                let other = self.view(mm, place, level.wrapping_add(1)).unwrap_or(view);
+                let both = view.lock_both(kernel, other);
+                both.first().forget_empty_lines(&(start..end));
+                both.second().forget_empty_lines(&(start..end));
             }
             Op::Platform { what, address } => self.ask_platform(what, self.address(address)),
             Op::Hook { at, mm, what } => {

@@ -125,6 +125,9 @@ fn implemented(files: &[PathBuf]) -> Vec<String> {
             _ => None,
         })
         .filter_map(|path| path.segments.last().map(|segment| segment.ident.to_string()))
+        .filter(|name| {
+            name == "PageTableFrameMapping" || DEFINED_IN.iter().any(|(defined, _)| name == defined)
+        })
         .collect();
     found.sort();
     found

@@ -10,20 +10,24 @@ fn new_process(kernel: &Kernel) -> Option<Process> {
     Some(Process { mm, areas: RwLock::default() })
 }
 
-// SAFETY, of the next five: they run on `cpu`, with interrupts off.
 fn start(kernel: &Kernel, cpu: CpuId) {              // each CPU first, and again when it comes back
+    // SAFETY: on `cpu`, interrupts off.
     unsafe { init_cpu(kernel, cpu) };
 }
 fn flush_vector(kernel: &Kernel, cpu: CpuId) {       // the interrupt handler, and whoever spins with interrupts off
+    // SAFETY: on `cpu`, interrupts off.
     unsafe { flush_interrupt(kernel, cpu) };
 }
 fn run(kernel: &Kernel, cpu: CpuId, next: &Process) { // the scheduler; `next` lives until this CPU has left it
+    // SAFETY: on `cpu`, interrupts off.
     unsafe { switch_mm(kernel, cpu, Some(next.mm.as_ref().pinned_context())) };
 }
 fn idle(kernel: &Kernel, cpu: CpuId) {               // a kernel thread, too: CR3 stays as it is
+    // SAFETY: on `cpu`, interrupts off.
     unsafe { enter_lazy_tlb(kernel, cpu) };
 }
 fn stop(kernel: &Kernel, cpu: CpuId) {               // the last that a CPU does: no flush waits for it any more
+    // SAFETY: on `cpu`, interrupts off.
     unsafe { offline_cpu(kernel, cpu) };
 }
 
@@ -61,9 +65,10 @@ fn fork(kernel: &Kernel, parent: &Process, child: &Process) -> Result<(), MapErr
         // SAFETY: pages lose the right to be written to, and gain none.
         let _cut = unsafe { gather.change_protection(vma.range, |_, _, old| old.flags() - PageTableFlags::WRITABLE) };
         for address in (vma.range.start()..vma.range.end()).step_by(4096) {
-            // SAFETY, of both: the map lock is held; and the page is counted twice from here on.
+            // SAFETY: the map lock is held.
             let found = unsafe { parent.mm.space().lookup(kernel, address) };
             let Decoded::Leaf(_) = found.value.decode(found.level) else { continue };
+            // SAFETY: nobody knows the child yet; the page is counted twice from here on.
             unsafe { child.mm.space().map(kernel, address, found.level, found.value) }?;
         }
     }

@@ -54,6 +54,12 @@ impl<const CPUS: usize> Checked for Model<CPUS> {
                 "a space that ends with nothing mapped is in a cpumask",
                 |_, s: &State<CPUS>| s.cpus.iter().any(|cpu| matches!(cpu.main, Main::Survey(_, Some(1..)))),
             ),
+            Property::sometimes("mail of two CPUs is taken at once", |_, s: &State<CPUS>| {
+                s.cpus.iter().any(|cpu| cpu.handler.is_some_and(|handler| handler.rest != 0))
+            }),
+            Property::sometimes("a CPU that waits takes its mail", |_, s: &State<CPUS>| {
+                s.cpus.iter().any(|cpu| cpu.waits() && cpu.handler.is_some())
+            }),
             Property::sometimes("a waking CPU is behind", |_, s: &State<CPUS>| {
                 s.cpus.iter().any(|cpu| matches!(cpu.main, Main::Switch(Switch::Behind(..))))
             }),
@@ -128,7 +134,7 @@ fn answered_is_flushed<const CPUS: usize>(s: &State<CPUS>) -> bool {
         };
         (0..CPUS).filter(|cpu| targets & (1 << cpu) != 0).all(|cpu| {
             let state = &s.cpus[cpu];
-            let has_answered = state.inbox[initiator].is_none();
+            let has_answered = state.asked[initiator].is_none();
             let slot = state.slots[usize::from(state.loaded_slot)];
             !has_answered || state.cr3 != Some(request.space) || slot.tlb_gen >= request.tlb_gen
         })
@@ -149,19 +155,8 @@ fn cpumasks_are_true<const CPUS: usize>(s: &State<CPUS>) -> bool {
 /// If nothing new is begun, all work ends: one order of the steps is followed to its end.
 fn can_end<const CPUS: usize>(model: &Model<CPUS>, s: &State<CPUS>) -> bool {
     let mut s = s.clone();
-    let mut actions = Vec::new();
-    for _ in 0..200 {
-        actions.clear();
-        for cpu in 0..CPUS {
-            model.steps_of(&s, cpu, &mut actions);
-            if !actions.is_empty() {
-                break;
-            }
-        }
-        let Some(action) = actions.first() else { break };
-        model.act(&mut s, *action);
-    }
-    s.cpus.iter().all(|cpu| cpu.is_at_rest() && cpu.inbox.iter().all(Option::is_none))
+    model.go_to_the_end(&mut s);
+    s.cpus.iter().all(|cpu| cpu.is_at_rest() && cpu.asked.iter().all(Option::is_none) && cpu.inbox == 0)
 }
 
 fn does<const CPUS: usize>(s: &State<CPUS>, what: impl Fn(Deed) -> bool) -> bool {

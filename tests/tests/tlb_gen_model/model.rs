@@ -59,8 +59,27 @@ pub(crate) enum Bug {
     TagTakenOverWithoutFlush,
     MaskLeftBeforeCr3,
     FreedWithoutWaiting,
-    WaitsWithInterruptsOff,
+    MailNotTakenWhileWaiting,
+    InterruptNotSentForOldMail,
     BatchRaisesNothing,
+}
+
+/// Who has interrupts off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interrupts {
+    /// A CPU that switches, or flushes itself.
+    OnWhileWaiting,
+    /// A CPU that flushes, from the beginning to the last answer.
+    OffWhileWaiting,
+}
+
+/// What the scheduler does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scheduler {
+    /// Anything.
+    Switches,
+    /// Nothing: every CPU runs `Space::A` from the start.
+    AllRunA,
 }
 
 /// What programs and the kernel may do, and on which machine.
@@ -78,6 +97,8 @@ pub(crate) struct Model<const CPUS: usize> {
     pub(crate) reclaimed: [u8; 2],
     /// By space: whether it may come to its end.
     pub(crate) exits: [bool; 2],
+    pub(crate) interrupts: Interrupts,
+    pub(crate) scheduler: Scheduler,
     /// Whether the CPUs are interchangeable, so that it does not matter which one does what. Off
     /// where a story is printed.
     pub(crate) alike: bool,
@@ -89,11 +110,10 @@ pub(crate) enum Action {
     Begin(usize, Op),
     /// The oldest store reaches memory.
     Drain(usize),
-    /// A request interrupts.
-    Interrupt {
-        cpu: usize,
-        initiator: usize,
-    },
+    /// The flush interrupt arrives.
+    Interrupt(usize),
+    /// M4: a CPU that waits takes its mail.
+    TakeMail(usize),
     Handle(usize),
     Step(usize),
 }
@@ -111,7 +131,7 @@ pub(crate) enum Op {
 
 impl<const CPUS: usize> Model<CPUS> {
     pub(crate) fn start(&self) -> State<CPUS> {
-        State {
+        let mut state = State {
             spaces: self.mapped.map(|present| SpaceState {
                 tlb_gen: 0,
                 cpumask: 0,
@@ -123,6 +143,29 @@ impl<const CPUS: usize> Model<CPUS> {
             batch: None,
             answers: 0,
             went_back: false,
+        };
+        if self.scheduler == Scheduler::AllRunA {
+            for cpu in 0..CPUS {
+                self.act(&mut state, Action::Begin(cpu, Op::Run(Space::A)));
+                self.go_to_the_end(&mut state);
+            }
+        }
+        state
+    }
+
+    /// Takes every step that is left: those of the first CPU that has something to do.
+    pub(crate) fn go_to_the_end(&self, s: &mut State<CPUS>) {
+        let mut actions = Vec::new();
+        for _ in 0..300 {
+            actions.clear();
+            for cpu in 0..CPUS {
+                self.steps_of(s, cpu, &mut actions);
+                if !actions.is_empty() {
+                    break;
+                }
+            }
+            let Some(action) = actions.first() else { return };
+            self.act(s, *action);
         }
     }
 
@@ -198,12 +241,12 @@ impl<const CPUS: usize> Model<CPUS> {
         if self.may_step(s, cpu) {
             actions.push(Action::Step(cpu));
         }
-        let waits_deaf = self.has(Bug::WaitsWithInterruptsOff)
-            && matches!(state.main, Main::Shoot(Shoot { step: ShootStep::Waiting { .. }, .. }));
-        if state.interrupts_are_on() && !waits_deaf {
-            for initiator in (0..CPUS).filter(|initiator| state.inbox[*initiator].is_some()) {
-                actions.push(Action::Interrupt { cpu, initiator });
-            }
+        let is_deaf = self.interrupts == Interrupts::OffWhileWaiting && matches!(state.main, Main::Shoot(_));
+        if state.interrupted && state.interrupts_are_on() && !is_deaf {
+            actions.push(Action::Interrupt(cpu));
+        }
+        if state.waits() && state.inbox != 0 && !self.has(Bug::MailNotTakenWhileWaiting) {
+            actions.push(Action::TakeMail(cpu));
         }
     }
 
@@ -211,7 +254,8 @@ impl<const CPUS: usize> Model<CPUS> {
         let state = &s.cpus[cpu];
         let loaded = state.own_loaded();
         let mut begin = |op| actions.push(Action::Begin(cpu, op));
-        if loaded != Loaded::Init {
+        let switches = self.scheduler == Scheduler::Switches;
+        if switches && loaded != Loaded::Init {
             begin(Op::Stop);
             if !state.own_lazy() {
                 begin(Op::GoLazy);
@@ -220,7 +264,7 @@ impl<const CPUS: usize> Model<CPUS> {
         for space in SPACES {
             let life = s.space(space).life;
             let is_idle_here = loaded == Loaded::Space(space) && !state.own_lazy();
-            if life == Life::Alive && !is_idle_here {
+            if switches && life == Life::Alive && !is_idle_here {
                 begin(Op::Run(space));
             }
             for item in ITEMS {
@@ -284,14 +328,17 @@ impl<const CPUS: usize> Model<CPUS> {
                 ShootStep::NotRaised(_) => self.may_raise(s, cpu, shoot.request.space),
                 ShootStep::Raised => self.fence(s, cpu, Bug::NoFenceInRaise),
                 ShootStep::Looking { left: 0, targets } => targets == 0 || quiet,
-                ShootStep::Looking { .. } | ShootStep::LoadedRead { .. } | ShootStep::Here { .. } => true,
+                ShootStep::Looking { .. }
+                | ShootStep::LoadedRead { .. }
+                | ShootStep::Peeked { .. }
+                | ShootStep::Here { .. } => true,
                 ShootStep::Flushing { deed, .. } => self.may_do(s, cpu, deed),
                 ShootStep::Waiting { targets } if self.has(Bug::AnswersCountedTogether) => {
                     u32::from(s.answers) >= targets.count_ones()
                 }
                 ShootStep::Waiting { .. } => {
                     self.has(Bug::FreedWithoutWaiting)
-                        || s.cpus.iter().all(|other| other.inbox[cpu].is_none())
+                        || s.cpus.iter().all(|other| other.asked[cpu].is_none())
                 }
             },
         }
@@ -300,7 +347,7 @@ impl<const CPUS: usize> Model<CPUS> {
     pub(crate) fn may_do(&self, s: &State<CPUS>, cpu: usize, deed: Deed) -> bool {
         match deed {
             Deed::LeaveCpumask => self.may_lock(s, cpu),
-            Deed::LoadInit => true,
+            Deed::Unread | Deed::LoadInit => true,
             // CR3 and INVLPG serialise, and so does the answer.
             Deed::LoadInitCr3 | Deed::Pages(_) | Deed::All(_) | Deed::Done => s.cpus[cpu].stores.is_empty(),
         }

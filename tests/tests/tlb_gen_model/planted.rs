@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use stateright::{Checker, HasDiscoveries, Model as Checked, Path};
 
-use crate::model::{Bug, Locked, Model, Pcid};
-use crate::{A_PAGE, BOTH_PAGES, STILL, THE_TABLE};
+use crate::model::{Bug, Interrupts, Locked, Model, Pcid};
+use crate::{A_PAGE, BOTH_PAGES, STILL, THE_TABLE, THREE};
 
 const PAGE_REACHED: &str = "no program reaches a freed page";
 const TABLE_WALKED: &str = "no walk goes through a freed table";
@@ -30,6 +30,10 @@ const fn with_one_tag(model: Model<2>) -> Model<2> {
     Model { pcid: Pcid::On { slots: 1 }, ..model }
 }
 
+const fn masked<const CPUS: usize>(model: Model<CPUS>) -> Model<CPUS> {
+    Model { interrupts: Interrupts::OffWhileWaiting, ..model }
+}
+
 /// Prints a story, step by step.
 pub(crate) fn tell<S, A: Debug>(title: &str, path: Path<S, A>) {
     println!("not so: {title}");
@@ -39,7 +43,7 @@ pub(crate) fn tell<S, A: Debug>(title: &str, path: Path<S, A>) {
 }
 
 /// Checks that the shortest story in which `bug` breaks `claimed` has this many steps.
-fn caught(bug: Bug, model: Model<2>, claimed: &'static str, steps: usize) {
+fn caught<const CPUS: usize>(bug: Bug, model: Model<CPUS>, claimed: &'static str, steps: usize) {
     let only = HasDiscoveries::AnyOf(BTreeSet::from([claimed]));
     let checker = Model { bug: Some(bug), ..model }.checker().finish_when(only).spawn_bfs().join();
     let path = checker.discovery(claimed).unwrap_or_else(|| panic!("{bug:?}: missed by: {claimed}"));
@@ -147,6 +151,7 @@ fn pages_are_flushed_alone_although_a_generation_was_skipped() {
 #[test]
 fn an_answer_comes_before_the_flush() {
     caught(Bug::AnsweredBeforeFlush, TABLE, TABLE_WALKED, 13);
+    caught(Bug::AnsweredBeforeFlush, THREE, NOT_FLUSHED, 11);
     // With pages alone this is no bug, although Linux does not do it: no program runs before the
     // handler has ended.
     breaks_only(Bug::AnsweredBeforeFlush, PAGE, &[NOT_FLUSHED]);
@@ -155,6 +160,7 @@ fn an_answer_comes_before_the_flush() {
 #[test]
 fn answers_to_two_requests_are_counted_together() {
     caught(Bug::AnswersCountedTogether, PAGES, PAGE_REACHED, 30);
+    caught(Bug::AnswersCountedTogether, THREE, PAGE_REACHED, 20);
 }
 
 #[test]
@@ -175,8 +181,16 @@ fn nobody_waits_for_the_answers() {
 }
 
 #[test]
-fn two_wait_for_each_other_with_interrupts_off() {
-    caught(Bug::WaitsWithInterruptsOff, PAGES, STUCK, 15);
+fn two_wait_for_each_other_and_take_no_mail() {
+    caught(Bug::MailNotTakenWhileWaiting, masked(PAGES), STUCK, 15);
+    // With interrupts on, the interrupt takes it.
+    breaks_only(Bug::MailNotTakenWhileWaiting, PAGES, &[]);
+    caught(Bug::MailNotTakenWhileWaiting, masked(THREE), STUCK, 12);
+}
+
+#[test]
+fn no_interrupt_is_sent_because_of_mail_that_is_taken_meanwhile() {
+    caught(Bug::InterruptNotSentForOldMail, THREE, STUCK, 15);
 }
 
 #[test]

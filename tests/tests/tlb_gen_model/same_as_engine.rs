@@ -12,9 +12,9 @@ use core::pin::Pin;
 use core::sync::atomic::AtomicU64;
 
 use mmu_gather::tlb::{
-    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushRequest, FreedTables, Laziness, LoadedMm,
-    MmContext, NR_DYN_ASIDS, PageSpan, PcidSupport, TlbGen, UnmapBatch, enter_lazy_tlb, flush_tlb_func,
-    flush_tlb_mm, flush_tlb_mm_range, switch_mm,
+    CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FreedTables, Laziness, LoadedMm, MmContext,
+    NR_DYN_ASIDS, PageSpan, PcidSupport, TlbGen, UnmapBatch, enter_lazy_tlb, flush_interrupt, flush_tlb_mm,
+    flush_tlb_mm_range, switch_mm,
 };
 use x86_64::PhysAddr;
 use x86_64::instructions::tlb::Pcid;
@@ -201,8 +201,8 @@ impl Rig {
     }
 }
 
-// SAFETY: one thread plays all CPUs: whoever calls is on `here`, nothing interrupts, and a request
-// runs on its target before `flush_others` returns. The pretend TLB drops what is named.
+// SAFETY: one thread plays all CPUs: whoever calls is on `here`, and nothing interrupts but what is
+// sent, at once. The pretend TLB drops what is named.
 unsafe impl Cpus for Rig {
     type Bits = Bits;
 
@@ -218,18 +218,12 @@ unsafe impl Cpus for Rig {
         root(0)
     }
 
-    fn flush_others(
-        &self,
-        targets: &CpuSet<Bits>,
-        request: &FlushRequest<'_, Bits>,
-        meanwhile: impl FnOnce(),
-    ) {
+    fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
         let initiator = self.here.get();
-        meanwhile();
         for cpu in targets.iter() {
             self.here.set(cpu);
             // SAFETY: this thread is `cpu` now, and nothing interrupts it.
-            unsafe { flush_tlb_func(self, cpu, request) };
+            unsafe { flush_interrupt(self, cpu) };
         }
         self.here.set(initiator);
     }
@@ -271,19 +265,6 @@ unsafe impl Cpus for Rig {
             }
         }
         self.fill(cpu);
-    }
-}
-
-/// Takes every step that is left, first those of CPUs that have something to do.
-fn to_the_end(model: &Model<2>, state: &mut State<2>) {
-    let mut actions = Vec::new();
-    loop {
-        actions.clear();
-        for cpu in 0..2 {
-            model.steps_of(state, cpu, &mut actions);
-        }
-        let Some(action) = actions.first() else { return };
-        model.act(state, *action);
     }
 }
 
@@ -337,7 +318,7 @@ fn every_call_leaves_the_machine_and_the_engine_in_the_same_state() {
                 Op::FlushBatch => 6,
             }] += 1;
             model.act(&mut state, action);
-            to_the_end(&model, &mut state);
+            model.go_to_the_end(&mut state);
             rig.do_it(cpu, op);
             rig.compare(&state, &format!("story {story}, call {number}, {op:?} on {cpu}"));
         }
@@ -395,7 +376,7 @@ fn what_was_freed_in_a_story_was_freed_by_its_end() {
     let model = Model { exits: [true, false], ..STILL };
     let mut state = model.start();
     model.act(&mut state, Action::Begin(0, Op::Exit(Space::A)));
-    to_the_end(&model, &mut state);
+    model.go_to_the_end(&mut state);
     assert_eq!(state.space(Space::A).fates, [Fate::Freed(1); 3]);
     assert_eq!(state.space(Space::A).life, Life::RootFreed);
 }

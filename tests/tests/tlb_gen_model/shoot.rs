@@ -34,11 +34,18 @@ impl<const CPUS: usize> Model<CPUS> {
                 let members = s.space(request.space).cpumask & !me; // F3
                 looking(members, request.tables && !self.has(Bug::LazySkippedWithTables))
             }
+            ShootStep::Looking { left: 0, targets } if self.has(Bug::InterruptNotSentForOldMail) => {
+                let had_mail = s.cpus[targets.trailing_zeros() as usize].inbox != 0;
+                ShootStep::Peeked { targets, had_mail }
+            }
             ShootStep::Looking { left: 0, targets } => {
-                s.answers = 0;
-                for other in (0..CPUS).filter(|other| targets & (1 << other) != 0) {
-                    s.cpus[other].inbox[cpu] = Some(request); // F6
-                }
+                Self::post(s, cpu, request, targets, targets);
+                self.turn_here(s, cpu, &shoot, targets)
+            }
+            ShootStep::Peeked { targets, had_mail } => {
+                let lowest = targets & targets.wrapping_neg();
+                let told = if had_mail { targets & !lowest } else { targets };
+                Self::post(s, cpu, request, targets, told);
                 self.turn_here(s, cpu, &shoot, targets)
             }
             ShootStep::Looking { left, targets } => {
@@ -86,6 +93,18 @@ impl<const CPUS: usize> Model<CPUS> {
             s.cpus[cpu].main = Main::Run;
         } else {
             s.cpus[cpu].main = Main::Shoot(Shoot { request, here, step: next });
+        }
+    }
+
+    /// M1 to M3: `cpu` has `request` for each of `targets`. Those of `told` that had no mail are
+    /// interrupted. An interrupt arrives at any time later, so sending it needs no step of its own.
+    fn post(s: &mut State<CPUS>, cpu: usize, request: Request, targets: u8, told: u8) {
+        s.answers = 0;
+        for target in (0..CPUS).filter(|target| targets & (1 << target) != 0) {
+            let state = &mut s.cpus[target];
+            state.asked[cpu] = Some(request);
+            state.interrupted |= state.inbox == 0 && told & (1 << target) != 0;
+            state.inbox |= 1 << cpu;
         }
     }
 
@@ -195,7 +214,7 @@ impl<const CPUS: usize> Model<CPUS> {
                 let Loaded::Space(space) = s.cpus[cpu].own_loaded() else { return Deed::Done };
                 self.flush_context(s, cpu, space, tlb_gen);
             }
-            Deed::Done => {}
+            Deed::Unread | Deed::Done => {}
         }
         Deed::Done
     }

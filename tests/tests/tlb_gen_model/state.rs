@@ -114,6 +114,8 @@ pub(crate) enum What {
 /// What `plan` said, and how far it has been carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Deed {
+    /// The request has not been looked at.
+    Unread,
     LeaveCpumask,
     LoadInit,
     /// The second half of it.
@@ -184,6 +186,11 @@ pub(crate) enum ShootStep {
         left: u8,
         targets: u8,
     },
+    /// Planted: whether the target's inbox has mail was read before this CPU adds its own.
+    Peeked {
+        targets: u8,
+        had_mail: bool,
+    },
     /// F6: requests were sent to the others; it is this CPU's turn.
     Here {
         targets: u8,
@@ -197,11 +204,13 @@ pub(crate) enum ShootStep {
     },
 }
 
-/// The flush handler, interrupts off.
+/// `flush_interrupt`, interrupts off: in the handler, or while the CPU waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Handler {
     pub(crate) initiator: u8,
     pub(crate) deed: Deed,
+    /// Initiators whose mail was taken, too, and comes after this one's.
+    pub(crate) rest: u8,
 }
 
 pub(crate) const MAX_SLOTS: usize = 2;
@@ -223,8 +232,13 @@ pub(crate) struct CpuState<const CPUS: usize> {
     pub(crate) stores: ArrayVec<Store, 8>,
     pub(crate) main: Main,
     pub(crate) handler: Option<Handler>,
-    /// Requests not yet answered, by initiator.
-    pub(crate) inbox: [Option<Request>; CPUS],
+    /// Requests that this CPU has not answered, by initiator: the request and the bit for this CPU
+    /// in the outbox of each.
+    pub(crate) asked: [Option<Request>; CPUS],
+    /// M3: the initiators whose request this CPU has not taken.
+    pub(crate) inbox: u8,
+    /// It has been interrupted, and has not run the handler yet.
+    pub(crate) interrupted: bool,
 }
 
 impl<const CPUS: usize> CpuState<CPUS> {
@@ -241,7 +255,9 @@ impl<const CPUS: usize> CpuState<CPUS> {
             stores: ArrayVec::new_const(),
             main: Main::Run,
             handler: None,
-            inbox: [None; CPUS],
+            asked: [None; CPUS],
+            inbox: 0,
+            interrupted: false,
         }
     }
 
@@ -302,6 +318,11 @@ impl<const CPUS: usize> CpuState<CPUS> {
         if self.loaded == Loaded::Init && self.cr3.is_none() && self.stores.is_empty() {
             self.loaded_slot = 0;
         }
+    }
+
+    /// Whether it waits for answers.
+    pub(crate) const fn waits(&self) -> bool {
+        matches!(self.main, Main::Shoot(Shoot { step: ShootStep::Waiting { .. }, .. }))
     }
 
     pub(crate) const fn is_at_rest(&self) -> bool {
@@ -424,9 +445,11 @@ impl<const CPUS: usize> State<CPUS> {
     fn swap_cpus(&mut self) {
         self.cpus.swap(0, 1);
         for cpu in &mut self.cpus {
-            cpu.inbox.swap(0, 1);
+            cpu.asked.swap(0, 1);
+            swap_bits(&mut cpu.inbox);
             if let Some(handler) = &mut cpu.handler {
                 handler.initiator ^= 1;
+                swap_bits(&mut handler.rest);
             }
             match &mut cpu.main {
                 Main::Survey(_, Some(left)) => swap_bits(left),
@@ -437,7 +460,8 @@ impl<const CPUS: usize> State<CPUS> {
                         swap_bits(left);
                         swap_bits(targets);
                     }
-                    ShootStep::Here { targets }
+                    ShootStep::Peeked { targets, .. }
+                    | ShootStep::Here { targets }
                     | ShootStep::Flushing { targets, .. }
                     | ShootStep::Waiting { targets } => swap_bits(targets),
                 },

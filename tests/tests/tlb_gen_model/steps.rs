@@ -37,6 +37,13 @@ pub(crate) fn may_have_loaded(loaded: Loaded, space: Space) -> bool {
     loaded == Loaded::Space(space) || loaded == Loaded::Switching
 }
 
+/// The request that comes first of those of `initiators`, whose mail was taken.
+fn unread(initiators: u8) -> Option<Handler> {
+    let initiator = u8::try_from(initiators.trailing_zeros()).expect("a small number");
+    let rest = initiators & initiators.wrapping_sub(1);
+    (initiators != 0).then_some(Handler { initiator, deed: Deed::Unread, rest })
+}
+
 impl<const CPUS: usize> Model<CPUS> {
     /// `action`, which was among the actions, happens.
     pub(crate) fn act(&self, s: &mut State<CPUS>, action: Action) {
@@ -54,38 +61,56 @@ impl<const CPUS: usize> Model<CPUS> {
         match action {
             Action::Begin(cpu, op) => self.begin(s, cpu, op),
             Action::Drain(cpu) => s.drain(cpu),
-            Action::Interrupt { cpu, initiator } => {
-                let Some(request) = s.cpus[cpu].inbox[initiator] else { return };
-                if self.has(Bug::AnsweredBeforeFlush) {
-                    s.cpus[cpu].inbox[initiator] = None;
-                }
-                let deed = self.decide(s, cpu, &request);
-                self.go_on(s, cpu, initiator, deed);
-            }
+            Action::Interrupt(cpu) | Action::TakeMail(cpu) => self.take_mail(s, cpu),
             Action::Handle(cpu) => {
-                let Some(Handler { initiator, deed }) = s.cpus[cpu].handler else { return };
-                let initiator = usize::from(initiator);
-                let request = s.cpus[cpu].inbox[initiator];
-                let deed = self.carry_out(s, cpu, deed, request.as_ref());
-                self.go_on(s, cpu, initiator, deed);
+                let Some(handler) = s.cpus[cpu].handler else { return };
+                match handler.deed {
+                    Deed::Unread => self.read_mail(s, cpu, handler),
+                    deed => {
+                        let request = s.cpus[cpu].asked[usize::from(handler.initiator)];
+                        let deed = self.carry_out(s, cpu, deed, request.as_ref());
+                        self.go_on(s, cpu, Handler { deed, ..handler });
+                    }
+                }
             }
             Action::Step(cpu) => self.step(s, cpu),
         }
     }
 
-    /// The handler has `deed` to do. When nothing is left, it answers as soon as its stores are in
-    /// memory. Nobody can tell whether an answer comes with the last step or later, so it comes
+    /// M5, and the first request of those that are taken. Where a CPU that waits takes it, an
+    /// interrupt is still on its way. Nobody can tell whether it comes, because it finds nothing or
+    /// what another interrupt is sent for, so it does not.
+    fn take_mail(&self, s: &mut State<CPUS>, cpu: usize) {
+        s.cpus[cpu].interrupted = false;
+        if let Some(handler) = unread(core::mem::take(&mut s.cpus[cpu].inbox)) {
+            self.read_mail(s, cpu, handler);
+        }
+    }
+
+    /// M6.
+    fn read_mail(&self, s: &mut State<CPUS>, cpu: usize, handler: Handler) {
+        let initiator = usize::from(handler.initiator);
+        let Some(request) = s.cpus[cpu].asked[initiator] else { return };
+        if self.has(Bug::AnsweredBeforeFlush) {
+            s.cpus[cpu].asked[initiator] = None;
+        }
+        let deed = self.decide(s, cpu, &request);
+        self.go_on(s, cpu, Handler { deed, ..handler });
+    }
+
+    /// M7: the handler has a deed to do. When nothing is left, it answers as soon as its stores are
+    /// in memory. Nobody can tell whether an answer comes with the last step or later, so it comes
     /// with that step.
-    fn go_on(&self, s: &mut State<CPUS>, cpu: usize, initiator: usize, deed: Deed) {
-        if deed == Deed::Done && s.cpus[cpu].stores.is_empty() {
+    fn go_on(&self, s: &mut State<CPUS>, cpu: usize, handler: Handler) {
+        let state = &mut s.cpus[cpu];
+        if handler.deed == Deed::Done && state.stores.is_empty() {
             if !self.has(Bug::AnsweredBeforeFlush) {
-                s.cpus[cpu].inbox[initiator] = None;
+                state.asked[usize::from(handler.initiator)] = None;
             }
-            s.cpus[cpu].handler = None;
+            state.handler = unread(handler.rest);
             s.answers += u8::from(self.has(Bug::AnswersCountedTogether));
         } else {
-            let initiator = u8::try_from(initiator).expect("few CPUs");
-            s.cpus[cpu].handler = Some(Handler { initiator, deed });
+            state.handler = Some(handler);
         }
     }
 
