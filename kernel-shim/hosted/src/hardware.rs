@@ -113,6 +113,10 @@ impl HostedMachine {
                 self.reached.note(Boundary::HeldOff);
             }
             cpu.is_interrupted.store(true, Ordering::Release);
+            // A kernel that says whom it asks has said so.
+            if !self.cpu().waits.load(Ordering::Relaxed) {
+                self.log(What::Sent(target));
+            }
         }
     }
 

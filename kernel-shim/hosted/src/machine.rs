@@ -356,6 +356,11 @@ impl HostedMachine {
         words.collect()
     }
 
+    /// The call that this CPU made has returned: it waits for nobody.
+    pub(crate) fn call_returned(&self) {
+        self.cpu().awaits.store(0, Ordering::Relaxed);
+    }
+
     /// Whether the planted fault keeps this CPU from flushing just now.
     pub(crate) fn skips_flushes(&self) -> bool {
         self.options.fault == MachineFault::SkipFlush || self.cpu().flushes_nothing.load(Ordering::Relaxed)

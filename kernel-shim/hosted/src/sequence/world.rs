@@ -173,6 +173,7 @@ impl<K: Kernel> World<K> {
             self.machine.log_detail(Detail::Began(index, self.names(step.op)));
             self.take(cpu, step.op);
             self.machine.log_detail(Detail::Ended(index));
+            self.machine.call_returned();
             // The way back from a system call is a preemption point.
             self.machine.begin_work_anew();
             self.note_done(index);
