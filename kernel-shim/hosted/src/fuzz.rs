@@ -16,7 +16,7 @@ use crate::options::Telling;
 use crate::patience::{Watched, watched};
 use crate::quiet::quietly;
 use crate::random::Choices;
-use crate::sequence::{Calls, Run, Sequence, Trial, Verdict, generate, judge, shrink};
+use crate::sequence::{Calls, Run, Sequence, Trial, Verdict, generate, judge, shrink, without_lacking};
 
 /// How a kernel is fuzzed.
 #[derive(Clone, Debug)]
@@ -120,10 +120,14 @@ fn fuzz_watched<K: Kernel>(
         if !run.verdict.is_clean() {
             // The panic, if it was one, has been printed, and is once more below.
             let judged = |machine: &Arc<HostedMachine>| {
-                watched.begin(&sequence);
+                watched.begin_again();
                 make(machine)
             };
-            let short = quietly(|| shrink(&sequence, options.trial, run.verdict, judged));
+            let short = quietly(|| {
+                let (sequence, verdict) =
+                    without_lacking(sequence, options.trial, run.verdict, &report.calls, &judged)?;
+                shrink(&sequence, options.trial, verdict, judged)
+            });
             let (sequence, verdict) = short?;
             let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, make)?;
             if let Some(path) = &options.reproducer {

@@ -31,6 +31,7 @@ pub use calls::{Calls, Tally};
 pub use generate::generate;
 pub use op::{MmId, NR_MMS, Op, Step};
 pub use shrink::shrink;
+pub(crate) use shrink::without_lacking;
 pub use text::{Sequence, SequenceError};
 pub use trial::{Lost, Outcome, Pace, Trial};
 pub use verdict::{Run, Verdict, judge};
