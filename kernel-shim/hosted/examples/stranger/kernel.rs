@@ -115,6 +115,10 @@ unsafe impl TableMemory for Stranger {
         lock
     }
 
+    fn between_look_and_change(&self) {
+        self.machine.seam(Seam::Entry);
+    }
+
     fn allocate_table(&self) -> Option<PhysFrame> {
         let table = self.take(FrameRole::Table)?;
         if self.mistake != Mistake::DirtyTables {
