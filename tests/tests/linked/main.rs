@@ -1,12 +1,14 @@
 //! The engine as a kernel links it, without `std`, with `panic = "abort"` and link-time
 //! optimisation: what it needs of others, which panics are left in it, how large it is.
 //!
+//! The list of panics and the sizes are those of rustc 1.95; with another one they are not held.
 //! `BLESS=1 cargo test -p mmu-tests --test linked` writes the sizes in `README.md` anew.
 
 mod archive;
 mod panics;
 
 use std::fs;
+use std::process::Command;
 use std::sync::LazyLock;
 
 use archive::{Linked, root};
@@ -55,13 +57,21 @@ fn every_panic_that_is_left_is_argued_for() {
     }
     let new: Vec<String> = left.difference(&argued).map(Site::item).collect();
     assert!(
-        new.is_empty(),
+        new.is_empty() || !is_compiler_of_the_lists(),
         "these can panic in a kernel: show in tests/linked/README.md why no program reaches them, or remove them\n{}",
         new.join("\n")
     );
     // Another compiler may leave fewer: a panic that is argued for and gone is no error.
     let stale: Vec<&Site> = argued.iter().filter(|site| !panics::is_there(site)).collect();
     assert!(stale.is_empty(), "no such line is in its file any more: {stale:#?}");
+}
+
+/// Whether the compiler is the one that the lists were made with. What another one inlines, and
+/// which panics it finds impossible, is its own affair.
+fn is_compiler_of_the_lists() -> bool {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let version = Command::new(rustc).arg("--version").output().map(|output| output.stdout);
+    version.is_ok_and(|version| version.starts_with(b"rustc 1.95."))
 }
 
 /// What a kernel calls that has munmap, DONTNEED, mprotect and exit, with the switches and the
@@ -107,7 +117,7 @@ fn the_readme_says_how_large_the_text_is() {
             for (said, size) in [(cells[2], fast), (cells[3], small)] {
                 let is_near = said.parse::<f64>().is_ok_and(|said| (said / size - 1.0).abs() < 0.1);
                 assert!(
-                    is_near || is_blessed,
+                    is_near || is_blessed || !is_compiler_of_the_lists(),
                     "it is {size:.1} KiB: BLESS=1 cargo test -p mmu-tests --test linked writes it anew\n{line}"
                 );
             }
