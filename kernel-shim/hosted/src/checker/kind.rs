@@ -30,6 +30,8 @@ pub enum ViolationKind {
     FreedTwice,
     /// A frame was given out that was in use.
     GivenOutTwice,
+    /// A page was given out that was lent to a gather.
+    LentPageGivenOut,
     /// An entry that is not empty is in a line that its table is noted not to use: a walk would
     /// pass it by.
     EntryNotNoted,
@@ -87,6 +89,9 @@ impl ViolationKind {
             Self::FreePageMapped | Self::CountsDisagree | Self::FreedTwice | Self::GivenOutTwice => {
                 "Rule G5: what is queued is released once, and what is mapped is not free."
             }
+            Self::LentPageGivenOut => {
+                "A page that `allocate_batch` lends is used by nobody else until `free_batch` takes it back."
+            }
             Self::TableFreedInUse => {
                 "Rule P3: a table is freed when all 512 entries are empty, never by guess."
             }
@@ -140,6 +145,7 @@ impl fmt::Display for ViolationKind {
             }
             Self::FreedTwice => "a frame was freed that was not in use",
             Self::GivenOutTwice => "a frame was given out that was in use",
+            Self::LentPageGivenOut => "a page was given out that is lent to a gather",
             Self::RightsUsableAfterProtect => {
                 "rights can still be used although the call that takes them away has returned"
             }

@@ -1,11 +1,15 @@
 //! The kit on a kernel that it does not know, which is clean, and with each of its mistakes.
 
+#[path = "../../examples/stranger/ipis.rs"]
+mod ipis;
 #[path = "../../examples/stranger/kernel.rs"]
 mod kernel;
 #[path = "../../examples/stranger/kit.rs"]
 mod kit;
 #[path = "../../../tests/lines/mod.rs"]
 mod lines;
+#[path = "../../examples/stranger/mistake.rs"]
+mod mistake;
 
 mod guide;
 
@@ -19,7 +23,8 @@ use mmu_hosted::{
     judge, replay,
 };
 
-use kernel::{Mistake, Stranger};
+use kernel::Stranger;
+use mistake::Mistake;
 
 fn options() -> FuzzOptions {
     FuzzOptions { sequences: 300, ..FuzzOptions::default() }
