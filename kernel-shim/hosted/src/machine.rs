@@ -373,7 +373,8 @@ impl HostedMachine {
                 "it is off, and offline_cpu was not the last that it ran: as long as it does not say that it is off, \
                  it counts as one that must flush"
             } else if !other.is_interrupted.load(Ordering::Relaxed) {
-                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing"
+                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing: the handler calls \
+                 `flush_interrupt` for the CPU that it runs on"
             } else if other.interrupts_off.load(Ordering::Relaxed) > 0 {
                 "it was interrupted, and has its interrupts off: a CPU that waits (for answers, for a lock) while \
                  others flush serves what they ask of it meanwhile, or waits with interrupts on"

@@ -6,6 +6,8 @@ use core::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum ViolationKind {
+    /// A page was given out that was lent to a gather: both write to it.
+    LentPageGivenOut,
     /// A program can reach a page that was freed, or did.
     PageReachableAfterFree,
     /// A page walk can reach a table that was freed, or did.
@@ -30,8 +32,6 @@ pub enum ViolationKind {
     FreedTwice,
     /// A frame was given out that was in use.
     GivenOutTwice,
-    /// A page was given out that was lent to a gather.
-    LentPageGivenOut,
     /// An entry that is not empty is in a line that its table is noted not to use: a walk would
     /// pass it by.
     EntryNotNoted,
