@@ -254,7 +254,7 @@ impl HostedMachine {
             };
             // The root in CR3 is told below.
             watch.take_fills();
-            debug_assert!(
+            assert!(
                 loaded.is_ok(),
                 "T6: CR3 is loaded with PCID {}, or so that it keeps what is cached, and this CPU has PCIDs off \
                  (CR4.PCIDE is clear): `pcid_support` says On only where every CPU has them on",
