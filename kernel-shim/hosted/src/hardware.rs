@@ -234,6 +234,9 @@ impl HostedMachine {
     }
 
     /// MOV to CR3 on this CPU: `root` is its top table from now on, under `pcid`.
+    ///
+    /// # Panics
+    /// Where the instruction would trap: with PCIDs off, if `pcid` is not 0 or `cached` is `Keep`.
     pub fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         let keep = cached == CachedTranslations::Keep;
         // Between the decision what to keep and the load.
