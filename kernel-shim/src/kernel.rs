@@ -168,7 +168,7 @@ impl<M: Machine> Kernel<M> {
     /// space.
     pub fn start_cpu(&self) {
         self.machine.pinned(|cpu| {
-            // SAFETY: pinned, interrupts off, and the CPU has loaded nothing since it was switched on.
+            // SAFETY: pinned, interrupts off; it has loaded nothing since it was switched on.
             self.machine.without_interrupts(|| unsafe { init_cpu(self, cpu) });
         });
     }

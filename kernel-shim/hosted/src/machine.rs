@@ -317,7 +317,7 @@ impl HostedMachine {
         assert!(self.flush_handler.set(handler).is_ok(), "a machine runs one kernel");
     }
 
-    /// This CPU is switched off: what was sent to it and what will be is lost, and it walks nothing.
+    /// This CPU is switched off: what is sent to it is lost, and it walks nothing.
     pub(crate) fn switch_off(&self) {
         self.leave_user_mode();
         self.cpu().is_off.store(true, Ordering::Relaxed);

@@ -72,13 +72,13 @@ impl ViolationKind {
     pub const fn rule(self) -> &'static str {
         match self {
             Self::PageReachableAfterFree | Self::TableReachableAfterFree => {
-                "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed."
+                "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed: in `free_pages` and `free_tables`, and not where its entry is cleared."
             }
             Self::DeviceReachesAfterFree => {
                 "Rule G1: a frame or table is freed only after secondary TLBs were told to forget it, too."
             }
             Self::AddressUsableAfterUnmap | Self::PageUsableAfterDiscard | Self::RightsUsableAfterProtect => {
-                "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all)."
+                "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all). What the kernel writes by hand it tells the gather: `changed`."
             }
             Self::OldPageUsableAfterMap => {
                 "The map lock is held until the flush has returned: what comes next at the same addresses finds that every CPU has forgotten what was there."

@@ -23,8 +23,8 @@ use crate::vocabulary::{FrameRole, Moment};
 /// How many violations of one kind are told in full; the others are counted.
 const TOLD: usize = 2;
 
-/// What a frame is in use for: nothing; a page; a table; whatever the kernel has taken before it had
-/// booted; a page that is lent to a gather, if the kernel tells.
+/// What a frame is in use for: nothing; a page; a table; whatever the kernel has taken before it
+/// had booted; a page that is lent to a gather, if the kernel tells.
 const FREE: u8 = 0;
 const PAGE: u8 = 1;
 const TABLE: u8 = 2;

@@ -70,8 +70,7 @@ impl HostedMachine {
     }
 
     /// Which CPUs have tried to take a table lock that they hold, in words: a line for each.
-    #[must_use]
-    pub fn locks_taken_twice(&self) -> Vec<String> {
+    pub(crate) fn locks_taken_twice(&self) -> Vec<String> {
         let mut words = Vec::new();
         for cpu in &self.cpus {
             let asked = lock(&cpu.table_locks.asked);
