@@ -9,7 +9,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::hosted::{HostedMm, HostedPlatform};
 
-/// A map lock. It lets other CPUs run while it waits.
+/// A map lock. It lets other CPUs run while it waits, and when it has been dropped.
 #[derive(Debug)]
 pub struct MapLock<T> {
     machine: Arc<HostedMachine>,
@@ -22,7 +22,12 @@ pub struct MapLock<T> {
 pub struct MapGuard<'a, T> {
     lock: &'a MapLock<T>,
     areas: SpinMutexGuard<'a, T, GiveWay>,
+    // Dropped last.
+    _after: AfterDrop<'a>,
 }
+
+#[derive(Debug)]
+struct AfterDrop<'a>(&'a HostedMachine);
 
 impl<T> MapLock<T> {
     /// The map lock of `mm`.
@@ -37,7 +42,7 @@ impl<T> MapLock<T> {
         self.machine.seam(Seam::Lock);
         let areas = self.areas.lock();
         self.machine.note(Note::MapLocked { root: self.root, most });
-        MapGuard { lock: self, areas }
+        MapGuard { lock: self, areas, _after: AfterDrop(&self.machine) }
     }
 }
 
@@ -58,5 +63,13 @@ impl<T> DerefMut for MapGuard<'_, T> {
 impl<T> Drop for MapGuard<'_, T> {
     fn drop(&mut self) {
         self.lock.machine.note(Note::MapUnlocked { root: self.lock.root });
+    }
+}
+
+impl Drop for AfterDrop<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.0.seam(Seam::Lock);
+        }
     }
 }
