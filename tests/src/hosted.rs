@@ -240,6 +240,15 @@ impl HostedPlatform {
         self.without_interrupts(|| unsafe { enter_lazy_tlb(self, self.machine.current()) });
     }
 
+    /// Nothing is going on: compares what CPUs have cached with the tables of all address spaces,
+    /// and the tables with the frames that are in use.
+    pub fn compare_at_rest<'a>(&self, mms: impl Iterator<Item = &'a HostedMm>) {
+        let mms: Vec<&Mm<Bits>> = mms.map(|mm| &**mm).collect();
+        self.machine.compare_caches_with_slots(self, &mms);
+        let roots: Vec<PhysFrame> = mms.iter().map(|mm| mm.space().root()).collect();
+        self.machine.compare_tables_with_frames(&roots);
+    }
+
     /// What the tables have for `address`.
     #[must_use]
     pub fn lookup(&self, mm: &HostedMm, address: u64) -> Mapping {

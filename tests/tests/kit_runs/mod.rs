@@ -4,13 +4,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::{fs, io};
 
+use mmu_gather::Limits;
 use mmu_hosted::{
-    FuzzOptions, HostedMachine, Kernel, Report, Trial, Verdict, ViolationKind, fuzz, generate, replay,
+    FuzzOptions, HostedMachine, Kernel, MostWork, Report, Trial, Verdict, ViolationKind, fuzz, generate,
+    replay,
 };
 
-/// Fuzzes a kernel in which nothing is wrong.
+/// Fuzzes a kernel in which nothing is wrong, and which has a preemption point wherever one is due
+/// (rule G7).
 pub(crate) fn clean<K: Kernel>(boot: impl Fn(&Arc<HostedMachine>) -> io::Result<K>) -> Report {
-    let report = fuzz(&FuzzOptions::default(), boot).expect("memory");
+    let most_work = MostWork::promised_by(&Limits::DEFAULT);
+    let trial = Trial { most_work, ..Trial::default() };
+    let report = fuzz(&FuzzOptions { trial, ..FuzzOptions::default() }, boot).expect("memory");
     assert!(report.is_clean(), "{report}");
     report
 }
