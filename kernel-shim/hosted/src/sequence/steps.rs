@@ -56,14 +56,18 @@ impl<K: Kernel> World<K> {
             Op::Remap(mm, range, to) => {
                 let target = to.checked_add(range.len_bytes()).and_then(|end| VirtRange::new(to, end).ok());
                 target.map_or(Err(NotDone::Refused), |target| {
-                    self.promising(
-                        (cpu, mm, range, Effect::Changes),
-                        |mm| kernel.remap(mm, range, target),
-                        |root, caller| {
-                            let leaves_all = target.intersect(range).is_none();
-                            leaves_all.then_some(Note::Unmapped { root, range, caller })
-                        },
-                    )
+                    let remap = || {
+                        self.promising(
+                            (cpu, mm, range, Effect::Changes),
+                            |mm| kernel.remap(mm, range, target),
+                            |root, caller| {
+                                let leaves_all = target.intersect(range).is_none();
+                                leaves_all.then_some(Note::Unmapped { root, range, caller })
+                            },
+                        )
+                    };
+                    // It puts pages where another may have promised that there are none.
+                    self.using(mm, |process| process.running.call(target, Effect::Changes, remap).0)
                 })
             }
             Op::MoveStack(mm, range, pages) => self.using(mm, |process| {
