@@ -304,7 +304,9 @@ pub unsafe trait Cpus {
     /// The top table in this CPU's CR3; `None` if that is not known. Debug builds compare it with
     /// what [`switch_mm`](crate::switch_mm) has loaded; release builds do not ask.
     ///
-    /// Unless overridden it reads CR3, in ring 0, and does not know elsewhere. A kernel that loads
+    /// Unless overridden it reads CR3, in ring 0, and does not know elsewhere. A kernel whose
+    /// [`load_cr3`](Self::load_cr3) loads something else than `root` (with memory encryption's C-bit,
+    /// or a copy for each CPU) overrides it, and answers the `root` it was given. A kernel that loads
     /// another root for a while by means of its own (to call firmware, say) does that with
     /// interrupts off, and does not flush meanwhile.
     fn cr3(&self) -> Option<PhysFrame> {
@@ -315,7 +317,7 @@ pub unsafe trait Cpus {
     /// builds panic and say which CPU does not answer; `None`: never. A release build waits for
     /// ever.
     ///
-    /// Unless overridden 2^31: half a minute to two minutes of PAUSE. A kernel that sleeps while it
+    /// Unless overridden 2^31: ten seconds to two minutes of PAUSE, which takes 10 to 140 cycles. A kernel that sleeps while it
     /// waits says fewer.
     fn most_turns(&self) -> Option<u64> {
         Some(1 << 31)
