@@ -109,8 +109,8 @@ impl<M, A, const N: usize, R: RelaxStrategy> Frames<M, A, HashedLocks<N, R>, R> 
     /// - `mapping` leads to the 4096 bytes of each frame that any allocator of type `A` hands out,
     ///   which are readable and writable as long as this exists: safe code may put another one in
     ///   its place ([`allocator`](Self::allocator));
-    /// - nobody but the engine uses a frame that [`allocate_table`](TableMemory::allocate_table) has
-    ///   taken until it was given back.
+    /// - nobody but the engine uses a frame that
+    ///   [`allocate_table`](TableMemory::allocate_table) has taken, until it was given back.
     #[must_use]
     pub const unsafe fn new(mapping: M, allocator: A) -> Self {
         // SAFETY: passed on to our caller.

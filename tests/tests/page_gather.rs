@@ -263,6 +263,20 @@ fn what_waits_leaks_if_the_flush_unwinds() {
     assert_eq!(kernel.nr_freed(), 0);
 }
 
+/// Nothing links a root, so the caller is wrong; no CPU walks it all the same when it is freed.
+#[test]
+fn a_table_of_the_topmost_level_is_flushed_for_like_any_other() {
+    for kernel in [Kernel::default(), Kernel::lending_batches()] {
+        let context = OwnContext::new(());
+        kernel.walkable.borrow_mut().insert(frame(9));
+        let mut gather = PageGather::new(&kernel, &context);
+        // SAFETY: not kept, as the test says.
+        unsafe { gather.queue_table(frame(9), 0, Level::Pgd) };
+        gather.flush().free();
+        assert_eq!(*kernel.freed.borrow(), [frame(9)]);
+    }
+}
+
 /// Rights that were taken away, say: an `MmuGather` of the same address space makes up for it.
 #[test]
 fn a_flush_that_unwinds_is_owed_by_the_address_space() {

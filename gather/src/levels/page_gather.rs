@@ -237,8 +237,8 @@ impl<'k, 'c, K: Release + FlushTlb> PageGather<'k, 'c, K> {
 impl<K: Release + FlushTlb> Drop for PageGather<'_, '_, K> {
     fn drop(&mut self) {
         if self.phase == Phase::InKernel {
-            // The kernel's own code has unwound: what waits leaks, as in a `MmuGather`, and the flush
-            // is left to the next of those that looks.
+            // The kernel's own code has unwound: what waits leaks, as in a `MmuGather`, and the
+            // flush is left to the next of those that looks.
             self.context.owe_flush();
             return;
         }
