@@ -18,6 +18,7 @@ use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
+use crate::mutex::lock;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
 use crate::schedule::{self, Schedule};
@@ -46,6 +47,8 @@ pub struct HostedMachine {
     pub(crate) calm: u64,
     /// The kernel's handler of the flush interrupt.
     flush_handler: OnceLock<FlushHandler>,
+    /// What CPU 0 had in CR3 when the kernel had booted: the kernel's own root.
+    kernel_root: OnceLock<PhysFrame>,
 }
 
 /// What the kernel does in the flush interrupt, on the CPU that takes it, interrupts off.
@@ -141,6 +144,7 @@ impl HostedMachine {
             // ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
             flush_handler: OnceLock::new(),
+            kernel_root: OnceLock::new(),
         })
     }
 
@@ -175,6 +179,16 @@ impl HostedMachine {
         if let Some(checked) = &self.checked {
             checked.ledger.note_booted();
         }
+        if let Some(Caches { mmu, .. }) = &*lock(&self.cpus[0].caches) {
+            // Told twice, it is the first that counts.
+            let _ = self.kernel_root.set(mmu.cr3().0);
+        }
+    }
+
+    /// The kernel's own root; a frame of zeroes, before it has booted.
+    pub(crate) fn kernel_root(&self) -> PhysFrame {
+        let nothing = || PhysFrame::containing_address(x86_64::PhysAddr::zero());
+        self.kernel_root.get().copied().unwrap_or_else(nothing)
     }
 
     /// Frames that the kernel has told to be in use since it had booted, and not to be free again;
