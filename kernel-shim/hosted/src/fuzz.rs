@@ -16,7 +16,9 @@ use crate::options::Telling;
 use crate::patience::{Watched, watched};
 use crate::quiet::quietly;
 use crate::random::Choices;
-use crate::sequence::{Calls, Run, Sequence, Trial, Verdict, generate, judge, shrink};
+use crate::sequence::{
+    Calls, Op, Run, Sequence, Trial, Verdict, generate, judge, shrink, with_cpus_going_off, without_lacking,
+};
 
 /// How a kernel is fuzzed.
 #[derive(Clone, Debug)]
@@ -113,17 +115,25 @@ fn fuzz_watched<K: Kernel>(
     let mut report = Report::default();
     for number in 0..options.sequences {
         let seed = Choices::new(Choices::new(options.seed).bits().wrapping_add(number)).bits();
-        let sequence = generate(seed, options.nr_cpus, options.length);
+        let mut sequence = generate(seed, options.nr_cpus, options.length);
+        // In one of four CPUs go off, too, if the kernel can do that.
+        if number % 4 == 3 && !report.calls.are_missing(Op::Offline) {
+            sequence = with_cpus_going_off(sequence);
+        }
         watched.begin(&sequence);
         let run = judge(&sequence, options.trial, make)?;
         report.add(&sequence, &run);
         if !run.verdict.is_clean() {
             // The panic, if it was one, has been printed, and is once more below.
             let judged = |machine: &Arc<HostedMachine>| {
-                watched.begin(&sequence);
+                watched.begin_again();
                 make(machine)
             };
-            let short = quietly(|| shrink(&sequence, options.trial, run.verdict, judged));
+            let short = quietly(|| {
+                let (sequence, verdict) =
+                    without_lacking(sequence, options.trial, run.verdict, &report.calls, &judged)?;
+                shrink(&sequence, options.trial, verdict, judged)
+            });
             let (sequence, verdict) = short?;
             let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, make)?;
             if let Some(path) = &options.reproducer {

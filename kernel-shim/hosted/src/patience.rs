@@ -19,6 +19,14 @@ impl Watched {
         self.set(Some((Instant::now(), sequence.to_string())));
     }
 
+    /// A shorter form of it begins.
+    pub(crate) fn begin_again(&self) {
+        let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((began, _)) = &mut *running {
+            *began = Instant::now();
+        }
+    }
+
     fn set(&self, running: Option<(Instant, String)>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = running;
     }

@@ -42,6 +42,11 @@ impl Calls {
         self.iter().find(|(name, _)| *name == word).map(|(_, tally)| tally).unwrap_or_default()
     }
 
+    /// Whether the kernel has skipped steps of this operation.
+    pub(crate) fn are_missing(&self, op: Op) -> bool {
+        self.0[op.number()].skipped > 0
+    }
+
     /// Adds those of another run.
     pub fn add(&mut self, other: &Self) {
         for (mine, theirs) in self.0.iter_mut().zip(&*other.0) {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::kernel::Kernel;
 use crate::machine::HostedMachine;
+use crate::sequence::calls::Calls;
 use crate::sequence::text::Sequence;
 use crate::sequence::trial::Trial;
 use crate::sequence::verdict::{Verdict, judge};
@@ -32,7 +33,7 @@ pub fn shrink<K: Kernel>(
         while at < best.0.steps.len() {
             let mut candidate = best.0.clone();
             candidate.steps.drain(at..(at + chunk).min(best.0.steps.len()));
-            match fails_like(&candidate, trial, &sort, &make)? {
+            match fails_like(&candidate, trial, &sort, SEEDS_TRIED, &make)? {
                 Some(found) => {
                     best = found;
                     shorter = true;
@@ -49,13 +50,40 @@ pub fn shrink<K: Kernel>(
     }
 }
 
+/// How many seeds are tried for a sequence without the steps that the kernel skips: all of its
+/// interleaving changes.
+const SEEDS_TRIED_WITHOUT: u64 = 64;
+
+/// Leaves out the steps of operations that `calls` says the kernel lacks, if the same sort of
+/// failure stays: they do nothing but move what the others do in time.
+///
+/// # Errors
+/// If the host refuses memory for the machine.
+pub(crate) fn without_lacking<K: Kernel>(
+    sequence: Sequence,
+    trial: Trial,
+    verdict: Verdict,
+    calls: &Calls,
+    make: &impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
+) -> io::Result<(Sequence, Verdict)> {
+    let mut shorter = sequence.clone();
+    shorter.steps.retain(|step| !calls.are_missing(step.op));
+    if shorter.steps.len() < sequence.steps.len()
+        && let Some(found) = fails_like(&shorter, trial, &verdict.sort(), SEEDS_TRIED_WITHOUT, make)?
+    {
+        return Ok(found);
+    }
+    Ok((sequence, verdict))
+}
+
 fn fails_like<K: Kernel>(
     candidate: &Sequence,
     trial: Trial,
     sort: &str,
+    seeds: u64,
     make: &impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
 ) -> io::Result<Option<(Sequence, Verdict)>> {
-    for other in 0..SEEDS_TRIED {
+    for other in 0..seeds {
         let seeded = Sequence { seed: candidate.seed.wrapping_add(other), ..candidate.clone() };
         let verdict = judge(&seeded, trial, make)?.verdict;
         if verdict.sort() == sort {
