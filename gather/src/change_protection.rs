@@ -141,6 +141,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
             if new == old {
                 return;
             }
+            self.kernel.between_look_and_change();
             // SAFETY: the same page, with rights that our caller answers for; what it loses is
             // noted before the lock drops.
             match unsafe { entry.compare_exchange(old, new) } {

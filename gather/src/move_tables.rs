@@ -147,6 +147,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
                 debug_assert!(false, "something is mapped at {target_page:#x}");
                 continue;
             }
+            kernel.between_look_and_change();
             // SAFETY: its page is mapped again below, and flushed for under these locks.
             let value = unsafe { entry.get_and_clear() };
             if value.is_present() {
@@ -156,6 +157,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
             // SAFETY: the target is empty, and the page is not mapped at the old address any more.
             unsafe { target.store(value) };
         }
+        kernel.between_look_and_change();
         old_locked.forget_empty_lines(
             &(Level::Pte.index(stretch.start())..Level::Pte.index(stretch.end() - 1) + 1),
         );

@@ -141,8 +141,8 @@ impl<K: Platform> MmuGather<'_, '_, K> {
         for (index, entry) in (0u64..).zip(parts.table().entries()) {
             let part = match whole {
                 NonPresent::Migration { frame, access } => {
-                    let frame =
-                        PhysFrame::containing_address(frame.start_address() + index * below.entry_span());
+                    let address = frame.start_address().as_u64() + index * below.entry_span();
+                    let frame = PhysFrame::containing_address(PhysAddr::new_truncate(address));
                     NonPresent::Migration { frame, access }
                 }
                 other => other,
@@ -187,7 +187,7 @@ fn map_the_same(table: TableView<'_>, old: EntryValue, level: Level, below: Leve
         _ => LARGE_PAT,
     };
     for (index, entry) in (0u64..).zip(table.table().entries()) {
-        let address = PhysAddr::new(first.as_u64() + index * below.entry_span());
+        let address = PhysAddr::new_truncate(first.as_u64() + index * below.entry_span());
         let value = EntryValue::from_bits(EntryValue::leaf(below, address, flags).bits() | pat);
         // SAFETY: our caller's table is known to nobody else, and it maps what the large leaf did.
         unsafe { entry.store(value) };

@@ -376,6 +376,7 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
             visit.next = part.address(next, level);
         }
         if kept == Kept::Nothing {
+            kernel.between_look_and_change();
             // SAFETY: the loop has passed these entries under the lock that is still held, and kept
             // none of them.
             unsafe { locked.forget_cleared_lines(&(part.first..next)) };

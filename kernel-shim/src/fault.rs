@@ -1,7 +1,9 @@
 //! Demand faults.
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
-use mmu_gather::pagetable::{Decoded, EntryValue, Level, MapError, Marker, NonPresent, VirtRange};
+use mmu_gather::pagetable::{
+    Decoded, EntryValue, Level, MapError, Marker, NonPresent, TableMemory, VirtRange,
+};
 use mmu_gather::{Disposition, GatherEvent, MmuGather, Pages, UnmappedLeaf};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
@@ -150,6 +152,7 @@ impl<M: Machine> Kernel<M> {
         if !now.is_present() || !same_page || now.is_writable() {
             return Ok(());
         }
+        self.between_look_and_change();
         // SAFETY: the gather is told before the lock drops, and the page is freed through it.
         let value = unsafe { entry.get_and_clear() };
         let frame = PhysFrame::containing_address(value.leaf_address(Level::Pte));
@@ -192,6 +195,7 @@ impl<M: Machine> Kernel<M> {
                     return Ok(Try::Replace(value));
                 }
                 let flags = PageTableFlags::WRITABLE.bits();
+                self.between_look_and_change();
                 // More rights need no flush (SDM 4.10.4.3). If hardware sets A meanwhile, the
                 // exchange fails and the program faults again.
                 // SAFETY: the page is this program's alone, or the area's programs may write to it.

@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering;
 
 use mmu_gather::MmuGather;
 use mmu_gather::pagetable::{
-    Decoded, EntryValue, Level, LockedEntry, Marker, NonPresent, TableView, VirtRange,
+    Decoded, EntryValue, Level, LockedEntry, Marker, NonPresent, TableMemory, TableView, VirtRange,
 };
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
@@ -181,6 +181,7 @@ impl<M: Machine> Kernel<M> {
         let mut old = entry.load();
         while vma.area.kind != AreaKind::Pfn && old.is_writable() {
             let new = EntryValue::from_bits(old.bits() & !PageTableFlags::WRITABLE.bits());
+            self.between_look_and_change();
             // Hardware may set A/D meanwhile; then look again.
             // SAFETY: the gather is told before the lock drops.
             match unsafe { entry.compare_exchange(old, new) } {

@@ -139,6 +139,8 @@ impl Moment {
 /// The moments at which a machine may interleave other CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seam {
+    /// An entry was looked at, and is about to be changed; its table is locked.
+    Entry,
     /// A leaf was cleared; its table is locked.
     Cleared,
     /// A table lock is about to be taken.

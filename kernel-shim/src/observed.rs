@@ -60,6 +60,11 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
         unsafe { self.embedder.used_lines(frame) }
     }
 
+    #[inline]
+    fn between_look_and_change(&self) {
+        self.machine.seam(Seam::Entry);
+    }
+
     fn allocate_table(&self) -> Option<PhysFrame> {
         if !self.table_supply.grants() {
             self.count().table_refused();

@@ -4,7 +4,7 @@
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
-use mmu_gather::pagetable::{Decoded, EntryValue, Level, NonPresent, VirtRange};
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, NonPresent, TableMemory, VirtRange};
 use mmu_gather::tlb::{Cpus, PageSpan, TlbEvent, UnmapBatch};
 use x86_64::structures::paging::PhysFrame;
 
@@ -139,9 +139,11 @@ impl<M: Machine> Kernel<M> {
         if seen.is_dirty() || meta.kind() != FrameKind::Block || meta.owner() != 0 || !meta.is_exclusive() {
             return None;
         }
+        self.between_look_and_change();
         // SAFETY: the batch is told before the lock drops, and the page is freed after its flush;
         // or it is put back below.
         let old = unsafe { entry.exchange(EntryValue::EMPTY) };
+        self.between_look_and_change();
         if old.is_dirty() {
             // A program wrote to the page since the entry was read, so it goes back. A call that
             // saw the entry empty in between passed it by, as if it had come before the write.

@@ -65,6 +65,17 @@ pub unsafe trait TableMemory: PageTableFrameMapping {
         None
     }
 
+    /// Called between the look at an entry and the change of it, and before used lines are
+    /// forgotten. A kernel does nothing here.
+    ///
+    /// Hardware may set bits of the entry in between, and other CPUs may do what needs no lock of
+    /// this table. Whoever tests a kernel lets them.
+    ///
+    /// # Context
+    /// The lock of the table is held.
+    #[inline(always)]
+    fn between_look_and_change(&self) {}
+
     /// A zeroed frame for a new table; `None` when memory is short.
     ///
     /// # Context

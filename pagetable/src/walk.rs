@@ -23,7 +23,11 @@ impl Mapping {
     #[must_use]
     pub fn translate(&self, address: u64) -> Option<PhysAddr> {
         match self.value.decode(self.level) {
-            Decoded::Leaf(page) => Some(page + (address & (self.level.entry_span() - 1))),
+            Decoded::Leaf(page) => {
+                let offset = address & (self.level.entry_span() - 1);
+                // The page is aligned to its size, so this is their sum.
+                Some(PhysAddr::new_truncate(page.as_u64() | offset))
+            }
             _ => None,
         }
     }

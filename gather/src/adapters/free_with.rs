@@ -77,6 +77,11 @@ unsafe impl<K: Platform, F> TableMemory for FreeWith<'_, K, F> {
         unsafe { self.kernel.used_lines(frame) }
     }
 
+    #[inline(always)]
+    fn between_look_and_change(&self) {
+        self.kernel.between_look_and_change();
+    }
+
     #[inline]
     fn allocate_table(&self) -> Option<PhysFrame> {
         self.kernel.allocate_table()

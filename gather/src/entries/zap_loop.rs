@@ -160,6 +160,7 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
                 return None;
             }
             lines.next();
+            self.kernel.between_look_and_change();
             for entry in line {
                 // SAFETY: by the invariant the lock is held since before the values were read. All
                 // have the bits of `C::ENOUGH`: they are settled, or no program runs here. The
@@ -202,6 +203,7 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
             if words.is_full() {
                 return false;
             }
+            self.kernel.between_look_and_change();
             // Where hardware may still set A and D they come from the exchange, not from `seen`.
             // SAFETY: by the invariant the lock is held since before `seen` was read. The caller
             // notes what was cleared before the lock drops; whoever made `clear` knows what others

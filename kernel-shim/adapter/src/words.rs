@@ -5,6 +5,7 @@ use mmu_kernel_shim as shim;
 
 pub(crate) const fn seam(seam: shim::Seam) -> kit::Seam {
     match seam {
+        shim::Seam::Entry => kit::Seam::Entry,
         shim::Seam::Cleared => kit::Seam::Cleared,
         shim::Seam::Lock => kit::Seam::Lock,
         shim::Seam::Free => kit::Seam::Free,

@@ -30,9 +30,9 @@ impl HostedMachine {
                 return stay_away(PREEMPTED_TURNS);
             }
         }
-        // Most seams by far are cleared pages: one in eight of them is enough.
+        // Most seams by far are entries of pages: one in eight of them is enough.
         let rarely = match seam {
-            Seam::Cleared => choice & 0b111 != 0,
+            Seam::Entry | Seam::Cleared => choice & 0b111 != 0,
             Seam::Lock | Seam::Free | Seam::Allocate => false,
         };
         if rarely {

@@ -9,6 +9,7 @@
 //! | `pinned`, `without_interrupts`, `invlpg`, `load_cr3`, `cr3` | the same names |
 //! | `send_flush_interrupt`, `wait_for_answers`, `answered` | the same names |
 //! | `online_cpus`, `pcid_support`, `invalidate_secondary` | the same names |
+//! | `between_look_and_change` | `seam` with [`Seam::Entry`] |
 //! | `unmap_page` | `note` with [`Note::Cleared`], then `seam` |
 //! | `flush_others`, overridden | `call_cpus`, `wait_for_calls`; `answered` in the handler |
 //! | `allocate_batch` | `allocated`, then `lent` |

@@ -81,6 +81,8 @@ impl Moment {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Seam {
+    /// An entry was looked at, and is about to be changed; its table is locked.
+    Entry,
     /// A leaf was cleared; its table is locked.
     Cleared,
     /// A table lock is about to be taken.

@@ -24,6 +24,7 @@ const BELOW: &[(&str, &[&str])] = &[
         &["gather", "kernel-shim", "kernel-shim/hosted", "kernel-shim/adapter", "kernel-shim/measured"],
     ),
     ("tests", &["gather", "kernel-shim/hosted"]),
+    ("tests/linked", &["gather"]),
     ("benches", &["gather", "kernel-shim/measured"]),
 ];
 

@@ -90,6 +90,10 @@ unsafe impl TableMemory for Stranger {
         lock
     }
 
+    fn between_look_and_change(&self) {
+        self.machine.seam(Seam::Entry);
+    }
+
     unsafe fn used_lines(&self, table: PhysFrame) -> Option<&UsedLines> {
         self.used_lines.as_ref().map(|used| &used[number(table)])
     }
