@@ -396,11 +396,6 @@ impl<M: Machine> Kernel<M> {
         });
     }
 
-    /// The frames in the page cache now.
-    pub fn cached_pages(&self) -> alloc::vec::Vec<PhysFrame> {
-        self.page_cache.lock().values().copied().collect()
-    }
-
     /// Gives up the page cache, the large page of zeroes and the frame of the device: what is left
     /// afterwards was lost.
     pub fn drop_caches(&self) {
@@ -411,7 +406,7 @@ impl<M: Machine> Kernel<M> {
             self.frames.free_block(block);
         }
         if let Some(frame) = self.device_frame.lock().take() {
-            self.give_back(frame);
+            self.give_back(frame, FrameKind::Reserved);
         }
     }
 

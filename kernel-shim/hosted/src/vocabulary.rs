@@ -117,6 +117,15 @@ pub enum FrameRole {
     Table,
 }
 
+/// What a kernel knows of the content of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nobody has written to it since it was read or written back.
+    Clean,
+    /// Somebody has.
+    Dirty,
+}
+
 /// What a kernel tells the machine. All but the first two are optional: each that is told lets the
 /// checker see more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,9 +135,9 @@ pub enum Note {
     Allocated(PhysFrame, FrameRole),
     /// The frame is free from now on; another use may follow at once.
     Freed(PhysFrame, FrameRole),
-    /// Nothing maps this page of a file any more: from now on it may be written back and called
-    /// clean.
-    MappedByNobody(PhysFrame),
+    /// Nothing maps this page of a file any more: it is written back if the kernel knows that it
+    /// is dirty, and clean from now on.
+    MappedByNobody(PhysFrame, Content),
     /// An unmapping is about to return: no program may use these addresses of the address space any
     /// more.
     Unmapped {
@@ -168,6 +177,15 @@ pub enum Note {
     },
     /// A fault was answered: the entry maps this frame from now on.
     Mapped {
+        /// The root table.
+        root: PhysFrame,
+        /// The page.
+        address: u64,
+        /// The frame.
+        frame: PhysFrame,
+    },
+    /// A program may write to this page from now on because no other uses it.
+    OwnedAlone {
         /// The root table.
         root: PhysFrame,
         /// The page.

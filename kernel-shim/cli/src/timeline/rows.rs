@@ -82,5 +82,12 @@ pub(crate) struct Focus {
 
 /// Whether a violation is about an address; one about a lost write names a frame only.
 pub(crate) const fn has_address(kind: ViolationKind) -> bool {
-    !matches!(kind, ViolationKind::WriteLost | ViolationKind::MeaningsDisagree)
+    !matches!(
+        kind,
+        ViolationKind::WriteLost
+            | ViolationKind::MeaningsDisagree
+            | ViolationKind::TablesMiscounted
+            | ViolationKind::ReferencesDisagree
+            | ViolationKind::FrameUnaccounted
+    )
 }

@@ -63,12 +63,16 @@ impl HostedMachine {
                 }
                 self.check_freed(checked, frame, role);
             }
-            Note::MappedByNobody(frame) => self.check_unwritable(checked, frame),
+            Note::MappedByNobody(frame, content) => {
+                self.check_unwritable(checked, frame);
+                self.check_written_back(checked, frame, content);
+            }
             Note::Unmapped { root, range, caller } => {
                 self.log(What::Unmapped(range.start(), range.end()));
                 self.check_promise(checked, Promise { root, range, caller, what: Promised::Gone });
             }
             Note::Discarded { root, range, since, caller } => {
+                self.check_nothing_left(checked, root, range, since);
                 self.check_promise(
                     checked,
                     Promise { root, range, caller, what: Promised::Discarded(since) },
@@ -77,7 +81,13 @@ impl HostedMachine {
             Note::Protected { root, range, most, caller } => {
                 self.check_promise(checked, Promise { root, range, caller, what: Promised::AtMost(most) });
             }
-            Note::Mapped { root, address, frame } => self.log_detail(Detail::Mapped(root, address, frame)),
+            Note::Mapped { root, address, frame } => {
+                checked.ledger.note_mapped(frame);
+                self.log_detail(Detail::Mapped(root, address, frame));
+            }
+            Note::OwnedAlone { root, address, frame } => {
+                self.check_owned_alone(checked, root, address, frame)
+            }
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
                 if level != mmu_gather::pagetable::Level::Pte {
