@@ -3,8 +3,8 @@
 //! The entries are changed behind the kernel's back, one at a time.
 #![expect(unsafe_code, reason = "changes page tables behind the kernel's back")]
 
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_adapter::{HostedMm, ShimKernel};
 use mmu_gather::pagetable::VirtRange;
@@ -58,7 +58,7 @@ impl World {
             let first = self.machine.frame_to_pointer(table).cast::<AtomicU64>();
             // SAFETY: the table has 512 entries, stays one as long as the machine, and is only
             // changed atomically.
-            let entry = unsafe { &*first.add(index) };
+            let entry = unsafe { &*first.wrapping_add(index) };
             if at == level {
                 return entry;
             }
