@@ -26,6 +26,7 @@ pub(crate) const fn note(note: shim::Note) -> kit::Note {
         }
         shim::Note::Mapped { root, address, frame } => kit::Note::Mapped { root, address, frame },
         shim::Note::OwnedAlone { root, address, frame } => kit::Note::OwnedAlone { root, address, frame },
+        shim::Note::Runs(laziness) => kit::Note::Runs(laziness),
         shim::Note::Cleared { address, level, frame } => kit::Note::Cleared { address, level, frame },
         shim::Note::Restricted { address, level, frame } => kit::Note::Restricted { address, level, frame },
         shim::Note::Split { address, level, frame } => kit::Note::Split { address, level, frame },

@@ -315,6 +315,7 @@ unsafe impl Machine for BareMachine {
             // These serve to explain a failure; nothing is checked with them.
             Note::Mapped { .. }
             | Note::OwnedAlone { .. }
+            | Note::Runs(_)
             | Note::Cleared { .. }
             | Note::Discarded { .. }
             | Note::Protected { .. }

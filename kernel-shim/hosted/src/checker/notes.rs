@@ -1,7 +1,9 @@
 //! What the kernel says as it goes (`Note`), and what is checked at each.
 
+use core::sync::atomic::Ordering;
+
 use mmu_gather::GatherEvent;
-use mmu_gather::tlb::{CpuId, TlbEvent};
+use mmu_gather::tlb::{CpuId, Laziness, TlbEvent};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundary;
@@ -88,6 +90,9 @@ impl HostedMachine {
             Note::OwnedAlone { root, address, frame } => {
                 self.check_owned_alone(checked, root, address, frame)
             }
+            Note::Runs(laziness) => {
+                self.cpu().is_active.store(laziness == Laziness::Active, Ordering::Relaxed);
+            }
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
                 if level != mmu_gather::pagetable::Level::Pte {
@@ -148,7 +153,7 @@ impl HostedMachine {
             for entry in mmu.entries().filter(|entry| overlaps(entry, &freed)) {
                 let now = entry.held.tag == Tag::Global || entry.held.tag == Tag::Pcid(pcid);
                 let at_any_time = !matches!(entry.held.as_a, Use::Page(_));
-                if now && (at_any_time || self.is_in_user_mode(id)) {
+                if now && (at_any_time || self.may_use_addresses(id)) {
                     usable = Some(entry);
                 } else {
                     stale.push(entry);
@@ -168,7 +173,7 @@ impl HostedMachine {
     /// Nothing maps this page of a file any more: a CPU that has its D bit cached would write to it
     /// without setting any.
     fn check_unwritable(&self, checked: &Checked, frame: PhysFrame) {
-        for cpu in self.cpus.iter().filter(|cpu| self.is_in_user_mode(cpu.id)) {
+        for cpu in self.cpus.iter().filter(|cpu| self.may_use_addresses(cpu.id)) {
             let caches = lock(&cpu.caches);
             let Some(Caches { mmu, .. }) = &*caches else { continue };
             let pcid = mmu.cr3().1;

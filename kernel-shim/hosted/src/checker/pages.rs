@@ -32,7 +32,7 @@ impl HostedMachine {
         address: u64,
         frame: PhysFrame,
     ) {
-        for cpu in self.cpus.iter().filter(|cpu| self.is_in_user_mode(cpu.id)) {
+        for cpu in self.cpus.iter().filter(|cpu| self.may_use_addresses(cpu.id)) {
             let caches = lock(&cpu.caches);
             let Some(Caches { mmu, .. }) = &*caches else { continue };
             let (loaded, pcid) = mmu.cr3();
