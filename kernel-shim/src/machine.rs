@@ -249,8 +249,8 @@ pub enum Note {
         /// The frame.
         frame: PhysFrame,
     },
-    /// This CPU runs programs of the address space in CR3 from now on, or the kernel for them; or it
-    /// is lazy, or switches, and uses no user address. Said before it goes lazy or switches, and
+    /// This CPU runs programs of the address space in CR3 from now on, or the kernel for them; or
+    /// it is lazy, or switches, and uses no user address. Said before it goes lazy or switches, and
     /// after it has switched.
     Runs(Laziness),
     /// A leaf was cleared; its table is locked.
