@@ -105,7 +105,7 @@ impl Explainer<'_> {
         let page = self.focus.violation.address >> 12;
         let maps = |row: &Row| {
             matches!(row.what, What::Detail(Detail::Mapped(_, address, _)) if address >> 12 == page)
-                && row.root == self.focus.root
+                && (self.focus.root.is_none() || row.root == self.focus.root)
         };
         let at = self.rows.iter().rposition(maps)?;
         let row = &self.rows[at];
