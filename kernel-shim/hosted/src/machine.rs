@@ -63,6 +63,8 @@ pub(crate) struct VirtualCpu {
     pub(crate) is_interrupted: AtomicBool,
     pub(crate) interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
+    /// The kernel on it may use addresses of the program, as far as it has told.
+    pub(crate) is_active: AtomicBool,
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
     /// nothing.
     pub(crate) flushes_nothing: AtomicBool,
@@ -115,6 +117,7 @@ impl HostedMachine {
                 is_interrupted: AtomicBool::new(false),
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
+                is_active: AtomicBool::new(false),
                 flushes_nothing: AtomicBool::new(false),
                 awaits: AtomicU64::new(0),
                 waits: AtomicBool::new(false),
@@ -441,6 +444,12 @@ impl HostedMachine {
     /// This CPU runs kernel code from now on.
     pub fn leave_user_mode(&self) {
         self.cpu().in_user_mode.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether this CPU may use addresses of the program that it runs without more ado: in user
+    /// mode, or in the kernel on the program's behalf (`copy_to_user`).
+    pub(crate) fn may_use_addresses(&self, cpu: CpuId) -> bool {
+        self.is_in_user_mode(cpu) || self.cpus[cpu.index()].is_active.load(Ordering::Relaxed)
     }
 
     pub(crate) fn is_in_user_mode(&self, cpu: CpuId) -> bool {
