@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use crate::fuzz::job_watch::JobWatch;
 use mmu_adapter::{Trial, judge_in, shrink};
-use mmu_hosted::{Boundaries, Boundary, Choices, Op, Run, Sequence, Verdict, generate};
+use mmu_hosted::{Boundaries, Boundary, Choices, Op, Run, Sequence, Verdict, generate, with_cpus_going_off};
 
 /// How to fuzz.
 #[derive(Clone, Copy, Debug)]
@@ -228,7 +228,7 @@ fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Campaign<'_, P>, job: usize) -> io
         if enough {
             return Ok(());
         }
-        let sequence = generate(seed_of(options.seed, number), options.nr_cpus, options.length);
+        let sequence = sequence_of(options, number);
         shared.watch.begin(job, number, &sequence);
         let Run { verdict, reached, faults, .. } = judge_in(&sequence, options.trial)?;
         shared.watch.end(job);
@@ -247,6 +247,17 @@ fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Campaign<'_, P>, job: usize) -> io
             }
         }
     }
+}
+
+/// The sequence with this number. In one of four, CPUs go off and come back.
+fn sequence_of(options: &FuzzOptions, number: u64) -> Sequence {
+    let sequence = generate(seed_of(options.seed, number), options.nr_cpus, options.length);
+    if number % 4 != 3 {
+        return sequence;
+    }
+    let mut sequence = with_cpus_going_off(sequence);
+    sequence.steps.truncate(options.length);
+    sequence
 }
 
 /// What the sequence with this number is made from.
