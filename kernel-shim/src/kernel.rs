@@ -11,7 +11,7 @@ use core::sync::atomic::{AtomicI64, Ordering};
 use crossbeam_utils::CachePadded;
 use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
 use mmu_gather::tlb::{
-    CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, flush_interrupt, init_cpu, switch_mm,
+    CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, flush_interrupt, init_cpu, offline_cpu, switch_mm,
 };
 use mmu_gather::{
     CutLeaf, FlushedGather, Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region,
@@ -168,9 +168,19 @@ impl<M: Machine> Kernel<M> {
     /// space.
     pub fn start_cpu(&self) {
         self.machine.pinned(|cpu| {
-            // SAFETY: pinned, interrupts off, and the CPU has loaded nothing yet.
+            // SAFETY: pinned, interrupts off; it has loaded nothing since it was switched on.
             self.machine.without_interrupts(|| unsafe { init_cpu(self, cpu) });
         });
+    }
+
+    /// Takes the CPU it runs on out of service, until [`start_cpu`](Self::start_cpu) runs there.
+    pub fn stop_cpu(&self) {
+        let left = self.machine.pinned(|cpu| {
+            // SAFETY: pinned, interrupts off; nothing of the kernel runs here until `start_cpu`.
+            self.machine.without_interrupts(|| unsafe { offline_cpu(self, cpu) });
+            self.active[cpu.index()].lock().take()
+        });
+        drop(left);
     }
 
     /// Flushes what other CPUs have asked of this one: the handler of the flush interrupt, and what

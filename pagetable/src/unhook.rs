@@ -326,7 +326,11 @@ pub(crate) fn give<M: TableMemory>(memory: &M, table: UnhookedTable, sink: &mut 
     if cfg!(debug_assertions) {
         // SAFETY: the table was live a moment ago, and is not freed before the sink has it.
         let view = unsafe { TableView::new(memory, table.frame, table.level) };
-        debug_assert!(view.table().is_empty(), "P3: {table:?} is freed with entries in it");
+        debug_assert!(
+            view.table().is_empty(),
+            "P3: {table:?} is freed with entries in it. The bounds of a munmap end where its neighbours begin, the areas \
+             that stay (`Bounds::between`); and nobody maps anything in its range before its flush has returned"
+        );
     }
     sink(table);
 }

@@ -354,11 +354,15 @@ impl fmt::Display for EarlyAnswer {
             self.ctx_id.get(),
         )?;
         if self.cpu == self.initiator {
-            f.write_str("flush_others has not called `meanwhile`, or two CPUs share one CpuTlb")
+            f.write_str(
+                "flush_others has not called `meanwhile`, which flushes this CPU; or two CPUs share one CpuTlb",
+            )
         } else {
             f.write_str(
-                "Either flush_others returned, or the target acknowledged, before flush_tlb_func had run there; or the \
-                 handler named another CPU; or two CPUs share one CpuTlb",
+                "Either flush_others returned, or the target acknowledged, before flush_tlb_func had run there: each \
+                 request has a count of answers of its own, a target answers when it has flushed, and flush_others \
+                 returns when all have answered (unless overridden it does all of that); or the handler named another \
+                 CPU; or two CPUs share one CpuTlb",
             )
         }
     }

@@ -119,6 +119,11 @@ impl mmu_hosted::Kernel for ShimKernel {
         Ok(())
     }
 
+    fn stop_cpu(&self) -> Result<(), NotDone> {
+        self.kernel.stop_cpu();
+        Ok(())
+    }
+
     fn populate(&self, mm: &Self::Mm, range: VirtRange, backing: Backing) -> Result<(), NotDone> {
         let content =
             if backing == Backing::Clean { PageContent::CleanBlock } else { PageContent::AnonBlock };

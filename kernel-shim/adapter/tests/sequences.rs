@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use mmu_adapter::{ShimKernel, Trial, execute, execute_with, judge_in, views};
 use mmu_gather::pagetable::Level;
-use mmu_hosted::{Detail, Event, HostedMachine, MachineFault, Op, Sequence, Supply, Telling, What, generate};
+use mmu_hosted::{
+    Calls, Detail, Event, HostedMachine, MachineFault, Op, Sequence, Supply, Telling, What, generate,
+    with_cpus_going_off,
+};
 use mmu_kernel_shim::Config;
 
 const LENGTH: usize = 160;
@@ -18,6 +21,18 @@ fn random_sequences_are_clean() {
             assert!(outcome.is_clean(), "seed {seed}, {nr_cpus} CPUs: {outcome:?}\n{sequence}");
         }
     }
+}
+
+#[test]
+fn sequences_in_which_cpus_go_off_and_come_back_are_clean() {
+    let mut calls = Calls::default();
+    for (seed, nr_cpus) in (0..200).zip([2, 3, 4].into_iter().cycle()) {
+        let sequence = with_cpus_going_off(generate(seed, nr_cpus, LENGTH));
+        let outcome = execute(&sequence).expect("memory");
+        assert!(outcome.is_clean(), "seed {seed}: {outcome:?}\n{sequence}");
+        calls.add(&outcome.calls);
+    }
+    assert!(calls.of("offline").done > 1000 && calls.of("online").done > 700, "{calls}");
 }
 
 /// Calls of this kernel share the map lock, and one may return while another has still to flush.

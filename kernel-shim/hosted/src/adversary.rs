@@ -76,7 +76,7 @@ impl HostedMachine {
             1 => Depth::Structure(TableLevel::Pd),
             _ => Depth::Page,
         };
-        let Some(cpu) = self.cpus.get(index) else { return };
+        let Some(cpu) = self.cpus.get(index).filter(|cpu| !self.is_off(cpu.id)) else { return };
         if let Some(Caches { mmu, watch }) = &mut *lock(&cpu.caches) {
             mmu.speculate(address, depth, &memory, watch);
             log_fills(checked, cpu.id, address.as_u64(), watch.take_fills(), Fill::Speculation);

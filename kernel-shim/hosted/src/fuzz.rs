@@ -16,7 +16,9 @@ use crate::options::Telling;
 use crate::patience::{Watched, watched};
 use crate::quiet::quietly;
 use crate::random::Choices;
-use crate::sequence::{Calls, Run, Sequence, Trial, Verdict, generate, judge, shrink, without_lacking};
+use crate::sequence::{
+    Calls, Op, Run, Sequence, Trial, Verdict, generate, judge, shrink, with_cpus_going_off, without_lacking,
+};
 
 /// How a kernel is fuzzed.
 #[derive(Clone, Debug)]
@@ -113,7 +115,11 @@ fn fuzz_watched<K: Kernel>(
     let mut report = Report::default();
     for number in 0..options.sequences {
         let seed = Choices::new(Choices::new(options.seed).bits().wrapping_add(number)).bits();
-        let sequence = generate(seed, options.nr_cpus, options.length);
+        let mut sequence = generate(seed, options.nr_cpus, options.length);
+        // In one of four CPUs go off, too, if the kernel can do that.
+        if number % 4 == 3 && !report.calls.are_missing(Op::Offline) {
+            sequence = with_cpus_going_off(sequence);
+        }
         watched.begin(&sequence);
         let run = judge(&sequence, options.trial, make)?;
         report.add(&sequence, &run);

@@ -11,11 +11,14 @@
 //! | `online_cpus`, `pcid_support`, `invalidate_secondary` | the same names |
 //! | `between_look_and_change` | `seam` with [`Seam::Entry`] |
 //! | `unmap_page` | `note` with [`Note::Cleared`], then `seam` |
+//! | `flush_others`, overridden | `call_cpus`, `wait_for_calls`; `answered` in the handler |
+//! | `allocate_batch` | `allocated`, then `lent` |
 //! | `free_pages`, and whatever takes a page | `freed`, `allocated` |
 //! | `cond_resched` | the same name |
 //! | `observe`, `observe_gather` | `note` with [`Note::Tlb`], [`Note::Gather`] |
 #![expect(unsafe_code, reason = "the place of a lock is taken on trust")]
 
+use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_gather::pagetable::TableLock;
@@ -90,6 +93,32 @@ impl HostedMachine {
         self.note(Note::Freed(frame, role));
     }
 
+    /// The page is lent to a gather, until its frame is [freed](Self::freed): to be told in
+    /// `allocate_batch` by a kernel that lends frames which it has taken as pages.
+    ///
+    /// # Panics
+    /// If these 4096 bytes are not one such frame. The gather would write into what belongs to
+    /// somebody else.
+    pub fn lent(&self, page: NonNull<[u8; 4096]>) {
+        let frame = self.pointer_to_frame(page.as_ptr().cast());
+        let late = page.addr().get() % 4096;
+        assert!(
+            late == 0,
+            "the batch page begins {late:#x} bytes into frame {:#x}, and its last {late:#x} bytes are those of the \
+             next frame, which somebody else uses: `allocate_batch` lends all of a frame (`BatchPage::new`: 4096 \
+             bytes used by nobody else)",
+            frame.start_address()
+        );
+        if let Some(checked) = &self.checked {
+            assert!(
+                checked.ledger.lend(frame),
+                "the batch page is frame {:#x}, which was not taken from the allocator as a page (`allocated`): \
+                 somebody else may use it (`BatchPage::new`: 4096 bytes used by nobody else)",
+                frame.start_address()
+            );
+        }
+    }
+
     /// Runs `f` on the CPU it is called on: code of a CPU comes back as the same CPU.
     pub fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
         f(self.current())
@@ -110,6 +139,9 @@ impl HostedMachine {
     pub fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
         for target in targets.iter() {
             let cpu = &self.cpus[target.index()];
+            if self.is_off(target) {
+                continue;
+            }
             if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
                 self.reached.note(Boundary::HeldOff);
             }
@@ -134,6 +166,32 @@ impl HostedMachine {
         if missing != 0 {
             schedule::wait();
         }
+    }
+
+    /// As [`send_flush_interrupt`](Self::send_flush_interrupt), for a kernel with calls to other
+    /// CPUs of its own ([`Cpus::flush_others`](mmu_gather::tlb::Cpus::flush_others) overridden):
+    /// this CPU then waits by [`wait_for_calls`](Self::wait_for_calls).
+    ///
+    /// The handler is the same, [`Kernel::flush_interrupt`](crate::Kernel::flush_interrupt), and
+    /// does what the kernel likes: carries out what it was called for, then tells
+    /// [`answered`](Self::answered).
+    pub fn call_cpus(&self, targets: &CpuSet<Bits>) {
+        let called = targets.iter().fold(0, |mask, target| mask | 1 << target.number());
+        self.cpu().awaits.store(called, Ordering::Relaxed);
+        self.send_flush_interrupt(targets);
+    }
+
+    /// Lets other CPUs run while this one waits for those that it has called. It may come back
+    /// before they have answered; interrupts are taken meanwhile if they are on.
+    pub fn wait_for_calls(&self) {
+        let called = self.cpu().awaits.load(Ordering::Relaxed);
+        for cpu in self.cpus.iter().filter(|cpu| called >> cpu.id.number() & 1 != 0) {
+            // One that has nothing else to do takes the interrupt at once.
+            if !cpu.has_turns.load(Ordering::Relaxed) {
+                self.on_cpu(cpu.id, || self.take_interrupt());
+            }
+        }
+        schedule::wait();
     }
 
     /// This CPU has answered a request of `initiator`.
@@ -177,6 +235,9 @@ impl HostedMachine {
     }
 
     /// MOV to CR3 on this CPU: `root` is its top table from now on, under `pcid`.
+    ///
+    /// # Panics
+    /// Where the instruction would trap: with PCIDs off, if `pcid` is not 0 or `cached` is `Keep`.
     pub fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         let keep = cached == CachedTranslations::Keep;
         // Between the decision what to keep and the load.
@@ -197,7 +258,12 @@ impl HostedMachine {
             };
             // The root in CR3 is told below.
             watch.take_fills();
-            debug_assert!(loaded.is_ok(), "the kernel loads PCID {} with PCIDs off", pcid.value());
+            assert!(
+                loaded.is_ok(),
+                "T6: CR3 is loaded with PCID {}, or so that it keeps what is cached, and this CPU has PCIDs off \
+                 (CR4.PCIDE is clear): `pcid_support` says On only where every CPU has them on",
+                pcid.value()
+            );
         }
         if is_switch
             && let Some(boundary) =

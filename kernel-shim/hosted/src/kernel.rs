@@ -45,7 +45,8 @@ pub trait Kernel: Send + Sync + 'static {
     /// An address space: an `Arc`, say.
     type Mm: Clone + 'static;
 
-    /// Starts this CPU: it drops what it may have cached and loads the kernel's own tables.
+    /// Starts this CPU, or starts it again after [`stop_cpu`](Self::stop_cpu): it drops what it may
+    /// have cached and loads the kernel's own tables.
     fn start_cpu(&self);
 
     /// The handler of the flush interrupt, on the CPU that takes it.
@@ -106,6 +107,16 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// [`NotDone`].
     fn go_lazy(&self) -> Result<(), NotDone> {
+        Err(NotDone::Missing)
+    }
+
+    /// This CPU is about to be switched off: it says so to the engine
+    /// ([`offline_cpu`](mmu_gather::tlb::offline_cpu)). From then on nothing of the kernel runs
+    /// there, and interrupts to it are lost, until [`start_cpu`](Self::start_cpu) starts it again.
+    ///
+    /// # Errors
+    /// [`NotDone`].
+    fn stop_cpu(&self) -> Result<(), NotDone> {
         Err(NotDone::Missing)
     }
 

@@ -68,7 +68,7 @@ pub use random::Choices;
 pub use schedule::{GiveWay, Schedule, give_way, is_scheduled};
 pub use sequence::{
     Calls, Lost, MmId, NR_MMS, Op, Outcome, Pace, Run, Sequence, SequenceError, Step, Tally, Trial, Verdict,
-    execute, generate, judge, shrink,
+    execute, generate, judge, shrink, with_cpus_going_off,
 };
 pub use vocabulary::{
     Backing, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,

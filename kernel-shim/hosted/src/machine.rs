@@ -75,6 +75,8 @@ pub(crate) struct VirtualCpu {
     pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
     pub(crate) has_turns: AtomicBool,
+    /// It is switched off: interrupts to it are lost.
+    is_off: AtomicBool,
 }
 
 impl HostedMachine {
@@ -119,6 +121,7 @@ impl HostedMachine {
                 work: WorkDone::default(),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
+                is_off: AtomicBool::new(false),
             }
         });
         Ok(Self {
@@ -197,6 +200,12 @@ impl HostedMachine {
     #[must_use]
     pub fn is_free(&self, frame: PhysFrame) -> bool {
         self.checked.as_ref().is_some_and(|checked| checked.ledger.when_freed(frame).is_some())
+    }
+
+    /// Whether the frame is [lent](Self::lent) to a gather.
+    #[must_use]
+    pub fn is_lent(&self, frame: PhysFrame) -> bool {
+        self.checked.as_ref().is_some_and(|checked| checked.ledger.is_lent(frame))
     }
 
     /// Whether a program has written to the frame since it was given out.
@@ -308,6 +317,22 @@ impl HostedMachine {
         assert!(self.flush_handler.set(handler).is_ok(), "a machine runs one kernel");
     }
 
+    /// This CPU is switched off: what is sent to it is lost, and it walks nothing.
+    pub(crate) fn switch_off(&self) {
+        self.leave_user_mode();
+        self.cpu().is_off.store(true, Ordering::Relaxed);
+        self.cpu().is_interrupted.store(false, Ordering::Relaxed);
+    }
+
+    /// This CPU is switched on again.
+    pub(crate) fn switch_on(&self) {
+        self.cpu().is_off.store(false, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_off(&self, cpu: CpuId) -> bool {
+        self.cpus[cpu.index()].is_off.load(Ordering::Relaxed)
+    }
+
     /// Takes the flush interrupt, if one was sent to this CPU and interrupts are on.
     ///
     /// # Panics
@@ -344,10 +369,15 @@ impl HostedMachine {
                 .map(|other| (cpu.id, other))
         });
         let words = pairs.map(|(waits, other)| {
-            let why = if !other.is_interrupted.load(Ordering::Relaxed) {
-                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing"
+            let why = if other.is_off.load(Ordering::Relaxed) {
+                "it is off, and offline_cpu was not the last that it ran: as long as it does not say that it is off, \
+                 it counts as one that must flush"
+            } else if !other.is_interrupted.load(Ordering::Relaxed) {
+                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing: the handler calls \
+                 `flush_interrupt` for the CPU that it runs on"
             } else if other.interrupts_off.load(Ordering::Relaxed) > 0 {
-                "it was interrupted, and has its interrupts off"
+                "it was interrupted, and has its interrupts off: a CPU that waits (for answers, for a lock) while \
+                 others flush serves what they ask of it meanwhile, or waits with interrupts on"
             } else {
                 "it was interrupted, and got no turn"
             };

@@ -1,13 +1,13 @@
 //! Sequences as text.
 
-use mmu_hosted::{Sequence, generate};
+use mmu_hosted::{Op, Sequence, generate, with_cpus_going_off};
 
 const LENGTH: usize = 160;
 
 #[test]
 fn a_sequence_survives_its_text() {
     for seed in 0..200 {
-        let sequence = generate(seed, 4, LENGTH);
+        let sequence = with_cpus_going_off(generate(seed, 4, LENGTH));
         let text = sequence.to_string();
         assert_eq!(Sequence::parse(&text).as_ref(), Ok(&sequence), "{text}");
     }
@@ -57,4 +57,36 @@ fn a_text_that_is_none_is_refused_at_its_line() {
         let error = Sequence::parse(&commented).expect_err("it has no end");
         assert_eq!(error.line, kept + 2, "{error}");
     }
+}
+
+#[test]
+fn cpus_but_the_first_go_off_and_come_back_in_turn_and_nothing_else_changes() {
+    for seed in 0..50 {
+        let before = generate(seed, 4, LENGTH);
+        let mut after = with_cpus_going_off(before.clone());
+        let mut is_off = [false; 4];
+        let mut times = 0;
+        after.steps.retain(|step| {
+            let off = &mut is_off[usize::from(step.cpu)];
+            match step.op {
+                Op::Offline => assert!(!core::mem::replace(off, true) && step.cpu != 0),
+                Op::Online => assert!(core::mem::replace(off, false)),
+                _ => return true,
+            }
+            times += 1;
+            false
+        });
+        assert!(times > 5, "seed {seed}: {times}");
+        assert_eq!(after, before);
+    }
+    let alone = generate(1, 1, LENGTH);
+    assert_eq!(with_cpus_going_off(alone.clone()), alone);
+}
+
+#[test]
+fn going_off_and_coming_back_survive_as_bytes() {
+    let sequence = with_cpus_going_off(generate(3, 4, 100));
+    let again = Sequence::from_bytes(&sequence.to_bytes());
+    let ops = |sequence: &Sequence| sequence.steps.iter().map(|step| step.op.number()).collect::<Vec<_>>();
+    assert_eq!(ops(&again), ops(&sequence));
 }

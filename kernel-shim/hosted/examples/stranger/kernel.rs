@@ -2,16 +2,17 @@
 //! that are a program's own. It embeds the engine, and its hardware is a hosted machine.
 
 use core::pin::Pin;
-use core::ptr::NonNull;
+use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use mmu_gather::pagetable::{
-    Bounds, EntryValue, Level, MapError, PagingMode, TableLock, TableMemory, VirtRange,
+    Bounds, EntryValue, Level, MapError, PagingMode, TableLock, TableMemory, UsedLines, VirtRange,
 };
 use mmu_gather::tlb::{
-    Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, OnlineCpus, PcidSupport,
-    enter_lazy_tlb, flush_interrupt, init_cpu, switch_mm,
+    Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxIds, FlushRequest, MmContext, OnlineCpus,
+    PcidSupport, enter_lazy_tlb, flush_interrupt, flush_tlb_func, init_cpu, offline_cpu, switch_mm,
 };
 use mmu_gather::{
     BatchPage, CutLeaf, Disposition, FreedPages, Limits, Mm, MmuGather, Pages, UnmappedLeaf, Vma, VmaKind,
@@ -24,44 +25,8 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::mapper::PageTableFrameMapping;
 use x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
 
-/// What the kernel does wrong, so that the kit can be seen to find it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mistake {
-    /// Nothing.
-    Absent,
-    /// mprotect takes rights away, and tells no gather.
-    ChangedForgotten,
-    /// A page is freed when its entry is cleared.
-    FreedWhenUnmapped,
-    /// munmap names no neighbours, although there are some.
-    NeighboursForgotten,
-    /// The handler of the flush interrupt returns at once.
-    HandlerDoesNothing,
-    /// A switch loads CR3, and tells the engine nothing.
-    SwitchOfItsOwn,
-    /// All CPUs have one state.
-    OneCpuState,
-    /// What is unmapped is not freed.
-    NeverFreed,
-    /// What is unmapped is freed twice.
-    FreedTwice,
-    /// A table is given out as it was when it was freed.
-    DirtyTables,
-    /// The map lock is dropped before the flush.
-    LockDroppedEarly,
-    /// The handler of the flush interrupt names another CPU than its own.
-    HandlerNamesAnother,
-    /// PCIDs are said to be on, and are off on some machines.
-    PcidsSaidOn,
-    /// A batch page begins a byte too late.
-    BatchPageNotAligned,
-    /// A fault maps its page with a table locked.
-    MapsUnderTableLock,
-    /// The allocator holds a lock of `std` while it tells the machine.
-    LockOfStd,
-    /// munmap trips over an assertion of its own.
-    UnmapPanics,
-}
+use crate::ipis::OwnIpis;
+use crate::mistake::Mistake;
 
 /// A lock that lets other CPUs run while it waits.
 type Lock<T> = SpinMutex<T, GiveWay>;
@@ -73,9 +38,17 @@ pub(crate) struct Stranger {
     std_lock: std::sync::Mutex<()>,
     /// One for each frame.
     table_locks: Box<[TableLock<GiveWay>]>,
+    /// One for each frame, if the kernel keeps them.
+    used_lines: Option<Box<[UsedLines]>>,
     cpus: Box<[CpuTlb<Bits>]>,
     /// Keeps the address space that a CPU has loaded.
     loaded: Box<[Lock<Option<Arc<Space>>>]>,
+    /// Its own calls to other CPUs, if it has any.
+    ipis: Option<OwnIpis>,
+    /// Pages that are lent and given to programs as well.
+    lent: Lock<Vec<PhysFrame>>,
+    /// Address spaces that are never dropped.
+    kept: Lock<Vec<Arc<Space>>>,
     init_root: PhysFrame,
     ids: CtxIds,
 }
@@ -83,6 +56,8 @@ pub(crate) struct Stranger {
 /// An address space.
 pub(crate) struct Space {
     engine: Pin<Box<Mm<Bits>>>,
+    /// Where it is since it was moved.
+    moved: OnceLock<Pin<Box<Mm<Bits>>>>,
     /// By start.
     areas: Lock<BTreeMap<u64, Area>>,
 }
@@ -119,6 +94,10 @@ unsafe impl TableMemory for Stranger {
         self.machine.seam(Seam::Entry);
     }
 
+    unsafe fn used_lines(&self, table: PhysFrame) -> Option<&UsedLines> {
+        self.used_lines.as_ref().map(|used| &used[number(table)])
+    }
+
     fn allocate_table(&self) -> Option<PhysFrame> {
         let table = self.take(FrameRole::Table)?;
         if self.mistake != Mistake::DirtyTables {
@@ -151,6 +130,18 @@ unsafe impl Cpus for Stranger {
 
     fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
         self.machine.send_flush_interrupt(targets);
+    }
+
+    fn flush_others(
+        &self,
+        targets: &CpuSet<Bits>,
+        request: &FlushRequest<'_, Bits>,
+        meanwhile: impl FnOnce(),
+    ) {
+        match &self.ipis {
+            None => ByMail(self).flush_others(targets, request, meanwhile),
+            Some(ipis) => ipis.flush_others(&self.machine, targets, request, meanwhile),
+        }
     }
 
     fn wait_for_answers(&self, answers: Answers<'_, Bits>) {
@@ -189,6 +180,31 @@ unsafe impl Cpus for Stranger {
     }
 }
 
+/// The mailbox of the engine, which a kernel without calls of its own has by leaving
+/// `flush_others` out.
+struct ByMail<'a>(&'a Stranger);
+
+// SAFETY: the states are the kernel's, and the flush that the kernel is called by waits.
+unsafe impl Cpus for ByMail<'_> {
+    type Bits = Bits;
+
+    fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
+        self.0.pinned(f)
+    }
+
+    fn cpu_state(&self, cpu: CpuId) -> &CpuTlb<Bits> {
+        self.0.cpu_state(cpu)
+    }
+
+    fn init_root(&self) -> PhysFrame {
+        self.0.init_root
+    }
+
+    fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
+        self.0.send_flush_interrupt(targets);
+    }
+}
+
 impl Pages for Stranger {
     type Area = ();
 
@@ -214,16 +230,27 @@ impl Pages for Stranger {
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        let page = self.machine.frame_to_pointer(self.take(FrameRole::Page)?);
-        let late = usize::from(self.mistake == Mistake::BatchPageNotAligned);
-        let page = NonNull::new(page.wrapping_byte_add(late))?;
+        let frame = self.take(FrameRole::Page)?;
+        let late = match self.mistake {
+            Mistake::BatchPageNotAligned => 1,
+            Mistake::BatchPageShort => 2048,
+            _ => 0,
+        };
+        let page = NonNull::new(self.machine.frame_to_pointer(frame).wrapping_byte_add(late))?.cast();
         // SAFETY: the frame was free: nobody else uses its 4096 bytes.
-        Some(unsafe { BatchPage::new(page.cast()) })
+        let lent = unsafe { BatchPage::new(page) };
+        self.machine.lent(page);
+        if self.mistake == Mistake::LentPageMapped {
+            self.lent.lock().push(frame);
+        }
+        Some(lent)
     }
 
     fn free_batch(&self, page: BatchPage) {
         let frame = self.machine.pointer_to_frame(page.into_inner().as_ptr().cast());
-        self.give(frame, FrameRole::Page);
+        if self.mistake != Mistake::FreeBatchForgotten {
+            self.give(frame, FrameRole::Page);
+        }
     }
 
     fn cond_resched(&self) {
@@ -240,8 +267,14 @@ impl Stranger {
             std_lock: std::sync::Mutex::new(()),
             free: Lock::new(frames.rev().map(frame).collect()),
             table_locks: (0..machine.nr_frames()).map(|_| TableLock::new(())).collect(),
+            used_lines: mistake
+                .keeps_used_lines()
+                .then(|| (0..machine.nr_frames()).map(|_| UsedLines::new()).collect()),
             cpus: (0..machine.nr_cpus()).map(|_| CpuTlb::new()).collect(),
             loaded: (0..machine.nr_cpus()).map(|_| Lock::new(None)).collect(),
+            ipis: mistake.has_own_ipis().then(|| OwnIpis::new(machine.nr_cpus(), mistake)),
+            lent: Lock::new(Vec::new()),
+            kept: Lock::new(Vec::new()),
             init_root: frame(0),
             ids: CtxIds::new(),
             machine: Arc::clone(machine),
@@ -259,7 +292,10 @@ impl Stranger {
 
     fn give(&self, frame: PhysFrame, role: FrameRole) {
         self.machine.freed(frame, role);
-        self.free.lock().push(frame);
+        // What two use must not become a table.
+        if !self.lent.lock().contains(&frame) {
+            self.free.lock().push(frame);
+        }
     }
 
     pub(crate) fn start(&self) {
@@ -267,9 +303,24 @@ impl Stranger {
         self.without_interrupts(|| unsafe { init_cpu(self, self.machine.current()) });
     }
 
+    /// This CPU goes off.
+    pub(crate) fn stop(&self) {
+        let cpu = self.machine.current();
+        if self.mistake != Mistake::OffInTheMask {
+            // SAFETY: interrupts are off; nothing runs here until `start`.
+            self.without_interrupts(|| unsafe { offline_cpu(self, cpu) });
+            *self.loaded[cpu.index()].lock() = None;
+        }
+    }
+
     /// The handler of the flush interrupt.
     pub(crate) fn handle_interrupt(&self) {
         let here = self.machine.current();
+        if let Some(ipis) = &self.ipis {
+            // SAFETY: interrupts are off in a handler.
+            ipis.answer(&self.machine, |request| unsafe { flush_tlb_func(self, here, request) });
+            return;
+        }
         let cpu = match self.mistake {
             Mistake::HandlerDoesNothing => return,
             Mistake::HandlerNamesAnother => CpuId::new((here.number() + 1) % self.machine.nr_cpus()),
@@ -283,7 +334,11 @@ impl Stranger {
         let root = self.allocate_table()?;
         // SAFETY: the root is an empty table that is this address space's alone.
         let engine = Box::pin(unsafe { Mm::new(&self.ids, root, PagingMode::FourLevel) });
-        Some(Arc::new(Space { engine, areas: Lock::new(BTreeMap::new()) }))
+        let space = Arc::new(Space { engine, moved: OnceLock::new(), areas: Lock::new(BTreeMap::new()) });
+        if self.mistake.uses_requests_late() {
+            self.kept.lock().push(Arc::clone(&space));
+        }
+        Some(space)
     }
 
     pub(crate) fn run(&self, space: Option<&Arc<Space>>) {
@@ -294,9 +349,13 @@ impl Stranger {
                 let pcid = Pcid::new(0).expect("below 4096");
                 self.machine.load_cr3(root, pcid, CachedTranslations::Flush);
             } else {
-                let next = space.map(|space| space.engine.as_ref().pinned_context());
                 // SAFETY: interrupts are off; `loaded` keeps the address space.
-                unsafe { switch_mm(self, cpu, next) };
+                unsafe { switch_mm(self, cpu, space.map(|space| space.context())) };
+                if self.mistake == Mistake::MmMoves
+                    && let Some(space) = space
+                {
+                    space.move_engine();
+                }
             }
         });
         *self.loaded[cpu.index()].lock() = space.cloned();
@@ -330,13 +389,22 @@ impl Stranger {
             return Err(Refused);
         }
         // SAFETY: the lock keeps the area, and with it the tables.
-        let table = unsafe { space.engine.space().find_table(self, address, Level::Pte) };
+        let table = unsafe { space.engine().space().find_table(self, address, Level::Pte) };
         let locked =
             table.filter(|_| self.mistake == Mistake::MapsUnderTableLock).map(|table| table.lock(self));
-        let page = self.take(FrameRole::Page).ok_or(Refused)?;
+        let page = self.take_for_program().ok_or(Refused)?;
         let entry = EntryValue::leaf(Level::Pte, page.start_address(), area.flags);
+        if self.mistake == Mistake::EntriesPastUsedLines
+            && let Some(table) = table
+        {
+            let written = self.write_by_hand(table.frame(), Level::Pte.index(address), entry);
+            if !written {
+                self.give(page, FrameRole::Page);
+            }
+            return Ok(());
+        }
         // SAFETY: the lock keeps the area, and with it the tables; the page is new.
-        let mapped = unsafe { space.engine.space().map(self, address & !0xfff, Level::Pte, entry) };
+        let mapped = unsafe { space.engine().space().map(self, address & !0xfff, Level::Pte, entry) };
         drop(locked);
         if mapped.is_err() {
             self.give(page, FrameRole::Page);
@@ -348,7 +416,30 @@ impl Stranger {
         }
     }
 
+    /// A page for a program, which may be one that is lent.
+    fn take_for_program(&self) -> Option<PhysFrame> {
+        let lent = self.lent.lock().last().copied().filter(|page| self.machine.is_lent(*page));
+        let Some(page) = lent else { return self.take(FrameRole::Page) };
+        self.machine.allocated(page, FrameRole::Page);
+        Some(page)
+    }
+
+    /// The kernel's own mapper writes an entry of a table, if there is none; whether it did.
+    fn write_by_hand(&self, table: PhysFrame, index: usize, entry: EntryValue) -> bool {
+        let first: *mut AtomicU64 = self.machine.frame_to_pointer(table).cast();
+        // SAFETY: one of the 512 entries of the table, which are only used as atomics.
+        let place = unsafe { &*first.wrapping_add(index) };
+        place.compare_exchange(0, entry.bits(), Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
     pub(crate) fn munmap(&self, space: &Space, range: VirtRange) -> Result<(), CutLeaf> {
+        if self.mistake == Mistake::InterruptsOff {
+            return self.machine.without_interrupts(|| self.take_down(space, range));
+        }
+        self.take_down(space, range)
+    }
+
+    fn take_down(&self, space: &Space, range: VirtRange) -> Result<(), CutLeaf> {
         let mut areas = space.areas.lock();
         let detached = take_out(&mut areas, range);
         assert!(self.mistake != Mistake::UnmapPanics || detached.len() < 2, "more areas than expected");
@@ -359,7 +450,7 @@ impl Stranger {
             _ => Bounds::between(below, above),
         };
         // SAFETY: the lock of the areas is held until `flush` has returned.
-        let mut gather = unsafe { MmuGather::new(self, &space.engine) };
+        let mut gather = unsafe { MmuGather::new(self, space.engine()) };
         gather.unmap_vmas(detached.iter().copied(), range)?;
         // SAFETY: the areas are taken out, and `bounds` are the neighbours that stay.
         unsafe { gather.free_pgtables(detached, bounds) };
@@ -380,7 +471,7 @@ impl Stranger {
         let areas = space.areas.lock();
         for area in areas.iter().map(|(start, area)| vma(*start, area.end)) {
             // SAFETY: the lock of the areas is held until the pages are flushed.
-            let flushed = unsafe { zap_page_range(self, &space.engine, &Limits::DEFAULT, &area, range) }?;
+            let flushed = unsafe { zap_page_range(self, space.engine(), &Limits::DEFAULT, &area, range) }?;
             flushed.free();
         }
         Ok(())
@@ -390,12 +481,12 @@ impl Stranger {
         let mut areas = space.areas.lock();
         let parts = take_out(&mut areas, range);
         // SAFETY: the lock of the areas is held until `flush` has returned.
-        let mut gather = unsafe { MmuGather::new(self, &space.engine) };
+        let mut gather = unsafe { MmuGather::new(self, space.engine()) };
         for part in parts.iter().map(|part| part.range) {
             areas.insert(part.start(), Area { end: part.end(), flags });
             for address in (part.start()..part.end()).step_by(4096) {
                 // SAFETY: the lock keeps the area, and with it the tables.
-                let table = unsafe { space.engine.space().find_table(self, address, Level::Pte) };
+                let table = unsafe { space.engine().space().find_table(self, address, Level::Pte) };
                 let Some(locked) = table.map(|table| table.lock(self)) else { continue };
                 let entry = locked.entry(address);
                 let mut old = entry.load();
@@ -420,9 +511,10 @@ impl Stranger {
 
     pub(crate) fn exit(&self, space: &Space) {
         let mut areas = space.areas.lock();
-        let all = take_out(&mut areas, space.engine.space().user_range());
+        let all = take_out(&mut areas, space.engine().space().user_range());
         // SAFETY: these are all areas, and no program is left.
-        let flushed = unsafe { exit_mmap(self, &space.engine, &Limits::DEFAULT, all.iter().copied(), || ()) };
+        let flushed =
+            unsafe { exit_mmap(self, space.engine(), &Limits::DEFAULT, all.iter().copied(), || ()) };
         drop(areas);
         flushed.free();
         // SAFETY: no CPU has the root in CR3 any more, and nothing is mapped below it.
@@ -432,7 +524,21 @@ impl Stranger {
 
 impl Space {
     pub(crate) fn root(&self) -> PhysFrame {
-        self.engine.space().root()
+        self.engine().space().root()
+    }
+
+    fn engine(&self) -> &Mm<Bits> {
+        self.moved.get().unwrap_or(&self.engine)
+    }
+
+    fn context(&self) -> Pin<&MmContext<Bits>> {
+        self.moved.get().unwrap_or(&self.engine).as_ref().pinned_context()
+    }
+
+    /// As when a structure grows that the `Mm` is a field of.
+    fn move_engine(&self) {
+        // SAFETY: numbers, of which the old ones stay where CPUs look for them.
+        self.moved.get_or_init(|| Box::pin(unsafe { ptr::read(&*self.engine) }));
     }
 }
 

@@ -71,6 +71,11 @@ impl Kernel for Stranger {
         Ok(())
     }
 
+    fn stop_cpu(&self) -> Result<(), NotDone> {
+        self.stop();
+        Ok(())
+    }
+
     fn discard(&self, space: &Arc<Space>, range: VirtRange) -> Result<(), NotDone> {
         done(self.drop_pages(space, range))
     }

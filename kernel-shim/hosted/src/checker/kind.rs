@@ -6,6 +6,8 @@ use core::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum ViolationKind {
+    /// A page was given out that was lent to a gather: both write to it.
+    LentPageGivenOut,
     /// A program can reach a page that was freed, or did.
     PageReachableAfterFree,
     /// A page walk can reach a table that was freed, or did.
@@ -70,13 +72,13 @@ impl ViolationKind {
     pub const fn rule(self) -> &'static str {
         match self {
             Self::PageReachableAfterFree | Self::TableReachableAfterFree => {
-                "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed."
+                "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed: in `free_pages` and `free_tables`, and not where its entry is cleared."
             }
             Self::DeviceReachesAfterFree => {
                 "Rule G1: a frame or table is freed only after secondary TLBs were told to forget it, too."
             }
             Self::AddressUsableAfterUnmap | Self::PageUsableAfterDiscard | Self::RightsUsableAfterProtect => {
-                "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all)."
+                "When a call returns, every entry that it cleared or restricted has been flushed (rule G2: a flush covers them all). What the kernel writes by hand it tells the gather: `changed`."
             }
             Self::OldPageUsableAfterMap => {
                 "The map lock is held until the flush has returned: what comes next at the same addresses finds that every CPU has forgotten what was there."
@@ -86,6 +88,9 @@ impl ViolationKind {
             }
             Self::FreePageMapped | Self::CountsDisagree | Self::FreedTwice | Self::GivenOutTwice => {
                 "Rule G5: what is queued is released once, and what is mapped is not free."
+            }
+            Self::LentPageGivenOut => {
+                "A page that `allocate_batch` lends is used by nobody else until `free_batch` takes it back."
             }
             Self::TableFreedInUse => {
                 "Rule P3: a table is freed when all 512 entries are empty, never by guess."
@@ -140,6 +145,7 @@ impl fmt::Display for ViolationKind {
             }
             Self::FreedTwice => "a frame was freed that was not in use",
             Self::GivenOutTwice => "a frame was given out that was in use",
+            Self::LentPageGivenOut => "a page was given out that is lent to a gather",
             Self::RightsUsableAfterProtect => {
                 "rights can still be used although the call that takes them away has returned"
             }

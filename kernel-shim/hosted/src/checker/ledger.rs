@@ -23,12 +23,13 @@ use crate::vocabulary::{FrameRole, Moment};
 /// How many violations of one kind are told in full; the others are counted.
 const TOLD: usize = 2;
 
-/// What a frame is in use for: nothing; a page of a program, or one lent to a gather; a table;
-/// whatever the kernel has taken before it had booted.
+/// What a frame is in use for: nothing; a page; a table; whatever the kernel has taken before it
+/// had booted; a page that is lent to a gather, if the kernel tells.
 const FREE: u8 = 0;
 const PAGE: u8 = 1;
 const TABLE: u8 = 2;
 const SINCE_BOOT: u8 = 3;
+const LENT: u8 = 4;
 
 /// The truth about frames, and the violations found.
 #[derive(Debug)]
@@ -145,6 +146,18 @@ impl Ledger {
         self.holders.any(frame, frames_of(frame, role).len())
     }
 
+    /// The page is lent to a gather until it is freed; whether it was in use as a page.
+    #[must_use]
+    pub(crate) fn lend(&self, frame: PhysFrame) -> bool {
+        let in_use = self.in_use.get(number(frame));
+        in_use.is_some_and(|in_use| in_use.swap(LENT, Ordering::Relaxed) == PAGE)
+    }
+
+    /// Whether a gather has the page.
+    pub(crate) fn is_lent(&self, frame: PhysFrame) -> bool {
+        self.in_use.get(number(frame)).is_some_and(|in_use| in_use.load(Ordering::Relaxed) == LENT)
+    }
+
     /// What is in use now stays in use: the kernel has booted.
     pub(crate) fn note_booted(&self) {
         for in_use in self.in_use.iter().filter(|in_use| in_use.load(Ordering::Relaxed) != FREE) {
@@ -161,7 +174,7 @@ impl Ledger {
     pub(crate) fn not_freed(&self) -> impl Iterator<Item = (PhysFrame, FrameRole)> + '_ {
         self.in_use.iter().enumerate().filter_map(|(number, in_use)| {
             let role = match in_use.load(Ordering::Relaxed) {
-                PAGE => FrameRole::Page,
+                PAGE | LENT => FrameRole::Page,
                 TABLE => FrameRole::Table,
                 _ => return None,
             };

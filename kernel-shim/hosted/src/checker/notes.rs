@@ -47,8 +47,11 @@ impl HostedMachine {
                 if checked.ledger.is_cached(frame, role) {
                     self.reached.note(Boundary::ReusedWhileCached);
                 }
+                let is_lent = checked.ledger.is_lent(frame);
                 if checked.ledger.allocated(frame, role) {
-                    self.report(checked, ViolationKind::GivenOutTwice, self.current(), 0, frame, None);
+                    let kind =
+                        if is_lent { ViolationKind::LentPageGivenOut } else { ViolationKind::GivenOutTwice };
+                    self.report(checked, kind, self.current(), 0, frame, None);
                 }
                 if role == FrameRole::Table {
                     self.note_own_table(frame);

@@ -69,6 +69,24 @@ impl HostedMachine {
         }
     }
 
+    /// Which CPUs have tried to take a table lock that they hold, in words: a line for each.
+    pub(crate) fn locks_taken_twice(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        for cpu in &self.cpus {
+            let asked = lock(&cpu.table_locks.asked);
+            let Some((last, before)) = asked.split_last() else { continue };
+            if before.iter().any(|held| held.table == last.table && held.is_held && held.is_locked()) {
+                words.push(format!(
+                    "{} holds the lock of the table in frame {:#x}, and has tried to take it again: a fault maps, and \
+                     allocates, before it locks a table (rule G3: nothing that waits is done under a table lock)",
+                    cpu.id,
+                    last.table.start_address()
+                ));
+            }
+        }
+        words
+    }
+
     fn table_locked_here(&self) -> Option<PhysFrame> {
         self.settle_locks(self.current());
         let asked = lock(&self.cpu().table_locks.asked);

@@ -127,6 +127,8 @@ fn step(bytes: &[u8; STEP]) -> Step {
         14 => Op::Tables(supply(what)),
         15 => Op::Sync,
         17 => Op::Guard(mm, range, if what & 1 == 0 { Guarding::Install } else { Guarding::Remove }),
+        18 => Op::Offline,
+        19 => Op::Online,
         // Seams are counted in thousands at the most.
         _ => Op::Preempt(u32::try_from(small % SEAMS).unwrap_or(0)),
     };
@@ -161,7 +163,7 @@ fn bytes_of(Step { cpu, op }: Step) -> [u8; STEP] {
         Op::Guard(mm, range, guarding) => {
             (mms.0, place, what) = (mm.0, Some(range), u8::from(guarding == Guarding::Remove));
         }
-        Op::Lazy | Op::Wake | Op::Sync => {}
+        Op::Lazy | Op::Wake | Op::Sync | Op::Offline | Op::Online => {}
     }
     bytes[2] = mms.0 | mms.1 << 4;
     bytes[3] = what;

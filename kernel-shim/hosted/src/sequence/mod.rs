@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  in    a seed            generate ─┐
+//!                          hotplug ──┤
 //!        bytes             bytes ────┼─> text: a Sequence, steps of op
 //!        text              text ─────┘        │
 //!                                             v
@@ -18,6 +19,7 @@
 mod bytes;
 mod calls;
 mod generate;
+mod hotplug;
 mod op;
 mod places;
 mod shrink;
@@ -29,6 +31,7 @@ mod world;
 
 pub use calls::{Calls, Tally};
 pub use generate::generate;
+pub use hotplug::with_cpus_going_off;
 pub use op::{MmId, NR_MMS, Op, Step};
 pub use shrink::shrink;
 pub(crate) use shrink::without_lacking;

@@ -63,6 +63,10 @@ pub enum Op {
     Sync,
     /// madvise(MADV_GUARD_INSTALL) or madvise(MADV_GUARD_REMOVE).
     Guard(MmId, VirtRange, Guarding),
+    /// The CPU is switched off. Its steps are refused until it is on again.
+    Offline,
+    /// The CPU is switched on again.
+    Online,
 }
 
 /// One line of a sequence.
@@ -120,13 +124,15 @@ impl Op {
             | Self::Batches(_)
             | Self::Tables(_)
             | Self::Preempt(_)
-            | Self::Sync => 0,
+            | Self::Sync
+            | Self::Offline
+            | Self::Online => 0,
         }
     }
 
     /// The words of all operations. New ones come last: saved bytes name operations by their
     /// number.
-    pub const WORDS: [&'static str; 18] = [
+    pub const WORDS: [&'static str; 20] = [
         "map",
         "unmap",
         "discard",
@@ -145,6 +151,8 @@ impl Op {
         "sync",
         "preempt",
         "guard",
+        "offline",
+        "online",
     ];
 
     /// Which operation it is, as an index of [`WORDS`](Self::WORDS).
@@ -169,6 +177,8 @@ impl Op {
             Self::Sync => 15,
             Self::Preempt(_) => 16,
             Self::Guard(..) => 17,
+            Self::Offline => 18,
+            Self::Online => 19,
         }
     }
 }
@@ -216,7 +226,7 @@ impl fmt::Display for Step {
             Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
             Op::Preempt(seams) => write!(f, " {seams}"),
             Op::Guard(mm, range, guarding) => write!(f, " {mm} {} {guarding}", Pages(range)),
-            Op::Lazy | Op::Wake | Op::Sync => Ok(()),
+            Op::Lazy | Op::Wake | Op::Sync | Op::Offline | Op::Online => Ok(()),
         }
     }
 }
@@ -278,6 +288,8 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         "batches" => Op::Batches(supply(words.next())?),
         "tables" => Op::Tables(supply(words.next())?),
         "sync" => Op::Sync,
+        "offline" => Op::Offline,
+        "online" => Op::Online,
         "preempt" => {
             let seams = words.next().and_then(|word| word.parse().ok()).ok_or("a number of seams")?;
             Op::Preempt(seams)
@@ -292,7 +304,7 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         }
         _ => {
             return Err(
-                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync or preempt",
+                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync, preempt, offline or online",
             );
         }
     })

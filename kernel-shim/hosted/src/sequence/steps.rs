@@ -25,6 +25,11 @@ impl<K: Kernel> World<K> {
     /// Does one step. What the kernel refuses is no error: sequences are made up.
     pub(crate) fn take(&self, cpu: CpuId, op: Op) {
         let kernel = &*self.kernel;
+        if self.machine.is_off(cpu) && !is_for_all(op) && op != Op::Online {
+            // It does nothing.
+            self.count(op.number(), Err(NotDone::Refused));
+            return;
+        }
         let result = match op {
             Op::Map(mm, range, backing, rights) => self.map(cpu, (mm, range), backing, rights),
             Op::Unmap(mm, range) => self.promising(
@@ -95,6 +100,13 @@ impl<K: Kernel> World<K> {
                 }
                 Ok(())
             }
+            Op::Offline => self.stop(cpu),
+            Op::Online if self.machine.is_off(cpu) => {
+                self.machine.switch_on();
+                kernel.start_cpu();
+                Ok(())
+            }
+            Op::Online => Err(NotDone::Refused),
             Op::Batches(supply) => kernel.set_batch_supply(supply),
             Op::Tables(supply) => kernel.set_table_supply(supply),
             Op::Preempt(seams) => {
@@ -218,6 +230,17 @@ impl<K: Kernel> World<K> {
         went
     }
 
+    /// The CPU goes off, unless it is the first, which machines keep.
+    fn stop(&self, cpu: CpuId) -> Result<(), NotDone> {
+        if cpu.number() == 0 {
+            return Err(NotDone::Refused);
+        }
+        self.kernel.stop_cpu()?;
+        self.machine.switch_off();
+        *lock(&self.programs[cpu.index()]) = Program { process: None, is_lazy: false };
+        Ok(())
+    }
+
     fn switch_away(&self, cpu: CpuId) {
         self.kernel.switch_to(None);
         *lock(&self.programs[cpu.index()]) = Program { process: None, is_lazy: false };
@@ -270,6 +293,11 @@ impl<K: Kernel> World<K> {
             schedule::wait();
         }
     }
+}
+
+/// Whether the step is not one of its CPU: the runner takes it.
+const fn is_for_all(op: Op) -> bool {
+    matches!(op, Op::Sync | Op::Preempt(_) | Op::Batches(_) | Op::Tables(_))
 }
 
 /// The part of a range that 2 MiB pages can fill.

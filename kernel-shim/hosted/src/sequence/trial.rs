@@ -36,6 +36,8 @@ pub struct Lost {
     pub frame: PhysFrame,
     /// What it was given out for.
     pub role: FrameRole,
+    /// Whether the kernel has told that it is lent to a gather.
+    pub is_lent: bool,
     /// When it was given out and freed, lately.
     pub story: Vec<Event>,
 }
@@ -43,7 +45,13 @@ pub struct Lost {
 impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let what = if self.role == FrameRole::Table { "a table" } else { "a page" };
-        writeln!(f, "lost: {what} in frame {:#x} was never freed", self.frame.start_address())?;
+        write!(f, "lost: {what} in frame {:#x} was never freed", self.frame.start_address())?;
+        if self.is_lent {
+            f.write_str(
+                ": allocate_batch has lent it, and free_batch has not given it back to the allocator",
+            )?;
+        }
+        writeln!(f)?;
         self.story.iter().try_for_each(|event| writeln!(f, "    {event}"))
     }
 }

@@ -88,9 +88,11 @@ pub fn judge<K: Kernel>(
             let words = panic.downcast_ref::<String>().map(String::as_str);
             let words = words.or_else(|| panic.downcast_ref::<&str>().copied());
             let mut words = words.unwrap_or("no words").to_owned();
-            for missing in machine.missing_answers() {
+            let ends = !words.contains("does not end");
+            let locks = if ends { Vec::new() } else { machine.locks_taken_twice() };
+            for line in machine.missing_answers().into_iter().chain(locks) {
                 words.push('\n');
-                words.push_str(&missing);
+                words.push_str(&line);
             }
             Verdict::Panicked(words)
         }

@@ -179,7 +179,9 @@ impl<K: Kernel> World<K> {
             self.note_done(index);
         }
         // A CPU that has nothing left to do keeps its address space lazily.
-        let _is_not_counted = self.go_lazy(cpu);
+        if !self.machine.is_off(cpu) {
+            let _is_not_counted = self.go_lazy(cpu);
+        }
     }
 
     /// A CPU that has nothing to do runs its program, if it has one, until it is chosen again.
@@ -258,6 +260,14 @@ impl<K: Kernel> World<K> {
 
     fn end_alone(&self) -> Outcome {
         let (machine, kernel) = (&self.machine, &self.kernel);
+        for number in 0..machine.nr_cpus() {
+            machine.on_cpu(CpuId::new(number), || {
+                if machine.is_off(machine.current()) {
+                    machine.switch_on();
+                    kernel.start_cpu();
+                }
+            });
+        }
         let _have_no_such_call =
             (kernel.set_batch_supply(Supply::Always), kernel.set_table_supply(Supply::Always));
         machine.on_cpu(CpuId::new(0), || self.check_at_rest());
@@ -273,7 +283,12 @@ impl<K: Kernel> World<K> {
         let not_freed = machine.not_freed();
         let leaked_tables = not_freed.iter().filter(|(_, role)| *role == FrameRole::Table).count() as u64;
         let told = not_freed.iter().take(LOST_TOLD);
-        let lost = told.map(|&(frame, role)| Lost { frame, role, story: machine.story_of(frame) });
+        let lost = told.map(|&(frame, role)| Lost {
+            frame,
+            role,
+            is_lent: machine.is_lent(frame),
+            story: machine.story_of(frame),
+        });
         Outcome {
             lost: lost.collect(),
             found: machine.violations(),

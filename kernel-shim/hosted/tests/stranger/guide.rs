@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use mmu_hosted::{FuzzOptions, HostedMachine, Trial, fuzz, replay};
 
-use crate::kernel::{Mistake, Stranger as MyKernel};
+use crate::kernel::Stranger as MyKernel;
+use crate::mistake::Mistake;
 
 impl MyKernel {
     fn new(machine: &Arc<HostedMachine>) -> Self {
