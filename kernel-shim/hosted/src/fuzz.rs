@@ -36,7 +36,7 @@ pub struct FuzzOptions {
     /// Where the shortest form of the first that fails is written.
     pub reproducer: Option<PathBuf>,
     /// A sequence that takes longer ends the process, and is printed: nothing else can stop a CPU
-    /// that never gives way.
+    /// that never gives way. Two minutes, unless it is set.
     pub patience: Duration,
 }
 
@@ -50,10 +50,13 @@ impl Default for FuzzOptions {
             nr_cpus: 4,
             trial: Trial::default(),
             reproducer: None,
-            patience: Duration::from_secs(120),
+            patience: PATIENCE,
         }
     }
 }
+
+/// How long one sequence may take.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What came of it.
 #[derive(Clone, Debug, Default)]
@@ -121,21 +124,21 @@ fn fuzz_watched<K: Kernel>(
             sequence = with_cpus_going_off(sequence);
         }
         watched.begin(&sequence);
-        let run = judge(&sequence, options.trial, make)?;
+        let made = |machine: &Arc<HostedMachine>| {
+            watched.begins_on(machine);
+            make(machine)
+        };
+        let run = judge(&sequence, options.trial, made)?;
         report.add(&sequence, &run);
         if !run.verdict.is_clean() {
             // The panic, if it was one, has been printed, and is once more below.
-            let judged = |machine: &Arc<HostedMachine>| {
-                watched.begin_again();
-                make(machine)
-            };
             let short = quietly(|| {
                 let (sequence, verdict) =
-                    without_lacking(sequence, options.trial, run.verdict, &report.calls, &judged)?;
-                shrink(&sequence, options.trial, verdict, judged)
+                    without_lacking(sequence, options.trial, run.verdict, &report.calls, &made)?;
+                shrink(&sequence, options.trial, verdict, made)
             });
             let (sequence, verdict) = short?;
-            let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, make)?;
+            let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, &made)?;
             if let Some(path) = &options.reproducer {
                 failure.save(path.clone())?;
             }
@@ -159,13 +162,20 @@ pub fn replay<K: Kernel>(
 ) -> io::Result<Report> {
     let sequence =
         Sequence::parse(text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    let run = judge(&sequence, trial, &make)?;
-    let mut report = Report::default();
-    report.add(&sequence, &run);
-    if !run.verdict.is_clean() {
-        report.failure = Some(Failure::of(None, sequence, run.verdict, trial, &make)?);
-    }
-    Ok(report)
+    watched(PATIENCE, None, |watched| {
+        watched.begin(&sequence);
+        let made = |machine: &Arc<HostedMachine>| {
+            watched.begins_on(machine);
+            make(machine)
+        };
+        let run = judge(&sequence, trial, made)?;
+        let mut report = Report::default();
+        report.add(&sequence, &run);
+        if !run.verdict.is_clean() {
+            report.failure = Some(Failure::of(None, sequence, run.verdict, trial, &made)?);
+        }
+        Ok(report)
+    })
 }
 
 impl Report {

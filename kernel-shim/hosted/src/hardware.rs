@@ -137,6 +137,7 @@ impl HostedMachine {
     /// Interrupts every CPU in `targets`, which runs the kernel's handler when its interrupts are
     /// on.
     pub fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
+        self.has_sent();
         for target in targets.iter() {
             let cpu = &self.cpus[target.index()];
             if self.is_off(target) {
@@ -155,6 +156,7 @@ impl HostedMachine {
 
     /// Lets other CPUs run while this one waits for them.
     pub fn wait_for_answers(&self, answers: Answers<'_, Bits>) {
+        self.begins_to_wait();
         // A CPU that has nothing else to do takes the interrupt at once.
         for target in answers.missing() {
             if !self.cpus[target.index()].has_turns.load(Ordering::Relaxed) {
@@ -184,6 +186,7 @@ impl HostedMachine {
     /// Lets other CPUs run while this one waits for those that it has called. It may come back
     /// before they have answered; interrupts are taken meanwhile if they are on.
     pub fn wait_for_calls(&self) {
+        self.begins_to_wait();
         let called = self.cpu().awaits.load(Ordering::Relaxed);
         for cpu in self.cpus.iter().filter(|cpu| called >> cpu.id.number() & 1 != 0) {
             // One that has nothing else to do takes the interrupt at once.

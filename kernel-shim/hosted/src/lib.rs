@@ -50,6 +50,7 @@ mod quiet;
 mod random;
 mod schedule;
 mod sequence;
+mod trap;
 mod vocabulary;
 
 pub use boundary::{Boundaries, Boundary};

@@ -40,6 +40,8 @@ pub struct HostedMachine {
     pub(crate) reached: Reached,
     /// How often a CPU was chosen.
     turns: AtomicU64,
+    /// The turn in which a CPU has sent flush interrupts, plus one, if it has not begun to wait.
+    sent_in: AtomicU64,
     /// How often the planted fault has happened.
     faults: AtomicU64,
     /// A CPU goes on at a seam unless these bits of a choice are all 0.
@@ -136,6 +138,7 @@ impl HostedMachine {
             next_hot: AtomicU32::new(0),
             reached: Reached::default(),
             turns: AtomicU64::new(0),
+            sent_in: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long
             // ones.
@@ -243,6 +246,22 @@ impl HostedMachine {
     /// How often a CPU was chosen so far.
     pub(crate) fn turns(&self) -> u64 {
         self.turns.load(Ordering::Relaxed)
+    }
+
+    /// This CPU has sent flush interrupts.
+    pub(crate) fn has_sent(&self) {
+        self.sent_in.store(self.turns() + 1, Ordering::Relaxed);
+    }
+
+    /// It waits for the answers, and lets the others run.
+    pub(crate) fn begins_to_wait(&self) {
+        self.sent_in.store(0, Ordering::Relaxed);
+    }
+
+    /// The turn that runs, if a CPU has sent flush interrupts in it and has not begun to wait.
+    pub(crate) fn turn_of_sender(&self) -> Option<u64> {
+        let turn = self.sent_in.load(Ordering::Relaxed).checked_sub(1)?;
+        (turn == self.turns()).then_some(turn)
     }
 
     /// Runs `f` as if it were code on `cpu`.

@@ -145,7 +145,10 @@ unsafe impl Cpus for Stranger {
     }
 
     fn wait_for_answers(&self, answers: Answers<'_, Bits>) {
-        self.machine.wait_for_answers(answers);
+        match self.mistake {
+            Mistake::WaitLeftOut => ByMail(self).wait_for_answers(answers),
+            _ => self.machine.wait_for_answers(answers),
+        }
     }
 
     fn answered(&self, initiator: CpuId) {
@@ -153,7 +156,10 @@ unsafe impl Cpus for Stranger {
     }
 
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
-        self.machine.without_interrupts(f)
+        match self.mistake {
+            Mistake::InterruptsLeftOut => ByMail(self).without_interrupts(f),
+            _ => self.machine.without_interrupts(f),
+        }
     }
 
     fn online_cpus(&self) -> OnlineCpus {
@@ -172,16 +178,23 @@ unsafe impl Cpus for Stranger {
     }
 
     fn invlpg(&self, address: u64) {
-        self.machine.invlpg(address);
+        match self.mistake {
+            Mistake::InvlpgLeftOut => ByMail(self).invlpg(address),
+            _ => self.machine.invlpg(address),
+        }
     }
 
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
-        self.machine.load_cr3(root, pcid, cached);
+        match self.mistake {
+            // SAFETY: the caller's promise. It is the instruction, which ends the process.
+            Mistake::LoadCr3LeftOut => unsafe { ByMail(self).load_cr3(root, pcid, cached) },
+            _ => self.machine.load_cr3(root, pcid, cached),
+        }
     }
 }
 
-/// The mailbox of the engine, which a kernel without calls of its own has by leaving
-/// `flush_others` out.
+/// The engine's defaults: the mailbox, which a kernel without calls of its own has by leaving
+/// `flush_others` out, and instructions of ring 0.
 struct ByMail<'a>(&'a Stranger);
 
 // SAFETY: the states are the kernel's, and the flush that the kernel is called by waits.

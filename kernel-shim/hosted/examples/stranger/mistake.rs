@@ -63,10 +63,18 @@ pub(crate) enum Mistake {
     FreeBatchForgotten,
     /// munmap trips over an assertion of its own.
     UnmapPanics,
+    /// `wait_for_answers` is the engine's default.
+    WaitLeftOut,
+    /// `invlpg` is the engine's default.
+    InvlpgLeftOut,
+    /// `load_cr3` is the engine's default.
+    LoadCr3LeftOut,
+    /// `without_interrupts` is the engine's default.
+    InterruptsLeftOut,
 }
 
 impl Mistake {
-    /// All but the lock of `std`, which ends the process.
+    /// All but the lock of `std` and methods left out, which end the process.
     #[allow(dead_code, reason = "the tests name them one by one")]
     pub(crate) const ALL: [Self; 29] = [
         Self::Absent,

@@ -14,7 +14,7 @@ mod mistake;
 mod guide;
 
 use core::time::Duration;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Weak};
 use std::{fs, io};
 
@@ -166,21 +166,62 @@ fn a_fault_that_maps_with_a_table_locked_ends_the_run() {
     assert!(words.contains("has tried to take it again: a fault maps"), "{words}");
 }
 
-/// Only another process can see that one end.
-#[test]
-fn a_lock_of_std_ends_the_process_with_the_sequence() {
-    const INSIDE: &str = "MMU_HOSTED_LOCK_OF_STD";
-    if std::env::var_os(INSIDE).is_some() {
-        let options = FuzzOptions { patience: Duration::from_secs(1), ..options() };
-        let report = fuzz(&options, made_with(Mistake::LockOfStd)).expect("memory");
+/// What `mistake` prints, and how the process ends that makes it: only another process can see that.
+fn process_with(mistake: Mistake, name: &str) -> (ExitStatus, String) {
+    const INSIDE: &str = "MMU_HOSTED_INSIDE";
+    let inside = format!("{mistake:?}");
+    if std::env::var(INSIDE).is_ok_and(|mistake| mistake == inside) {
+        let patience = if mistake == Mistake::LockOfStd { 1 } else { 120 };
+        let options = FuzzOptions { patience: Duration::from_secs(patience), ..options() };
+        let report = fuzz(&options, made_with(mistake)).expect("memory");
         panic!("it came back: {report}");
     }
+    if std::env::var_os(INSIDE).is_some() {
+        return (ExitStatus::default(), String::new());
+    }
     let myself = std::env::current_exe().expect("the path of this test");
-    let name = "a_lock_of_std_ends_the_process_with_the_sequence";
-    let output = Command::new(myself).args(["--exact", name]).env(INSIDE, "").output().expect("it runs");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(101), "{told}");
+    let output = Command::new(myself).args(["--exact", name]).env(INSIDE, inside).output().expect("it runs");
+    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_lock_of_std_ends_the_process_with_the_sequence() {
+    let (status, told) = process_with(Mistake::LockOfStd, "a_lock_of_std_ends_the_process_with_the_sequence");
+    assert_eq!(status.code(), Some(101), "{told}");
     assert!(told.contains("a lock of std?") && told.contains("mmu-gather sequence 1"), "{told}");
+    assert!(told.contains("Cpus::wait_for_answers is not overridden"), "{told}");
+}
+
+/// Ten seconds, where the engine alone would wait for two minutes.
+#[test]
+fn a_wait_for_answers_that_is_left_out_ends_the_process_and_is_named() {
+    let (status, told) = process_with(
+        Mistake::WaitLeftOut,
+        "a_wait_for_answers_that_is_left_out_ends_the_process_and_is_named",
+    );
+    assert_eq!(status.code(), Some(101), "{told}");
+    assert!(told.contains("is Cpus::wait_for_answers overridden with the machine's"), "{told}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_instruction_of_ring_0_ends_the_process_and_is_named_with_the_seed() {
+    use std::os::unix::process::ExitStatusExt;
+
+    let name = "an_instruction_of_ring_0_ends_the_process_and_is_named_with_the_seed";
+    for mistake in [Mistake::InvlpgLeftOut, Mistake::LoadCr3LeftOut, Mistake::InterruptsLeftOut] {
+        let (status, told) = process_with(mistake, name);
+        if status.success() && told.is_empty() {
+            // This process was started for another of them.
+            continue;
+        }
+        assert_eq!(status.signal(), Some(11), "{mistake:?}: {told}");
+        assert!(
+            told.contains("is Cpus::invlpg, load_cr3 or without_interrupts overridden"),
+            "{mistake:?}: {told}"
+        );
+        assert!(told.contains("The sequence that runs has seed "), "{mistake:?}: {told}");
+    }
 }
 
 /// Debug builds of the engine name these themselves, and the run ends with their words. Release
