@@ -197,3 +197,13 @@ fn options_that_do_not_go_together_are_refused() {
         assert_eq!(teardown(args).status.code(), Some(2), "{args:?}");
     }
 }
+
+#[test]
+fn a_sequence_of_another_kernel_is_refused() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let theirs = file(&directory, &format!("# StaleAtRest\n# kernel their_kernel::Kernel\n{DISCARD}"));
+    let output = teardown(&["replay", &theirs]);
+    assert_eq!(output.status.code(), Some(2));
+    let told = common::stderr(&output);
+    assert!(told.contains("their_kernel::Kernel") && told.contains("mmu_hosted::replay"), "{told}");
+}

@@ -146,6 +146,7 @@ impl HostedMachine {
             if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
                 self.reached.note(Boundary::HeldOff);
             }
+            cpu.was_sent.store(true, Ordering::Relaxed);
             cpu.is_interrupted.store(true, Ordering::Release);
             // A kernel that says whom it asks has said so.
             if !self.cpu().waits.load(Ordering::Relaxed) {
@@ -202,6 +203,7 @@ impl HostedMachine {
         if self.cpu().waits.load(Ordering::Relaxed) {
             self.reached.note(Boundary::Crossing);
         }
+        self.cpu().was_sent.store(false, Ordering::Relaxed);
         let answered = 1 << self.current().number();
         self.cpus[initiator.index()].awaits.fetch_and(!answered, Ordering::Relaxed);
         let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
@@ -229,6 +231,7 @@ impl HostedMachine {
         self.seam(Seam::Lock);
         if self.skips_flushes() {
             self.note_fault(1);
+            self.log(What::Skipped(Some(address)));
             return;
         }
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
@@ -250,7 +253,10 @@ impl HostedMachine {
             is_switch = mmu.cr3().0 != root;
             let has_pcids = self.options.pcid == PcidSupport::On;
             let skip = self.skips_flushes() && (has_pcids || !is_switch);
-            self.note_fault(u64::from(skip && !keep));
+            if skip && !keep {
+                self.note_fault(1);
+                self.log(What::Skipped(None));
+            }
             let loaded = match cached {
                 // Without PCIDs there is no load that keeps anything.
                 CachedTranslations::Flush if skip && !has_pcids => Ok(()),

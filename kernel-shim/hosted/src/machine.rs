@@ -60,6 +60,8 @@ pub(crate) struct VirtualCpu {
     pub(crate) caches: Mutex<Option<Caches>>,
     /// A flush interrupt was sent to it, which it has not taken.
     pub(crate) is_interrupted: AtomicBool,
+    /// A flush interrupt was sent to it since it last answered.
+    pub(crate) was_sent: AtomicBool,
     pub(crate) interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
@@ -112,6 +114,7 @@ impl HostedMachine {
                 id: CpuId::new(number),
                 caches: Mutex::new(caches),
                 is_interrupted: AtomicBool::new(false),
+                was_sent: AtomicBool::new(false),
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
                 flushes_nothing: AtomicBool::new(false),
@@ -289,6 +292,13 @@ impl HostedMachine {
         }
     }
 
+    /// Notes a call of this CPU, or its return.
+    pub(crate) fn mark(&self, what: What) {
+        if let Some(checked) = &self.checked {
+            checked.log.mark(self.current(), what);
+        }
+    }
+
     /// What is remembered of what happened, oldest first; nothing if nothing is checked.
     #[must_use]
     pub fn events(&self) -> Vec<Event> {
@@ -391,8 +401,11 @@ impl HostedMachine {
             let why = if other.is_off.load(Ordering::Relaxed) {
                 "it is off, and offline_cpu was not the last that it ran: as long as it does not say that it is off, \
                  it counts as one that must flush"
+            } else if !other.was_sent.load(Ordering::Relaxed) {
+                "no interrupt was sent to it since it last answered: `send_flush_interrupt` sends one to each CPU in \
+                 `targets`"
             } else if !other.is_interrupted.load(Ordering::Relaxed) {
-                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing: the handler calls \
+                "it was sent the flush interrupt, has run its handler, and has answered nothing: the handler calls \
                  `flush_interrupt` for the CPU that it runs on"
             } else if other.interrupts_off.load(Ordering::Relaxed) > 0 {
                 "it was interrupted, and has its interrupts off: a CPU that waits (for answers, for a lock) while \

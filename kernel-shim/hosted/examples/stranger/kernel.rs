@@ -129,7 +129,9 @@ unsafe impl Cpus for Stranger {
     }
 
     fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
-        self.machine.send_flush_interrupt(targets);
+        if self.mistake != Mistake::InterruptsNotSent {
+            self.machine.send_flush_interrupt(targets);
+        }
     }
 
     fn flush_others(
@@ -432,7 +434,12 @@ impl Stranger {
     /// A page for a program, which may be one that is lent.
     fn take_for_program(&self) -> Option<PhysFrame> {
         let lent = self.lent.lock().last().copied().filter(|page| self.machine.is_lent(*page));
-        let Some(page) = lent else { return self.take(FrameRole::Page) };
+        let Some(page) = lent else {
+            return match self.mistake {
+                Mistake::AllocationsNotTold => self.free.lock().pop(),
+                _ => self.take(FrameRole::Page),
+            };
+        };
         self.machine.allocated(page, FrameRole::Page);
         Some(page)
     }

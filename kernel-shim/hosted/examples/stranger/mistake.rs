@@ -63,6 +63,10 @@ pub(crate) enum Mistake {
     FreeBatchForgotten,
     /// munmap trips over an assertion of its own.
     UnmapPanics,
+    /// Pages are taken for programs, and the machine is not told.
+    AllocationsNotTold,
+    /// No flush interrupt is ever sent.
+    InterruptsNotSent,
     /// `wait_for_answers` is the engine's default.
     WaitLeftOut,
     /// `invlpg` is the engine's default.
@@ -76,7 +80,7 @@ pub(crate) enum Mistake {
 impl Mistake {
     /// All but the lock of `std` and methods left out, which end the process.
     #[allow(dead_code, reason = "the tests name them one by one")]
-    pub(crate) const ALL: [Self; 29] = [
+    pub(crate) const ALL: [Self; 31] = [
         Self::Absent,
         Self::AbsentWithOwnIpis,
         Self::AbsentWithUsedLines,
@@ -106,6 +110,8 @@ impl Mistake {
         Self::LentPageMapped,
         Self::FreeBatchForgotten,
         Self::UnmapPanics,
+        Self::AllocationsNotTold,
+        Self::InterruptsNotSent,
     ];
 
     /// Whether the kernel has calls to other CPUs of its own.
