@@ -20,15 +20,25 @@
 //!
 //! A hook runs at an event, in the middle of the engine's work. So one thread can play two CPUs:
 //! the second one acts exactly where a race would let it.
+//!
+//! Beside it is [`HostedPlatform`]: what a kernel has below its memory layer, on the machine of the
+//! conformance kit. Layers from elsewhere are put on it.
+//!
+//! ```text
+//!  hosted.rs     frames that are counted, CPUs, the three impls
+//!  map_lock.rs   a map lock of which the checker is told
+//! ```
 #![deny(unsafe_code)]
 
 mod check;
 mod cpu;
 mod gather;
 mod hooks;
+mod hosted;
 mod kernel;
 mod ledger;
 mod log;
+mod map_lock;
 mod options;
 mod platform;
 mod program;
@@ -37,9 +47,11 @@ mod violation;
 
 pub use cpu::{Access, Fault, Translation};
 pub use gather::GatherOnPaper;
+pub use hosted::{HostedMm, HostedPlatform, counted};
 pub use kernel::{PaperKernel, PaperMm};
 pub use ledger::PageAccount;
 pub use log::{Event, Noted};
+pub use map_lock::{MapGuard, MapLock};
 pub use options::{Answers, Bits, LineNotes, Locks, Options, Supply};
 pub use platform::Backing;
 pub use program::{CPU, GIB, KIB, MIB, TIB, area, range};

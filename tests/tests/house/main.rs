@@ -23,7 +23,7 @@ const BELOW: &[(&str, &[&str])] = &[
         "kernel-shim/cli",
         &["gather", "kernel-shim", "kernel-shim/hosted", "kernel-shim/adapter", "kernel-shim/measured"],
     ),
-    ("tests", &["gather"]),
+    ("tests", &["gather", "kernel-shim/hosted"]),
     ("tests/linked", &["gather"]),
     ("benches", &["gather", "kernel-shim/measured"]),
 ];

@@ -2,16 +2,16 @@
 //! unmapped, protected and cloned; the engine clears the entries, flushes, and frees.
 //!
 //! The trait hands frames back where they are unmapped, and its caller frees them; but it drops on
-//! the floor those of an area that mremap moves. Here each entry that maps a page has a reference
-//! on it, which the engine gives up after the flush. So no frame is handed back.
+//! the floor those of an area that mremap moves. Here each entry that maps a page is counted, and
+//! the engine gives its count up after the flush. So no frame is handed back.
 //!
 //! An address space is told nothing of the neighbours, so the tables go that are empty when
 //! `unmap_range` has unmapped. It flushes and frees under the map lock: what it returns has no
 //! place for what is left to be freed.
 #![expect(unsafe_code, reason = "the map lock is taken on trust; entries change under their lock")]
 
-use core::cell::{Cell, RefCell};
-use std::rc::{Rc, Weak};
+use core::cell::RefCell;
+use std::sync::{Arc, Weak};
 
 use libkernel::error::{KernelError, Result};
 use libkernel::memory::address::VA;
@@ -19,11 +19,12 @@ use libkernel::memory::address_space::{PageInfo, UserAddressSpace};
 use libkernel::memory::page::PageFrame;
 use libkernel::memory::paging::permissions::PtePermissions;
 use libkernel::memory::proc_vm::memory_map::MemoryMap;
+use libkernel::memory::proc_vm::vmarea::VMAPermissions;
 use libkernel::memory::region::VirtMemoryRegion;
-use mmu_gather::pagetable::{EntryValue, Level};
-use mmu_gather::{Limits, MmuGather, exit_mmap, unmap_range};
-use mmu_tests::{Backing, PaperKernel, PaperMm, area, range};
-use spin::RwLock;
+use mmu_gather::pagetable::{EntryValue, Level, VirtRange};
+use mmu_gather::{Limits, MmuGather, exit_mmap, unmap_range, zap_page_range};
+use mmu_hosted::UnderMapLock;
+use mmu_tests::{HostedMm, HostedPlatform, MapGuard, MapLock, counted};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
@@ -32,59 +33,48 @@ const COW: PageTableFlags = PageTableFlags::BIT_9;
 
 thread_local! {
     // `UserAddressSpace::new` has no argument, so the kernel must be found without one.
-    static KERNEL: RefCell<Weak<PaperKernel>> = const { RefCell::new(Weak::new()) };
-    static NR_SPACES: Cell<usize> = const { Cell::new(0) };
+    static KERNEL: RefCell<Weak<HostedPlatform>> = const { RefCell::new(Weak::new()) };
 }
 
 /// Makes `kernel` the one in which address spaces are made.
-pub(crate) fn boot(kernel: &Rc<PaperKernel>) {
-    KERNEL.set(Rc::downgrade(kernel));
-    NR_SPACES.set(0);
+pub(crate) fn boot(kernel: &Arc<HostedPlatform>) {
+    KERNEL.set(Arc::downgrade(kernel));
 }
 
-fn kernel() -> Rc<PaperKernel> {
-    KERNEL.with_borrow(|kernel| kernel.upgrade().expect("booted"))
-}
-
-/// The paging structures of a process, as `libkernel` drives them. It must be `Send` and `Sync`, so
-/// it is a number.
+/// The paging structures of a process, as `libkernel` drives them.
 #[derive(Debug)]
 pub(crate) struct Space {
-    index: usize,
-}
-
-impl Space {
-    pub(crate) fn with<R>(&self, call: impl FnOnce(&PaperKernel, &PaperMm) -> R) -> R {
-        let kernel = kernel();
-        call(&kernel, kernel.mm(self.index))
-    }
+    pub(crate) kernel: Arc<HostedPlatform>,
+    pub(crate) mm: HostedMm,
+    /// A process has it, which exits some time.
+    has_process: bool,
 }
 
 impl UserAddressSpace for Space {
     fn new() -> Result<Self> {
-        kernel().new_mm();
-        let index = NR_SPACES.get();
-        NR_SPACES.set(index + 1);
-        Ok(Self { index })
+        let kernel = KERNEL.with_borrow(Weak::upgrade).ok_or(KernelError::InvalidValue)?;
+        let mm = kernel.new_mm().ok_or(KernelError::NoMemory)?;
+        Ok(Self { kernel, mm, has_process: false })
     }
 
     fn activate(&self) {
-        self.with(|kernel, mm| kernel.run(kernel.here(), mm));
+        self.kernel.switch_to(Some(&self.mm));
     }
 
     fn deactivate(&self) {
-        self.with(|kernel, _| kernel.stop(kernel.here()));
+        self.kernel.switch_to(None);
     }
 
     fn map_page(&mut self, page: PageFrame, va: VA, perms: PtePermissions) -> Result<()> {
-        self.with(|kernel, mm| {
-            let frame = PhysAddr::new((page.value() as u64) << 12);
-            let value = EntryValue::leaf(Level::Pte, frame, flags_of(perms));
-            // SAFETY: the map lock is held for writing, and the page has a reference for the entry.
-            let mapped = unsafe { mm.space().map(kernel, va.value() as u64, Level::Pte, value) };
-            mapped.map_err(|_| KernelError::NoMemory)?;
-            kernel.ledger().add_mapping(PhysFrame::containing_address(frame));
-            Ok(())
+        let frame = frame_of(page);
+        let value = EntryValue::leaf(Level::Pte, frame.start_address(), flags_of(perms));
+        self.kernel.add_mapping(frame);
+        let address = va.page_aligned().value() as u64;
+        // SAFETY: the map lock is held, and the entry is counted.
+        let mapped = unsafe { self.mm.space().map(&*self.kernel, address, Level::Pte, value) };
+        mapped.map_err(|_| {
+            self.kernel.remove_mapping(frame);
+            KernelError::NoMemory
         })
     }
 
@@ -95,43 +85,40 @@ impl UserAddressSpace for Space {
     }
 
     fn remap(&mut self, va: VA, new_page: PageFrame, perms: PtePermissions) -> Result<PageFrame> {
-        let old = self.unmap(va)?;
+        let old = self.translate(va).ok_or(KernelError::NoMemRegion)?;
+        let part = range_of(va.page_region());
+        // SAFETY: the map lock is held. The tables stay, so that the new page finds them.
+        let flushed =
+            unsafe { zap_page_range(&*self.kernel, &self.mm, &Limits::DEFAULT, &counted(part), part) };
+        flushed.map_err(|_| KernelError::InvalidValue)?.free();
         self.map_page(new_page, va, perms)?;
-        Ok(old)
+        Ok(old.pfn)
     }
 
     fn protect_range(&mut self, region: VirtMemoryRegion, perms: PtePermissions) -> Result<()> {
-        self.with(|kernel, mm| {
-            let (start, end) = (region.start_address().value(), region.end_address().value());
-            // SAFETY: the map lock is held for writing until the gather has flushed.
-            let mut gather = unsafe { MmuGather::new(kernel, mm) };
-            let rights = |_, _, old| rights_of(kernel, perms, old);
-            // SAFETY: the same pages with the rights of their area; one that is shared does not
-            // become writable.
-            let changed = unsafe { gather.change_protection(range(start as u64, end as u64), rights) };
-            gather.flush().free();
-            changed.map_err(|_| KernelError::InvalidValue)
-        })
+        // SAFETY: the map lock is held until the gather has flushed.
+        let mut gather = unsafe { MmuGather::new(&*self.kernel, &self.mm) };
+        let rights = |_, _, old| rights_of(&self.kernel, perms, old);
+        // SAFETY: the same pages with the rights of their area; one that is shared does not become
+        // writable.
+        let changed = unsafe { gather.change_protection(range_of(region), rights) };
+        gather.flush().free();
+        changed.map_err(|_| KernelError::InvalidValue)
     }
 
     fn unmap_range(&mut self, region: VirtMemoryRegion) -> Result<Vec<PageFrame>> {
-        self.with(|kernel, mm| {
-            let (start, end) = (region.start_address().value(), region.end_address().value());
-            let vma = area(start as u64, end as u64, Backing::Anonymous);
-            // SAFETY: the map lock is held for writing.
-            let flushed = unsafe { unmap_range(kernel, mm, &Limits::DEFAULT, &vma, vma.range) };
-            flushed.map_err(|_| KernelError::InvalidValue)?.free();
-            Ok(Vec::new())
-        })
+        let area = counted(range_of(region));
+        // SAFETY: the map lock is held.
+        let flushed = unsafe { unmap_range(&*self.kernel, &self.mm, &Limits::DEFAULT, &area, area.range) };
+        flushed.map_err(|_| KernelError::InvalidValue)?.free();
+        Ok(Vec::new())
     }
 
     fn translate(&self, va: VA) -> Option<PageInfo> {
-        self.with(|kernel, mm| {
-            let found = kernel.lookup(mm, va.value() as u64);
-            let frame = found.translate(va.page_aligned().value() as u64)?.as_u64() >> 12;
-            let frame = usize::try_from(frame).expect("x86_64 has 64-bit numbers");
-            Some(PageInfo { pfn: PageFrame::from_pfn(frame), perms: perms_of(found.value.flags()) })
-        })
+        let found = self.kernel.lookup(&self.mm, va.value() as u64);
+        let page = found.translate(va.page_aligned().value() as u64)?;
+        let pfn = page_of(PhysFrame::containing_address(page));
+        Some(PageInfo { pfn, perms: perms_of(found.value.flags()) })
     }
 
     fn protect_and_clone_region(
@@ -150,16 +137,35 @@ impl UserAddressSpace for Space {
     }
 }
 
+impl Space {
+    fn free_all(&self) {
+        let whole = counted(self.mm.space().user_range());
+        // SAFETY: every area is inside, and by the promise of the caller nobody comes back.
+        unsafe { exit_mmap(&*self.kernel, &self.mm, &Limits::DEFAULT, [whole], || ()) }.free();
+        self.kernel.free_root(&self.mm);
+    }
+}
+
+/// A fork that runs out of memory drops what it has of the child.
+impl Drop for Space {
+    fn drop(&mut self) {
+        if !self.has_process && !std::thread::panicking() {
+            self.free_all();
+        }
+    }
+}
+
 /// The flags that `perms` give a page which `old` maps. One that is shared does not become
 /// writable.
-fn rights_of(kernel: &PaperKernel, perms: PtePermissions, old: EntryValue) -> PageTableFlags {
-    let account = kernel.ledger().page(PhysFrame::containing_address(old.leaf_address(Level::Pte)));
-    let is_shared = account.is_some_and(|account| account.mappings > 1);
+fn rights_of(kernel: &HostedPlatform, perms: PtePermissions, old: EntryValue) -> PageTableFlags {
+    let page = PhysFrame::containing_address(old.leaf_address(Level::Pte));
+    let is_shared = kernel.nr_mappings(page) > 1;
     flags_of(if is_shared && perms.is_write() { perms.into_cow() } else { perms })
 }
 
 fn flags_of(perms: PtePermissions) -> PageTableFlags {
-    let mut flags = PageTableFlags::PRESENT | PageTableFlags::USER_ACCESSIBLE;
+    let mut flags = PageTableFlags::PRESENT;
+    flags.set(PageTableFlags::USER_ACCESSIBLE, perms.is_read());
     flags.set(PageTableFlags::WRITABLE, perms.is_write());
     flags.set(PageTableFlags::NO_EXECUTE, !perms.is_execute());
     flags.set(COW, perms.is_cow());
@@ -167,48 +173,66 @@ fn flags_of(perms: PtePermissions) -> PageTableFlags {
 }
 
 fn perms_of(flags: PageTableFlags) -> PtePermissions {
-    let is_cow = flags.contains(COW);
-    let perms = match (
-        is_cow || flags.contains(PageTableFlags::WRITABLE),
-        flags.contains(PageTableFlags::NO_EXECUTE),
-    ) {
-        (true, true) => PtePermissions::rw(true),
-        (true, false) => PtePermissions::rwx(true),
-        (false, true) => PtePermissions::ro(true),
-        (false, false) => PtePermissions::rx(true),
-    };
-    if is_cow { perms.into_cow() } else { perms }
+    let perms = PtePermissions::from(VMAPermissions {
+        read: flags.contains(PageTableFlags::USER_ACCESSIBLE),
+        write: flags.intersects(COW | PageTableFlags::WRITABLE),
+        execute: !flags.contains(PageTableFlags::NO_EXECUTE),
+    });
+    if flags.contains(COW) { perms.into_cow() } else { perms }
 }
 
-/// A process of a kernel that uses `libkernel`.
-pub(crate) struct Process {
-    pub(crate) map: RwLock<MemoryMap<Space>>,
+/// A process of a kernel that uses `libkernel`, on address spaces of this kind.
+pub(crate) struct Process<S: UserAddressSpace> {
+    pub(crate) kernel: Arc<HostedPlatform>,
+    pub(crate) mm: HostedMm,
+    map: MapLock<MemoryMap<S>>,
 }
 
-impl Process {
+impl<S: UserAddressSpace + AsMut<Space>> Process<S> {
     pub(crate) fn new() -> Result<Self> {
-        Ok(Self { map: RwLock::new(MemoryMap::new()?) })
+        Ok(Self::with(MemoryMap::new()?))
+    }
+
+    fn with(mut map: MemoryMap<S>) -> Self {
+        let space = map.address_space_mut().as_mut();
+        space.has_process = true;
+        let (kernel, mm) = (Arc::clone(&space.kernel), space.mm.clone());
+        Self { map: MapLock::new(&kernel, &mm, map), kernel, mm }
+    }
+
+    /// The areas, for a call that may do anything under their lock.
+    pub(crate) fn lock(&self) -> MapGuard<'_, MemoryMap<S>> {
+        self.map.lock(UnderMapLock::Frees)
     }
 
     /// fork.
     pub(crate) fn fork(&self) -> Result<Self> {
-        Ok(Self { map: RwLock::new(self.map.write().clone_as_cow()?) })
+        let child = self.lock().clone_as_cow()?;
+        Ok(Self::with(child))
     }
 
     /// The end, with whatever is still mapped. No CPU runs programs here any more.
-    pub(crate) fn exit(self) {
-        let mut map = self.map.into_inner();
-        let vmas: Vec<_> = map
-            .iter_vmas()
-            .map(|vma| {
-                (vma.region().start_address().value() as u64, vma.region().end_address().value() as u64)
-            })
-            .map(|(start, end)| area(start, end, Backing::Anonymous))
-            .collect();
-        map.address_space_mut().with(|kernel, mm| {
-            // SAFETY: these are all the areas, and by the promise of the caller nobody comes back.
-            unsafe { exit_mmap(kernel, mm, &Limits::DEFAULT, vmas.iter().copied(), || ()) }.free();
-            kernel.free_one_table(mm.space().root());
-        });
+    pub(crate) fn exit(&self) {
+        self.lock().address_space_mut().as_mut().free_all();
     }
+}
+
+impl AsMut<Self> for Space {
+    fn as_mut(&mut self) -> &mut Self {
+        self
+    }
+}
+
+pub(crate) fn frame_of(page: PageFrame) -> PhysFrame {
+    PhysFrame::containing_address(PhysAddr::new((page.value() as u64) << 12))
+}
+
+pub(crate) fn page_of(frame: PhysFrame) -> PageFrame {
+    let number = usize::try_from(frame.start_address().as_u64() >> 12);
+    PageFrame::from_pfn(number.expect("x86_64 has 64-bit numbers"))
+}
+
+pub(crate) fn range_of(region: VirtMemoryRegion) -> VirtRange {
+    let [start, end] = [region.start_address(), region.end_address()].map(|va| va.value() as u64);
+    VirtRange::new(start, end).expect("a region has pages")
 }

@@ -1,6 +1,7 @@
-//! What a stranger gets wrong: an address space that does it by itself, and a call that does not
-//! ask for the neighbours.
+//! What a stranger gets wrong: address spaces that take pages and tables down by themselves.
 #![expect(unsafe_code, reason = "answers for what the checker is to notice")]
+
+use core::marker::PhantomData;
 
 use libkernel::error::Result;
 use libkernel::memory::address::VA;
@@ -8,30 +9,44 @@ use libkernel::memory::address_space::{PageInfo, UserAddressSpace};
 use libkernel::memory::page::PageFrame;
 use libkernel::memory::paging::permissions::PtePermissions;
 use libkernel::memory::region::VirtMemoryRegion;
+use mmu_gather::MmuGather;
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::flush_tlb_mm;
+use mmu_tests::counted;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::glue::{Process, Space};
-use crate::world::region;
+use crate::glue::{Space, range_of};
 
-/// When the address space flushes, which frees pages where it clears their entries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Flush {
-    AfterFreeing,
-    Never,
+/// How an address space unmaps.
+pub(crate) trait Unmap: 'static {
+    fn unmap(space: &Space, range: VirtRange);
 }
 
-/// An address space without a gather: clear an entry, free the page.
-#[derive(Debug)]
-pub(crate) struct Hasty {
-    pub(crate) right: Space,
-    pub(crate) flush: Flush,
+/// Clear an entry, free the page; then flush.
+pub(crate) struct FreedBeforeFlush;
+
+/// The same, and nobody flushes.
+pub(crate) struct NeverFlushed;
+
+/// A gather, which takes what is unmapped for all there is.
+pub(crate) struct NeighboursForgotten;
+
+/// An address space that unmaps in this way.
+pub(crate) struct Wrong<U> {
+    right: Space,
+    // It is `Send` and `Sync`, whatever `U` is.
+    unmap: PhantomData<fn() -> U>,
 }
 
-impl UserAddressSpace for Hasty {
+impl<U> AsMut<Space> for Wrong<U> {
+    fn as_mut(&mut self) -> &mut Space {
+        &mut self.right
+    }
+}
+
+impl<U: Unmap> UserAddressSpace for Wrong<U> {
     fn new() -> Result<Self> {
-        Ok(Self { right: Space::new()?, flush: Flush::AfterFreeing })
+        Ok(Self { right: Space::new()?, unmap: PhantomData })
     }
 
     fn activate(&self) {
@@ -59,23 +74,7 @@ impl UserAddressSpace for Hasty {
     }
 
     fn unmap_range(&mut self, region: VirtMemoryRegion) -> Result<Vec<PageFrame>> {
-        self.right.with(|kernel, mm| {
-            for address in region.iter_pages().map(|va| va.value() as u64) {
-                let Some(table) = kernel.find_table(mm, address, Level::Pte) else { continue };
-                let locked = table.lock(kernel);
-                // SAFETY: none; the checker says what is wrong.
-                let old = unsafe { locked.entry(address).get_and_clear() };
-                drop(locked);
-                if old.is_present() {
-                    let frame = PhysFrame::containing_address(old.leaf_address(Level::Pte));
-                    kernel.ledger().remove_rmap(frame);
-                    kernel.release(frame, 1);
-                }
-            }
-            if self.flush == Flush::AfterFreeing {
-                let _flushed = flush_tlb_mm(kernel, mm.context());
-            }
-        });
+        U::unmap(&self.right, range_of(region));
         Ok(Vec::new())
     }
 
@@ -93,15 +92,40 @@ impl UserAddressSpace for Hasty {
     }
 }
 
-/// munmap as in the glue, but that it takes the areas for the only ones there are.
-pub(crate) fn unmap_as_if_alone(process: &Process, range: VirtRange) -> Result<()> {
-    let mut map = process.map.write();
-    map.munmap(region(range))?;
-    map.address_space_mut().with(|kernel, mm| {
-        let mut gather = kernel.gather(mm);
-        // SAFETY: none; the checker says what is wrong.
+impl Unmap for FreedBeforeFlush {
+    fn unmap(space: &Space, range: VirtRange) {
+        free_at_once(space, range);
+        let _flushed = flush_tlb_mm(&*space.kernel, space.mm.context());
+    }
+}
+
+impl Unmap for NeverFlushed {
+    fn unmap(space: &Space, range: VirtRange) {
+        free_at_once(space, range);
+    }
+}
+
+impl Unmap for NeighboursForgotten {
+    fn unmap(space: &Space, range: VirtRange) {
+        // SAFETY: the map lock is held.
+        let mut gather = unsafe { MmuGather::new(&*space.kernel, &space.mm) };
+        gather.zap_vma_range(&counted(range), range).expect("no page is large");
+        // SAFETY: none; the kit says what is wrong.
         unsafe { gather.free_pgtables_in_gaps([], range) };
         gather.flush().free();
-    });
-    Ok(())
+    }
+}
+
+fn free_at_once(space: &Space, range: VirtRange) {
+    for address in (range.start()..range.end()).step_by(4096) {
+        // SAFETY: the map lock keeps the tables.
+        let table = unsafe { space.mm.space().find_table(&*space.kernel, address, Level::Pte) };
+        let Some(locked) = table.map(|table| table.lock(&*space.kernel)) else { continue };
+        // SAFETY: none; the kit says what is wrong.
+        let old = unsafe { locked.entry(address).get_and_clear() };
+        drop(locked);
+        if old.is_present() {
+            space.kernel.remove_mapping(PhysFrame::containing_address(old.leaf_address(Level::Pte)));
+        }
+    }
 }

@@ -38,7 +38,7 @@ fn munmap(kernel: &Kernel, process: &Process, range: VirtRange) -> Result<(), Cu
     let areas = areas.downgrade();
     // SAFETY: the map lock is held until `flush` has returned.
     let mut gather = unsafe { MmuGather::new(kernel, &process.mm) };
-    gather.unmap_vmas(detached.iter().copied(), range)?; // clear entries, queue pages
+    gather.unmap_vmas(detached.iter().copied(), range)?; // clear entries, queue pages; no error if `split_leaf` came first
     // SAFETY: the areas are detached, their pages gone, and `bounds` are the neighbours that stay.
     unsafe { gather.free_pgtables(detached.iter().copied(), bounds) }; // unhook tables, queue them
     let flushed = gather.flush();                    // every CPU has forgotten the range
@@ -63,13 +63,18 @@ fn fork(kernel: &Kernel, parent: &Process, child: &Process) -> Result<(), MapErr
     let mut gather = unsafe { MmuGather::new(kernel, &parent.mm) };
     for vma in areas.iter() {
         // SAFETY: pages lose the right to be written to, and gain none.
-        let _cut = unsafe { gather.change_protection(vma.range, |_, _, old| old.flags() - PageTableFlags::WRITABLE) };
-        for address in (vma.range.start()..vma.range.end()).step_by(4096) {
+        let cut = unsafe { gather.change_protection(vma.range, |_, _, old| old.flags() - PageTableFlags::WRITABLE) };
+        debug_assert!(cut.is_ok(), "an area is whole: no large page reaches beyond it");
+        let mut address = vma.range.start();
+        while address < vma.range.end() {
             // SAFETY: the map lock is held.
             let found = unsafe { parent.mm.space().lookup(kernel, address) };
-            let Decoded::Leaf(_) = found.value.decode(found.level) else { continue };
-            // SAFETY: nobody knows the child yet; the page is counted twice from here on.
-            unsafe { child.mm.space().map(kernel, address, found.level, found.value) }?;
+            if let Decoded::Leaf(_) = found.value.decode(found.level) {
+                // Your kernel counts the second mapping of the page here.
+                // SAFETY: nobody knows the child yet, and nobody may write to the page.
+                unsafe { child.mm.space().map(kernel, address, found.level, found.value) }?; // the caller exits the child
+            }
+            address = VirtRange::of_entry(found.level, address).end();
         }
     }
     gather.flush().free();                           // before the child runs: nobody writes to what it shares

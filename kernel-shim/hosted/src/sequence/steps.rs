@@ -61,14 +61,11 @@ impl<K: Kernel> World<K> {
             Op::Remap(mm, range, to) => {
                 let target = to.checked_add(range.len_bytes()).and_then(|end| VirtRange::new(to, end).ok());
                 target.map_or(Err(NotDone::Refused), |target| {
-                    self.promising(
-                        (cpu, mm, range, Effect::Changes),
-                        |mm| kernel.remap(mm, range, target),
-                        |root, caller| {
-                            let leaves_all = target.intersect(range).is_none();
-                            leaves_all.then_some(Note::Unmapped { root, range, caller })
-                        },
-                    )
+                    // What another call has promised of the target does not hold any more.
+                    self.using(mm, |process| {
+                        let moves = || self.remap(cpu, mm, range, target);
+                        process.running.call(target, Effect::Changes, moves).0
+                    })
                 })
             }
             Op::MoveStack(mm, range, pages) => self.using(mm, |process| {
@@ -152,6 +149,17 @@ impl<K: Kernel> World<K> {
             }
             result
         })
+    }
+
+    fn remap(&self, cpu: CpuId, mm: MmId, range: VirtRange, target: VirtRange) -> Result<(), NotDone> {
+        self.promising(
+            (cpu, mm, range, Effect::Changes),
+            |mm| self.kernel.remap(mm, range, target),
+            |root, caller| {
+                let leaves_all = target.intersect(range).is_none();
+                leaves_all.then_some(Note::Unmapped { root, range, caller })
+            },
+        )
     }
 
     fn laziness_of(&self, cpu: CpuId) -> Laziness {
