@@ -60,8 +60,8 @@ fn the_timeline_of_a_violation_shows_who_cached_cleared_asked_and_freed() {
     // What happens at other addresses does not explain it.
     assert!(!drawn.contains("uses 40001000"), "{text}");
     let words = &text[drawn.len()..];
-    assert!(words.contains("cached that at step "), "{text}");
-    assert!(words.contains("raised the generation of m1 to 1 at step "), "{text}");
+    assert!(words.contains("cached that at event "), "{text}");
+    assert!(words.contains("raised the generation of m1 to 1 at event "), "{text}");
     assert!(words.contains("Rule G"), "{text}");
     assert!(text.ends_with("NOT CLEAN\n"), "{text}");
 }
@@ -73,7 +73,7 @@ fn a_lost_request_is_told_as_one() {
     teardown(&["fuzz", "--ops", "32000", "--fault", "drop-ipi", "-o", &path]);
     let text = text(&teardown(&["replay", &path, "--fault", "drop-ipi", "--explain"]));
     assert!(drawing(&text).contains(" LOST"), "{text}");
-    assert!(text.contains(" was lost at step "), "{text}");
+    assert!(text.contains(" was lost at event "), "{text}");
 }
 
 #[test]
