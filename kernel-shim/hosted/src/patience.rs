@@ -16,8 +16,8 @@ use crate::mutex::lock;
 use crate::sequence::Sequence;
 use crate::trap::Trap;
 
-/// So many looks in a row that find the same CPU where it has sent interrupts and waits in no method
-/// of the machine are enough: ten seconds.
+/// So many looks in a row that find a CPU where it has sent interrupts, and in no method of the
+/// machine that waits, are enough: ten seconds.
 const MOST_LOOKS: u32 = 20;
 
 /// What runs now, for the thread that watches.

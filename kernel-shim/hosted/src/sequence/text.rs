@@ -78,8 +78,8 @@ impl Sequence {
         }
     }
 
-    /// The kernel whose failure [`fuzz`](crate::fuzz()) has saved as this text, if it was `fuzz`: the
-    /// path of its type.
+    /// The kernel whose failure [`fuzz`](crate::fuzz()) has saved as this text, if it was `fuzz`:
+    /// the path of its type.
     #[must_use]
     pub fn kernel_in(text: &str) -> Option<&str> {
         text.lines().find_map(|line| line.strip_prefix(KERNEL)).map(str::trim)

@@ -208,7 +208,8 @@ fn a_fault_that_maps_with_a_table_locked_ends_the_run() {
     assert!(words.contains("has tried to take it again: a fault maps"), "{words}");
 }
 
-/// What `mistake` prints, and how the process ends that makes it: only another process can see that.
+/// What `mistake` prints, and how the process ends that makes it: only another process can see
+/// that.
 fn process_with(mistake: Mistake, name: &str) -> (ExitStatus, String) {
     const INSIDE: &str = "MMU_HOSTED_INSIDE";
     let inside = format!("{mistake:?}");
