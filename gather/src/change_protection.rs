@@ -32,6 +32,12 @@ impl<K: Platform> MmuGather<'_, '_, K> {
     /// the bits that hardware ignores count; everything else of the entry stays. It is called again
     /// for a leaf in which hardware has set a bit meanwhile.
     ///
+    /// Entries that are not present stay as they are. A migration entry remembers that its page was
+    /// writable ([`MigrationAccess`]): the kernel takes that away itself, or asks the area when the
+    /// page has arrived. Otherwise the right is back then.
+    ///
+    /// [`MigrationAccess`]: mmu_pagetable::MigrationAccess
+    ///
     /// A leaf that only gains rights needs no flush: a CPU that has the old ones cached faults, and
     /// walks again.
     ///

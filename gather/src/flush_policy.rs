@@ -47,11 +47,15 @@ pub(crate) fn scope_before_the_last<C: TlbContext>(mm: &MmOf<C>, own: Scope) -> 
 ///
 /// Where another gather is open the whole address space is flushed, even if this one cleared
 /// nothing: an entry that it found empty may have been cleared by the other, which has not flushed
-/// yet (rule G6).
+/// yet (rule G6). So it is where a flush is owed: the other may have unwound and closed since this
+/// one looked.
 #[inline(always)]
 pub(crate) fn scope_of_the_last<K: Platform>(kernel: &K, mm: &MmOf<K::Context>, own: Scope) -> Scope {
     if mm.has_other_gathers() {
         kernel.observe_gather(GatherEvent::NestedFlush);
+        Scope::WholeMm
+    } else if mm.context().has_deferred_flushes() {
+        // Asked last: a gather that unwinds notes what it owes, and then closes.
         Scope::WholeMm
     } else {
         own

@@ -27,9 +27,9 @@ impl<K: Platform> MmuGather<'_, '_, K> {
     /// No table lock is held; preemption points inside. The map lock is held for writing.
     ///
     /// # Safety
-    /// As for [`unhook_empty_tables`]: the map lock is held for writing, and not for reading alone;
-    /// or nobody uses a table that covers an address of `range` but by its lock, all the way down
-    /// from the root.
+    /// As for [`unhook_empty_tables`]: the map lock is held for writing, and not for reading alone,
+    /// and nobody walks without it, reclaim included; or nobody uses a table that covers an address
+    /// of `range` but by its lock, all the way down from the root.
     ///
     /// [`unhook_empty_tables`]: mmu_pagetable::AddressSpace::unhook_empty_tables
     ///
@@ -92,7 +92,7 @@ impl<K: Platform> MmuGather<'_, '_, K> {
 ///
 /// # Safety
 /// As for [`MmuGather::new`] and [`MmuGather::free_empty_tables`]: the map lock is held for
-/// writing.
+/// writing, and nobody walks without it, reclaim included.
 ///
 /// # Examples
 /// ```

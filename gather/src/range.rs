@@ -35,9 +35,8 @@ impl FlushRange {
     pub(crate) fn unhooked(&mut self, level: Level, address: u64) {
         self.start = self.start.min(address);
         self.end = self.end.max(address + Level::Pte.entry_span());
-        if let Some(parent) = level.above() {
-            self.cleared_levels |= 1 << parent as u8;
-        }
+        // Nothing links a root; whoever frees one as a table is flushed for all the same.
+        self.cleared_levels |= 1 << level.above().unwrap_or(level) as u8;
         self.tables = FreedTables::Yes;
     }
 

@@ -220,7 +220,8 @@ impl<M: Machine> Pages for Embedder<M> {
     }
 
     fn free_batch(&self, page: BatchPage) {
-        self.give_back(self.machine.pointer_to_frame(page.into_inner().as_ptr().cast()));
+        let frame = self.machine.pointer_to_frame(page.into_inner().as_ptr().cast());
+        self.give_back(frame, FrameKind::Batch);
     }
 
     fn remove_rmaps(&self, pages: FreedPages<'_>) {

@@ -10,7 +10,7 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use core::sync::atomic::Ordering;
 
-use crate::frame::FrameKind;
+use crate::frame::{FrameKind, owner_of};
 use crate::kernel::Kernel;
 use crate::machine::{FrameRole, Machine, Note, Seam, UnderMapLock};
 use crate::mm::Mm;
@@ -198,8 +198,11 @@ impl<M: Machine> Kernel<M> {
                 self.between_look_and_change();
                 // More rights need no flush (SDM 4.10.4.3). If hardware sets A meanwhile, the
                 // exchange fails and the program faults again.
+                let more = EntryValue::from_bits(value.bits() | flags);
                 // SAFETY: the page is this program's alone, or the area's programs may write to it.
-                let _ = unsafe { entry.compare_exchange(value, EntryValue::from_bits(value.bits() | flags)) };
+                if unsafe { entry.compare_exchange(value, more) }.is_ok() {
+                    self.note_owned(mm, vma.area, page, frame);
+                }
                 Ok(Try::Done)
             }
             Decoded::NonPresent(NonPresent::Migration { .. }) => Ok(Try::Again),
@@ -229,8 +232,16 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
-    fn note_mapped(&self, mm: &Mm<M>, address: u64, frame: PhysFrame) {
+    pub(crate) fn note_mapped(&self, mm: &Mm<M>, address: u64, frame: PhysFrame) {
         self.machine.note(Note::Mapped { root: mm.root(), address, frame });
+    }
+
+    /// Says that the program may write to a page from now on because no other uses it, if that is
+    /// why.
+    pub(crate) fn note_owned(&self, mm: &Mm<M>, area: Area, address: u64, frame: PhysFrame) {
+        if matches!(area.kind, AreaKind::Anon | AreaKind::FilePrivate(_)) {
+            self.machine.note(Note::OwnedAlone { root: mm.root(), address, frame });
+        }
     }
 
     /// The entry for a page that is not there yet; counts are taken.
@@ -340,11 +351,6 @@ impl<M: Machine> Kernel<M> {
         vmas.grow_down(next.range.start(), page);
         Ok(())
     }
-}
-
-/// Which page of which file a frame is. Any number but 0 says "a page of a file".
-pub(crate) fn owner_of(file: u32, page: u64) -> u64 {
-    u64::from(file) << 32 | page & 0xffff_ffff | 1 << 63
 }
 
 /// The entry that maps a frame for a program.

@@ -119,6 +119,11 @@ impl<R: RelaxStrategy> FrameMeta<R> {
         self.dirty.store(1, Ordering::Relaxed);
     }
 
+    /// Its content is as good as written back; whether it had to be.
+    pub(crate) fn take_dirty(&self) -> bool {
+        self.dirty.swap(0, Ordering::Relaxed) != 0
+    }
+
     pub(crate) const fn table_lock(&self) -> &TableLock<R> {
         &self.lock
     }
@@ -166,6 +171,23 @@ impl<R: RelaxStrategy> FrameMeta<R> {
     pub(crate) fn owner(&self) -> u64 {
         self.owner.load(Ordering::Relaxed)
     }
+
+    /// Whether it is a page of a file, of whichever.
+    #[must_use]
+    pub fn is_of_a_file(&self) -> bool {
+        self.owner() != 0
+    }
+
+    /// Whether it is this page of this file.
+    #[must_use]
+    pub fn is_page_of(&self, file: u32, page: u64) -> bool {
+        self.owner() == owner_of(file, page)
+    }
+}
+
+/// Which page of which file a frame is. Any number but 0 says "a page of a file".
+pub(crate) const fn owner_of(file: u32, page: u64) -> u64 {
+    (file as u64) << 32 | page & 0xffff_ffff | 1 << 63
 }
 
 const ONE_REF: u64 = 1;

@@ -16,21 +16,29 @@ impl<M: Machine> Embedder<M> {
         Some(frame)
     }
 
-    /// Gives back a frame that was never counted.
-    pub(crate) fn give_back(&self, frame: PhysFrame) {
+    /// Gives back a frame that was never counted, and is used for `kind`.
+    ///
+    /// A frame that is used for something else by now was given back before. It does not go to the
+    /// free list once more: the list would end in a circle, and nobody would get any further.
+    pub(crate) fn give_back(&self, frame: PhysFrame, kind: FrameKind) {
         self.machine.note(Note::Freed(frame, FrameRole::Page));
-        self.frames.free([frame]);
+        if self.frames.meta(frame).kind() == kind {
+            self.frames.free([frame]);
+        } else {
+            self.count().double_free();
+        }
     }
 
     /// Gives tables back.
     pub(crate) fn give_back_tables(&self, tables: &[PhysFrame]) {
+        let is_table = |table: &PhysFrame| self.frames.meta(*table).kind() == FrameKind::Table;
         for table in tables {
-            if self.frames.meta(*table).kind() != FrameKind::Table {
+            if !is_table(table) {
                 self.count().double_free();
             }
             self.machine.note(Note::Freed(*table, FrameRole::Table));
         }
-        self.frames.free(tables.iter().copied());
+        self.frames.free(tables.iter().copied().filter(is_table));
     }
 
     /// One entry less maps the frame; its reference stays until the flush.

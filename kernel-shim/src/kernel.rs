@@ -387,10 +387,12 @@ impl<M: Machine> Kernel<M> {
                 // SAFETY: an `Mm` is made in its `Arc` and never moved out: a CPU that has it
                 // loaded keeps a clone.
                 let next = mm.map(|mm| unsafe { Pin::new_unchecked(&mm.engine) }.pinned_context());
+                self.machine.note(Note::Runs(Laziness::Lazy));
                 // SAFETY: pinned, interrupts off; `active` keeps the address space until this CPU
                 // has switched away, and its root is freed by `exit` only, which makes every CPU
                 // leave first. This kernel has one source of names.
                 unsafe { switch_mm(self, cpu, next) };
+                self.machine.note(Note::Runs(Laziness::Active));
                 core::mem::replace(&mut *active.lock(), mm.cloned())
             })
         });
@@ -401,14 +403,10 @@ impl<M: Machine> Kernel<M> {
     /// Runs only kernel threads on this CPU from now on; the address space stays in CR3.
     pub fn go_lazy(&self) {
         self.machine.pinned(|cpu| {
+            self.machine.note(Note::Runs(Laziness::Lazy));
             // SAFETY: pinned; the caller uses no user address before `switch_to`.
             self.machine.without_interrupts(|| unsafe { enter_lazy_tlb(self, cpu) });
         });
-    }
-
-    /// The frames in the page cache now.
-    pub fn cached_pages(&self) -> alloc::vec::Vec<PhysFrame> {
-        self.page_cache.lock().values().copied().collect()
     }
 
     /// Gives up the page cache, the large page of zeroes and the frame of the device: what is left
@@ -421,7 +419,7 @@ impl<M: Machine> Kernel<M> {
             self.frames.free_block(block);
         }
         if let Some(frame) = self.device_frame.lock().take() {
-            self.give_back(frame);
+            self.give_back(frame, FrameKind::Reserved);
         }
     }
 

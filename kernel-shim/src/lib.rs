@@ -17,6 +17,7 @@
 //! | kernel | munmap, madvise, exit, the stack move of exec, context switch, lazy CPUs |
 //! | protect, remap | mprotect; mremap and brk |
 //! | reclaim, populate | pages taken by swap; areas filled without faults |
+//! | inspect | what a checker asks when nothing is going on |
 //! | supply | memory pressure |
 //! | counters | what happened, each CPU for itself, for the report |
 //! | work/ | the same work on any machine, so that what it counts can be compared |
@@ -34,6 +35,7 @@ mod fork;
 mod frame;
 mod frame_use;
 mod guard;
+mod inspect;
 mod kernel;
 mod machine;
 mod map_lock;
@@ -51,8 +53,9 @@ pub use counters::{Counters, CpuCounters, Snapshot};
 pub use embed::{Embedder, EngineArea};
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
+pub use inspect::SharedFrames;
 pub use kernel::{Config, Error, Kernel, Misbehaviour};
-pub use machine::{FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
+pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
 pub use supply::Supply;

@@ -21,7 +21,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::embed::{Embedder, EngineArea};
 use crate::frame::FrameKind;
 use crate::kernel::{Kernel, Misbehaviour};
-use crate::machine::{Machine, Note, Seam};
+use crate::machine::{Content, Machine, Note, Seam};
 
 /// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as
 /// they are.
@@ -181,7 +181,11 @@ impl<M: Machine> Pages for Kernel<M> {
         if self.config.misbehaviour == Misbehaviour::FreeBeforeFlush {
             return self.free_before_flush(area, leaf);
         }
-        self.embedder.unmap_page(area, leaf)
+        let disposition = self.embedder.unmap_page(area, leaf);
+        if disposition == Disposition::Free {
+            self.note_unmapping(leaf);
+        }
+        disposition
     }
 
     fn free_pages(&self, pages: FreedPages<'_>) {
@@ -200,9 +204,7 @@ impl<M: Machine> Pages for Kernel<M> {
     fn remove_rmaps(&self, pages: FreedPages<'_>) {
         self.embedder.remove_rmaps(pages);
         for run in pages.iter() {
-            if self.frames.meta(run.frame).maps() == 0 {
-                self.machine.note(Note::MappedByNobody(run.frame));
-            }
+            self.note_if_mapped_by_nobody(run.frame);
         }
     }
 
@@ -231,6 +233,26 @@ impl<M: Machine> Pages for Kernel<M> {
 }
 
 impl<M: Machine> Kernel<M> {
+    /// An entry maps its page no more, and was counted.
+    fn note_unmapping(&self, leaf: &UnmappedLeaf) {
+        let meta = self.frames.meta(leaf.frame);
+        if leaf.value.is_dirty() && meta.maps() != 0 {
+            // Of a page that fork has shared: the other entry may be from before the write.
+            meta.mark_dirty();
+        }
+        self.note_if_mapped_by_nobody(leaf.frame);
+    }
+
+    /// A page of a file that nothing maps any more is written back, in the model: what it is to be
+    /// written back for must be known by now.
+    fn note_if_mapped_by_nobody(&self, frame: PhysFrame) {
+        let meta = self.frames.meta(frame);
+        if meta.is_of_a_file() && meta.maps() == 0 {
+            let content = if meta.take_dirty() { Content::Dirty } else { Content::Clean };
+            self.machine.note(Note::MappedByNobody(frame, content));
+        }
+    }
+
     /// The planted bug: a page is freed when its entry is cleared.
     #[cold]
     fn free_before_flush(&self, area: EngineArea, leaf: &UnmappedLeaf) -> Disposition {

@@ -6,8 +6,8 @@ use core::sync::atomic::Ordering;
 use mmu_gather::pagetable::{EntryValue, Level, NonPresent, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
-use crate::fault::{leaf, leaf_at, owner_of};
-use crate::frame::FrameKind;
+use crate::fault::{leaf, leaf_at};
+use crate::frame::{FrameKind, owner_of};
 use crate::kernel::{Error, Kernel};
 use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
 use crate::mm::Mm;

@@ -33,7 +33,7 @@ impl<M: Machine> Kernel<M> {
                 // map lock is dropped.
                 let changed = unsafe {
                     gather.change_protection(part, |address, level, old| {
-                        self.rights_of(area, address, level, old)
+                        self.rights_of(mm, area, address, level, old)
                     })
                 };
                 debug_assert!(changed.is_ok(), "large pages were split at both ends: {changed:?}");
@@ -47,7 +47,14 @@ impl<M: Machine> Kernel<M> {
     }
 
     /// What programs may do with the page that `old` maps, as its area says now.
-    fn rights_of(&self, area: Area, address: u64, level: Level, old: EntryValue) -> PageTableFlags {
+    fn rights_of(
+        &self,
+        mm: &Mm<M>,
+        area: Area,
+        address: u64,
+        level: Level,
+        old: EntryValue,
+    ) -> PageTableFlags {
         let frame = PhysFrame::containing_address(old.leaf_address(level));
         let wanted = match area.protection {
             Protection::Nothing => PageTableFlags::empty(),
@@ -56,6 +63,9 @@ impl<M: Machine> Kernel<M> {
         };
         if !(old.flags() & RIGHTS).difference(wanted).is_empty() {
             self.machine.note(Note::Restricted { address, level, frame });
+        }
+        if wanted.contains(PageTableFlags::WRITABLE) && !old.is_writable() {
+            self.note_owned(mm, area, address, frame);
         }
         (old.flags() - RIGHTS) | wanted
     }

@@ -149,6 +149,7 @@ impl<M: Machine> Kernel<M> {
             // saw the entry empty in between passed it by, as if it had come before the write.
             // SAFETY: the value that was there a moment ago, and no other CPU was told of a change.
             unsafe { entry.store(old) };
+            self.note_mapped(mm, block.start(), frame);
             return None;
         }
         self.machine.note(Note::Cleared { address: block.start(), level: LEVEL, frame });

@@ -106,9 +106,11 @@ impl<M, A, const N: usize, R: RelaxStrategy> Frames<M, A, HashedLocks<N, R>, R> 
     /// Tables out of frames of `allocator`, with `N` locks for all of them.
     ///
     /// # Safety
-    /// - `mapping` leads to the 4096 bytes of each frame that `allocator` hands out, which are
-    ///   readable and writable as long as this exists;
-    /// - nobody but the engine uses such a frame until it was given back.
+    /// - `mapping` leads to the 4096 bytes of each frame that any allocator of type `A` hands out,
+    ///   which are readable and writable as long as this exists: safe code may put another one in
+    ///   its place ([`allocator`](Self::allocator));
+    /// - nobody but the engine uses a frame that
+    ///   [`allocate_table`](TableMemory::allocate_table) has taken, until it was given back.
     #[must_use]
     pub const unsafe fn new(mapping: M, allocator: A) -> Self {
         // SAFETY: passed on to our caller.

@@ -33,11 +33,13 @@ impl AddressSpace {
     ///   table links, which he locks before he drops that lock. (Whoever comes down from the root
     ///   like that finds no link to a table that was unhooked, and never puts an entry into one.)
     ///
-    /// The map lock held for writing sees to both. Under the map lock held for reading it is not
-    /// enough: [`ensure_table`](Self::ensure_table), [`map`](Self::map), [`lookup`](Self::lookup)
-    /// and gathers use views without a lock, and so would put an entry into a table that has just
-    /// been unhooked. Note that a table on the path to `range` may cover 512 GiB, or all of user
-    /// space.
+    /// The map lock held for writing sees to both, if whoever walks holds it, for reading at least:
+    /// reclaim, too. (Reclaim that finds tables by another lock, an rmap's, would find one that was
+    /// unhooked here: the areas are still to be found.) Under the map lock held for reading it is
+    /// not enough: [`ensure_table`](Self::ensure_table), [`map`](Self::map),
+    /// [`lookup`](Self::lookup) and gathers use views without a lock, and so would put an entry
+    /// into a table that has just been unhooked. Note that a table on the path to `range` may cover
+    /// 512 GiB, or all of user space.
     ///
     /// And `looked_at` lets no page be reused before every CPU has flushed its `span`.
     pub unsafe fn unhook_empty_tables<M: TableMemory>(

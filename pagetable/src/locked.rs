@@ -163,9 +163,11 @@ impl<'m, G> LockedTable<'m, G> {
 /// Two tables whose locks are held, both until this is dropped: they may have one lock.
 #[derive(Debug)]
 pub struct LockedPair<'m, G> {
-    first: LockedTable<'m, G>,
+    // Fields are dropped in this order: the lock that was taken last goes first, as guards that put
+    // interrupts back as they were ask for.
     /// Without a guard, if the first one's is the lock of both.
     second: LockedTable<'m, Option<G>>,
+    first: LockedTable<'m, G>,
 }
 
 impl<'m, G> LockedPair<'m, G> {
@@ -282,6 +284,8 @@ impl<G> fmt::Debug for LockedTable<'_, G> {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
     use core::cell::Cell;
     use core::sync::atomic::AtomicU64;
 
@@ -354,6 +358,89 @@ mod tests {
             assert_eq!(memory.asked_for_lock.get(), 1);
             drop(view.try_lock(&memory));
             assert_eq!(memory.asked_for_lock.get(), 2);
+        }
+    }
+
+    /// Two tables, with locks that keep interrupts off.
+    #[derive(Default)]
+    struct Interrupts {
+        tables: [Words; 2],
+        locks: [IrqLock; 2],
+    }
+
+    impl Default for Words {
+        fn default() -> Self {
+            Self([const { AtomicU64::new(0) }; 512])
+        }
+    }
+
+    std::thread_local! {
+        /// Whether interrupts are on.
+        static ON: Cell<bool> = const { Cell::new(true) };
+    }
+
+    #[derive(Default)]
+    struct IrqLock(Cell<bool>);
+
+    /// Puts interrupts back as they were.
+    struct IrqGuard<'l>(&'l IrqLock, bool);
+
+    impl Drop for IrqGuard<'_> {
+        fn drop(&mut self) {
+            self.0.0.set(false);
+            ON.set(self.1);
+        }
+    }
+
+    // SAFETY: one thread uses it.
+    unsafe impl Lock for IrqLock {
+        type Guard<'a> = IrqGuard<'a>;
+
+        fn lock(&self) -> IrqGuard<'_> {
+            self.try_lock().expect("one thread does not wait")
+        }
+
+        fn try_lock(&self) -> Option<IrqGuard<'_>> {
+            (!self.0.replace(true)).then(|| IrqGuard(self, ON.replace(false)))
+        }
+    }
+
+    // SAFETY: as for `Memory`.
+    unsafe impl PageTableFrameMapping for Interrupts {
+        fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
+            let number = usize::from(frame.start_address().as_u64() != 0);
+            ptr::from_ref(&self.tables[number].0).cast_mut().cast()
+        }
+    }
+
+    // SAFETY: as for `Memory`.
+    unsafe impl TableMemory for Interrupts {
+        type Lock = IrqLock;
+
+        unsafe fn table_lock(&self, frame: PhysFrame) -> &IrqLock {
+            &self.locks[usize::from(frame.start_address().as_u64() != 0)]
+        }
+
+        fn allocate_table(&self) -> Option<PhysFrame> {
+            None
+        }
+
+        unsafe fn free_tables(&self, _: &[PhysFrame]) {}
+    }
+
+    #[test]
+    fn of_two_locks_the_one_that_was_taken_last_is_dropped_first() {
+        let memory = Interrupts::default();
+        let views = [0, 0x5000].map(|address| {
+            let frame = PhysFrame::containing_address(PhysAddr::new(address));
+            // SAFETY: the memory has a table for this frame, and outlives the view.
+            unsafe { TableView::new(&memory, frame, Level::Pte) }
+        });
+        for [first, second] in [[0, 1], [1, 0], [0, 0]] {
+            let both = views[first].lock_both(&memory, views[second]);
+            assert!(!ON.get());
+            drop(both);
+            assert!(ON.get(), "as they were before");
         }
     }
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use mmu_gather::pagetable::{Mapping, PagingMode, TableLock, TableMemory, VirtRange};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, CtxIds, OnlineCpus, PageSpan,
-    PcidSupport, enter_lazy_tlb, flush_interrupt, init_cpu, switch_mm,
+    PcidSupport, enter_lazy_tlb, flush_interrupt, init_cpu, offline_cpu, switch_mm,
 };
 use mmu_gather::{BatchPage, Disposition, FreedPages, GatherEvent, Mm, Pages, UnmappedLeaf, Vma, VmaKind};
 use mmu_hosted::{Bits, FrameRole, GiveWay, HostedMachine, Note, Seam, Supply};
@@ -151,9 +151,10 @@ impl Pages for HostedPlatform {
 
     fn allocate_batch(&self) -> Option<BatchPage> {
         let frame = self.batches.are_granted().then(|| self.take_zeroed(FrameRole::Page)).flatten()?;
-        let page = NonNull::new(self.machine.frame_to_pointer(frame))?;
+        let page = NonNull::new(self.machine.frame_to_pointer(frame))?.cast();
+        self.machine.lent(page);
         // SAFETY: the frame was free: nobody else uses its 4096 bytes.
-        Some(unsafe { BatchPage::new(page.cast()) })
+        Some(unsafe { BatchPage::new(page) })
     }
 
     fn free_batch(&self, page: BatchPage) {
@@ -205,6 +206,14 @@ impl HostedPlatform {
     pub fn start_cpu(&self) {
         // SAFETY: this CPU has loaded nothing yet.
         self.without_interrupts(|| unsafe { init_cpu(self, self.machine.current()) });
+    }
+
+    /// This CPU goes off.
+    pub fn stop_cpu(&self) {
+        let cpu = self.machine.current();
+        // SAFETY: interrupts are off; nothing runs here until `start_cpu`.
+        self.without_interrupts(|| unsafe { offline_cpu(self, cpu) });
+        *self.loaded[cpu.index()].lock() = None;
     }
 
     /// The handler of the flush interrupt.

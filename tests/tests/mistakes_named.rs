@@ -217,6 +217,20 @@ fn a_context_that_moved_after_a_cpu_has_loaded_it_is_named() {
     assert_said(&words, &["context 2 was at 0x"]);
 }
 
+/// Pages of an address space that no program has run in yet are unmapped, and flushed for: exec
+/// moves its stack, fork fails.
+#[test]
+fn a_context_that_no_cpu_has_loaded_yet_may_move_after_a_flush() {
+    let machine = Machine::new(Wrong::Nothing);
+    let mm = machine.context(1);
+    let _flushed = flush_tlb_mm(&machine, &mm);
+    let _flushed = flush_tlb_mm_range(&machine, &mm, SPAN, FreedTables::Yes);
+    let mm = Box::pin(mm);
+    machine.run(CPU[0], Some(mm.as_ref()));
+    let _flushed = flush_tlb_mm(&machine, &mm);
+    machine.run(CPU[0], None);
+}
+
 #[test]
 fn a_cpu_that_does_not_answer_is_named() {
     for freed in [FreedTables::No, FreedTables::Yes] {

@@ -10,7 +10,9 @@ use std::panic::catch_unwind;
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::{FreedTables, PageSpan};
-use mmu_gather::{BatchPage, FlushTlb, FreedPages, Limits, OwnContext, PageGather, Release, Room};
+use mmu_gather::{
+    BatchPage, FlushTlb, FreedPages, Limits, OwnContext, PageGather, Release, Room, TlbContext as _,
+};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
@@ -259,4 +261,35 @@ fn what_waits_leaks_if_the_flush_unwinds() {
     kernel.unwinds.set(true);
     catch_unwind(AssertUnwindSafe(|| gather.flush())).expect_err("the kernel's flush unwinds");
     assert_eq!(kernel.nr_freed(), 0);
+}
+
+/// Nothing links a root, so the caller is wrong; no CPU walks it all the same when it is freed.
+#[test]
+fn a_table_of_the_topmost_level_is_flushed_for_like_any_other() {
+    for kernel in [Kernel::default(), Kernel::lending_batches()] {
+        let context = OwnContext::new(());
+        kernel.walkable.borrow_mut().insert(frame(9));
+        let mut gather = PageGather::new(&kernel, &context);
+        // SAFETY: not kept, as the test says.
+        unsafe { gather.queue_table(frame(9), 0, Level::Pgd) };
+        gather.flush().free();
+        assert_eq!(*kernel.freed.borrow(), [frame(9)]);
+    }
+}
+
+/// Rights that were taken away, say: an `MmuGather` of the same address space makes up for it.
+#[test]
+fn a_flush_that_unwinds_is_owed_by_the_address_space() {
+    let (kernel, context) = (Kernel::default(), OwnContext::new(()));
+    let page = VirtRange::new(8 * PAGE, 9 * PAGE).expect("a page");
+    for dropped in [false, true] {
+        let mut gather = PageGather::new(&kernel, &context);
+        gather.changed(page, Level::Pte);
+        kernel.unwinds.set(true);
+        let unwound =
+            catch_unwind(AssertUnwindSafe(|| if dropped { drop(gather) } else { gather.flush().free() }));
+        unwound.expect_err("the kernel's flush unwinds");
+        kernel.unwinds.set(false);
+        assert!(context.has_deferred_flushes(), "dropped: {dropped}");
+    }
 }

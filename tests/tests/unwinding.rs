@@ -73,6 +73,24 @@ fn a_flush_that_unwinds_is_not_made_again_what_waits_leaks_and_the_next_call_mak
     }
 }
 
+/// It has found the entries empty while the other was open, and no flush was owed yet.
+#[test]
+fn a_gather_that_was_open_beside_one_whose_flush_unwinds_flushes_for_both() {
+    for nr_pages in [1, 2, 40] {
+        let (kernel, pages) = kernel_in_use(nr_pages);
+        let (mm, vma) = (kernel.mm(0), area(pages.start(), pages.end(), Backing::Anonymous));
+        let (mut clears, mut beside) = (kernel.gather(mm), kernel.gather(mm));
+        clears.zap_vma_range(&vma, pages).expect("no leaf is cut");
+        beside.zap_vma_range(&vma, pages).expect("no leaf is cut");
+        unwinding(&kernel, |event| matches!(event, Event::Ipi { .. }), || clears.flush().free());
+        beside.flush().free();
+        for address in (pages.start()..pages.end()).step_by(4096) {
+            assert_eq!(kernel.touch(CPU[1], address, Access::Write), Err(Fault::NotPresent), "{address:#x}");
+        }
+        assert_made_up_for(&kernel, pages, nr_pages);
+    }
+}
+
 /// The first pages are cleared already, and no gather has them in its range; the same holds for the
 /// page whose call unwinds.
 #[test]

@@ -118,7 +118,7 @@ pub struct MmContext<B: CpuBits> {
     /// Reclaim's deferred flushes: how many were asked for (low half), and up to which of them the
     /// flush is done (high half).
     deferred: AtomicU64,
-    /// Where the context is, once a CPU has loaded it or flushed for it; 0 before.
+    /// Where the context is, once a CPU has loaded it; 0 before.
     #[cfg(debug_assertions)]
     place: core::sync::atomic::AtomicUsize,
     _stays_where_it_is: PhantomPinned,
@@ -150,12 +150,19 @@ impl<B: CpuBits> MmContext<B> {
         }
     }
 
-    /// Debug builds: where the context was when this was asked first, if it is elsewhere now.
+    /// Debug builds: a CPU loads the context, which stays here from now on.
+    #[cfg(debug_assertions)]
+    pub(crate) fn note_place(&self) {
+        let here = core::ptr::from_ref(self).addr();
+        // A failed exchange means that it has been loaded before, here or elsewhere.
+        let _ = self.place.compare_exchange(0, here, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Debug builds: where the context was when a CPU loaded it first, if it is elsewhere now.
     #[cfg(debug_assertions)]
     pub(crate) fn moved_from(&self) -> Option<usize> {
-        let here = core::ptr::from_ref(self).addr();
-        let before = self.place.compare_exchange(0, here, Ordering::Relaxed, Ordering::Relaxed);
-        before.err().filter(|before| *before != here)
+        let before = self.place.load(Ordering::Relaxed);
+        (before != 0 && before != core::ptr::from_ref(self).addr()).then_some(before)
     }
 
     /// The context's unique name.

@@ -49,7 +49,17 @@ fn compare_cr3<B: CpuBits>(state: &CpuTlb<B>, here: CpuId, mm: &MmContext<B>, ro
     );
 }
 
-/// CPUs know a context by its address.
+/// CPUs know a context by its address, from now on: a CPU is about to load it.
+#[inline(always)]
+pub(crate) fn note_place<B: CpuBits>(_mm: &MmContext<B>) {
+    #[cfg(debug_assertions)]
+    if LOOKS {
+        _mm.note_place();
+        check_place(_mm);
+    }
+}
+
+/// A context that no CPU has loaded yet may move, flushed for or not.
 #[inline(always)]
 pub(crate) fn check_place<B: CpuBits>(_mm: &MmContext<B>) {
     #[cfg(debug_assertions)]

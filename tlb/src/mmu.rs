@@ -307,9 +307,11 @@ pub unsafe trait Cpus {
     /// The top table in this CPU's CR3; `None` if that is not known. Debug builds compare it with
     /// what [`switch_mm`](crate::switch_mm) has loaded; release builds do not ask.
     ///
-    /// Unless overridden it reads CR3, in ring 0, and does not know elsewhere. A kernel that loads
-    /// another root for a while by means of its own (to call firmware, say) does that with
-    /// interrupts off, and does not flush meanwhile.
+    /// Unless overridden it reads CR3, in ring 0, and does not know elsewhere. A kernel whose
+    /// [`load_cr3`](Self::load_cr3) loads something else than `root` (the C-bit of memory
+    /// encryption with it, or a copy for each CPU) overrides it, and answers the `root` that it was
+    /// given. A kernel that loads another root for a while by means of its own (to call firmware,
+    /// say) does that with interrupts off, and does not flush meanwhile.
     fn cr3(&self) -> Option<PhysFrame> {
         (CS::get_reg().rpl() == PrivilegeLevel::Ring0).then(|| Cr3::read().0)
     }
@@ -318,8 +320,8 @@ pub unsafe trait Cpus {
     /// builds panic and say which CPU does not answer; `None`: never. A release build waits for
     /// ever.
     ///
-    /// Unless overridden 2^31: half a minute to two minutes of PAUSE. A kernel that sleeps while it
-    /// waits says fewer.
+    /// Unless overridden 2^31: ten seconds to two minutes of PAUSE, which takes 10 to 140 cycles. A
+    /// kernel that sleeps while it waits says fewer.
     fn most_turns(&self) -> Option<u64> {
         Some(1 << 31)
     }

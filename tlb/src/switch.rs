@@ -6,7 +6,7 @@ use core::pin::Pin;
 use crate::cpu_state::{Asid, CpuTlb, KERNEL_PCID, Laziness, LoadedMm, PcidSupport, SlotIs};
 use crate::cpuset::CpuId;
 use crate::generation::{MmContext, TlbGen};
-use crate::mistakes::{check_owner, check_place};
+use crate::mistakes::{check_owner, note_place};
 use crate::mmu::{CachedTranslations, Cpus, TlbEvent};
 use crate::sync::{Ordering, fence};
 
@@ -68,7 +68,7 @@ pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmConte
         return;
     };
     let next = next.get_ref();
-    check_place(next);
+    note_place(next);
     if state.has_loaded(next) {
         if was == Laziness::Lazy {
             catch_up(cpus, cpu, next);

@@ -8,6 +8,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::flush_policy::flush_context;
 use crate::flushed_gather::FlushedGather;
+use crate::levels::context::TlbContext as _;
 use crate::levels::flush_tlb::FlushTlb;
 use crate::limits::Limits;
 use crate::platform::GatherEvent;
@@ -35,7 +36,9 @@ use crate::state::Phase;
 /// Each gather flushes for what it queued, whatever others do, so nothing is freed early (rule G1).
 /// That the addresses are unusable when `flush` returns holds for entries that this gather cleared:
 /// where another thread has cleared some and not flushed yet, this one finds them empty. A kernel
-/// that holds its map lock exclusively until `flush` has returned has no such threads.
+/// that holds its map lock exclusively until `flush` has returned has no such threads. Nor does an
+/// [`MmuGather`](crate::MmuGather) of the same address space count this one as open (rule G6): two
+/// of them, one of each kind, are not open at once.
 ///
 /// Linux: struct mmu_gather, used without mm/memory.c.
 ///
@@ -234,7 +237,9 @@ impl<'k, 'c, K: Release + FlushTlb> PageGather<'k, 'c, K> {
 impl<K: Release + FlushTlb> Drop for PageGather<'_, '_, K> {
     fn drop(&mut self) {
         if self.phase == Phase::InKernel {
-            // The kernel's own code has unwound: what waits leaks, as in a `MmuGather`.
+            // The kernel's own code has unwound: what waits leaks, as in a `MmuGather`, and the
+            // flush is left to the next of those that looks.
+            self.context.owe_flush();
             return;
         }
         self.flush_tlb_only();

@@ -5,7 +5,8 @@
 //!      │
 //!      v
 //!  kernel       the kernel as the kit wants it: `mmu_hosted::Kernel`
-//!      │        tables_against_frames, boundaries, views: what only this kernel can be asked
+//!      │        tables_against_frames, leaves_against_areas, boundaries, views: what only this
+//!      │        kernel can be asked
 //!      v
 //!  stage        fixed work, done here
 //!  program      boot; programs touch memory
@@ -22,6 +23,7 @@
 mod boundaries;
 mod judge;
 mod kernel;
+mod leaves_against_areas;
 mod machine;
 mod program;
 mod stage;

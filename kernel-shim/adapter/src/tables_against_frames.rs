@@ -1,97 +1,233 @@
-//! What page tables map must be there: no entry leads to a free frame, and counts are those of the
-//! entries. So are those of places in swap and of guards: an engine that drops such an entry tells
-//! the kernel, once, and drops none that it must keep.
+//! What page tables map must be there: no entry leads to a free frame, each is what its area says,
+//! and counts are those of the entries. So are those of places in swap, of guards and of tables: an
+//! engine that drops such an entry tells the kernel, once, and drops none that it must keep.
 //!
 //! Read with the software MMU's own eyes ([`decode`]), not the engine's.
 
 use std::sync::Arc;
 
 use mmu_gather::pagetable::Level::Pte;
-use mmu_gather::pagetable::{Decoded, EntryValue, Lines, Marker, NonPresent, TableMemory, UsedLines};
+use mmu_gather::pagetable::{
+    Decoded, EntryValue, Lines, Marker, NonPresent, TableMemory, UsedLines, VirtRange,
+};
 use mmu_gather::tlb::Cpus;
 use mmu_hosted::ViolationKind;
-use mmu_hosted::arch::{Meaning, TableLevel, decode};
-use mmu_kernel_shim::FrameKind;
+use mmu_hosted::arch::{Meaning, Rights, TableLevel, decode};
+use mmu_kernel_shim::{FrameKind, SharedFrames};
 use rustc_hash::{FxHashMap, FxHashSet};
-use x86_64::structures::paging::PhysFrame;
+use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
+use crate::leaves_against_areas::{Areas, Leaf, find_wrong};
 use crate::program::{HostedKernel, HostedMm};
+
+/// Frames of a large page.
+const FRAMES_OF_A_BLOCK: u64 = 512;
+
+/// A page that is mapped.
+#[derive(Clone, Copy, Debug)]
+struct MappedPage {
+    /// How many entries map it, and where one of them is.
+    entries: u32,
+    address: u64,
+    /// Whether one of them says that it was written to.
+    is_dirty: bool,
+}
 
 /// What was found in the page tables of all address spaces.
 #[derive(Debug, Default)]
 struct Mapped {
-    /// How many entries map each frame, and where one of them is.
-    pages: FxHashMap<PhysFrame, (u32, u64)>,
+    pages: FxHashMap<PhysFrame, MappedPage>,
     tables: FxHashSet<PhysFrame>,
     swapped: i64,
     guards: i64,
     wrong: Option<(ViolationKind, PhysFrame, u64)>,
 }
 
-/// Looks through all page tables, while nothing else runs and no gather is open. `mms` are all
-/// address spaces that have not exited.
-pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<HostedMm>]) {
-    let machine = kernel.machine();
-    let mut mapped = Mapped::default();
-    for mm in mms {
-        look_through(kernel, mm.root(), TableLevel::Pml4, 0, &mut mapped);
-    }
-    if mapped.wrong.is_none() {
-        let frames = kernel.frames();
-        mapped.wrong = mapped.pages.iter().find_map(|(frame, (count, address))| {
-            let meta = frames.get(*frame)?;
-            let is_counted = matches!(meta.kind(), FrameKind::Page | FrameKind::Block);
-            let disagrees = is_counted && meta.maps() != *count;
-            disagrees.then_some((ViolationKind::CountsDisagree, *frame, *address))
-        });
-    }
-    if mapped.wrong.is_none() && (mapped.swapped, mapped.guards) != (kernel.swap_slots(), kernel.guards()) {
-        let root = mms.first().map_or_else(|| kernel.init_root(), |mm| mm.root());
-        mapped.wrong = Some((ViolationKind::MeaningsDisagree, root, 0));
-    }
-    if let Some((kind, frame, address)) = mapped.wrong {
-        machine.report_violation(kind, address, frame);
+impl Mapped {
+    fn is_wrong(&mut self, kind: ViolationKind, frame: PhysFrame, address: u64) {
+        self.wrong.get_or_insert((kind, frame, address));
     }
 }
 
-fn look_through(kernel: &HostedKernel, table: PhysFrame, level: TableLevel, start: u64, mapped: &mut Mapped) {
-    let is_table = kernel.frames().get(table).is_some_and(|meta| meta.kind() == FrameKind::Table);
-    if !is_table || kernel.machine().is_free(table) || !mapped.tables.insert(table) {
-        mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, table, start));
-        return;
+/// Looks through all page tables, while nothing else runs and no gather is open. `mms` are all
+/// address spaces that have not exited.
+pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<HostedMm>]) {
+    let shared = kernel.shared_frames();
+    let mut mapped = Mapped::default();
+    for mm in mms {
+        let mut walk = Walk { kernel, shared, areas: Areas::of(mm), nr_tables: [0; 5], mapped: &mut mapped };
+        walk.look_through(mm.root(), TableLevel::Pml4, 0, Rights::ALL);
+        let [_, pte, pmd, pud, _] = walk.nr_tables;
+        if [pte, pmd, pud] != mm.nr_tables() {
+            mapped.is_wrong(ViolationKind::TablesMiscounted, mm.root(), 0);
+        }
     }
-    let machine = kernel.machine();
-    #[expect(unsafe_code, reason = "looks at the notes of a table while nothing changes them")]
-    // SAFETY: a table of this kernel, as was found just now, and nothing else runs.
-    let used = unsafe { kernel.used_lines(table) };
-    let noted = used.map_or(Lines::ALL, UsedLines::load);
-    for (index, entry) in machine.entries_of(table).enumerate() {
-        let address = start + ((index as u64) << level.entry_shift());
-        if entry != 0 && noted.intersect(Lines::touched_by(&(index..index + 1))).is_empty() {
-            mapped.wrong.get_or_insert((ViolationKind::EntryNotNoted, table, address));
+    let wrong = mapped
+        .wrong
+        .or_else(|| mapped.pages.iter().find_map(|(frame, page)| find_wrong_counts(kernel, *frame, page)))
+        .or_else(|| find_wrong_meanings(kernel, mms, &mapped))
+        .or_else(|| find_unaccounted(kernel, &shared, &mapped));
+    if let Some((kind, frame, address)) = wrong {
+        kernel.machine().report_violation(kind, address, frame);
+    }
+}
+
+/// What is wrong with the counts of a mapped page, or with what is known of its content.
+fn find_wrong_counts(
+    kernel: &HostedKernel,
+    frame: PhysFrame,
+    page: &MappedPage,
+) -> Option<(ViolationKind, PhysFrame, u64)> {
+    let meta = kernel.frames().get(frame)?;
+    let nr_frames = match meta.kind() {
+        FrameKind::Page => 1,
+        FrameKind::Block => FRAMES_OF_A_BLOCK,
+        _ => return None,
+    };
+    let kind = if meta.maps() != page.entries {
+        ViolationKind::CountsDisagree
+    } else if !meta.is_of_a_file() && meta.refs() != page.entries {
+        ViolationKind::ReferencesDisagree
+    } else if !page.is_dirty
+        && !meta.is_dirty()
+        && (0..nr_frames).any(|number| kernel.machine().was_written(frame + number))
+    {
+        ViolationKind::WriteLost
+    } else {
+        return None;
+    };
+    Some((kind, frame, page.address))
+}
+
+fn find_wrong_meanings(
+    kernel: &HostedKernel,
+    mms: &[Arc<HostedMm>],
+    mapped: &Mapped,
+) -> Option<(ViolationKind, PhysFrame, u64)> {
+    let root = mms.first().map_or_else(|| kernel.init_root(), |mm| mm.root());
+    let agree = (mapped.swapped, mapped.guards) == (kernel.swap_slots(), kernel.guards());
+    (!agree).then_some((ViolationKind::MeaningsDisagree, root, 0))
+}
+
+/// Frames in use are tables, mapped pages, pages in the page cache, and a few that are shared.
+fn find_unaccounted(
+    kernel: &HostedKernel,
+    shared: &SharedFrames,
+    mapped: &Mapped,
+) -> Option<(ViolationKind, PhysFrame, u64)> {
+    let frames = kernel.frames();
+    let cached = kernel.cached_pages();
+    let has_wrong_refs = |frame: &&PhysFrame| {
+        let meta = frames.meta(**frame);
+        meta.refs() != meta.maps() + 1
+    };
+    if let Some(frame) = cached.iter().find(has_wrong_refs) {
+        return Some((ViolationKind::ReferencesDisagree, *frame, 0));
+    }
+    let is_only_cached = |frame: &&PhysFrame| !mapped.pages.contains_key(frame);
+    let only_cached = cached.iter().filter(is_only_cached).count() as u64;
+    let of_pages = mapped.pages.keys().map(|frame| match frames.get(*frame).map(|meta| meta.kind()) {
+        Some(FrameKind::Page) => 1,
+        Some(FrameKind::Block) => FRAMES_OF_A_BLOCK,
+        _ => 0,
+    });
+    // The kernel's own root is no address space's.
+    let tables = mapped.tables.len() as u64 + 1;
+    let accounted = tables + of_pages.sum::<u64>() + only_cached + shared.nr_allocated();
+    if accounted == kernel.nr_frames_in_use() {
+        return None;
+    }
+    let is_accounted = |frame: &PhysFrame| {
+        let first_of_block = || {
+            let start = frame.start_address().as_u64() & !((FRAMES_OF_A_BLOCK << 12) - 1);
+            PhysFrame::containing_address(x86_64::PhysAddr::new_truncate(start))
+        };
+        mapped.pages.contains_key(frame)
+            || mapped.tables.contains(frame)
+            || cached.contains(frame)
+            || shared.are_zeroes(*frame)
+            || shared.device == Some(*frame)
+            || mapped.pages.contains_key(&first_of_block())
+    };
+    let lost = kernel.machine().not_freed().into_iter().map(|(frame, _)| frame);
+    let frame = lost.into_iter().find(|frame| !is_accounted(frame)).unwrap_or_else(|| kernel.init_root());
+    Some((ViolationKind::FrameUnaccounted, frame, 0))
+}
+
+/// The way through one address space.
+struct Walk<'a> {
+    kernel: &'a HostedKernel,
+    shared: SharedFrames,
+    areas: Areas,
+    /// By the number of their level, as the SDM has it: page tables at 1.
+    nr_tables: [u64; 5],
+    mapped: &'a mut Mapped,
+}
+
+impl Walk<'_> {
+    fn look_through(&mut self, table: PhysFrame, level: TableLevel, start: u64, rights: Rights) {
+        let kernel = self.kernel;
+        let is_table = kernel.frames().get(table).is_some_and(|meta| meta.kind() == FrameKind::Table);
+        if !is_table || kernel.machine().is_free(table) || !self.mapped.tables.insert(table) {
+            self.mapped.is_wrong(ViolationKind::FreePageMapped, table, start);
+            return;
         }
-        match decode(entry, level, machine.options().features.physical_bits) {
-            // What hardware does not look at is the kernel's own.
-            Meaning::NotPresent => match EntryValue::from_bits(entry).decode(Pte) {
-                Decoded::NonPresent(NonPresent::Swap { .. }) => mapped.swapped += 1,
-                Decoded::NonPresent(NonPresent::Marker(Marker::Guard)) => mapped.guards += 1,
-                _ => {}
-            },
-            Meaning::Reserved => {
-                mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, table, address));
+        self.nr_tables[level as usize] += 1;
+        let machine = kernel.machine();
+        #[expect(unsafe_code, reason = "looks at the notes of a table while nothing changes them")]
+        // SAFETY: a table of this kernel, as was found just now, and nothing else runs.
+        let used = unsafe { kernel.used_lines(table) };
+        let noted = used.map_or(Lines::ALL, UsedLines::load);
+        for (index, entry) in machine.entries_of(table).enumerate() {
+            if entry == 0 {
+                continue;
             }
-            Meaning::Table(next) => {
-                if let Some(below) = level.below() {
-                    look_through(kernel, PhysFrame::containing_address(next), below, address, mapped);
+            let address = start + ((index as u64) << level.entry_shift());
+            if noted.intersect(Lines::touched_by(&(index..index + 1))).is_empty() {
+                self.mapped.is_wrong(ViolationKind::EntryNotNoted, table, address);
+            }
+            match decode(entry, level, machine.options().features.physical_bits) {
+                Meaning::NotPresent => self.look_at_meaning(table, entry, address),
+                Meaning::Reserved => self.mapped.is_wrong(ViolationKind::FreePageMapped, table, address),
+                Meaning::Table(next) => {
+                    if let Some(below) = level.below() {
+                        let next = PhysFrame::containing_address(next);
+                        self.look_through(next, below, address, rights.through(entry));
+                    }
+                }
+                Meaning::Page(size, page) => {
+                    let frame = PhysFrame::containing_address(page);
+                    let rights = rights.through(entry);
+                    self.look_at_leaf(&Leaf { address, size, frame, bits: entry, rights });
                 }
             }
-            Meaning::Page(_, page) => {
-                let frame = PhysFrame::containing_address(page);
-                if machine.is_free(frame) {
-                    mapped.wrong.get_or_insert((ViolationKind::FreePageMapped, frame, address));
-                }
-                mapped.pages.entry(frame).or_insert((0, address)).0 += 1;
-            }
         }
+    }
+
+    /// What hardware does not look at is the kernel's own.
+    fn look_at_meaning(&mut self, table: PhysFrame, entry: u64, address: u64) {
+        match EntryValue::from_bits(entry).decode(Pte) {
+            Decoded::NonPresent(NonPresent::Swap { .. }) => self.mapped.swapped += 1,
+            Decoded::NonPresent(NonPresent::Marker(Marker::Guard)) => self.mapped.guards += 1,
+            _ => {}
+        }
+        if self.areas.covering(VirtRange::of_entry(Pte, address)).is_none() {
+            self.mapped.is_wrong(ViolationKind::EntryOutsideAreas, table, address);
+        }
+    }
+
+    fn look_at_leaf(&mut self, leaf: &Leaf) {
+        let Leaf { address, frame, .. } = *leaf;
+        if self.kernel.machine().is_free(frame) {
+            self.mapped.is_wrong(ViolationKind::FreePageMapped, frame, address);
+        }
+        let area = leaf.range().and_then(|range| self.areas.covering(range));
+        if let Some(kind) = find_wrong(self.kernel, &self.shared, area, leaf) {
+            self.mapped.is_wrong(kind, frame, address);
+        }
+        let page =
+            self.mapped.pages.entry(frame).or_insert(MappedPage { entries: 0, address, is_dirty: false });
+        page.entries += 1;
+        page.is_dirty |= leaf.bits & PageTableFlags::DIRTY.bits() != 0;
     }
 }

@@ -17,7 +17,7 @@ pub(crate) const fn note(note: shim::Note) -> kit::Note {
     match note {
         shim::Note::Allocated(frame, of) => kit::Note::Allocated(frame, role(of)),
         shim::Note::Freed(frame, of) => kit::Note::Freed(frame, role(of)),
-        shim::Note::MappedByNobody(frame) => kit::Note::MappedByNobody(frame),
+        shim::Note::MappedByNobody(frame, known) => kit::Note::MappedByNobody(frame, content(known)),
         shim::Note::Unmapped { root, range, caller } => kit::Note::Unmapped { root, range, caller },
         shim::Note::Discarded { root, range, since, caller } => {
             kit::Note::Discarded { root, range, since: kit::Moment(since.0), caller }
@@ -26,6 +26,8 @@ pub(crate) const fn note(note: shim::Note) -> kit::Note {
             kit::Note::Protected { root, range, most: rights(most), caller }
         }
         shim::Note::Mapped { root, address, frame } => kit::Note::Mapped { root, address, frame },
+        shim::Note::OwnedAlone { root, address, frame } => kit::Note::OwnedAlone { root, address, frame },
+        shim::Note::Runs(laziness) => kit::Note::Runs(laziness),
         shim::Note::Cleared { address, level, frame } => kit::Note::Cleared { address, level, frame },
         shim::Note::Restricted { address, level, frame } => kit::Note::Restricted { address, level, frame },
         shim::Note::Split { address, level, frame } => kit::Note::Split { address, level, frame },
@@ -34,6 +36,13 @@ pub(crate) const fn note(note: shim::Note) -> kit::Note {
         shim::Note::Gather(event) => kit::Note::Gather(event),
         shim::Note::MapLocked { root, most } => kit::Note::MapLocked { root, most: under_map_lock(most) },
         shim::Note::MapUnlocked { root } => kit::Note::MapUnlocked { root },
+    }
+}
+
+const fn content(known: shim::Content) -> kit::Content {
+    match known {
+        shim::Content::Clean => kit::Content::Clean,
+        shim::Content::Dirty => kit::Content::Dirty,
     }
 }
 

@@ -192,7 +192,9 @@ fn call_with_write_at(
     let (was_reached, wrote) = step_through(kernel, &view, write_at, || call(kernel, &mm, &mut gather));
     gather.flush().free();
     check(kernel);
-    Run { was_reached, wrote, is_dirty: kernel.frames().meta(frame).is_dirty() }
+    // A page that nothing maps any more has been written back, if it was known to be dirty.
+    let is_written_back = !kernel.machine().was_written(frame);
+    Run { was_reached, wrote, is_dirty: is_written_back || kernel.frames().meta(frame).is_dirty() }
 }
 
 /// Runs `call`; before its instruction `write_at` under the lock of `view` the program writes to

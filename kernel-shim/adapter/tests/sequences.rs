@@ -48,6 +48,47 @@ fn what_the_runner_says_of_calls_that_met_no_other_holds_for_calls_that_share_a_
     }
 }
 
+/// What moves to the addresses that another call takes down is there when that one returns.
+#[test]
+fn a_move_to_addresses_that_are_being_unmapped_is_no_failure_of_the_unmapping() {
+    let boot = |machine: &Arc<HostedMachine>| {
+        Ok(ShimKernel::boot(machine, Config::default())?.with_promises_by_the_runner())
+    };
+    for seed in 0..600 {
+        let text = format!(
+            "mmu-gather sequence 1\ncpus 4\nseed {seed}\nmmu pcid intel keeper\n\
+             0 map m0 40000000+8 anon write\n1 map m0 50000000+8 anon write\n2 switch m0\n3 switch m0\nsync\n\
+             2 touch 40000000+8 write\n2 touch 50000000+8 write\n3 sync\n0 preempt {}\n\
+             0 unmap m0 50000000+8\n1 remap m0 40000000+8 50000000\n\
+             2 touch 50000000+8 write\n3 touch 50000000+8 write\nend\n",
+            seed % 40
+        )
+        .replace("\nsync", "\n3 sync");
+        let sequence = Sequence::parse(&text).expect("a good text");
+        let outcome = mmu_hosted::execute(&sequence, mmu_hosted::Trial::default(), boot).expect("memory");
+        assert!(outcome.is_clean(), "seed {seed}: {outcome:?}\n{sequence}");
+    }
+}
+
+/// A stack grows into what another call has just found empty, in the child of a fork, too.
+#[test]
+fn a_stack_that_grows_after_a_fork_is_no_failure_of_an_unmapping_below_it() {
+    let boot = |machine: &Arc<HostedMachine>| {
+        Ok(ShimKernel::boot(machine, Config::default())?.with_promises_by_the_runner())
+    };
+    for seed in 0..600 {
+        let text = format!(
+            "mmu-gather sequence 1\ncpus 4\nseed {seed}\nmmu pcid intel keeper\n\
+             0 map m0 40010000+4 stack write\n3 sync\n0 fork m0 m1\n3 sync\n2 switch m1\n3 switch m1\n3 sync\n\
+             0 preempt {}\n0 unmap m1 4000c000+4\n2 touch 4000c000+4 write\n3 touch 4000c000+4 write\nend\n",
+            seed % 12
+        );
+        let sequence = Sequence::parse(&text).expect("a good text");
+        let outcome = mmu_hosted::execute(&sequence, mmu_hosted::Trial::default(), boot).expect("memory");
+        assert!(outcome.is_clean(), "seed {seed}: {outcome:?}\n{sequence}");
+    }
+}
+
 /// Whether a call is preempted in time (rule G7) can only be told where one changes more than one
 /// table has.
 #[test]

@@ -306,7 +306,7 @@ unsafe impl Machine for BareMachine {
             Note::Freed(frame, role) => self.check_freed(frame, role),
             // The programs of the image check what they read, not who may write to a page of a
             // file.
-            Note::MappedByNobody(_) => {}
+            Note::MappedByNobody(..) => {}
             Note::Unmapped { root, range, .. } => self.ledger.unmapped(root, range),
             Note::Asked(_) => ipi::begin_wait(),
             Note::Tlb { event: TlbEvent::IpisSent(_), .. } => {
@@ -314,6 +314,8 @@ unsafe impl Machine for BareMachine {
             }
             // These serve to explain a failure; nothing is checked with them.
             Note::Mapped { .. }
+            | Note::OwnedAlone { .. }
+            | Note::Runs(_)
             | Note::Cleared { .. }
             | Note::Discarded { .. }
             | Note::Protected { .. }

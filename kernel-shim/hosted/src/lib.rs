@@ -72,5 +72,5 @@ pub use sequence::{
     execute, generate, judge, shrink, with_cpus_going_off,
 };
 pub use vocabulary::{
-    Backing, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,
+    Backing, Content, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,
 };

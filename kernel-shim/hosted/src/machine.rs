@@ -18,6 +18,7 @@ use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
+use crate::mutex::lock;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
 use crate::schedule::{self, Schedule};
@@ -48,6 +49,8 @@ pub struct HostedMachine {
     pub(crate) calm: u64,
     /// The kernel's handler of the flush interrupt.
     flush_handler: OnceLock<FlushHandler>,
+    /// What CPU 0 had in CR3 when the kernel had booted: the kernel's own root.
+    kernel_root: OnceLock<PhysFrame>,
 }
 
 /// What the kernel does in the flush interrupt, on the CPU that takes it, interrupts off.
@@ -64,6 +67,8 @@ pub(crate) struct VirtualCpu {
     pub(crate) was_sent: AtomicBool,
     pub(crate) interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
+    /// The kernel on it may use addresses of the program, as far as it has told.
+    pub(crate) is_active: AtomicBool,
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
     /// nothing.
     pub(crate) flushes_nothing: AtomicBool,
@@ -117,6 +122,7 @@ impl HostedMachine {
                 was_sent: AtomicBool::new(false),
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
+                is_active: AtomicBool::new(false),
                 flushes_nothing: AtomicBool::new(false),
                 awaits: AtomicU64::new(0),
                 waits: AtomicBool::new(false),
@@ -147,6 +153,7 @@ impl HostedMachine {
             // ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
             flush_handler: OnceLock::new(),
+            kernel_root: OnceLock::new(),
         })
     }
 
@@ -181,6 +188,16 @@ impl HostedMachine {
         if let Some(checked) = &self.checked {
             checked.ledger.note_booted();
         }
+        if let Some(Caches { mmu, .. }) = &*lock(&self.cpus[0].caches) {
+            // Told twice, it is the first that counts.
+            let _ = self.kernel_root.set(mmu.cr3().0);
+        }
+    }
+
+    /// The kernel's own root; a frame of zeroes, before it has booted.
+    pub(crate) fn kernel_root(&self) -> PhysFrame {
+        let nothing = || PhysFrame::containing_address(x86_64::PhysAddr::zero());
+        self.kernel_root.get().copied().unwrap_or_else(nothing)
     }
 
     /// Frames that the kernel has told to be in use since it had booted, and not to be free again;
@@ -459,6 +476,12 @@ impl HostedMachine {
     /// This CPU runs kernel code from now on.
     pub fn leave_user_mode(&self) {
         self.cpu().in_user_mode.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether this CPU may use addresses of the program that it runs without more ado: in user
+    /// mode, or in the kernel on the program's behalf (`copy_to_user`).
+    pub(crate) fn may_use_addresses(&self, cpu: CpuId) -> bool {
+        self.is_in_user_mode(cpu) || self.cpus[cpu.index()].is_active.load(Ordering::Relaxed)
     }
 
     pub(crate) fn is_in_user_mode(&self, cpu: CpuId) -> bool {

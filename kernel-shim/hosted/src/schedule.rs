@@ -33,7 +33,14 @@ thread_local! {
     /// How many of the turns the size of a step can explain. Set while a schedule runs that says
     /// when steps are done.
     static MOST_TURNS: Cell<u64> = const { Cell::new(u64::MAX) };
+    /// Since the last schedule of this thread was given up, if it was: tries to take a lock outside
+    /// of any.
+    static TRIES_OUTSIDE: Cell<Option<u32>> = const { Cell::new(None) };
 }
+
+/// So many of those are for a lock that a CPU held which does not come back. Another thread would
+/// have given it back by then.
+const MOST_TRIES_OUTSIDE: u32 = 100_000;
 
 /// So many waits in a row, while no CPU does anything else, are a deadlock.
 const MOST_WAITS: u64 = 20_000_000;
@@ -127,6 +134,13 @@ impl RelaxStrategy for GiveWay {
             TRIES.set(TRIES.get() + 1);
             wait();
         } else {
+            if let Some(tries) = TRIES_OUTSIDE.get() {
+                TRIES_OUTSIDE.set(Some(tries.saturating_add(1)));
+                assert!(
+                    tries < MOST_TRIES_OUTSIDE,
+                    "a lock is waited for, and the CPU that holds it was given up"
+                );
+            }
             std::thread::yield_now();
         }
     }
@@ -206,6 +220,7 @@ impl Schedule {
         on_return: &(dyn Fn() + 'static),
     ) {
         step_done();
+        TRIES_OUTSIDE.set(None);
         ON_RETURN.set(Some(ptr::from_ref(on_return)));
         while !self.tasks.is_empty() {
             let place = choices.pick(self.tasks.len());
@@ -242,6 +257,7 @@ impl Schedule {
     fn abandon(&mut self) {
         ON_RETURN.set(None);
         MOST_TURNS.set(u64::MAX);
+        TRIES_OUTSIDE.set(Some(0));
         progress();
         // Unwinding the coroutines would run what they still have to do, and wait for those that do
         // nothing more. Their stacks are leaked instead, since mail may point into them.
@@ -341,5 +357,32 @@ mod tests {
         schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {});
         // A schedule that follows on this thread is not counted.
         assert_eq!(MOST_TURNS.get(), u64::MAX);
+    }
+
+    #[test]
+    fn a_lock_whose_holder_was_given_up_is_not_waited_for_without_end() {
+        let lock: &'static spin::mutex::SpinMutex<(), GiveWay> =
+            Box::leak(Box::new(spin::mutex::SpinMutex::new(())));
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            let mut schedule = Schedule::new();
+            schedule.spawn(CpuId::new(0), || {
+                let _held = lock.lock();
+                loop {
+                    give_way();
+                }
+            });
+            schedule.spawn(CpuId::new(1), || {
+                while !lock.is_locked() {
+                    give_way();
+                }
+                panic!("an assertion of the kernel");
+            });
+            schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {});
+        }));
+        ended.expect_err("it was given up");
+        // As an address space does, say, that is dropped after the run.
+        let waited = catch_unwind(AssertUnwindSafe(|| drop(lock.lock())));
+        let words = waited.expect_err("nobody gives it back");
+        assert!(words.downcast_ref::<&str>().expect("words").contains("was given up"));
     }
 }

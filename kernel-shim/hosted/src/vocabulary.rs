@@ -119,6 +119,15 @@ pub enum FrameRole {
     Table,
 }
 
+/// What a kernel knows of the content of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nobody has written to it since it was read or written back.
+    Clean,
+    /// Somebody has.
+    Dirty,
+}
+
 /// What a kernel tells the machine. All but the first two are optional: each that is told lets the
 /// checker see more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,9 +137,9 @@ pub enum Note {
     Allocated(PhysFrame, FrameRole),
     /// The frame is free from now on; another use may follow at once.
     Freed(PhysFrame, FrameRole),
-    /// Nothing maps this page of a file any more: from now on it may be written back and called
-    /// clean.
-    MappedByNobody(PhysFrame),
+    /// Nothing maps this page of a file any more: it is written back if the kernel knows that it
+    /// is dirty, and clean from now on.
+    MappedByNobody(PhysFrame, Content),
     /// An unmapping is about to return: no program may use these addresses of the address space any
     /// more.
     Unmapped {
@@ -177,6 +186,19 @@ pub enum Note {
         /// The frame.
         frame: PhysFrame,
     },
+    /// A program may write to this page from now on because no other uses it.
+    OwnedAlone {
+        /// The root table.
+        root: PhysFrame,
+        /// The page.
+        address: u64,
+        /// The frame.
+        frame: PhysFrame,
+    },
+    /// This CPU runs programs of the address space in CR3 from now on, or the kernel for them; or
+    /// it is lazy, or switches, and uses no user address. Said before it goes lazy or switches, and
+    /// after it has switched.
+    Runs(Laziness),
     /// A leaf was cleared; its table is locked.
     Cleared {
         /// The first address it mapped.

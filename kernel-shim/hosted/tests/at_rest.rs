@@ -119,3 +119,25 @@ fn a_table_that_was_replaced_and_not_flushed_for_is_found() {
     rig.set(4, 0, 8, used);
     assert_eq!(rig.found(), [ViolationKind::StaleAtRest]);
 }
+
+/// Each root has a copy of the kernel half, in which hardware sets A bits of its own.
+#[test]
+fn a_root_is_freed_with_the_kernel_half_in_it_and_with_nothing_else() {
+    let kernel_half = PageTableFlags::PRESENT | PageTableFlags::WRITABLE;
+    for (index, leads_to, flags, found) in [
+        (256, 10, kernel_half | PageTableFlags::ACCESSED, vec![]),
+        (511, 11, kernel_half, vec![ViolationKind::TableFreedInUse]),
+        (256, 12, kernel_half, vec![ViolationKind::TableFreedInUse]),
+        (255, 10, kernel_half, vec![ViolationKind::TableFreedInUse]),
+    ] {
+        let rig = Rig::new();
+        // What the CPU has loaded when the kernel has booted is the kernel's own root.
+        rig.set(2, 256, 10, kernel_half);
+        rig.machine.note_booted();
+        rig.machine.leave_user_mode();
+        rig.machine.allocated(frame(9), FrameRole::Table);
+        rig.set(9, index, leads_to, flags);
+        rig.machine.freed(frame(9), FrameRole::Table);
+        assert_eq!(rig.found(), found, "entry {index} leads to {leads_to}");
+    }
+}

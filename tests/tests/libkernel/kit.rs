@@ -98,6 +98,11 @@ impl<S: UserAddressSpace + AsMut<Space> + 'static> Kernel for Layer<S> {
         Some(process.mm.context().ctx_id())
     }
 
+    fn stop_cpu(&self) -> Result<(), NotDone> {
+        self.platform.stop_cpu();
+        Ok(())
+    }
+
     fn go_lazy(&self) -> Result<(), NotDone> {
         self.platform.go_lazy();
         Ok(())

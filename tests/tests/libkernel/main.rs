@@ -21,7 +21,9 @@ use wrong::{FreedBeforeFlush, NeighboursForgotten, NeverFlushed, Wrong};
 #[test]
 fn the_kit_finds_nothing_wrong_and_every_call_comes_up() {
     let report = runs::clean(Layer::<Space>::boot);
-    for word in ["map", "unmap", "protect", "remap", "fork", "exit", "touch", "switch", "lazy", "tables"] {
+    for word in
+        ["map", "unmap", "protect", "remap", "fork", "exit", "touch", "switch", "lazy", "offline", "tables"]
+    {
         let tally = report.calls.of(word);
         assert!(tally.done > 50 && tally.skipped == 0, "{word}: {tally:?}");
     }

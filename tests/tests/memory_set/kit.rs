@@ -94,6 +94,11 @@ impl<B: Backend> Kernel for Layer<B> {
         Some(space.mm.context().ctx_id())
     }
 
+    fn stop_cpu(&self) -> Result<(), NotDone> {
+        self.platform.stop_cpu();
+        Ok(())
+    }
+
     fn go_lazy(&self) -> Result<(), NotDone> {
         self.platform.go_lazy();
         Ok(())

@@ -18,7 +18,8 @@ use wrong::{FreedBeforeFlush, NeighboursForgotten, NeverFlushed, Wrong};
 #[test]
 fn the_kit_finds_nothing_wrong_and_every_call_comes_up() {
     let report = runs::clean(Layer::<Backed>::boot);
-    for word in ["map", "unmap", "protect", "exit", "touch", "switch", "lazy", "batches", "tables"] {
+    for word in ["map", "unmap", "protect", "exit", "touch", "switch", "lazy", "offline", "batches", "tables"]
+    {
         let tally = report.calls.of(word);
         assert!(tally.done > 50 && tally.skipped == 0, "{word}: {tally:?}");
     }

@@ -51,8 +51,7 @@ pub(crate) fn execute(args: &ReplayArgs) -> Result<CommandVerdict, CommandError>
         return Err(format!(
             "{name}: this sequence was found on another kernel, {kernel}; `teardown replay` runs the small kernel of \
              this repository. Run it with `mmu_hosted::replay` in a test of that kernel"
-        )
-        .into());
+        ));
     }
     let sequence = Sequence::parse(&text)
         .map_err(|error| format!("{name}:{}: expected {}", error.line, error.expected))?;

@@ -7,7 +7,7 @@ use x86_64::structures::paging::PhysFrame;
 use crate::timeline::focus::mark_what_matters;
 use crate::timeline::names::Names;
 use crate::timeline::phrases::{long_phrase, short_phrase};
-use crate::timeline::rows::{Focus, Mark, Row, Timeline, has_address};
+use crate::timeline::rows::{Focus, Mark, Row, Timeline, has_address, is_of_an_entry};
 
 impl Timeline {
     /// The timeline of a run of `sequence` that was told to remember all.
@@ -85,10 +85,21 @@ impl Timeline {
     }
 
     /// The address space whose translation a violation is about: the one last loaded under the
-    /// entry's PCID.
+    /// entry's PCID, or where a fault mapped the page that an entry should not map.
     fn root_at(&self, row: usize, violation: &Violation, loaded: Option<PhysFrame>) -> Option<PhysFrame> {
         if !has_address(violation.kind) {
             return None;
+        }
+        if is_of_an_entry(violation.kind) {
+            // The CPU that found it may run whatever it likes.
+            return self.rows[..row].iter().rev().find_map(|row| match row.what {
+                What::Detail(Detail::Mapped(root, address, frame))
+                    if address >> 12 == violation.address >> 12 && frame == violation.frame =>
+                {
+                    Some(root)
+                }
+                _ => None,
+            });
         }
         let Some(entry) = &violation.entry else { return loaded };
         let mmu_hosted::watch::Tag::Pcid(pcid) = entry.held.tag else { return loaded };

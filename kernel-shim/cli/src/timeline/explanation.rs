@@ -6,7 +6,7 @@ use mmu_gather::tlb::TlbEvent;
 use mmu_hosted::watch::Use;
 use mmu_hosted::{Detail, Fill, ViolationKind, What};
 
-use crate::timeline::rows::{Focus, Row, Timeline, has_address};
+use crate::timeline::rows::{Focus, Row, Timeline, has_address, is_of_an_entry};
 
 /// One sentence or two.
 #[derive(Debug)]
@@ -43,7 +43,10 @@ pub(crate) fn explanation(timeline: &Timeline) -> Vec<Sentence> {
     };
     let explainer = Explainer { focus, rows: &timeline.rows[..=focus.row] };
     let mut told = vec![explainer.finding()];
-    if has_address(focus.violation.kind) {
+    if is_of_an_entry(focus.violation.kind) {
+        told.extend(explainer.tell_mapping());
+        told.extend(explainer.tell_last_change());
+    } else if has_address(focus.violation.kind) {
         let filled = explainer.filled();
         told.extend(filled.map(|at| explainer.tell_fill(at)));
         let cleared = explainer.cleared(filled.unwrap_or(0));
@@ -95,6 +98,28 @@ impl Explainer<'_> {
             "At event {at}, on CPU {here}: {kind}. It is address {address:#x} of {mm}, {name} {frame:#x}{through}."
         );
         Sentence::new(text).naming([*row])
+    }
+
+    /// The fault that mapped what is there.
+    fn tell_mapping(&self) -> Option<Sentence> {
+        let page = self.focus.violation.address >> 12;
+        let maps = |row: &Row| {
+            matches!(row.what, What::Detail(Detail::Mapped(_, address, _)) if address >> 12 == page)
+                && (self.focus.root.is_none() || row.root == self.focus.root)
+        };
+        let at = self.rows.iter().rposition(maps)?;
+        let row = &self.rows[at];
+        let text = format!("CPU {} last answered a fault there at step {}: {}.", row.cpu, row.at, row.long);
+        Some(Sentence::new(text).naming([at]))
+    }
+
+    /// The last change of an entry that has to do with it.
+    fn tell_last_change(&self) -> Option<Sentence> {
+        let changes = |row: &Row| {
+            row.matters && matches!(row.what, What::Detail(Detail::Cleared(..) | Detail::Restricted(..)))
+        };
+        let at = self.rows.iter().rposition(changes)?;
+        Some(self.tell_clearing(Some(at)))
     }
 
     fn tell_last_write(&self) -> Option<Sentence> {

@@ -80,7 +80,29 @@ pub(crate) struct Focus {
     pub mm: String,
 }
 
-/// Whether a violation is about an address; one about a lost write names a frame only.
+/// Whether a violation is about an address; one about a lost write, or about what is counted, names
+/// a frame only.
 pub(crate) const fn has_address(kind: ViolationKind) -> bool {
-    !matches!(kind, ViolationKind::WriteLost | ViolationKind::MeaningsDisagree)
+    !matches!(
+        kind,
+        ViolationKind::WriteLost
+            | ViolationKind::MeaningsDisagree
+            | ViolationKind::TablesMiscounted
+            | ViolationKind::ReferencesDisagree
+            | ViolationKind::FrameUnaccounted
+    )
+}
+
+/// Whether a violation is about what an entry says, whoever has cached it or not.
+pub(crate) const fn is_of_an_entry(kind: ViolationKind) -> bool {
+    matches!(
+        kind,
+        ViolationKind::EntryOutsideAreas
+            | ViolationKind::MoreThanAreaAllows
+            | ViolationKind::SharedPageWritable
+            | ViolationKind::WrongPageMapped
+            | ViolationKind::NoPageMapped
+            | ViolationKind::StrayBits
+            | ViolationKind::PageLeftByDiscard
+    )
 }

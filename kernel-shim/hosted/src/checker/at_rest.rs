@@ -17,6 +17,11 @@ use crate::mutex::lock;
 /// The bits of an entry that the comparison looks at.
 const WRITABLE: u64 = 1 << 1;
 const DIRTY: u64 = 1 << 6;
+/// The bit that hardware sets in each root's own copy of the kernel half.
+const ACCESSED: u64 = 1 << 5;
+
+/// Entries of a root that are not the kernel's.
+const USER_ENTRIES: usize = 256;
 
 impl HostedMachine {
     /// On every CPU that runs a program in the address space of one of these roots, what it has
@@ -97,7 +102,7 @@ impl HostedMachine {
             return Some((table, start));
         }
         // The upper half is the kernel's, and the same in every address space.
-        let nr_entries = if level == TableLevel::Pml4 { 256 } else { 512 };
+        let nr_entries = if level == TableLevel::Pml4 { USER_ENTRIES } else { 512 };
         self.entries_of(table).take(nr_entries).enumerate().find_map(|(index, entry)| {
             let address = start + ((index as u64) << level.entry_shift());
             match decode(entry, level, self.options.features.physical_bits) {
@@ -117,8 +122,15 @@ impl HostedMachine {
 
     /// A table is being freed: what is still in it is lost, or stays mapped for a CPU that walks
     /// it.
+    ///
+    /// A root may hold the kernel half, as the kernel's own root has it.
     pub(crate) fn check_freed_table(&self, checked: &Checked, table: PhysFrame) {
-        if self.entries_of(table).any(|entry| entry != 0) {
+        let of_the_kernel = self.entries_of(self.kernel_root());
+        let is_left = |(index, (entry, of_the_kernel)): (usize, (u64, u64))| {
+            let is_shared = index >= USER_ENTRIES && (entry ^ of_the_kernel) & !ACCESSED == 0;
+            entry != 0 && !is_shared
+        };
+        if self.entries_of(table).zip(of_the_kernel).enumerate().any(is_left) {
             let here = self.current();
             self.report(checked, ViolationKind::TableFreedInUse, here, 0, table, None);
         }

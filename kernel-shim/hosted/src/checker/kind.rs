@@ -37,6 +37,30 @@ pub enum ViolationKind {
     /// An entry that is not empty is in a line that its table is noted not to use: a walk would
     /// pass it by.
     EntryNotNoted,
+    /// An entry means something where no area is.
+    EntryOutsideAreas,
+    /// An entry allows a program more than its area does.
+    MoreThanAreaAllows,
+    /// An entry lets a program write to a page that others read, too.
+    SharedPageWritable,
+    /// A program was allowed to write to a page as its only user, and a CPU could still use it for
+    /// another.
+    OwnedThoughCached,
+    /// An entry maps a page that its area does not show.
+    WrongPageMapped,
+    /// An entry maps for a program what is no page of a program: a table, a batch page, a frame
+    /// that the machine does not have.
+    NoPageMapped,
+    /// An entry has bits set that nobody has asked for.
+    StrayBits,
+    /// A call that discards pages returned and has left one.
+    PageLeftByDiscard,
+    /// An address space has more or fewer tables than it counts.
+    TablesMiscounted,
+    /// A page has more or fewer references than users.
+    ReferencesDisagree,
+    /// A frame is in use, and nothing accounts for it while nothing is going on.
+    FrameUnaccounted,
     /// A page is mapped by more or by fewer entries than its count says.
     CountsDisagree,
     /// There are more or fewer places in swap, or guards, in page tables than the kernel was told
@@ -62,7 +86,7 @@ pub enum ViolationKind {
     StaleAtRest,
     /// A CPU has an address space in CR3 and is not in its cpumask.
     NotInCpumask,
-    /// A program wrote to a page of a file, and the kernel does not know that it is dirty.
+    /// A program wrote to a page, and the kernel does not know that it is dirty.
     WriteLost,
     /// A program can write to a page of a file, unseen, that nothing maps any more.
     WritableThoughUnmapped,
@@ -105,6 +129,23 @@ impl ViolationKind {
             Self::LentPageGivenOut => {
                 "A page that `allocate_batch` lends is used by nobody else until `free_batch` takes it back."
             }
+            Self::EntryOutsideAreas
+            | Self::MoreThanAreaAllows
+            | Self::WrongPageMapped
+            | Self::NoPageMapped
+            | Self::StrayBits => {
+                "What page tables say is what areas say, or less: every entry is checked against the area it is in."
+            }
+            Self::SharedPageWritable | Self::OwnedThoughCached => {
+                "A page that others use, too, is copied before a program may write to it, and nobody else can still use it then."
+            }
+            Self::PageLeftByDiscard => {
+                "A discarded range is empty when the call returns, but for what was faulted in meanwhile."
+            }
+            Self::TablesMiscounted => "Every table that is linked is counted, and no other.",
+            Self::ReferencesDisagree | Self::FrameUnaccounted => {
+                "Rule G5: everything queued is released exactly once, so that nothing is lost or held when nothing is going on."
+            }
             Self::TableFreedInUse => {
                 "Rule P3: a table is freed when all 512 entries are empty, never by guess. `free_pgtables` was told of too much room: `Bounds::between` takes the end of the area that stays below and the start of the one that stays above."
             }
@@ -132,7 +173,10 @@ impl ViolationKind {
             Self::NotInCpumask => {
                 "Rule T4: a CPU joins the cpumask of an address space before it loads it, and stays while it has it."
             }
-            Self::WriteLost | Self::WritableThoughUnmapped => {
+            Self::WriteLost => {
+                "Rule P1: hardware may set the dirty bit at any time, and whatever changes an entry keeps it or hands it on."
+            }
+            Self::WritableThoughUnmapped => {
                 "Rule G3: a dirty page of a file is flushed for before its table's lock is dropped."
             }
         }
@@ -169,6 +213,19 @@ impl fmt::Display for ViolationKind {
             Self::FreePageMapped => "a free page is mapped",
             Self::TableFreedInUse => "a table was freed that still had entries",
             Self::EntryNotNoted => "an entry is in a line that its table is noted not to use",
+            Self::EntryOutsideAreas => "an entry means something where no area is",
+            Self::MoreThanAreaAllows => "an entry allows a program more than its area does",
+            Self::SharedPageWritable => "an entry lets a program write to a page that others read, too",
+            Self::OwnedThoughCached => {
+                "a program may write to a page as its only user, and a CPU can still use it for another"
+            }
+            Self::WrongPageMapped => "an entry maps a page that its area does not show",
+            Self::NoPageMapped => "an entry maps for a program what is no page of a program",
+            Self::StrayBits => "an entry has bits set that nobody has asked for",
+            Self::PageLeftByDiscard => "a call that discards has returned and has left a page",
+            Self::TablesMiscounted => "an address space has more or fewer tables than it counts",
+            Self::ReferencesDisagree => "a page has more or fewer references than users",
+            Self::FrameUnaccounted => "a frame is in use, and nothing accounts for it",
             Self::CountsDisagree => "a page is not mapped as often as its count says",
             Self::MeaningsDisagree => {
                 "page tables hold other places in swap, or guards, than the kernel knows of"
@@ -189,7 +246,7 @@ impl fmt::Display for ViolationKind {
                 "a CPU that runs a program has cached what page tables no longer say, and nobody is flushing"
             }
             Self::NotInCpumask => "a CPU has an address space in CR3 and is not in its cpumask",
-            Self::WriteLost => "a program wrote to a page of a file, and nobody knows that it is dirty",
+            Self::WriteLost => "a program wrote to a page, and nobody knows that it is dirty",
             Self::WritableThoughUnmapped => {
                 "a program can write to a page of a file that nothing maps any more"
             }

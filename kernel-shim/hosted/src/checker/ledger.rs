@@ -44,6 +44,10 @@ pub(crate) struct Ledger {
     holders: Arc<Holders>,
     /// By frame: whether a program wrote to it since it was given out.
     written: Box<[AtomicBool]>,
+    /// By frame: when it was given out, or when the kernel last said that an entry maps it.
+    mapped_at: Box<[AtomicU64]>,
+    /// Whether the kernel says so.
+    tells_of_mapping: AtomicBool,
     found: Mutex<Found>,
 }
 
@@ -98,6 +102,8 @@ impl Ledger {
             double_frees: AtomicU64::new(0),
             holders: Arc::new(Holders::new(nr_frames)),
             written: (0..nr_frames).map(|_| AtomicBool::new(false)).collect(),
+            mapped_at: (0..nr_frames).map(|_| AtomicU64::new(0)).collect(),
+            tells_of_mapping: AtomicBool::new(false),
             found: Mutex::new(Found::default()),
         }
     }
@@ -128,6 +134,7 @@ impl Ledger {
             if let Some(written) = self.written.get(number) {
                 written.store(false, Ordering::Relaxed);
             }
+            self.set_mapped_at(number);
         }
         was_in_use
     }
@@ -198,6 +205,33 @@ impl Ledger {
     /// Whether a program wrote to the frame since it was given out.
     pub(crate) fn was_written(&self, frame: PhysFrame) -> bool {
         self.written.get(number(frame)).is_some_and(|written| written.load(Ordering::Relaxed))
+    }
+
+    /// The content of the frame was written back.
+    pub(crate) fn note_written_back(&self, frame: PhysFrame) {
+        if let Some(written) = self.written.get(number(frame)) {
+            written.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// An entry maps the frame from now on.
+    pub(crate) fn note_mapped(&self, frame: PhysFrame) {
+        self.tells_of_mapping.store(true, Ordering::Relaxed);
+        self.set_mapped_at(number(frame));
+    }
+
+    fn set_mapped_at(&self, number: usize) {
+        if let Some(mapped_at) = self.mapped_at.get(number) {
+            mapped_at.store(self.holders.clock.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether whatever maps the frame has done so since before this moment. Never, if the kernel
+    /// does not say when frames are mapped.
+    pub(crate) fn was_mapped_before(&self, frame: PhysFrame, moment: Moment) -> bool {
+        let mapped_at = self.mapped_at.get(number(frame));
+        self.tells_of_mapping.load(Ordering::Relaxed)
+            && mapped_at.is_some_and(|mapped_at| mapped_at.load(Ordering::Relaxed) < moment.0)
     }
 
     /// If the frame is free: the step at which that happened, and the CPU.

@@ -9,6 +9,7 @@
 //!                           which locks are held                         table_locks, map_locks
 //!                           how much was done since a preemption point   preemption
 //!        at every return    what the call has promised                   promises
+//!        when a page changes hands            pages
 //!        at sync points     caches against page tables                   caches_against_tables
 //!                           page tables against frames                   at_rest
 //!
@@ -38,6 +39,7 @@ pub(crate) mod kind;
 pub(crate) mod ledger;
 mod map_locks;
 mod notes;
+mod pages;
 pub(crate) mod per_cpu;
 mod preemption;
 mod promises;

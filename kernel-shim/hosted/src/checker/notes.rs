@@ -1,7 +1,9 @@
 //! What the kernel says as it goes (`Note`), and what is checked at each.
 
+use core::sync::atomic::Ordering;
+
 use mmu_gather::GatherEvent;
-use mmu_gather::tlb::{CpuId, TlbEvent};
+use mmu_gather::tlb::{CpuId, Laziness, TlbEvent};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundary;
@@ -66,12 +68,16 @@ impl HostedMachine {
                 }
                 self.check_freed(checked, frame, role);
             }
-            Note::MappedByNobody(frame) => self.check_unwritable(checked, frame),
+            Note::MappedByNobody(frame, content) => {
+                self.check_unwritable(checked, frame);
+                self.check_written_back(checked, frame, content);
+            }
             Note::Unmapped { root, range, caller } => {
                 self.log(What::Unmapped(range.start(), range.end()));
                 self.check_promise(checked, Promise { root, range, caller, what: Promised::Gone });
             }
             Note::Discarded { root, range, since, caller } => {
+                self.check_nothing_left(checked, root, range, since);
                 self.check_promise(
                     checked,
                     Promise { root, range, caller, what: Promised::Discarded(since) },
@@ -80,7 +86,16 @@ impl HostedMachine {
             Note::Protected { root, range, most, caller } => {
                 self.check_promise(checked, Promise { root, range, caller, what: Promised::AtMost(most) });
             }
-            Note::Mapped { root, address, frame } => self.log_detail(Detail::Mapped(root, address, frame)),
+            Note::Mapped { root, address, frame } => {
+                checked.ledger.note_mapped(frame);
+                self.log_detail(Detail::Mapped(root, address, frame));
+            }
+            Note::OwnedAlone { root, address, frame } => {
+                self.check_owned_alone(checked, root, address, frame)
+            }
+            Note::Runs(laziness) => {
+                self.cpu().is_active.store(laziness == Laziness::Active, Ordering::Relaxed);
+            }
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
                 if level != mmu_gather::pagetable::Level::Pte {
@@ -141,7 +156,7 @@ impl HostedMachine {
             for entry in mmu.entries().filter(|entry| overlaps(entry, &freed)) {
                 let now = entry.held.tag == Tag::Global || entry.held.tag == Tag::Pcid(pcid);
                 let at_any_time = !matches!(entry.held.as_a, Use::Page(_));
-                if now && (at_any_time || self.is_in_user_mode(id)) {
+                if now && (at_any_time || self.may_use_addresses(id)) {
                     usable = Some(entry);
                 } else {
                     stale.push(entry);
@@ -161,7 +176,7 @@ impl HostedMachine {
     /// Nothing maps this page of a file any more: a CPU that has its D bit cached would write to it
     /// without setting any.
     fn check_unwritable(&self, checked: &Checked, frame: PhysFrame) {
-        for cpu in self.cpus.iter().filter(|cpu| self.is_in_user_mode(cpu.id)) {
+        for cpu in self.cpus.iter().filter(|cpu| self.may_use_addresses(cpu.id)) {
             let caches = lock(&cpu.caches);
             let Some(Caches { mmu, .. }) = &*caches else { continue };
             let pcid = mmu.cr3().1;

@@ -1,6 +1,7 @@
 //! What no CPU may still be able to do when a call returns.
 //!
-//! Checked are the CPUs that run programs of the address space, and the caller if it runs one. Lazy
+//! Checked are the CPUs that run programs of the address space, or the kernel for them if it tells
+//! (`Note::Runs`), and the caller if it runs one. Lazy
 //! CPUs, and CPUs that run something else, may keep what they have cached: they compare generations
 //! before they use it (rule T5, and the switch protocol).
 
@@ -85,7 +86,7 @@ impl HostedMachine {
         for cpu in &self.cpus {
             let id = cpu.id;
             let is_caller = id == self.current() && promise.caller == Laziness::Active;
-            if !self.is_in_user_mode(id) && !is_caller {
+            if !self.may_use_addresses(id) && !is_caller {
                 continue;
             }
             let caches = lock(&cpu.caches);

@@ -73,7 +73,7 @@ impl<K: Kernel> World<K> {
                 process.running.call(USER_SPACE, Effect::Changes, call).0
             }),
             Op::Fork(parent, child) => self.fork(cpu, parent, child),
-            Op::Exit(mm) => kernel.new_mm().map(|new| self.replace(cpu, mm, new)),
+            Op::Exit(mm) => kernel.new_mm().map(|new| self.replace(cpu, mm, LiveMm::new(new, false))),
             Op::Reclaim(first, second, range) => self.using(first, |first| {
                 self.using(second, |second| {
                     let call = || kernel.reclaim([(&first.mm, range), (&second.mm, range)]);
@@ -275,14 +275,17 @@ impl<K: Kernel> World<K> {
             return Err(NotDone::Refused);
         }
         let copy = self.using(parent, |process| {
-            process.running.call(USER_SPACE, Effect::Changes, || self.kernel.fork(&process.mm)).0
+            let fork = || self.kernel.fork(&process.mm);
+            let copy = process.running.call(USER_SPACE, Effect::Changes, fork).0?;
+            // Read after the copy was made: whatever it has was there before.
+            Ok(LiveMm::new(copy, process.has_stack.load(Ordering::Relaxed)))
         })?;
         self.replace(cpu, child, copy);
         Ok(())
     }
 
     /// The process leaves, and another takes its place.
-    fn replace(&self, cpu: CpuId, mm: MmId, new: K::Mm) {
+    fn replace(&self, cpu: CpuId, mm: MmId, new: Arc<LiveMm<K::Mm>>) {
         let old = self.put(mm, new);
         old.is_dying.store(true, Ordering::Relaxed);
         loop {

@@ -98,9 +98,11 @@ pub fn judge<K: Kernel>(
         }
     };
     let events = if trial.telling == Telling::All { machine.events() } else { Vec::new() };
-    let (reached, faults) = match &world {
-        Some(world) => (world.reached(), world.faults()),
-        None => (machine.reached(), machine.nr_faults()),
-    };
+    // What was given up may hold a lock that the kernel asks for here.
+    let counted =
+        catch_unwind(AssertUnwindSafe(|| world.as_ref().map(|world| (world.reached(), world.faults()))));
+    let (reached, faults) =
+        counted.ok().flatten().unwrap_or_else(|| (machine.reached(), machine.nr_faults()));
+    let _gives_its_memory_back = catch_unwind(AssertUnwindSafe(|| drop(world)));
     Ok(Run { verdict, reached, faults, found: machine.violations(), events })
 }

@@ -106,7 +106,7 @@ impl<K: Kernel> World<K> {
             let short = |_| io::Error::other("the kernel has no memory for a new address space");
             let mm = kernel.new_mm().map_err(short)?;
             share_with_device(&machine, &*kernel, &mm);
-            io::Result::Ok(Mutex::new(LiveMm::new(mm)))
+            io::Result::Ok(Mutex::new(LiveMm::new(mm, false)))
         };
         let processes = [process()?, process()?, process()?];
         let steps = sequence.steps.clone();
@@ -261,9 +261,9 @@ impl<K: Kernel> World<K> {
     }
 
     /// Another takes the place of the process that has this number now.
-    pub(crate) fn put(&self, mm: MmId, new: K::Mm) -> Arc<LiveMm<K::Mm>> {
-        share_with_device(&self.machine, &*self.kernel, &new);
-        core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), LiveMm::new(new))
+    pub(crate) fn put(&self, mm: MmId, new: Arc<LiveMm<K::Mm>>) -> Arc<LiveMm<K::Mm>> {
+        share_with_device(&self.machine, &*self.kernel, &new.mm);
+        core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), new)
     }
 
     /// All CPUs leave, all processes exit, and what is left was lost.
@@ -314,13 +314,13 @@ impl<K: Kernel> World<K> {
 }
 
 impl<M> LiveMm<M> {
-    fn new(mm: M) -> Arc<Self> {
+    pub(crate) fn new(mm: M, has_stack: bool) -> Arc<Self> {
         Arc::new(Self {
             mm,
             running: Running::default(),
             users: AtomicU32::new(0),
             is_dying: AtomicBool::new(false),
-            has_stack: AtomicBool::new(false),
+            has_stack: AtomicBool::new(has_stack),
         })
     }
 }
