@@ -21,6 +21,8 @@ use x86_64::structures::paging::{PageTable, PageTableFlags, PhysFrame};
 use crate::hardware::{Bits, Hardware, Role};
 
 type Lock<T, H> = SpinMutex<T, <H as Hardware>::Relax>;
+/// The address space that a CPU has loaded: it is kept.
+type Loaded<H> = Lock<Option<Arc<Space<H>>>, H>;
 
 /// The kernel.
 pub(crate) struct Kernel<H: Hardware> {
@@ -28,8 +30,7 @@ pub(crate) struct Kernel<H: Hardware> {
     free: Lock<Vec<PhysFrame>, H>,
     table_locks: Box<[TableLock<H::Relax>]>,
     cpus: Box<[CpuTlb<Bits>]>,
-    /// Keeps the address space that a CPU has loaded.
-    loaded: Box<[Lock<Option<Arc<Space<H>>>, H>]>,
+    loaded: Box<[Loaded<H>]>,
     init_root: PhysFrame,
     ids: CtxIds,
 }

@@ -2,6 +2,7 @@
 
 /// What the kernel does wrong, or what else it has, so that the kit can be seen to find it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "only tests name those that end the process")]
 pub(crate) enum Mistake {
     /// Nothing.
     Absent,
