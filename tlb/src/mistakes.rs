@@ -90,6 +90,7 @@ pub(crate) fn name_silent<C: Cpus>(cpus: &C, here: CpuId, target: CpuId, turns: 
         "{here} has waited {turns} turns for {target} to flush ({target} is {loaded}), and {target} has not taken its \
          mail. It is off, and offline_cpu was not the last that it ran; or it spins with interrupts off and does not \
          call flush_interrupt meanwhile; or send_flush_interrupt has not reached it; or its handler does not call \
-         flush_interrupt, or names another CPU"
+         flush_interrupt, or names another CPU; or it gets no turn, because wait_for_answers lets no other CPU run \
+         where that is needed (CPUs that share a core or a thread, as in a test)"
     )
 }

@@ -197,6 +197,9 @@ pub unsafe trait Cpus {
     /// Called again and again while this CPU waits for the answers to its request, whose handlers
     /// run on other CPUs; between two calls it answers theirs.
     ///
+    /// Where CPUs share a thread, as on a simulated machine in a test, this must let the others
+    /// run: the default does not, and the wait has no end.
+    ///
     /// It returns before all answers are there: waiting for them here would keep this CPU from
     /// answering. Unless overridden, a spin-loop hint (PAUSE). A kernel may sleep here, on a
     /// machine that has fewer cores than CPUs, until [`answered`](Self::answered) or a flush

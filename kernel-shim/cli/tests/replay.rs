@@ -60,8 +60,8 @@ fn the_timeline_of_a_violation_shows_who_cached_cleared_asked_and_freed() {
     // What happens at other addresses does not explain it.
     assert!(!drawn.contains("uses 40001000"), "{text}");
     let words = &text[drawn.len()..];
-    assert!(words.contains("cached that at step "), "{text}");
-    assert!(words.contains("raised the generation of m1 to 1 at step "), "{text}");
+    assert!(words.contains("cached that at event "), "{text}");
+    assert!(words.contains("raised the generation of m1 to 1 at event "), "{text}");
     assert!(words.contains("Rule G"), "{text}");
     assert!(text.ends_with("NOT CLEAN\n"), "{text}");
 }
@@ -73,7 +73,7 @@ fn a_lost_request_is_told_as_one() {
     teardown(&["fuzz", "--ops", "32000", "--fault", "drop-ipi", "-o", &path]);
     let text = text(&teardown(&["replay", &path, "--fault", "drop-ipi", "--explain"]));
     assert!(drawing(&text).contains(" LOST"), "{text}");
-    assert!(text.contains(" was lost at step "), "{text}");
+    assert!(text.contains(" was lost at event "), "{text}");
 }
 
 #[test]
@@ -196,4 +196,14 @@ fn options_that_do_not_go_together_are_refused() {
     ] {
         assert_eq!(teardown(args).status.code(), Some(2), "{args:?}");
     }
+}
+
+#[test]
+fn a_sequence_of_another_kernel_is_refused() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let theirs = file(&directory, &format!("# StaleAtRest\n# kernel their_kernel::Kernel\n{DISCARD}"));
+    let output = teardown(&["replay", &theirs]);
+    assert_eq!(output.status.code(), Some(2));
+    let told = common::stderr(&output);
+    assert!(told.contains("their_kernel::Kernel") && told.contains("mmu_hosted::replay"), "{told}");
 }

@@ -44,9 +44,15 @@ fn every_planted_fault_is_found_and_its_story_names_cpu_address_frame_entry_and_
         let output = teardown(&["run", "--layout", DENSE, "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
         let text = stdout(&output);
-        for word in
-            ["violation: ", "CPU ", " address 0x", " frame 0x", "freed at step ", "through its ", "NOT CLEAN"]
-        {
+        for word in [
+            "violation: ",
+            "CPU ",
+            " address 0x",
+            " frame 0x",
+            "freed at event ",
+            "through its ",
+            "NOT CLEAN",
+        ] {
             assert!(text.contains(word), "{fault}: no {word:?} in {text}");
         }
     }

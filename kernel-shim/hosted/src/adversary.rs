@@ -1,6 +1,5 @@
 //! What other CPUs do while one crosses a seam: they run, and any of them speculates.
 
-use core::cell::Cell;
 use core::sync::atomic::Ordering;
 
 use crate::checker::access::{WatchedMemory, log_fills};
@@ -67,8 +66,7 @@ impl HostedMachine {
     /// Lets a CPU fill its caches through whatever it has loaded, or forget something.
     fn speculate_on(&self, index: usize) {
         let Some(checked) = &self.checked else { return };
-        let memory =
-            WatchedMemory { memory: &self.memory, ledger: &checked.ledger, freed_table: Cell::new(None) };
+        let memory = WatchedMemory::new(&self.memory, &checked.ledger);
         let near = self.choices.below(8) << 12;
         let address = LinearAddress::new(self.hot_address().wrapping_add(near));
         let depth = match self.choices.below(4) {

@@ -1,5 +1,6 @@
 //! What a kernel's own tests call: many sequences, and one that was saved.
 
+use core::any::type_name;
 use core::fmt;
 use core::time::Duration;
 use std::fs;
@@ -7,7 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::boundary::Boundaries;
+use crate::boundary::{Boundaries, Boundary};
 use crate::checker::events::Event;
 use crate::checker::violation::Found;
 use crate::kernel::Kernel;
@@ -16,6 +17,7 @@ use crate::options::Telling;
 use crate::patience::{Watched, watched};
 use crate::quiet::quietly;
 use crate::random::Choices;
+use crate::sequence::KERNEL;
 use crate::sequence::{
     Calls, Op, Run, Sequence, Trial, Verdict, generate, judge, shrink, with_cpus_going_off, without_lacking,
 };
@@ -36,7 +38,7 @@ pub struct FuzzOptions {
     /// Where the shortest form of the first that fails is written.
     pub reproducer: Option<PathBuf>,
     /// A sequence that takes longer ends the process, and is printed: nothing else can stop a CPU
-    /// that never gives way.
+    /// that never gives way. Two minutes, unless it is set.
     pub patience: Duration,
 }
 
@@ -50,10 +52,13 @@ impl Default for FuzzOptions {
             nr_cpus: 4,
             trial: Trial::default(),
             reproducer: None,
-            patience: Duration::from_secs(120),
+            patience: PATIENCE,
         }
     }
 }
+
+/// How long one sequence may take.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What came of it.
 #[derive(Clone, Debug, Default)]
@@ -85,6 +90,8 @@ pub struct Failure {
     pub found: Found,
     /// The last that happened in it.
     pub last_events: Vec<Event>,
+    /// The kernel, by the path of its type.
+    pub kernel: &'static str,
     /// Where it was written.
     pub saved: Option<PathBuf>,
 }
@@ -121,21 +128,21 @@ fn fuzz_watched<K: Kernel>(
             sequence = with_cpus_going_off(sequence);
         }
         watched.begin(&sequence);
-        let run = judge(&sequence, options.trial, make)?;
+        let made = |machine: &Arc<HostedMachine>| {
+            watched.begins_on(machine);
+            make(machine)
+        };
+        let run = judge(&sequence, options.trial, made)?;
         report.add(&sequence, &run);
         if !run.verdict.is_clean() {
             // The panic, if it was one, has been printed, and is once more below.
-            let judged = |machine: &Arc<HostedMachine>| {
-                watched.begin_again();
-                make(machine)
-            };
             let short = quietly(|| {
                 let (sequence, verdict) =
-                    without_lacking(sequence, options.trial, run.verdict, &report.calls, &judged)?;
-                shrink(&sequence, options.trial, verdict, judged)
+                    without_lacking(sequence, options.trial, run.verdict, &report.calls, &made)?;
+                shrink(&sequence, options.trial, verdict, made)
             });
             let (sequence, verdict) = short?;
-            let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, make)?;
+            let mut failure = Failure::of(Some(number), sequence, verdict, options.trial, &made)?;
             if let Some(path) = &options.reproducer {
                 failure.save(path.clone())?;
             }
@@ -159,13 +166,20 @@ pub fn replay<K: Kernel>(
 ) -> io::Result<Report> {
     let sequence =
         Sequence::parse(text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    let run = judge(&sequence, trial, &make)?;
-    let mut report = Report::default();
-    report.add(&sequence, &run);
-    if !run.verdict.is_clean() {
-        report.failure = Some(Failure::of(None, sequence, run.verdict, trial, &make)?);
-    }
-    Ok(report)
+    watched(PATIENCE, None, |watched| {
+        watched.begin(&sequence);
+        let made = |machine: &Arc<HostedMachine>| {
+            watched.begins_on(machine);
+            make(machine)
+        };
+        let run = judge(&sequence, trial, made)?;
+        let mut report = Report::default();
+        report.add(&sequence, &run);
+        if !run.verdict.is_clean() {
+            report.failure = Some(Failure::of(None, sequence, run.verdict, trial, &made)?);
+        }
+        Ok(report)
+    })
 }
 
 impl Report {
@@ -197,15 +211,36 @@ impl Failure {
         let run = judge(&sequence, Trial { telling: Telling::All, ..trial }, make)?;
         let last = run.events.len().saturating_sub(LAST_EVENTS);
         let last_events = run.events[last..].to_vec();
-        Ok(Self { number, sequence, verdict, found: run.found, last_events, saved: None })
+        Ok(Self {
+            number,
+            sequence,
+            verdict,
+            found: run.found,
+            last_events,
+            kernel: type_name::<K>(),
+            saved: None,
+        })
     }
 
     fn save(&mut self, path: PathBuf) -> io::Result<()> {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
-        fs::write(&path, format!("# {}\n{}", self.verdict.sort(), self.sequence))?;
+        fs::write(&path, format!("# {}\n{KERNEL}{}\n{}", self.verdict.sort(), self.kernel, self.sequence))?;
         self.saved = Some(path);
+        Ok(())
+    }
+}
+
+impl Report {
+    fn tell_boundaries(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let missed = Boundary::ALL.into_iter().filter(|boundary| !self.reached.has(*boundary));
+        let missed: Vec<&str> = missed.map(Boundary::name).collect();
+        let all = Boundary::ALL.len();
+        writeln!(f, "boundaries reached: {} of {all}", all - missed.len())?;
+        if !missed.is_empty() {
+            writeln!(f, "not reached, or not told by `Kernel::reached`: {}", missed.join(", "))?;
+        }
         Ok(())
     }
 }
@@ -215,6 +250,16 @@ impl fmt::Display for Report {
         let s = if self.sequences == 1 { "" } else { "s" };
         writeln!(f, "{} sequence{s}, {} steps", self.sequences, self.steps)?;
         write!(f, "{}", self.calls)?;
+        if self.calls.iter().any(|(_, tally)| tally.refused > 0) {
+            writeln!(
+                f,
+                "refused: the kernel said no; sequences are made up, and name addresses where nothing is"
+            )?;
+        }
+        // One sequence alone reaches few.
+        if self.sequences > 1 {
+            self.tell_boundaries(f)?;
+        }
         match &self.failure {
             None => f.write_str("clean"),
             Some(failure) => failure.fmt(f),

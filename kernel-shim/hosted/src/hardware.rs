@@ -137,6 +137,7 @@ impl HostedMachine {
     /// Interrupts every CPU in `targets`, which runs the kernel's handler when its interrupts are
     /// on.
     pub fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
+        self.has_sent();
         for target in targets.iter() {
             let cpu = &self.cpus[target.index()];
             if self.is_off(target) {
@@ -145,6 +146,7 @@ impl HostedMachine {
             if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
                 self.reached.note(Boundary::HeldOff);
             }
+            cpu.was_sent.store(true, Ordering::Relaxed);
             cpu.is_interrupted.store(true, Ordering::Release);
             // A kernel that says whom it asks has said so.
             if !self.cpu().waits.load(Ordering::Relaxed) {
@@ -155,6 +157,7 @@ impl HostedMachine {
 
     /// Lets other CPUs run while this one waits for them.
     pub fn wait_for_answers(&self, answers: Answers<'_, Bits>) {
+        self.begins_to_wait();
         // A CPU that has nothing else to do takes the interrupt at once.
         for target in answers.missing() {
             if !self.cpus[target.index()].has_turns.load(Ordering::Relaxed) {
@@ -184,6 +187,7 @@ impl HostedMachine {
     /// Lets other CPUs run while this one waits for those that it has called. It may come back
     /// before they have answered; interrupts are taken meanwhile if they are on.
     pub fn wait_for_calls(&self) {
+        self.begins_to_wait();
         let called = self.cpu().awaits.load(Ordering::Relaxed);
         for cpu in self.cpus.iter().filter(|cpu| called >> cpu.id.number() & 1 != 0) {
             // One that has nothing else to do takes the interrupt at once.
@@ -199,6 +203,7 @@ impl HostedMachine {
         if self.cpu().waits.load(Ordering::Relaxed) {
             self.reached.note(Boundary::Crossing);
         }
+        self.cpu().was_sent.store(false, Ordering::Relaxed);
         let answered = 1 << self.current().number();
         self.cpus[initiator.index()].awaits.fetch_and(!answered, Ordering::Relaxed);
         let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
@@ -226,6 +231,7 @@ impl HostedMachine {
         self.seam(Seam::Lock);
         if self.skips_flushes() {
             self.note_fault(1);
+            self.log(What::Skipped(Some(address)));
             return;
         }
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
@@ -247,7 +253,10 @@ impl HostedMachine {
             is_switch = mmu.cr3().0 != root;
             let has_pcids = self.options.pcid == PcidSupport::On;
             let skip = self.skips_flushes() && (has_pcids || !is_switch);
-            self.note_fault(u64::from(skip && !keep));
+            if skip && !keep {
+                self.note_fault(1);
+                self.log(What::Skipped(None));
+            }
             let loaded = match cached {
                 // Without PCIDs there is no load that keeps anything.
                 CachedTranslations::Flush if skip && !has_pcids => Ok(()),

@@ -50,10 +50,11 @@ mod quiet;
 mod random;
 mod schedule;
 mod sequence;
+mod trap;
 mod vocabulary;
 
 pub use boundary::{Boundaries, Boundary};
-pub use checker::events::{Detail, Event, Fill, Kept, What};
+pub use checker::events::{Call, Detail, Event, Fill, Kept, What};
 pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
 pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};

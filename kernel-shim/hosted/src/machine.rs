@@ -41,6 +41,8 @@ pub struct HostedMachine {
     pub(crate) reached: Reached,
     /// How often a CPU was chosen.
     turns: AtomicU64,
+    /// The turn in which a CPU has sent flush interrupts, plus one, if it has not begun to wait.
+    sent_in: AtomicU64,
     /// How often the planted fault has happened.
     faults: AtomicU64,
     /// A CPU goes on at a seam unless these bits of a choice are all 0.
@@ -61,6 +63,8 @@ pub(crate) struct VirtualCpu {
     pub(crate) caches: Mutex<Option<Caches>>,
     /// A flush interrupt was sent to it, which it has not taken.
     pub(crate) is_interrupted: AtomicBool,
+    /// A flush interrupt was sent to it since it last answered.
+    pub(crate) was_sent: AtomicBool,
     pub(crate) interrupts_off: AtomicU32,
     in_user_mode: AtomicBool,
     /// The kernel on it may use addresses of the program, as far as it has told.
@@ -115,6 +119,7 @@ impl HostedMachine {
                 id: CpuId::new(number),
                 caches: Mutex::new(caches),
                 is_interrupted: AtomicBool::new(false),
+                was_sent: AtomicBool::new(false),
                 interrupts_off: AtomicU32::new(0),
                 in_user_mode: AtomicBool::new(false),
                 is_active: AtomicBool::new(false),
@@ -142,6 +147,7 @@ impl HostedMachine {
             next_hot: AtomicU32::new(0),
             reached: Reached::default(),
             turns: AtomicU64::new(0),
+            sent_in: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long
             // ones.
@@ -262,6 +268,22 @@ impl HostedMachine {
         self.turns.load(Ordering::Relaxed)
     }
 
+    /// This CPU has sent flush interrupts.
+    pub(crate) fn has_sent(&self) {
+        self.sent_in.store(self.turns() + 1, Ordering::Relaxed);
+    }
+
+    /// It waits for the answers, and lets the others run.
+    pub(crate) fn begins_to_wait(&self) {
+        self.sent_in.store(0, Ordering::Relaxed);
+    }
+
+    /// The turn that runs, if a CPU has sent flush interrupts in it and has not begun to wait.
+    pub(crate) fn turn_of_sender(&self) -> Option<u64> {
+        let turn = self.sent_in.load(Ordering::Relaxed).checked_sub(1)?;
+        (turn == self.turns()).then_some(turn)
+    }
+
     /// Runs `f` as if it were code on `cpu`.
     pub fn on_cpu<R>(&self, cpu: CpuId, f: impl FnOnce() -> R) -> R {
         let before = self.become_cpu(cpu);
@@ -284,6 +306,13 @@ impl HostedMachine {
     pub(crate) fn log_detail(&self, detail: Detail) {
         if let Some(checked) = &self.checked {
             checked.log.detail(self.current(), detail);
+        }
+    }
+
+    /// Notes a call of this CPU, or its return.
+    pub(crate) fn mark(&self, what: What) {
+        if let Some(checked) = &self.checked {
+            checked.log.mark(self.current(), what);
         }
     }
 
@@ -389,8 +418,11 @@ impl HostedMachine {
             let why = if other.is_off.load(Ordering::Relaxed) {
                 "it is off, and offline_cpu was not the last that it ran: as long as it does not say that it is off, \
                  it counts as one that must flush"
+            } else if !other.was_sent.load(Ordering::Relaxed) {
+                "no interrupt was sent to it since it last answered: `send_flush_interrupt` sends one to each CPU in \
+                 `targets`"
             } else if !other.is_interrupted.load(Ordering::Relaxed) {
-                "it has run its handler of the flush interrupt, or was sent none, and has answered nothing: the handler calls \
+                "it was sent the flush interrupt, has run its handler, and has answered nothing: the handler calls \
                  `flush_interrupt` for the CPU that it runs on"
             } else if other.interrupts_off.load(Ordering::Relaxed) > 0 {
                 "it was interrupted, and has its interrupts off: a CPU that waits (for answers, for a lock) while \

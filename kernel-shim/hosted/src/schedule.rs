@@ -79,8 +79,7 @@ fn endless() -> Option<String> {
     (turns > MOST_TURNS.get()).then(|| {
         let locks = if TRIES.get() > turns / 4 { "; in many of them a CPU tried to take a lock" } else { "" };
         format!(
-            "a call does not end: no step has begun or ended for {turns} turns, which its size does not \
-             explain{locks}"
+            "a call does not end: it has waited for {turns} turns; something it waits for never happens{locks}"
         )
     })
 }

@@ -1,5 +1,6 @@
 //! `teardown replay`: a saved sequence again, explained.
 
+use core::any::type_name;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::PathBuf;
 
@@ -8,7 +9,7 @@ use crate::timeline::page::html_page;
 use crate::timeline::rows::Timeline;
 use crate::timeline::terminal::{Colour, WhichRows, draw_on_terminal};
 use clap::Args;
-use mmu_adapter::{Trial, judge_in};
+use mmu_adapter::{ShimKernel, Trial, judge_in};
 use mmu_hosted::{Sequence, Telling};
 
 use crate::commands::options::{Fault, Format};
@@ -18,7 +19,9 @@ use crate::fuzz::panics::with_quiet_panics;
 /// The flags of `teardown replay`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ReplayArgs {
-    /// Sequence that `teardown fuzz` saved.
+    /// Sequence that `teardown fuzz` saved. It runs on the small kernel of this repository, so a
+    /// sequence that another kernel's tests have saved is refused: they replay it themselves
+    /// (`mmu_hosted::replay`).
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// Plants the fault that was planted when the sequence was found.
@@ -42,7 +45,16 @@ pub(crate) struct ReplayArgs {
 pub(crate) fn execute(args: &ReplayArgs) -> Result<CommandVerdict, CommandError> {
     let name = args.file.display();
     let text = read_text(&args.file)?;
-    let sequence = Sequence::parse(&text).map_err(|error| format!("{name}:{error}"))?;
+    if let Some(kernel) = Sequence::kernel_in(&text)
+        && kernel != type_name::<ShimKernel>()
+    {
+        return Err(format!(
+            "{name}: this sequence was found on another kernel, {kernel}; `teardown replay` runs the small kernel of \
+             this repository. Run it with `mmu_hosted::replay` in a test of that kernel"
+        ));
+    }
+    let sequence = Sequence::parse(&text)
+        .map_err(|error| format!("{name}:{}: expected {}", error.line, error.expected))?;
     let html = args.html.as_deref().map(|path| output_file(path).map(|file| (path, file))).transpose()?;
     let telling = if args.explain || args.html.is_some() { Telling::All } else { Telling::Last };
     let run = with_quiet_panics(|| judge_in(&sequence, Trial { telling, ..Fault::trial(args.fault) }))

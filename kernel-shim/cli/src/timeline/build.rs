@@ -124,10 +124,13 @@ fn mark(what: What) -> Mark {
         What::Allocated(..) => Mark::Allocated,
         What::Freed(..) => Mark::Freed,
         What::Accessed(..) | What::Detail(Detail::Filled(..)) => Mark::Fill,
-        What::Invlpg(_) => Mark::Flush,
+        What::Invlpg(_) | What::Skipped(_) => Mark::Flush,
         What::LoadedCr3(..) => Mark::Switch,
         What::Sent(_) | What::Answered(_) | What::Lost(_) => Mark::Interrupt,
-        What::Unmapped(..) | What::Detail(Detail::Began(..) | Detail::Ended(_)) => Mark::Call,
+        What::Unmapped(..)
+        | What::Called(_)
+        | What::Returned(_)
+        | What::Detail(Detail::Began(..) | Detail::Ended(_)) => Mark::Call,
         What::Detail(Detail::Mapped(..) | Detail::Cleared(..) | Detail::Restricted(..)) => Mark::Entry,
         What::Detail(Detail::Gather(_)) => Mark::Generation,
         What::Detail(Detail::Tlb(event, _)) => match event {

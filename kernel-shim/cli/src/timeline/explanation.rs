@@ -11,7 +11,7 @@ use crate::timeline::rows::{Focus, Row, Timeline, has_address, is_of_an_entry};
 /// One sentence or two.
 #[derive(Debug)]
 pub(crate) struct Sentence {
-    /// The words; each row that is spoken of is named as "step" and its number.
+    /// The words; each row that is spoken of is named as "event" and its number.
     pub(crate) text: String,
     /// The rows, in the order in which they are named.
     pub(crate) rows: Vec<usize>,
@@ -88,14 +88,14 @@ impl Explainer<'_> {
         let at = self.rows[*row].at;
         let (kind, frame) = (violation.kind, violation.frame.start_address());
         if !has_address(kind) {
-            return Sentence::new(format!("At step {at}: {kind}. It is frame {frame:#x}.")).naming([*row]);
+            return Sentence::new(format!("At event {at}: {kind}. It is frame {frame:#x}.")).naming([*row]);
         }
         let through =
             violation.entry.as_ref().map_or_else(String::new, |entry| format!(", through its {entry}"));
         let name = if self.is_table() { "table" } else { "frame" };
         let (here, address) = (self.here(), violation.address);
         let text = format!(
-            "At step {at}, on CPU {here}: {kind}. It is address {address:#x} of {mm}, {name} {frame:#x}{through}."
+            "At event {at}, on CPU {here}: {kind}. It is address {address:#x} of {mm}, {name} {frame:#x}{through}."
         );
         Sentence::new(text).naming([*row])
     }
@@ -127,7 +127,7 @@ impl Explainer<'_> {
         let used = |row: &Row| matches!(row.what, What::Accessed(_, other) if other == frame);
         let last = self.rows.iter().rposition(used)?;
         let row = &self.rows[last];
-        let text = format!("A program last used it on CPU {} at step {}: {}.", row.cpu, row.at, row.long);
+        let text = format!("A program last used it on CPU {} at event {}: {}.", row.cpu, row.at, row.long);
         Some(Sentence::new(text).naming([last]))
     }
 
@@ -153,7 +153,7 @@ impl Explainer<'_> {
             What::Detail(Detail::Filled(_, _, _, Fill::Speculation)) => "it speculated",
             _ => "its program used the address",
         };
-        let text = format!("CPU {} cached that at step {}, when {how}.", row.cpu, row.at);
+        let text = format!("CPU {} cached that at event {}, when {how}.", row.cpu, row.at);
         Sentence::new(text).naming([at])
     }
 
@@ -169,7 +169,7 @@ impl Explainer<'_> {
         match cleared {
             Some(at) => {
                 let row = &self.rows[at];
-                let text = format!("CPU {} changed an entry at step {}: {}.", row.cpu, row.at, row.long);
+                let text = format!("CPU {} changed an entry at event {}: {}.", row.cpu, row.at, row.long);
                 Sentence::new(text).naming([at])
             }
             None if self.is_table() => Sentence::new(
@@ -204,7 +204,7 @@ impl Explainer<'_> {
         };
         let what = span.map_or_else(|| "all of it".to_owned(), |span| span.to_string());
         let text = format!(
-            "CPU {} raised the generation of {mm} to {} at step {}, for {what}.",
+            "CPU {} raised the generation of {mm} to {} at event {}, for {what}.",
             row.cpu,
             tlb_gen.get(),
             row.at
@@ -223,7 +223,7 @@ impl Explainer<'_> {
             row.cpu == here && matches!(row.what, What::Lost(from) if from.index() == asker)
         }) {
             let text = format!(
-                "Its request to CPU {here} was lost at step {} but acknowledged, which is the planted fault: \
+                "Its request to CPU {here} was lost at event {} but acknowledged, which is the planted fault: \
                  CPU {here} has flushed nothing.",
                 self.rows[lost].at
             );
@@ -234,13 +234,13 @@ impl Explainer<'_> {
         let Some(sent) = sent else { return Sentence::new(format!("CPU {here} was not asked to flush.")) };
         let asked = self.rows[sent].at;
         let Some(answer) = self.rows[sent].partner.filter(|answer| *answer < self.rows.len()) else {
-            let text = format!("CPU {here} was asked at step {asked} and has not answered yet.");
+            let text = format!("CPU {here} was asked at event {asked} and has not answered yet.");
             return Sentence::new(text).naming([sent]);
         };
         let did = (sent..answer).rev().find(|at| self.rows[*at].cpu == here && is_flush(&self.rows[*at]));
         let did = did.map_or("nothing that is recorded", |at| &self.rows[at].long);
         let text = format!(
-            "CPU {here} was asked at step {asked} and answered at step {}; what it did: {did}. The entry is still \
+            "CPU {here} was asked at event {asked} and answered at event {}; what it did: {did}. The entry is still \
              there.",
             self.rows[answer].at
         );
@@ -253,7 +253,7 @@ impl Explainer<'_> {
             Some(at) => {
                 let row = &self.rows[at];
                 let text = format!(
-                    "That was CPU {here} itself; what it did at step {}: {}. The entry is still there.",
+                    "That was CPU {here} itself; what it did at event {}: {}. The entry is still there.",
                     row.at, row.long
                 );
                 Sentence::new(text).naming([at])
@@ -265,7 +265,7 @@ impl Explainer<'_> {
     fn tell_freeing(&self) -> Option<Sentence> {
         let (step, by) = self.focus.violation.freed?;
         let freed = self.find(0, |row| row.at == step && matches!(row.what, What::Freed(..)));
-        let text = format!("CPU {} freed it at step {step}.", by.number());
+        let text = format!("CPU {} freed it at event {step}.", by.number());
         Some(Sentence::new(text).naming(freed))
     }
 

@@ -93,6 +93,7 @@ impl Seeker<'_> {
                 self.is_the_frame(frame) || (ours && here && page >> 12 == address >> 12)
             }
             What::Invlpg(page) => ours && page >> 12 == address >> 12,
+            What::Skipped(page) => ours && here && page.is_none_or(|page| page >> 12 == address >> 12),
             What::Unmapped(start, end) => ours && start <= address && address < end,
             What::Detail(Detail::Mapped(_, page, frame)) => {
                 self.is_the_frame(frame) || (ours && page >> 12 == address >> 12)

@@ -93,7 +93,7 @@ fn place(timeline: &Timeline, sequence: &Sequence, name: &str) -> String {
     );
     match &timeline.focus {
         Some(focus) => format!(
-            "CPU {}, address {:#x} of {}, frame {:#x}, step {}. {run}.",
+            "CPU {}, address {:#x} of {}, frame {:#x}, event {}. {run}.",
             focus.violation.cpu.number(),
             focus.violation.address,
             focus.mm,
@@ -104,9 +104,9 @@ fn place(timeline: &Timeline, sequence: &Sequence, name: &str) -> String {
     }
 }
 
-/// The sentence, with a link from each "step N" to the row it names.
+/// The sentence, with a link from each "event N" to the row it names.
 fn linked(sentence: &Sentence) -> String {
-    const WORD: &str = "step ";
+    const WORD: &str = "event ";
     let mut out = String::new();
     let mut rest = sentence.text.as_str();
     for row in &sentence.rows {
@@ -160,7 +160,7 @@ fn write_lanes(out: &mut String, timeline: &Timeline, sequence: &Sequence) -> fm
     }
     writeln!(out, "</div>\n<div class=\"look\">\n<div class=\"scroll\">")?;
     writeln!(out, "<div class=\"lanes\" style=\"--cpus:{}\">", cpus.len().max(1))?;
-    write!(out, "<div class=\"row head\"><span>step</span>")?;
+    write!(out, "<div class=\"row head\"><span>event</span>")?;
     for cpu in &cpus {
         write!(out, "<span>CPU {cpu}</span>")?;
     }

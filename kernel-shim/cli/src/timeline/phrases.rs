@@ -50,6 +50,9 @@ pub(crate) fn short_phrase(what: What, names: &Names, sequence: &Sequence) -> St
         What::Answered(from) => format!("answers CPU {}", from.number()),
         What::Lost(from) => format!("request of CPU {} LOST", from.number()),
         What::Unmapped(start, end) => format!("{start:x}-{end:x} unmapped"),
+        What::Skipped(_) => "flush does NOTHING".to_owned(),
+        What::Called(call) => format!("{} begins", call.word),
+        What::Returned(call) => format!("{} has returned", call.word),
         What::Detail(detail) => short_detail(detail, names, sequence),
     }
 }

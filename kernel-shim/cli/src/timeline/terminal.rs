@@ -118,7 +118,7 @@ struct Drawer<'a> {
 
 impl Drawer<'_> {
     fn heads(&self, out: &mut String) -> fmt::Result {
-        write!(out, "{:>6} ", "step")?;
+        write!(out, "{:>6} ", "event")?;
         if self.as_list {
             return writeln!(out, "  CPU");
         }

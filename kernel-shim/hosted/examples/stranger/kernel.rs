@@ -129,7 +129,9 @@ unsafe impl Cpus for Stranger {
     }
 
     fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
-        self.machine.send_flush_interrupt(targets);
+        if self.mistake != Mistake::InterruptsNotSent {
+            self.machine.send_flush_interrupt(targets);
+        }
     }
 
     fn flush_others(
@@ -145,7 +147,10 @@ unsafe impl Cpus for Stranger {
     }
 
     fn wait_for_answers(&self, answers: Answers<'_, Bits>) {
-        self.machine.wait_for_answers(answers);
+        match self.mistake {
+            Mistake::WaitLeftOut => ByMail(self).wait_for_answers(answers),
+            _ => self.machine.wait_for_answers(answers),
+        }
     }
 
     fn answered(&self, initiator: CpuId) {
@@ -153,7 +158,10 @@ unsafe impl Cpus for Stranger {
     }
 
     fn without_interrupts<R>(&self, f: impl FnOnce() -> R) -> R {
-        self.machine.without_interrupts(f)
+        match self.mistake {
+            Mistake::InterruptsLeftOut => ByMail(self).without_interrupts(f),
+            _ => self.machine.without_interrupts(f),
+        }
     }
 
     fn online_cpus(&self) -> OnlineCpus {
@@ -172,16 +180,23 @@ unsafe impl Cpus for Stranger {
     }
 
     fn invlpg(&self, address: u64) {
-        self.machine.invlpg(address);
+        match self.mistake {
+            Mistake::InvlpgLeftOut => ByMail(self).invlpg(address),
+            _ => self.machine.invlpg(address),
+        }
     }
 
     unsafe fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
-        self.machine.load_cr3(root, pcid, cached);
+        match self.mistake {
+            // SAFETY: the caller's promise. It is the instruction, which ends the process.
+            Mistake::LoadCr3LeftOut => unsafe { ByMail(self).load_cr3(root, pcid, cached) },
+            _ => self.machine.load_cr3(root, pcid, cached),
+        }
     }
 }
 
-/// The mailbox of the engine, which a kernel without calls of its own has by leaving
-/// `flush_others` out.
+/// The engine's defaults: the mailbox, which a kernel without calls of its own has by leaving
+/// `flush_others` out, and instructions of ring 0.
 struct ByMail<'a>(&'a Stranger);
 
 // SAFETY: the states are the kernel's, and the flush that the kernel is called by waits.
@@ -419,7 +434,12 @@ impl Stranger {
     /// A page for a program, which may be one that is lent.
     fn take_for_program(&self) -> Option<PhysFrame> {
         let lent = self.lent.lock().last().copied().filter(|page| self.machine.is_lent(*page));
-        let Some(page) = lent else { return self.take(FrameRole::Page) };
+        let Some(page) = lent else {
+            return match self.mistake {
+                Mistake::AllocationsNotTold => self.free.lock().pop(),
+                _ => self.take(FrameRole::Page),
+            };
+        };
         self.machine.allocated(page, FrameRole::Page);
         Some(page)
     }

@@ -2,6 +2,7 @@
 
 /// What the kernel does wrong, or what else it has, so that the kit can be seen to find it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "only tests name those that end the process")]
 pub(crate) enum Mistake {
     /// Nothing.
     Absent,
@@ -63,12 +64,24 @@ pub(crate) enum Mistake {
     FreeBatchForgotten,
     /// munmap trips over an assertion of its own.
     UnmapPanics,
+    /// Pages are taken for programs, and the machine is not told.
+    AllocationsNotTold,
+    /// No flush interrupt is ever sent.
+    InterruptsNotSent,
+    /// `wait_for_answers` is the engine's default.
+    WaitLeftOut,
+    /// `invlpg` is the engine's default.
+    InvlpgLeftOut,
+    /// `load_cr3` is the engine's default.
+    LoadCr3LeftOut,
+    /// `without_interrupts` is the engine's default.
+    InterruptsLeftOut,
 }
 
 impl Mistake {
-    /// All but the lock of `std`, which ends the process.
+    /// All but the lock of `std` and methods left out, which end the process.
     #[allow(dead_code, reason = "the tests name them one by one")]
-    pub(crate) const ALL: [Self; 29] = [
+    pub(crate) const ALL: [Self; 31] = [
         Self::Absent,
         Self::AbsentWithOwnIpis,
         Self::AbsentWithUsedLines,
@@ -98,6 +111,8 @@ impl Mistake {
         Self::LentPageMapped,
         Self::FreeBatchForgotten,
         Self::UnmapPanics,
+        Self::AllocationsNotTold,
+        Self::InterruptsNotSent,
     ];
 
     /// Whether the kernel has calls to other CPUs of its own.

@@ -24,6 +24,13 @@ pub(crate) struct WatchedMemory<'a> {
     pub(crate) memory: &'a Memory,
     pub(crate) ledger: &'a Ledger,
     pub(crate) freed_table: Cell<Option<PhysFrame>>,
+    pub(crate) unknown_table: Cell<Option<PhysFrame>>,
+}
+
+impl<'a> WatchedMemory<'a> {
+    pub(crate) const fn new(memory: &'a Memory, ledger: &'a Ledger) -> Self {
+        Self { memory, ledger, freed_table: Cell::new(None), unknown_table: Cell::new(None) }
+    }
 }
 
 impl PhysicalMemory for WatchedMemory<'_> {
@@ -31,6 +38,8 @@ impl PhysicalMemory for WatchedMemory<'_> {
         let frame = PhysFrame::containing_address(address);
         if self.ledger.when_freed(frame).is_some() {
             self.freed_table.set(Some(frame));
+        } else if self.ledger.is_unknown(frame) {
+            self.unknown_table.set(Some(frame));
         }
         self.memory.read(address)
     }
@@ -48,8 +57,7 @@ impl HostedMachine {
     pub fn user_access(&self, address: u64, access: UserAccess) -> Result<Option<PhysFrame>, Fault> {
         self.point_at(address);
         let Some(checked) = &self.checked else { return Ok(None) };
-        let memory =
-            WatchedMemory { memory: &self.memory, ledger: &checked.ledger, freed_table: Cell::new(None) };
+        let memory = WatchedMemory::new(&self.memory, &checked.ledger);
         let kind = match access {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
@@ -66,9 +74,16 @@ impl HostedMachine {
         if let Some(frame) = memory.freed_table.get() {
             self.report_walk(checked, here, address, frame);
         }
+        let unknown = ViolationKind::NeverAllocated;
+        if let Some(frame) = memory.unknown_table.get() {
+            self.report(checked, unknown, here, address, frame, None);
+        }
         self.check_sizes(checked, here.index());
         let reached = result?;
         let frame = PhysFrame::containing_address(reached.address);
+        if checked.ledger.is_unknown(frame) {
+            self.report(checked, unknown, here, address, frame, None);
+        }
         self.log(What::Accessed(address, frame));
         if access == UserAccess::Write {
             checked.ledger.note_written(frame);

@@ -1,6 +1,5 @@
 //! What the device does, and that it reaches nothing that was freed.
 
-use core::cell::Cell;
 use core::ops::Range;
 
 use mmu_gather::tlb::{CtxId, PageSpan};
@@ -40,8 +39,7 @@ impl HostedMachine {
     /// It raises no fault: what it cannot reach stays unreached.
     pub fn device_access(&self, ctx_id: CtxId, address: u64, access: UserAccess) -> Option<PhysFrame> {
         let checked = self.checked.as_ref()?;
-        let memory =
-            WatchedMemory { memory: &self.memory, ledger: &checked.ledger, freed_table: Cell::new(None) };
+        let memory = WatchedMemory::new(&self.memory, &checked.ledger);
         let kind = match access {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,

@@ -52,8 +52,36 @@ pub enum What {
     Lost(CpuId),
     /// An unmapping of these addresses was about to return.
     Unmapped(u64, u64),
+    /// A flush of this page, or of all of a context, did nothing, on purpose.
+    Skipped(Option<u64>),
+    /// A step of the sequence began a call on these addresses.
+    Called(Call),
+    /// That call has returned.
+    Returned(Call),
     /// Something only a timeline wants; never part of the story of a violation.
     Detail(Detail),
+}
+
+/// A call of the kernel that changes areas or entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// The step of the sequence, by its index.
+    pub step: usize,
+    /// Its word.
+    pub word: &'static str,
+    /// The number of the address space in the sequence.
+    pub mm: u8,
+    /// The first address.
+    pub start: u64,
+    /// The end.
+    pub end: u64,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, word, mm, start, end } = self;
+        write!(f, "step {step} of the sequence, {word} m{mm} {start:#x}..{end:#x},")
+    }
 }
 
 /// What only a timeline wants.
@@ -131,10 +159,25 @@ impl EventLog {
         }
     }
 
-    /// Everything that is kept, oldest first.
+    /// Everything that is kept, oldest first. Calls are there as details.
     pub(crate) fn events(&self) -> Vec<Event> {
         let events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        events.kept.iter().copied().collect()
+        let is_call = |event: &&Event| matches!(event.what, What::Called(_) | What::Returned(_));
+        events.kept.iter().filter(|event| !is_call(event)).copied().collect()
+    }
+
+    /// Notes a call, or its return. It has the number of the event that follows it.
+    pub(crate) fn mark(&self, cpu: CpuId, what: What) {
+        let mut events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let step = events.next_step;
+        self.make_room(&mut events);
+        events.kept.push_back(Event { step, cpu, what });
+    }
+
+    fn make_room(&self, events: &mut Events) {
+        if self.telling == Telling::Last && events.kept.len() == KEPT {
+            events.kept.pop_front();
+        }
     }
 
     /// Notes an event and returns its step.
@@ -142,9 +185,7 @@ impl EventLog {
         let mut events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let step = events.next_step;
         events.next_step += 1;
-        if self.telling == Telling::Last && events.kept.len() == KEPT {
-            events.kept.pop_front();
-        }
+        self.make_room(&mut events);
         events.kept.push_back(Event { step, cpu, what });
         step
     }
@@ -166,7 +207,7 @@ impl EventLog {
     #[must_use]
     pub(crate) fn explaining(&self, cpu: CpuId, frame: PhysFrame, address: u64) -> Vec<Event> {
         let events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let mut left = [MOST_OF_A_SORT; 4];
+        let mut left = [MOST_OF_A_SORT; 5];
         let mut chosen = Vec::new();
         // With all events kept, the same ones are told as without.
         let oldest = events.next_step.saturating_sub(KEPT as u64);
@@ -179,7 +220,13 @@ impl EventLog {
                 What::Accessed(page, _) if here && page >> 12 == address >> 12 => 1,
                 What::Sent(to) if to == cpu => 2,
                 What::Answered(_) | What::Lost(_) if here => 2,
-                What::LoadedCr3(..) if here => 3,
+                What::Skipped(Some(page)) if here && page >> 12 == address >> 12 => 0,
+                What::LoadedCr3(..) | What::Skipped(None) if here => 3,
+                What::Called(Call { start, end, .. }) | What::Returned(Call { start, end, .. })
+                    if start <= address && address < end =>
+                {
+                    4
+                }
                 _ => continue,
             };
             if left[sort] > 0 {
@@ -194,7 +241,7 @@ impl EventLog {
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "step {:>8}  {}  {}", self.step, self.cpu, self.what)
+        write!(f, "event {:>7}  {}  {}", self.step, self.cpu, self.what)
     }
 }
 
@@ -218,6 +265,12 @@ impl fmt::Display for What {
             Self::Answered(from) => write!(f, "flush request of {from} carried out"),
             Self::Lost(from) => write!(f, "flush request of {from} lost, and acknowledged (a planted fault)"),
             Self::Unmapped(start, end) => write!(f, "unmapping of {start:#x}..{end:#x} returns"),
+            Self::Skipped(Some(address)) => write!(f, "INVLPG {address:#x} does nothing (a planted fault)"),
+            Self::Skipped(None) => {
+                f.write_str("the flush of the next CR3 load does nothing (a planted fault)")
+            }
+            Self::Called(call) => write!(f, "{call} begins"),
+            Self::Returned(call) => write!(f, "{call} has returned"),
             Self::Detail(detail) => detail.fmt(f),
         }
     }

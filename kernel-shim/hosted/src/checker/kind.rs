@@ -6,6 +6,8 @@ use core::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum ViolationKind {
+    /// A program uses a frame that the kernel never told to be in use.
+    NeverAllocated,
     /// A page was given out that was lent to a gather: both write to it.
     LentPageGivenOut,
     /// A program can reach a page that was freed, or did.
@@ -91,12 +93,20 @@ pub enum ViolationKind {
 }
 
 impl ViolationKind {
+    /// Whether the frame was freed before.
+    pub(crate) const fn is_after_free(self) -> bool {
+        matches!(
+            self,
+            Self::PageReachableAfterFree | Self::TableReachableAfterFree | Self::DeviceReachesAfterFree
+        )
+    }
+
     /// The rule that is broken, in a sentence.
     #[must_use]
     pub const fn rule(self) -> &'static str {
         match self {
             Self::PageReachableAfterFree | Self::TableReachableAfterFree => {
-                "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed: in `free_pages` and `free_tables`, and not where its entry is cleared."
+                "Rule G1: a frame or table is freed only after every CPU that may hold it has flushed: in `free_pages` and `free_tables`, and not where its entry is cleared. A CPU whose CR3 was loaded past `switch_mm` (or `init_cpu`, `enter_lazy_tlb`) is unknown to the engine, and is not asked to flush."
             }
             Self::DeviceReachesAfterFree => {
                 "Rule G1: a frame or table is freed only after secondary TLBs were told to forget it, too."
@@ -112,6 +122,9 @@ impl ViolationKind {
             }
             Self::FreePageMapped | Self::CountsDisagree | Self::FreedTwice | Self::GivenOutTwice => {
                 "Rule G5: what is queued is released once, and what is mapped is not free."
+            }
+            Self::NeverAllocated => {
+                "Whoever takes a frame from the kernel's allocator tells the machine: `HostedMachine::allocated(frame, role)`. What is not told cannot be checked."
             }
             Self::LentPageGivenOut => {
                 "A page that `allocate_batch` lends is used by nobody else until `free_batch` takes it back."
@@ -134,7 +147,7 @@ impl ViolationKind {
                 "Rule G5: everything queued is released exactly once, so that nothing is lost or held when nothing is going on."
             }
             Self::TableFreedInUse => {
-                "Rule P3: a table is freed when all 512 entries are empty, never by guess."
+                "Rule P3: a table is freed when all 512 entries are empty, never by guess. `free_pgtables` was told of too much room: `Bounds::between` takes the end of the area that stays below and the start of the one that stays above."
             }
             Self::EntryNotNoted => {
                 "Rule P4: where used lines are noted, the line of every entry that is not empty is noted."
@@ -186,6 +199,9 @@ impl fmt::Display for ViolationKind {
             }
             Self::OldPageUsableAfterMap => {
                 "what was mapped at an address before can still be used although a new area is mapped there"
+            }
+            Self::NeverAllocated => {
+                "a program uses a page or a page table whose frame was never told as `allocated`"
             }
             Self::FreedTwice => "a frame was freed that was not in use",
             Self::GivenOutTwice => "a frame was given out that was in use",

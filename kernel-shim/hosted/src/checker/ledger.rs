@@ -18,6 +18,7 @@ use crate::checker::violation::{Found, Violation};
 use crate::memory::index;
 use crate::mmu::arch::PageSize;
 use crate::mmu::watch::{CachedEntry, FrameWatch, Held, Use};
+use crate::options::Options;
 use crate::vocabulary::{FrameRole, Moment};
 
 /// How many violations of one kind are told in full; the others are counted.
@@ -239,6 +240,16 @@ impl Ledger {
         let mark = self.freed_at.get(number(frame))?.load(Ordering::Relaxed);
         let cpu = CpuId::new((mark & 0xff) as u32);
         (mark != 0).then(|| ((mark >> 8) - 1, cpu))
+    }
+
+    /// Whether the kernel has never told of this frame, which it may give out.
+    #[must_use]
+    pub(crate) fn is_unknown(&self, frame: PhysFrame) -> bool {
+        let number = number(frame);
+        let is_zero = |in_use: &AtomicU8| in_use.load(Ordering::Relaxed) == FREE;
+        number as u64 >= Options::RESERVED_FRAMES
+            && self.in_use.get(number).is_some_and(is_zero)
+            && self.when_freed(frame).is_none()
     }
 
     /// Notes a violation.

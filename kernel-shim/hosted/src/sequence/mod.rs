@@ -35,6 +35,7 @@ pub use hotplug::with_cpus_going_off;
 pub use op::{MmId, NR_MMS, Op, Step};
 pub use shrink::shrink;
 pub(crate) use shrink::without_lacking;
+pub(crate) use text::KERNEL;
 pub use text::{Sequence, SequenceError};
 pub use trial::{Lost, Outcome, Pace, Trial};
 pub use verdict::{Run, Verdict, judge};

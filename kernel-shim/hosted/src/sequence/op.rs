@@ -104,6 +104,20 @@ impl Op {
         }
     }
 
+    /// The address space and the addresses whose areas or entries it changes, if it names any.
+    pub(crate) const fn changes(self) -> Option<(MmId, VirtRange)> {
+        match self {
+            Self::Map(mm, range, ..)
+            | Self::Unmap(mm, range)
+            | Self::Discard(mm, range)
+            | Self::Guard(mm, range, _)
+            | Self::Protect(mm, range, _)
+            | Self::Remap(mm, range, _)
+            | Self::Reclaim(mm, _, range) => Some((mm, range)),
+            _ => None,
+        }
+    }
+
     /// How many pages it names.
     pub(crate) const fn nr_pages(self) -> u64 {
         match self {

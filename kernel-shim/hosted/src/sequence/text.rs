@@ -35,10 +35,13 @@ pub struct Sequence {
 /// Frames of the machine a sequence runs on: few, so that they are used again soon.
 const NR_FRAMES: u64 = 24 << 10;
 
+/// What the comment begins with that names the kernel.
+pub(crate) const KERNEL: &str = "# kernel ";
+
 const HEADER: &str = "mmu-gather sequence 1";
 
 /// What is wrong with a text.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct SequenceError {
     /// Line, counted from 1.
     pub line: usize,
@@ -48,7 +51,14 @@ pub struct SequenceError {
 
 impl fmt::Display for SequenceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: expected {}", self.line, self.expected)
+        write!(f, "line {}: expected {}", self.line, self.expected)
+    }
+}
+
+/// As it is displayed: a test that fails with it prints it by `expect`.
+impl fmt::Debug for SequenceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
@@ -66,6 +76,13 @@ impl Sequence {
             adversary: self.adversary,
             ..base
         }
+    }
+
+    /// The kernel whose failure [`fuzz`](crate::fuzz()) has saved as this text, if it was `fuzz`:
+    /// the path of its type.
+    #[must_use]
+    pub fn kernel_in(text: &str) -> Option<&str> {
+        text.lines().find_map(|line| line.strip_prefix(KERNEL)).map(str::trim)
     }
 
     /// Reads the text form.

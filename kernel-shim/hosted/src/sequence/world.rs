@@ -12,7 +12,7 @@ use mmu_gather::tlb::{CpuId, CtxId};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundaries;
-use crate::checker::events::Detail;
+use crate::checker::events::{Call, Detail, What};
 use crate::kernel::{Kernel, boot};
 use crate::machine::HostedMachine;
 use crate::mutex::lock;
@@ -171,7 +171,20 @@ impl<K: Kernel> World<K> {
             schedule::step_done();
             self.leave_the_dying(cpu);
             self.machine.log_detail(Detail::Began(index, self.names(step.op)));
+            let call = step.op.changes().map(|(mm, range)| Call {
+                step: index,
+                word: step.op.word(),
+                mm: mm.0,
+                start: range.start(),
+                end: range.end(),
+            });
+            if let Some(call) = call {
+                self.machine.mark(What::Called(call));
+            }
             self.take(cpu, step.op);
+            if let Some(call) = call {
+                self.machine.mark(What::Returned(call));
+            }
             self.machine.log_detail(Detail::Ended(index));
             self.machine.call_returned();
             // The way back from a system call is a preemption point.

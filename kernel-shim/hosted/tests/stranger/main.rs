@@ -14,13 +14,13 @@ mod mistake;
 mod guide;
 
 use core::time::Duration;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Weak};
 use std::{fs, io};
 
 use mmu_hosted::{
-    Calls, FuzzOptions, HostedMachine, Report, Sequence, Trial, Verdict, ViolationKind, fuzz, generate,
-    judge, replay,
+    Boundary, Calls, FuzzOptions, HostedMachine, MachineFault, Report, Sequence, Trial, Verdict,
+    ViolationKind, fuzz, generate, judge, replay,
 };
 
 use kernel::Stranger;
@@ -74,6 +74,13 @@ fn a_kernel_without_a_mistake_is_clean_and_what_it_lacks_is_counted() {
         told.contains("reclaim           0 done, ") && told.contains("the kernel has no such call"),
         "{told}"
     );
+    assert!(told.contains("refused: the kernel said no"), "{told}");
+    let all = Boundary::ALL.len();
+    let reached = report.reached.iter().count();
+    assert!(told.contains(&format!("boundaries reached: {reached} of {all}")), "{told}");
+    for boundary in Boundary::ALL {
+        assert_eq!(told.contains(boundary.name()), !report.reached.has(boundary), "{boundary}: {told}");
+    }
 }
 
 #[test]
@@ -88,7 +95,39 @@ fn a_page_that_is_freed_when_its_entry_is_cleared_is_found() {
 
 #[test]
 fn a_map_lock_that_is_dropped_before_the_flush_is_found() {
-    assert_eq!(kinds(Mistake::LockDroppedEarly), [ViolationKind::OldPageUsableAfterMap]);
+    let failure = fuzzed(Mistake::LockDroppedEarly).failure.expect("it is found");
+    let found: Vec<_> = failure.found.told.iter().map(|violation| violation.kind).collect();
+    assert_eq!(found, [ViolationKind::OldPageUsableAfterMap]);
+    // The munmap that dropped it has begun, and has not returned.
+    let told = failure.found.told[0].to_string();
+    let munmaps: Vec<_> = told.lines().filter(|line| line.contains("of the sequence, unmap m")).collect();
+    assert!(munmaps.len() == 1 && munmaps[0].ends_with("begins"), "{told}");
+}
+
+#[test]
+fn a_frame_that_was_never_told_is_named_where_a_program_first_uses_it() {
+    assert_eq!(kinds(Mistake::AllocationsNotTold).first(), Some(&ViolationKind::NeverAllocated));
+}
+
+#[test]
+fn an_interrupt_that_is_never_sent_is_told_from_a_handler_that_does_nothing() {
+    let words = words(Mistake::InterruptsNotSent);
+    assert!(words.contains("no interrupt was sent to it since it last answered"), "{words}");
+    assert!(!words.contains("has run its handler"), "{words}");
+}
+
+#[test]
+fn a_flush_that_a_planted_fault_has_skipped_is_in_the_story() {
+    let trial = Trial { fault: MachineFault::SkipFlush, ..Trial::default() };
+    let report = fuzz(&FuzzOptions { trial, ..options() }, made_with(Mistake::Absent)).expect("memory");
+    let told = report.failure.expect("it is found").found.told;
+    assert!(told.iter().any(|violation| violation.to_string().contains("does nothing (a planted fault)")));
+}
+
+#[test]
+fn a_rule_says_where_else_to_look() {
+    assert!(ViolationKind::TableFreedInUse.rule().contains("`Bounds::between`"));
+    assert!(ViolationKind::PageReachableAfterFree.rule().contains("past `switch_mm`"));
 }
 
 #[test]
@@ -114,6 +153,9 @@ fn a_page_that_is_freed_twice_is_found() {
 fn a_handler_that_answers_nothing_ends_the_run_and_is_named() {
     let words = words(Mistake::HandlerDoesNothing);
     assert!(words.contains("does not end") && words.contains("waits for the answer of"), "{words}");
+    assert!(words.contains("something it waits for never happens"), "{words}");
+    assert!(words.contains("was sent the flush interrupt, has run its handler"), "{words}");
+    assert!(!words.contains("no interrupt was sent to it"), "{words}");
 }
 
 #[test]
@@ -166,21 +208,63 @@ fn a_fault_that_maps_with_a_table_locked_ends_the_run() {
     assert!(words.contains("has tried to take it again: a fault maps"), "{words}");
 }
 
-/// Only another process can see that one end.
-#[test]
-fn a_lock_of_std_ends_the_process_with_the_sequence() {
-    const INSIDE: &str = "MMU_HOSTED_LOCK_OF_STD";
-    if std::env::var_os(INSIDE).is_some() {
-        let options = FuzzOptions { patience: Duration::from_secs(1), ..options() };
-        let report = fuzz(&options, made_with(Mistake::LockOfStd)).expect("memory");
+/// What `mistake` prints, and how the process ends that makes it: only another process can see
+/// that.
+fn process_with(mistake: Mistake, name: &str) -> (ExitStatus, String) {
+    const INSIDE: &str = "MMU_HOSTED_INSIDE";
+    let inside = format!("{mistake:?}");
+    if std::env::var(INSIDE).is_ok_and(|mistake| mistake == inside) {
+        let patience = if mistake == Mistake::LockOfStd { 1 } else { 120 };
+        let options = FuzzOptions { patience: Duration::from_secs(patience), ..options() };
+        let report = fuzz(&options, made_with(mistake)).expect("memory");
         panic!("it came back: {report}");
     }
+    if std::env::var_os(INSIDE).is_some() {
+        return (ExitStatus::default(), String::new());
+    }
     let myself = std::env::current_exe().expect("the path of this test");
-    let name = "a_lock_of_std_ends_the_process_with_the_sequence";
-    let output = Command::new(myself).args(["--exact", name]).env(INSIDE, "").output().expect("it runs");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(101), "{told}");
+    let output = Command::new(myself).args(["--exact", name]).env(INSIDE, inside).output().expect("it runs");
+    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_lock_of_std_ends_the_process_with_the_sequence() {
+    let (status, told) = process_with(Mistake::LockOfStd, "a_lock_of_std_ends_the_process_with_the_sequence");
+    assert_eq!(status.code(), Some(101), "{told}");
     assert!(told.contains("a lock of std?") && told.contains("mmu-gather sequence 1"), "{told}");
+    assert!(told.contains("Cpus::wait_for_answers is not overridden"), "{told}");
+}
+
+/// Ten seconds, where the engine alone would wait for two minutes.
+#[test]
+fn a_wait_for_answers_that_is_left_out_ends_the_process_and_is_named() {
+    let (status, told) = process_with(
+        Mistake::WaitLeftOut,
+        "a_wait_for_answers_that_is_left_out_ends_the_process_and_is_named",
+    );
+    assert_eq!(status.code(), Some(101), "{told}");
+    assert!(told.contains("is Cpus::wait_for_answers overridden with the machine's"), "{told}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_instruction_of_ring_0_ends_the_process_and_is_named_with_the_seed() {
+    use std::os::unix::process::ExitStatusExt;
+
+    let name = "an_instruction_of_ring_0_ends_the_process_and_is_named_with_the_seed";
+    for mistake in [Mistake::InvlpgLeftOut, Mistake::LoadCr3LeftOut, Mistake::InterruptsLeftOut] {
+        let (status, told) = process_with(mistake, name);
+        if status.success() && told.is_empty() {
+            // This process was started for another of them.
+            continue;
+        }
+        assert_eq!(status.signal(), Some(11), "{mistake:?}: {told}");
+        assert!(
+            told.contains("is Cpus::invlpg, load_cr3 or without_interrupts overridden"),
+            "{mistake:?}: {told}"
+        );
+        assert!(told.contains("The sequence that runs has seed "), "{mistake:?}: {told}");
+    }
 }
 
 /// Debug builds of the engine name these themselves, and the run ends with their words. Release
@@ -233,6 +317,7 @@ fn what_fails_is_saved_and_fails_again_with_the_same_words() {
     };
     assert!(report.to_string().contains(&format!("saved as {}", path.display())), "{report}");
     let text = fs::read_to_string(&path).expect("it was written");
+    assert_eq!(Sequence::kernel_in(&text), Some(core::any::type_name::<Stranger>()), "{text}");
     for _ in 0..2 {
         let again = replay(&text, Trial::default(), &made).expect("memory");
         assert_eq!(told(&again), told(&report));
@@ -246,7 +331,11 @@ fn what_fails_is_saved_and_fails_again_with_the_same_words() {
 fn a_text_that_is_no_sequence_is_refused_at_its_line() {
     let refused = replay("mmu-gather sequence 1\ncpus x\n", Trial::default(), made_with(Mistake::Absent));
     let error = refused.expect_err("no CPU");
-    assert_eq!((error.kind(), error.to_string().split(':').next()), (io::ErrorKind::InvalidData, Some("2")));
+    assert_eq!(
+        (error.kind(), error.to_string().split(':').next()),
+        (io::ErrorKind::InvalidData, Some("line 2"))
+    );
+    assert!(format!("{error:?}").contains("line 2: expected cpus and a number"), "{error:?}");
 }
 
 #[test]
