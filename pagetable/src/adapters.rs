@@ -67,12 +67,14 @@ unsafe impl LockStorage for NoLock {
 /// use x86_64::structures::paging::{PageTable, PageTableFlags};
 ///
 /// # struct Mapping(Vec<UnsafeCell<PageTable>>);
+/// # // SAFETY: a frame is an element, which is neither moved nor freed.
 /// # unsafe impl PageTableFrameMapping for Mapping {
 /// #     fn frame_to_pointer(&self, frame: PhysFrame) -> *mut PageTable {
 /// #         self.0[frame.start_address().as_u64() as usize / 4096].get()
 /// #     }
 /// # }
 /// # struct Allocator(Vec<PhysFrame>);
+/// # // SAFETY: each frame is given out once until it comes back.
 /// # unsafe impl FrameAllocator<Size4KiB> for Allocator {
 /// #     fn allocate_frame(&mut self) -> Option<PhysFrame> {
 /// #         self.0.pop()
