@@ -88,12 +88,13 @@ impl<'k, 'm, K: Platform> OnePage<'k, 'm, K> {
         let Self { kernel, mm, address, .. } = self;
         let open = OpenGather::new(mm);
         let locked = self.table.lock(kernel);
+        // Before the look at what is owed: a gather that unwinds notes that, and then closes.
+        let stale = stale_writes(mm, DeferredFlushes::NotSeen, StaleWrites::Impossible);
         if mm.context().has_deferred_flushes() {
             drop(locked);
             open.close_unused();
             return None;
         }
-        let stale = stale_writes(mm, DeferredFlushes::NotSeen, StaleWrites::Impossible);
         let (done, word) = zap_one(kernel, self.area, &locked, address, ProgramsMayRun(stale));
         let mut to_flush = ToFlush::page(address, done.leaves);
         if done.rmaps == DelayedRmaps::Queued {

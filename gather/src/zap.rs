@@ -3,7 +3,7 @@
 
 use core::mem;
 
-use mmu_pagetable::{Decoded, Level, LockedTable, TableView, VirtRange};
+use mmu_pagetable::{Decoded, Level, LockedTable, StaleWrites, TableView, VirtRange};
 
 use crate::cut_leaf::CutLeaf;
 use crate::entries::clearing::{Clear, NoProgramRuns, ProgramsMayRun};
@@ -18,7 +18,7 @@ use crate::open_gather::OwesFlush;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 use crate::queue::spare::Room;
 use crate::queue::word::DelayedRmaps;
-use crate::state::PfnMaps;
+use crate::state::{DeferredFlushes, PfnMaps};
 
 /// A table is fetched so many tables before its turn: in sparse memory each has a line of entries
 /// that is in no cache.
@@ -275,11 +275,16 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
     ) -> u64 {
         let kernel = self.kernel;
         let locked = view.lock(kernel);
+        // Before the look at what is owed: a gather that unwinds notes that, and then closes.
+        let others = stale_writes(self.mm, self.state.deferred, self.state.rights);
         // An empty entry may have been cleared by reclaim, whose flush is still to come.
         self.note_deferred_flushes();
         let visit = match self.state.mode {
             GatherMode::Shared => {
-                let stale = stale_writes(self.mm, self.state.deferred, self.state.rights);
+                let stale = match self.state.deferred {
+                    DeferredFlushes::Seen => StaleWrites::Possible,
+                    DeferredFlushes::NotSeen => others,
+                };
                 let clear = ProgramsMayRun(stale);
                 self.clear_entries(vma, &locked, range, leaves, clear)
             }
