@@ -8,11 +8,10 @@ use mmu_gather::{Disposition, GatherEvent, MmuGather, Pages, UnmappedLeaf};
 use x86_64::PhysAddr;
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
-use core::sync::atomic::Ordering;
-
 use crate::frame::{FrameKind, owner_of};
 use crate::kernel::Kernel;
-use crate::machine::{FrameRole, Machine, Note, Seam, UnderMapLock};
+use crate::machine::{FrameRole, Machine, Note, Place, Seam, UnderMapLock};
+use crate::map_lock::MapRead;
 use crate::mm::Mm;
 use crate::vma::{Area, AreaKind, Growth, Protection, Vma};
 
@@ -46,6 +45,9 @@ const STACK_JUMP_LIMIT: u64 = 1 << 20;
 /// overruns its stack faults instead of writing there. Linux: stack_guard_gap, 256 pages,
 /// mm/mmap.c.
 const STACK_GUARD_GAP: u64 = 256 << 12;
+
+/// What stands in an entry while the page that was there is copied.
+const BEING_COPIED: NonPresent = NonPresent::Other(4 << 1);
 
 /// What one try came to.
 enum Try {
@@ -91,16 +93,7 @@ impl<M: Machine> Kernel<M> {
                     drop(vmas);
                     self.machine.cond_resched();
                 }
-                Try::Replace(seen) => {
-                    self.count().copied();
-                    // SAFETY: the map lock is held for reading until the flush is done.
-                    let mut gather =
-                        unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
-                    self.remove_seen(mm, &mut gather, vma, page, seen)?;
-                    let flushed = gather.flush();
-                    drop(vmas);
-                    flushed.free();
-                }
+                Try::Replace(seen) => self.replace(mm, vmas, vma, page, seen)?,
                 Try::Large => {
                     drop(vmas);
                     self.split_for_writing(mm, page)?;
@@ -131,8 +124,51 @@ impl<M: Machine> Kernel<M> {
         unsafe { gather.split_leaf(vma.going_away().area, page | 4096) }.map_err(|_| FaultError::NoMemory)
     }
 
-    /// Removes the page at `page` if the entry still maps what was seen there: another thread may
-    /// have replaced it meanwhile, and what it has written since must not be lost.
+    /// Replaces the page at `page`, which was seen there and may not be written, by a copy.
+    ///
+    /// The old one first goes from here, everywhere: while one CPU can still read it, no other may
+    /// write to the copy. Until the copy is there, a mark in the entry holds other faults off. A
+    /// call that discards takes the mark out; then the copy is dropped, and the program faults
+    /// again.
+    ///
+    /// Linux copies first and flushes under the table lock, which rule G3 does not allow here.
+    ///
+    /// # Source
+    /// Linux: wp_page_copy, mm/memory.c.
+    #[doc(alias = "wp_page_copy")]
+    fn replace(
+        &self,
+        mm: &Mm<M>,
+        vmas: MapRead<'_, M>,
+        vma: Vma,
+        page: u64,
+        seen: EntryValue,
+    ) -> Result<(), FaultError> {
+        // Before anything is changed.
+        let copy = self.new_page().ok_or(FaultError::NoMemory)?;
+        // SAFETY: the map lock is held for reading until the flush is done.
+        let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+        let removed = self.remove_seen(mm, &mut gather, vma, page, seen);
+        let flushed = gather.flush();
+        let mut is_mapped = false;
+        if let Some(old) = removed {
+            self.count().copied();
+            // The old page is not freed before `flushed` is.
+            self.machine.copy_frame(old, copy);
+            is_mapped = self.map_copy(mm, vma, page, copy);
+        }
+        drop(vmas);
+        flushed.free();
+        if !is_mapped {
+            self.remove_mapping(copy);
+            self.drop_references([copy]);
+        }
+        Ok(())
+    }
+
+    /// Removes the page at `page` if the entry still maps what was seen there, and leaves a mark:
+    /// another thread may have replaced it meanwhile, and what it has written since must not be
+    /// lost. The frame, to be copied after the flush.
     fn remove_seen(
         &self,
         mm: &Mm<M>,
@@ -140,21 +176,20 @@ impl<M: Machine> Kernel<M> {
         vma: Vma,
         page: u64,
         seen: EntryValue,
-    ) -> Result<(), FaultError> {
+    ) -> Option<PhysFrame> {
         // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
-        let view = unsafe { mm.engine.space().ensure_table(self, page, Level::Pte) };
-        let Ok(view) = view else { return Err(FaultError::NoMemory) };
+        let view = unsafe { mm.engine.space().find_table(self, page, Level::Pte) }?;
         let range = VirtRange::of_entry(Level::Pte, page);
         let locked = view.lock(self);
         let entry = locked.entry(page);
         let now = entry.load();
         let same_page = now.leaf_address(Level::Pte) == seen.leaf_address(Level::Pte);
         if !now.is_present() || !same_page || now.is_writable() {
-            return Ok(());
+            return None;
         }
         self.between_look_and_change();
         // SAFETY: the gather is told before the lock drops, and the page is freed through it.
-        let value = unsafe { entry.get_and_clear() };
+        let value = unsafe { entry.exchange(BEING_COPIED.encode()) };
         let frame = PhysFrame::containing_address(value.leaf_address(Level::Pte));
         let leaf = UnmappedLeaf { address: page, level: Level::Pte, value, frame };
         let disposition = self.unmap_page(vma.staying().area, &leaf);
@@ -165,7 +200,24 @@ impl<M: Machine> Kernel<M> {
             // SAFETY: the entry was cleared just now, and what it held is dropped nowhere else.
             unsafe { gather.remove_page(frame, range, Level::Pte) };
         }
-        Ok(())
+        Some(frame)
+    }
+
+    /// Maps the copy where its mark is; whether that was still there.
+    fn map_copy(&self, mm: &Mm<M>, vma: Vma, page: u64, copy: PhysFrame) -> bool {
+        // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
+        let Some(view) = (unsafe { mm.engine.space().find_table(self, page, Level::Pte) }) else {
+            return false;
+        };
+        let locked = view.lock(self);
+        let entry = locked.entry(page);
+        if entry.load() != BEING_COPIED.encode() {
+            return false;
+        }
+        // SAFETY: the entry maps nothing, and the page is new.
+        unsafe { entry.store(leaf(copy, vma.area)) };
+        self.note_mapped(mm, page, copy);
+        true
     }
 
     fn try_fault(&self, mm: &Mm<M>, vma: Vma, page: u64, access: UserAccess) -> Result<Try, FaultError> {
@@ -205,12 +257,17 @@ impl<M: Machine> Kernel<M> {
                 }
                 Ok(Try::Done)
             }
-            Decoded::NonPresent(NonPresent::Migration { .. }) => Ok(Try::Again),
-            Decoded::NonPresent(NonPresent::Swap { .. }) => {
+            Decoded::NonPresent(NonPresent::Migration { .. } | BEING_COPIED) => Ok(Try::Again),
+            // Programs may still write to the page until every CPU has flushed.
+            Decoded::NonPresent(NonPresent::Swap { slot, .. }) if !self.swap.is_written(slot) => {
+                Ok(Try::Again)
+            }
+            Decoded::NonPresent(NonPresent::Swap { slot, .. }) => {
                 let frame = self.new_page().ok_or(FaultError::NoMemory)?;
-                self.swap_slots.fetch_sub(1, Ordering::Relaxed);
+                self.machine.read_from_disk(Place::Swap { slot }, frame);
+                self.swap.drop_entry(slot);
                 // SAFETY: the entry maps nothing, and the page is new.
-                unsafe { entry.store(leaf(frame, vma.area.protection)) };
+                unsafe { entry.store(leaf(frame, vma.area)) };
                 self.count().swapped_in();
                 self.note_mapped(mm, page, frame);
                 Ok(Try::Done)
@@ -247,27 +304,32 @@ impl<M: Machine> Kernel<M> {
     /// The entry for a page that is not there yet; counts are taken.
     pub(crate) fn page_for(&self, area: Area, page: u64, access: UserAccess) -> Option<EntryValue> {
         match (area.kind, access) {
-            (AreaKind::Anon | AreaKind::FilePrivate(_), UserAccess::Write) => {
-                Some(leaf(self.new_page()?, area.protection))
+            (AreaKind::Anon, UserAccess::Write) => Some(leaf(self.zeroed_page()?, area)),
+            (AreaKind::FilePrivate(file), UserAccess::Write) => {
+                let cached = self.cached_page(file, area.file_page(page))?;
+                let copy = self.new_page()?;
+                self.machine.copy_frame(cached, copy);
+                Some(leaf(copy, area))
             }
-            (AreaKind::Anon, UserAccess::Read) => Some(leaf(self.zero_page(), Protection::Read)),
+            (AreaKind::Anon, UserAccess::Read) => Some(leaf(self.zero_page(), area.read_only())),
             (AreaKind::FilePrivate(file), UserAccess::Read) => {
-                Some(leaf(self.file_page(file, area.file_page(page))?, Protection::Read))
+                Some(leaf(self.file_page(file, area.file_page(page))?, area.read_only()))
             }
-            (AreaKind::FileShared(file), _) => {
-                Some(leaf(self.file_page(file, area.file_page(page))?, area.protection))
-            }
-            (AreaKind::Pfn, _) => Some(leaf(self.device_frame()?, area.protection)),
+            (AreaKind::FileShared(file), _) => Some(leaf(self.file_page(file, area.file_page(page))?, area)),
+            (AreaKind::Pfn, _) => Some(leaf(self.device_frame()?, area)),
         }
     }
 
-    /// A page of a program, mapped once.
-    ///
-    /// Not zeroed, and no write to a shared page copies what was in it: programs of the hosted
-    /// machine have no bytes, and those of the booted one write a stamp before they read. A kernel
-    /// with real programs zeroes the page here, and copies in [`handle_fault`](Self::handle_fault)
-    /// before the new page is mapped; otherwise it shows one program the memory of another.
-    pub(crate) fn new_page(&self) -> Option<PhysFrame> {
+    /// A page of zeroes for one program, mapped once.
+    pub(crate) fn zeroed_page(&self) -> Option<PhysFrame> {
+        let frame = self.new_page()?;
+        self.machine.zero_frames(frame, 1);
+        Some(frame)
+    }
+
+    /// A page for one program, mapped once. It holds what somebody has left there: whoever takes it
+    /// fills it before it is mapped.
+    fn new_page(&self) -> Option<PhysFrame> {
         let frame = self.frames.allocate(FrameKind::Page)?;
         self.frames.meta(frame).add_mapping();
         self.machine.note(Note::Allocated(frame, FrameRole::Page));
@@ -277,20 +339,24 @@ impl<M: Machine> Kernel<M> {
 
     /// The page of a file, mapped once more.
     pub(crate) fn file_page(&self, file: u32, page: u64) -> Option<PhysFrame> {
-        let mut cache = self.page_cache.lock();
-        let frame = match cache.get(&(file, page)) {
-            Some(frame) => *frame,
-            None => {
-                let frame = self.frames.allocate(FrameKind::Page)?;
-                let meta = self.frames.meta(frame);
-                meta.add_ref();
-                meta.set_owner(owner_of(file, page));
-                self.machine.note(Note::Allocated(frame, FrameRole::Page));
-                cache.insert((file, page), frame);
-                frame
-            }
-        };
+        let frame = self.cached_page(file, page)?;
         self.frames.meta(frame).add_mapping();
+        Some(frame)
+    }
+
+    /// The page of a file, in the page cache from now on, which keeps its pages.
+    fn cached_page(&self, file: u32, page: u64) -> Option<PhysFrame> {
+        let mut cache = self.page_cache.lock();
+        if let Some(frame) = cache.get(&(file, page)) {
+            return Some(*frame);
+        }
+        let frame = self.frames.allocate(FrameKind::Page)?;
+        let meta = self.frames.meta(frame);
+        meta.add_ref();
+        meta.set_owner(owner_of(file, page));
+        self.machine.note(Note::Allocated(frame, FrameRole::Page));
+        self.machine.read_from_disk(Place::File { file, page }, frame);
+        cache.insert((file, page), frame);
         Some(frame)
     }
 
@@ -349,21 +415,30 @@ impl<M: Machine> Kernel<M> {
             return Err(FaultError::NoArea);
         }
         vmas.grow_down(next.range.start(), page);
+        if let Ok(range) = VirtRange::new(page, next.range.start()) {
+            self.note_shown(mm, Vma { range, ..next });
+        }
         Ok(())
     }
 }
 
+/// Bit 12 of a leaf above the last level, where bit 7 says that it is one.
+const PAT_OF_A_LARGE_PAGE: u64 = 1 << 12;
+
 /// The entry that maps a frame for a program.
-pub(crate) fn leaf(frame: PhysFrame, protection: Protection) -> EntryValue {
-    leaf_at(Level::Pte, frame, protection)
+pub(crate) fn leaf(frame: PhysFrame, area: Area) -> EntryValue {
+    leaf_at(Level::Pte, frame, area)
 }
 
 /// The entry of a table at `level` that maps a page for a program.
-pub(crate) fn leaf_at(level: Level, frame: PhysFrame, protection: Protection) -> EntryValue {
-    let flags = match protection {
+pub(crate) fn leaf_at(level: Level, frame: PhysFrame, area: Area) -> EntryValue {
+    let flags = match area.protection {
         Protection::Nothing => PageTableFlags::empty(),
         Protection::Read => PageTableFlags::USER_ACCESSIBLE,
         Protection::Write => PageTableFlags::USER_ACCESSIBLE | PageTableFlags::WRITABLE,
     };
-    EntryValue::leaf(level, frame.start_address(), flags)
+    let has_pat = area.attributes.contains(PageTableFlags::HUGE_PAGE);
+    let pat = if has_pat && level > Level::Pte { PAT_OF_A_LARGE_PAGE } else { 0 };
+    let value = EntryValue::leaf(level, frame.start_address(), flags | area.attributes);
+    EntryValue::from_bits(value.bits() | pat)
 }

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use mmu_gather::MmuGather;
@@ -12,7 +13,7 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, Note, UnderMapLock};
+use crate::machine::{Contents, Machine, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{AreaKind, Protection, Vma};
 
@@ -46,9 +47,7 @@ impl<M: Machine> Kernel<M> {
         let child = self.new_mm()?;
         let vmas = parent.write(&self.machine, UnderMapLock::Flushes);
         let mut copied = vmas.clone();
-        for range in left_out {
-            copied.detach(range);
-        }
+        let left_out: Vec<Vma> = left_out.into_iter().flat_map(|range| copied.detach(range)).collect();
         *child.write(&self.machine, UnderMapLock::WaitsForNobody) = copied.clone();
         // SAFETY: the parent's map lock is held for writing until the gather has flushed.
         let mut gather = unsafe { MmuGather::new(self, &parent.engine) }.with_limits(&self.config.limits);
@@ -61,6 +60,10 @@ impl<M: Machine> Kernel<M> {
                 |vma: &&Vma| matches!(vma.area.kind, AreaKind::Anon | AreaKind::FilePrivate(_));
             for vma in copied.iter().filter(is_shared_out) {
                 self.note_protected(parent, vma.range, Protection::Read);
+            }
+            self.note_contents(Contents::Forked { parent: parent.root(), child: child.root() });
+            for vma in left_out {
+                self.note_contents(Contents::Gone { root: child.root(), range: vma.range });
             }
         }
         drop(vmas);
@@ -148,8 +151,8 @@ impl<M: Machine> Kernel<M> {
                     // it.
                     unsafe { target.entry(address).store(value) };
                 }
-                Decoded::NonPresent(meaning @ NonPresent::Swap { .. }) => {
-                    self.swap_slots.fetch_add(1, Ordering::Relaxed);
+                Decoded::NonPresent(meaning @ NonPresent::Swap { slot, .. }) => {
+                    self.swap.add_entry(slot);
                     // SAFETY: the child's entry is empty, and this maps nothing.
                     unsafe { target.entry(address).store(meaning.encode()) };
                 }

@@ -50,6 +50,16 @@ impl<M: Machine> Kernel<M> {
         }
     }
 
+    /// How many entries name this place in swap, as is counted.
+    pub fn entries_of_swap_slot(&self, slot: u64) -> u32 {
+        self.swap.entries_of(slot)
+    }
+
+    /// How many places in swap are in use.
+    pub fn nr_swap_slots_in_use(&self) -> u64 {
+        self.swap.nr_in_use()
+    }
+
     /// How many frames are in use, of those that this kernel gives out.
     pub fn nr_frames_in_use(&self) -> u64 {
         let all = self.machine.nr_frames() - self.machine.nr_reserved_frames();

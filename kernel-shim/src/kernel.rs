@@ -6,7 +6,7 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use core::fmt;
 use core::pin::Pin;
-use core::sync::atomic::{AtomicI64, Ordering};
+use core::sync::atomic::AtomicI64;
 
 use crossbeam_utils::CachePadded;
 use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
@@ -23,10 +23,11 @@ use x86_64::structures::paging::PhysFrame;
 use crate::counters::Counters;
 use crate::embed::Embedder;
 use crate::frame::{FrameKind, Frames};
-use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
+use crate::machine::{Contents, FrameRole, Machine, Note, UnderMapLock};
 use crate::map_lock::MapRead;
 use crate::mm::Mm;
 use crate::supply::{Pressure, Supply};
+use crate::swap::Swap;
 use crate::vma::{Area, AreaKind, Protection, Vma, VmaTree};
 
 /// The kernel.
@@ -145,7 +146,7 @@ impl<M: Machine> Kernel<M> {
             init_root: PhysFrame::containing_address(x86_64::PhysAddr::zero()),
             flush_ceiling: config.flush_ceiling,
             counters: Counters::new(nr_cpus),
-            swap_slots: CachePadded::new(AtomicI64::new(0)),
+            swap: CachePadded::new(Swap::new()),
             guards: CachePadded::new(AtomicI64::new(0)),
         };
         let mut kernel = Self {
@@ -214,7 +215,7 @@ impl<M: Machine> Kernel<M> {
 
     /// Places in swap that entries name now.
     pub fn swap_slots(&self) -> i64 {
-        self.swap_slots.load(Ordering::Relaxed)
+        self.swap.nr_entries()
     }
 
     /// A new address space without areas.
@@ -239,7 +240,9 @@ impl<M: Machine> Kernel<M> {
             return Err(Error::NotUserSpace(vma.range.end()));
         }
         let mut vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
-        vmas.insert(vma).map_err(|vma| Error::Overlap(vma.range))
+        vmas.insert(vma).map_err(|vma| Error::Overlap(vma.range))?;
+        self.note_shown(mm, vma);
+        Ok(())
     }
 
     /// Takes down whatever lies in `range`. Nothing mapped there is no error.
@@ -281,12 +284,14 @@ impl<M: Machine> Kernel<M> {
         for vma in vmas.iter() {
             let Some(part) = vma.range.intersect(range) else { continue };
             let since = self.machine.moment();
+            self.note_contents(Contents::Discarding { root: mm.root(), range: part, began: since });
             // SAFETY: the map lock is held for reading until the flush is done; other calls like
             // this one may run too.
             let flushed =
                 unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) }?;
             let caller = self.laziness_here();
             self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
+            self.note_contents(Contents::Discarded { root: mm.root(), range: part, began: since });
             flushed.free();
         }
         Ok(())
@@ -356,8 +361,11 @@ impl<M: Machine> Kernel<M> {
             return Err(Error::Overlap(moved.range));
         }
         let next = vmas.find_from(stack.end()).map(|vma| vma.range.start());
+        let (root, to) = (mm.root(), new.start());
+        self.note_contents(Contents::Moving { root, from: stack, to });
         // SAFETY: the map lock is held for writing.
         let result = unsafe { shift_arg_pages(self, &mm.engine, &self.config.limits, stack, shift, next) };
+        self.note_contents(Contents::Moved { root, from: stack, to });
         match result {
             Ok(flushed) => {
                 if let Ok(given_up) = VirtRange::new(stack.start().max(new.end()), stack.end()) {
@@ -368,6 +376,7 @@ impl<M: Machine> Kernel<M> {
                 Ok(())
             }
             Err(_) => {
+                self.note_moved(mm, new, stack.start());
                 vmas.detach(new);
                 let _ = vmas.insert(vma);
                 let unused = VirtRange::new(new.start(), new.end().min(stack.start()));
@@ -536,6 +545,7 @@ impl<M: Machine> Kernel<M> {
     pub(crate) fn note_unmapped(&self, mm: &Mm<M>, range: VirtRange) {
         let caller = self.laziness_here();
         self.machine.note(Note::Unmapped { root: mm.root(), range, caller });
+        self.note_contents(Contents::Gone { root: mm.root(), range });
     }
 
     /// Says that programs may do no more than `most` in `range` any longer. The map lock is held

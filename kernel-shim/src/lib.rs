@@ -16,7 +16,8 @@
 //! | guard | guard pages: entries that are kept when pages are dropped |
 //! | kernel | munmap, madvise, exit, the stack move of exec, context switch, lazy CPUs |
 //! | protect, remap | mprotect; mremap and brk |
-//! | reclaim, populate | pages taken by swap; areas filled without faults |
+//! | reclaim, swap | pages taken away, and the places where they are meanwhile |
+//! | populate | areas filled without faults |
 //! | inspect | what a checker asks when nothing is going on |
 //! | supply | memory pressure |
 //! | counters | what happened, each CPU for itself, for the report |
@@ -46,6 +47,7 @@ mod protect;
 mod reclaim;
 mod remap;
 mod supply;
+mod swap;
 mod vma;
 mod work;
 
@@ -55,7 +57,7 @@ pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
 pub use inspect::SharedFrames;
 pub use kernel::{Config, Error, Kernel, Misbehaviour};
-pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
+pub use machine::{Content, Contents, FrameRole, Machine, Moment, Note, Place, Seam, Shows, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
 pub use supply::Supply;

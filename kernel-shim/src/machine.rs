@@ -125,6 +125,52 @@ pub unsafe trait Machine: Sync {
     fn about_to_lock(&self, _frame: PhysFrame, _lock: &TableLock<Self::Relax>) {
         self.seam(Seam::Lock);
     }
+
+    /// Fills `count` frames from `first` on, which nobody else uses, with zeroes.
+    fn zero_frames(&self, first: PhysFrame, count: u64) {
+        for number in 0..count {
+            // SAFETY: the machine's contract makes the 4096 bytes writable, and nobody else uses
+            // them.
+            unsafe { self.frame_to_pointer(first + number).write_bytes(0, 1) };
+        }
+    }
+
+    /// Copies what is in frame `from` to `to`, which nobody else uses.
+    fn copy_frame(&self, from: PhysFrame, to: PhysFrame) {
+        let (from, to) = (self.frame_to_pointer(from), self.frame_to_pointer(to));
+        // SAFETY: the machine's contract makes both readable and writable for 4096 bytes, and two
+        // frames do not overlap.
+        unsafe { from.copy_to_nonoverlapping(to, 1) };
+    }
+
+    /// Writes what is in `frame` to a disk.
+    ///
+    /// A machine without one, which this is unless overridden, loses it.
+    fn write_to_disk(&self, _frame: PhysFrame, _place: Place) {}
+
+    /// Reads what is at a place of a disk into `frame`, which nobody else uses.
+    ///
+    /// A machine without a disk, which this is unless overridden, reads zeroes.
+    fn read_from_disk(&self, _place: Place, frame: PhysFrame) {
+        self.zero_frames(frame, 1);
+    }
+}
+
+/// A place on a disk, of the size of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// A page of a file.
+    File {
+        /// Which file.
+        file: u32,
+        /// Which page of it.
+        page: u64,
+    },
+    /// A place for swap.
+    Swap {
+        /// Which.
+        slot: u64,
+    },
 }
 
 /// A point in time, for a checker that has a clock.
@@ -308,6 +354,99 @@ pub enum Note {
         /// The root table.
         root: PhysFrame,
     },
+    /// What programs are to read changes.
+    Contents(Contents),
+}
+
+/// How what programs are to read changes, but for what they write.
+///
+/// Each is said while the map lock is held, so that nobody can see it earlier or later than it is
+/// said. Where two are a pair, programs may find the one or the other between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// An area begins here, or a part of one.
+    Shown {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+        /// What is there until a program writes.
+        shows: Shows,
+    },
+    /// Every CPU has forgotten these addresses, and no area is there any more.
+    Gone {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+    },
+    /// A call begins that discards: until a program writes again, private pages of this range read
+    /// as if they had never been written to.
+    Discarding {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+        /// When: a moment of its own, by which its end is known.
+        began: Moment,
+    },
+    /// It is about to return.
+    Discarded {
+        /// As above.
+        root: PhysFrame,
+        /// As above.
+        range: VirtRange,
+        /// As above.
+        began: Moment,
+    },
+    /// Pages begin to move. Until they have moved, programs may find them at either place.
+    Moving {
+        /// The root table.
+        root: PhysFrame,
+        /// Where they are.
+        from: VirtRange,
+        /// The first address of where they go.
+        to: u64,
+    },
+    /// Every CPU has forgotten that they were at `from`.
+    Moved {
+        /// As above.
+        root: PhysFrame,
+        /// As above.
+        from: VirtRange,
+        /// As above.
+        to: u64,
+    },
+    /// The child has all that the parent has at this moment.
+    Forked {
+        /// The root table of the parent.
+        parent: PhysFrame,
+        /// That of the child, which has not run.
+        child: PhysFrame,
+    },
+}
+
+/// What an area shows where no program has written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shows {
+    /// Zeroes.
+    Zeroes,
+    /// A file. What is written is the program's own.
+    PrivateFile {
+        /// Which.
+        file: u32,
+        /// The page of it that is at the first address.
+        first: u64,
+    },
+    /// A file. What is written, all see who have it mapped.
+    SharedFile {
+        /// Which.
+        file: u32,
+        /// The page of it that is at the first address.
+        first: u64,
+    },
+    /// Something else: nobody looks.
+    Anything,
 }
 
 // SAFETY: every method passes on to the machine behind the `Arc`, whose contract it is.
@@ -410,5 +549,21 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
     #[inline]
     fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<Self::Relax>) {
         (**self).about_to_lock(frame, lock);
+    }
+
+    fn zero_frames(&self, first: PhysFrame, count: u64) {
+        (**self).zero_frames(first, count);
+    }
+
+    fn copy_frame(&self, from: PhysFrame, to: PhysFrame) {
+        (**self).copy_frame(from, to);
+    }
+
+    fn write_to_disk(&self, frame: PhysFrame, place: Place) {
+        (**self).write_to_disk(frame, place);
+    }
+
+    fn read_from_disk(&self, place: Place, frame: PhysFrame) {
+        (**self).read_from_disk(place, frame);
     }
 }

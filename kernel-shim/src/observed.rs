@@ -8,7 +8,7 @@
 
 use core::ops::Deref;
 
-use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
+use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines, VirtRange};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus,
     PageSpan, PcidSupport, TlbEvent,
@@ -21,7 +21,9 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::embed::{Embedder, EngineArea};
 use crate::frame::FrameKind;
 use crate::kernel::{Kernel, Misbehaviour};
-use crate::machine::{Content, Machine, Note, Seam};
+use crate::machine::{Content, Contents, Machine, Note, Seam, Shows};
+use crate::mm::Mm;
+use crate::vma::{AreaKind, Vma};
 
 /// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as
 /// they are.
@@ -229,6 +231,32 @@ impl<M: Machine> Pages for Kernel<M> {
     fn observe_gather(&self, event: GatherEvent) {
         self.count().gather(event);
         self.machine.note(Note::Gather(event));
+    }
+}
+
+/// What programs are to read.
+impl<M: Machine> Kernel<M> {
+    /// Says what programs are to read in an area that is new, or has grown by this. The map lock is
+    /// held for writing.
+    pub(crate) fn note_shown(&self, mm: &Mm<M>, vma: Vma) {
+        let first = vma.area.file_page(vma.range.start());
+        let shows = match vma.area.kind {
+            AreaKind::Anon => Shows::Zeroes,
+            AreaKind::FilePrivate(file) => Shows::PrivateFile { file, first },
+            AreaKind::FileShared(file) => Shows::SharedFile { file, first },
+            AreaKind::Pfn => Shows::Anything,
+        };
+        self.note_contents(Contents::Shown { root: mm.root(), range: vma.range, shows });
+    }
+
+    /// Says that pages have moved, or are back after a move that failed, and that every CPU knows.
+    pub(crate) fn note_moved(&self, mm: &Mm<M>, from: VirtRange, to: u64) {
+        self.note_contents(Contents::Moving { root: mm.root(), from, to });
+        self.note_contents(Contents::Moved { root: mm.root(), from, to });
+    }
+
+    pub(crate) fn note_contents(&self, contents: Contents) {
+        self.machine.note(Note::Contents(contents));
     }
 }
 

@@ -1,15 +1,13 @@
 //! Filling areas without faulting page by page: for layouts taken from real processes.
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
-use core::sync::atomic::Ordering;
-
 use mmu_gather::pagetable::{EntryValue, Level, NonPresent, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::fault::{leaf, leaf_at};
-use crate::frame::{FrameKind, owner_of};
+use crate::frame::{BLOCK, FrameKind, owner_of};
 use crate::kernel::{Error, Kernel};
-use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
+use crate::machine::{Contents, FrameRole, Machine, Note, Place, Shows, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, AreaKind, Protection, Vma};
 
@@ -75,6 +73,20 @@ impl PageContent {
         Self::ALL.into_iter().find(|content| content.word() == word)
     }
 
+    /// Whether an area of this kind that programs have not written to reads like this.
+    const fn is_what_shows(self, kind: AreaKind) -> bool {
+        match self {
+            Self::Anon | Self::Zero | Self::AnonBlock | Self::CleanBlock | Self::ZeroBlock | Self::Swap => {
+                matches!(kind, AreaKind::Anon)
+            }
+            Self::File | Self::FileDirty => {
+                matches!(kind, AreaKind::FilePrivate(_) | AreaKind::FileShared(_))
+            }
+            // Whoever writes to its pages does not write to those in the page cache.
+            Self::Pfn | Self::FileBlock => false,
+        }
+    }
+
     const fn level(self) -> Level {
         match self {
             Self::AnonBlock | Self::CleanBlock | Self::FileBlock | Self::ZeroBlock => Level::Pmd,
@@ -97,6 +109,9 @@ impl<M: Machine> Kernel<M> {
             .copied()
             .filter(|vma| vma.range.covers(range))
             .ok_or(Error::NoArea(range.start()))?;
+        if !content.is_what_shows(vma.area.kind) {
+            self.note_contents(Contents::Shown { root: mm.root(), range, shows: Shows::Anything });
+        }
         let level = content.level();
         let mut address = range.start();
         while address < range.end() {
@@ -138,36 +153,37 @@ impl<M: Machine> Kernel<M> {
     fn entry_for(&self, area: Area, address: u64, content: PageContent) -> Option<EntryValue> {
         let used = PageTableFlags::ACCESSED;
         let written = used | PageTableFlags::DIRTY;
-        let private = match area.kind {
-            AreaKind::FileShared(_) => area.protection,
-            AreaKind::Anon | AreaKind::FilePrivate(_) | AreaKind::Pfn => match area.protection {
-                Protection::Write => Protection::Read,
-                other => other,
-            },
+        let private = match (area.kind, area.protection) {
+            (AreaKind::Anon | AreaKind::FilePrivate(_) | AreaKind::Pfn, Protection::Write) => {
+                area.read_only()
+            }
+            _ => area,
         };
         let file = match area.kind {
             AreaKind::FilePrivate(file) | AreaKind::FileShared(file) => file,
             AreaKind::Anon | AreaKind::Pfn => 0,
         };
         Some(match content {
-            PageContent::Anon => with(leaf(self.new_page()?, area.protection), written),
+            PageContent::Anon => with(leaf(self.zeroed_page()?, area), written),
             PageContent::File => with(leaf(self.file_page(file, area.file_page(address))?, private), used),
             PageContent::FileDirty => {
                 with(leaf(self.file_page(file, area.file_page(address))?, private), written)
             }
-            PageContent::Zero => with(leaf(self.zero_page(), Protection::Read), used),
-            PageContent::Pfn => with(leaf(self.device_frame()?, area.protection), used),
-            PageContent::AnonBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), written),
-            PageContent::CleanBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), used),
+            PageContent::Zero => with(leaf(self.zero_page(), area.read_only()), used),
+            PageContent::Pfn => with(leaf(self.device_frame()?, area), used),
+            PageContent::AnonBlock => with(leaf_at(Level::Pmd, self.new_block()?, area), written),
+            PageContent::CleanBlock => with(leaf_at(Level::Pmd, self.new_block()?, area), used),
             PageContent::FileBlock => {
                 let block = self.new_block()?;
                 self.frames.meta(block).set_owner(owner_of(file, area.file_page(address)));
                 with(leaf_at(Level::Pmd, block, private), used)
             }
-            PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, Protection::Read), used),
+            PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, area.read_only()), used),
             PageContent::Swap => {
-                let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed);
-                NonPresent::Swap { device: 0, slot: slot.unsigned_abs() }.encode()
+                let slot = self.swap.take();
+                self.machine.write_to_disk(self.zero_page(), Place::Swap { slot });
+                self.swap.written(slot);
+                NonPresent::Swap { device: 0, slot }.encode()
             }
         })
     }
@@ -176,6 +192,7 @@ impl<M: Machine> Kernel<M> {
         let block = self.frames.allocate_block()?;
         self.frames.meta(block).add_mapping();
         self.machine.note(Note::Allocated(block, FrameRole::Block));
+        self.machine.zero_frames(block, u64::from(BLOCK));
         Some(block)
     }
 
@@ -185,6 +202,7 @@ impl<M: Machine> Kernel<M> {
             let new = self.frames.allocate_block()?;
             self.frames.set_kind(new, FrameKind::Reserved);
             self.machine.note(Note::Allocated(new, FrameRole::Block));
+            self.machine.zero_frames(new, u64::from(BLOCK));
             *block = Some(new);
         }
         *block

@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering;
 
 use mmu_gather::pagetable::{Decoded, EntryValue, Level, NonPresent, TableMemory, VirtRange};
 use mmu_gather::tlb::{Cpus, PageSpan, TlbEvent, UnmapBatch};
@@ -10,10 +9,17 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::frame::FrameKind;
 use crate::kernel::Kernel;
-use crate::machine::{Machine, Note, UnderMapLock};
+use crate::machine::{Machine, Note, Place, UnderMapLock};
 use crate::mm::Mm;
 use crate::supply::Supply;
 use crate::vma::Vma;
+
+/// A page that no entry maps any more, until it is freed.
+struct Taken {
+    frame: PhysFrame,
+    /// The place in swap that it goes to; none if it is clean.
+    slot: Option<u64>,
+}
 
 impl<M: Machine> Kernel<M> {
     /// Changes whether gathers get batch pages.
@@ -45,19 +51,26 @@ impl<M: Machine> Kernel<M> {
         M: 'm,
     {
         let mut batch = UnmapBatch::new();
-        let mut frames = Vec::new();
+        let mut taken = Vec::new();
         for (mm, range) in victims {
-            self.unmap_to_swap(mm, range, &mut batch, &mut frames);
+            self.unmap_to_swap(mm, range, &mut batch, &mut taken);
             self.machine.cond_resched();
         }
         let flushed = batch.flush(self);
-        debug_assert!(flushed.is_some() || frames.is_empty(), "G1: pages taken and nothing flushed");
-        let nr_pages = |frame: &PhysFrame| match self.frames.meta(*frame).kind() {
+        debug_assert!(flushed.is_some() || taken.is_empty(), "G1: pages taken and nothing flushed");
+        let nr_pages = |taken: &Taken| match self.frames.meta(taken.frame).kind() {
             FrameKind::Block => Level::Pmd.entry_span() / 4096,
             _ => 1,
         };
-        let count = frames.iter().map(nr_pages).sum();
-        self.drop_references_in_chunks(frames);
+        let count = taken.iter().map(nr_pages).sum();
+        // Nobody can write to the pages any more.
+        for Taken { frame, slot } in &taken {
+            if let Some(slot) = *slot {
+                self.machine.write_to_disk(*frame, Place::Swap { slot });
+                self.swap.written(slot);
+            }
+        }
+        self.drop_references_in_chunks(taken.into_iter().map(|taken| taken.frame));
         count
     }
 
@@ -66,7 +79,7 @@ impl<M: Machine> Kernel<M> {
         mm: &Mm<M>,
         range: VirtRange,
         batch: &mut UnmapBatch<Self>,
-        frames: &mut Vec<PhysFrame>,
+        taken: &mut Vec<Taken>,
     ) {
         let vmas = mm.read(&self.machine, UnderMapLock::WaitsForNobody);
         let mut next = range.start();
@@ -83,7 +96,8 @@ impl<M: Machine> Kernel<M> {
             // stay.
             let Some(view) = (unsafe { mm.engine.space().find_table(self, address, Level::Pte) }) else {
                 let block = VirtRange::of_entry(Level::Pmd, address);
-                frames.extend(self.discard_block(mm, vma, block, batch));
+                let frame = self.discard_block(mm, vma, block, batch);
+                taken.extend(frame.map(|frame| Taken { frame, slot: None }));
                 next = block.end();
                 continue;
             };
@@ -96,7 +110,7 @@ impl<M: Machine> Kernel<M> {
             if meta.kind() != FrameKind::Page || meta.owner() != 0 || !meta.is_exclusive() {
                 continue;
             }
-            let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
+            let slot = self.swap.take();
             // In one step, so that a write in between is not lost.
             // SAFETY: the batch is told before the lock drops, and the page is freed after its
             // flush.
@@ -104,7 +118,7 @@ impl<M: Machine> Kernel<M> {
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.remove_mapping(frame);
             self.note_pending(mm, batch, VirtRange::of_entry(Level::Pte, address), Level::Pte);
-            frames.push(frame);
+            taken.push(Taken { frame, slot: Some(slot) });
         }
     }
 

@@ -4,6 +4,7 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
 use mmu_gather::pagetable::{Bounds, VirtRange};
+use x86_64::structures::paging::PageTableFlags;
 
 /// What a program may do in an area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,13 +51,27 @@ pub struct Area {
     /// Page of the file at the start of address space; page of an address is this plus the address
     /// in pages.
     pub file_base: u64,
+    /// What its entries say besides, as those of the last level do: how pages are cached (there,
+    /// bit 7 is the PAT bit), a protection key, bits that hardware does not look at.
+    pub attributes: PageTableFlags,
 }
 
 impl Area {
     /// An anonymous area a program may write.
     #[must_use]
     pub const fn anon() -> Self {
-        Self { kind: AreaKind::Anon, protection: Protection::Write, growth: Growth::Fixed, file_base: 0 }
+        Self {
+            kind: AreaKind::Anon,
+            protection: Protection::Write,
+            growth: Growth::Fixed,
+            file_base: 0,
+            attributes: PageTableFlags::empty(),
+        }
+    }
+
+    /// The same, but that programs may only read.
+    pub(crate) const fn read_only(self) -> Self {
+        Self { protection: Protection::Read, ..self }
     }
 
     /// The page of its file that `address` shows.

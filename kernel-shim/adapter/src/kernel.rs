@@ -3,10 +3,10 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mmu_gather::pagetable::VirtRange;
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, NonPresent, VirtRange};
 use mmu_gather::tlb::CtxId;
 use mmu_hosted::{
-    Backing, Boundaries, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
+    Backing, Boundaries, Guarding, HostedMachine, NotDone, Place, Promises, Rights, Supply, UserAccess,
     ViolationKind,
 };
 use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Vma};
@@ -84,7 +84,7 @@ impl mmu_hosted::Kernel for ShimKernel {
     }
 
     fn map(&self, mm: &Self::Mm, range: VirtRange, backing: Backing, rights: Rights) -> Result<(), NotDone> {
-        answer(self.kernel.mmap(mm, Vma { range, area: words::area(backing, rights) }))
+        answer(self.kernel.mmap(mm, Vma { range, area: words::area(range.start(), backing, rights) }))
     }
 
     fn fault(&self, mm: &Self::Mm, address: u64, access: UserAccess) -> Result<(), NotDone> {
@@ -182,6 +182,7 @@ impl mmu_hosted::Kernel for ShimKernel {
         let engines: Vec<_> = mms.iter().map(|mm| mm.engine()).collect();
         machine.compare_caches_with_slots(&self.kernel, &engines);
         compare_tables_with_frames(&self.kernel, mms);
+        machine.compare_contents(place_in_swap);
         if let Some(seen) = &self.seen {
             seen.lock().unwrap_or_else(PoisonError::into_inner).push(look(&self.kernel, mms));
         }
@@ -200,6 +201,14 @@ impl mmu_hosted::Kernel for ShimKernel {
             Misbehaviour::Absent => 0,
             Misbehaviour::FreeBeforeFlush => self.kernel.counters().snapshot().leaves,
         }
+    }
+}
+
+/// Where the page is that an entry names which maps none.
+fn place_in_swap(entry: u64) -> Option<Place> {
+    match EntryValue::from_bits(entry).decode(Level::Pte) {
+        Decoded::NonPresent(NonPresent::Swap { slot, .. }) => Some(Place::Swap { slot }),
+        _ => None,
     }
 }
 

@@ -71,8 +71,8 @@ pub(crate) fn find_wrong(
     leaf: &Leaf,
 ) -> Option<ViolationKind> {
     let Some(area) = area else { return Some(ViolationKind::EntryOutsideAreas) };
-    if has_stray_bits(leaf) {
-        return Some(ViolationKind::StrayBits);
+    if let Some(kind) = find_wrong_bits(area, leaf) {
+        return Some(kind);
     }
     if allows_too_much(area, leaf) {
         return Some(ViolationKind::MoreThanAreaAllows);
@@ -120,14 +120,22 @@ fn allows_too_much(area: Area, leaf: &Leaf) -> bool {
     }
 }
 
-/// How a page is cached, whether it is global, what it may not be used for, what is the kernel's
-/// own: this kernel asks for nothing of the kind, and no call may leave any of it behind.
-fn has_stray_bits(leaf: &Leaf) -> bool {
-    match leaf.size {
-        PageSize::Size4KiB => leaf.bits & !ADDRESS & !KNOWN.bits() != 0,
+/// How a page is cached, its protection key, whether it is global, what it may not be used for,
+/// what is the kernel's own: an entry says of these what its area does, whatever call has made it.
+fn find_wrong_bits(area: Area, leaf: &Leaf) -> Option<ViolationKind> {
+    let attributes = area.attributes.bits();
+    let (known, wanted) = match leaf.size {
+        PageSize::Size4KiB => (ADDRESS | KNOWN.bits(), attributes),
         PageSize::Size2MiB | PageSize::Size1GiB => {
             let known = KNOWN.union(PageTableFlags::HUGE_PAGE).bits();
-            leaf.bits & !ADDRESS & !known != 0 || leaf.bits & PAT_OF_A_LARGE_PAGE != 0
+            let size = PageTableFlags::HUGE_PAGE.bits();
+            let pat = if attributes & size != 0 { PAT_OF_A_LARGE_PAGE } else { 0 };
+            (ADDRESS & !PAT_OF_A_LARGE_PAGE | known, attributes & !size | pat)
         }
+    };
+    let besides = leaf.bits & !known;
+    if besides & !wanted != 0 {
+        return Some(ViolationKind::StrayBits);
     }
+    (besides != wanted).then_some(ViolationKind::BitsLost)
 }

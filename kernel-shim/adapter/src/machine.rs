@@ -10,7 +10,7 @@ use mmu_gather::tlb::{
 };
 use mmu_hosted::mmu::Fault;
 use mmu_hosted::{Bits, GiveWay, HostedMachine};
-use mmu_kernel_shim::{Machine, Moment, Note, Seam, UserAccess};
+use mmu_kernel_shim::{Machine, Moment, Note, Place, Seam, UserAccess};
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
@@ -145,6 +145,22 @@ unsafe impl Machine for Hosted {
 
     fn moment(&self) -> Moment {
         Moment(self.0.moment().0)
+    }
+
+    fn zero_frames(&self, first: PhysFrame, count: u64) {
+        self.0.zero_frames(first, count);
+    }
+
+    fn copy_frame(&self, from: PhysFrame, to: PhysFrame) {
+        self.0.copy_frame(from, to);
+    }
+
+    fn write_to_disk(&self, frame: PhysFrame, place: Place) {
+        self.0.write_to_disk(frame, words::place(place));
+    }
+
+    fn read_from_disk(&self, place: Place, frame: PhysFrame) {
+        self.0.read_from_disk(words::place(place), frame);
     }
 
     fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {

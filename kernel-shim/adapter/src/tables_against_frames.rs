@@ -38,7 +38,8 @@ struct MappedPage {
 struct Mapped {
     pages: FxHashMap<PhysFrame, MappedPage>,
     tables: FxHashSet<PhysFrame>,
-    swapped: i64,
+    /// By place in swap: the entries that name it.
+    swapped: FxHashMap<u64, u32>,
     guards: i64,
     wrong: Option<(ViolationKind, PhysFrame, u64)>,
 }
@@ -105,7 +106,10 @@ fn find_wrong_meanings(
     mapped: &Mapped,
 ) -> Option<(ViolationKind, PhysFrame, u64)> {
     let root = mms.first().map_or_else(|| kernel.init_root(), |mm| mm.root());
-    let agree = (mapped.swapped, mapped.guards) == (kernel.swap_slots(), kernel.guards());
+    let swapped: u32 = mapped.swapped.values().sum();
+    let agree = (i64::from(swapped), mapped.guards) == (kernel.swap_slots(), kernel.guards())
+        && mapped.swapped.len() as u64 == kernel.nr_swap_slots_in_use()
+        && mapped.swapped.iter().all(|(slot, entries)| kernel.entries_of_swap_slot(*slot) == *entries);
     (!agree).then_some((ViolationKind::MeaningsDisagree, root, 0))
 }
 
@@ -207,7 +211,9 @@ impl Walk<'_> {
     /// What hardware does not look at is the kernel's own.
     fn look_at_meaning(&mut self, table: PhysFrame, entry: u64, address: u64) {
         match EntryValue::from_bits(entry).decode(Pte) {
-            Decoded::NonPresent(NonPresent::Swap { .. }) => self.mapped.swapped += 1,
+            Decoded::NonPresent(NonPresent::Swap { slot, .. }) => {
+                *self.mapped.swapped.entry(slot).or_default() += 1;
+            }
             Decoded::NonPresent(NonPresent::Marker(Marker::Guard)) => self.mapped.guards += 1,
             _ => {}
         }

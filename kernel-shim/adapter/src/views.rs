@@ -1,8 +1,8 @@
 //! What programs can see of a sequence: areas, the pages that hold what they wrote, and guards.
 //!
 //! Steps run one after the other here, so that nothing but the steps decides what is seen.
-//! Programs' pages have no content in this model; a page that a program wrote to is told from one
-//! that reads as zeroes, or as its file, by whose it is.
+//! What is in a page is checked as programs read it. Here, a page that a program wrote to is told
+//! from one that reads as zeroes, or as its file, by whose it is.
 
 use std::sync::Arc;
 

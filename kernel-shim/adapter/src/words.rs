@@ -2,6 +2,7 @@
 
 use mmu_hosted as kit;
 use mmu_kernel_shim as shim;
+use x86_64::structures::paging::PageTableFlags;
 
 pub(crate) const fn seam(seam: shim::Seam) -> kit::Seam {
     match seam {
@@ -36,6 +37,41 @@ pub(crate) const fn note(note: shim::Note) -> kit::Note {
         shim::Note::Gather(event) => kit::Note::Gather(event),
         shim::Note::MapLocked { root, most } => kit::Note::MapLocked { root, most: under_map_lock(most) },
         shim::Note::MapUnlocked { root } => kit::Note::MapUnlocked { root },
+        shim::Note::Contents(change) => kit::Note::Contents(contents(change)),
+    }
+}
+
+const fn contents(change: shim::Contents) -> kit::Contents {
+    match change {
+        shim::Contents::Shown { root, range, shows } => {
+            kit::Contents::Shown { root, range, shows: shown(shows) }
+        }
+        shim::Contents::Gone { root, range } => kit::Contents::Gone { root, range },
+        shim::Contents::Discarding { root, range, began } => {
+            kit::Contents::Discarding { root, range, began: kit::Moment(began.0) }
+        }
+        shim::Contents::Discarded { root, range, began } => {
+            kit::Contents::Discarded { root, range, began: kit::Moment(began.0) }
+        }
+        shim::Contents::Moving { root, from, to } => kit::Contents::Moving { root, from, to },
+        shim::Contents::Moved { root, from, to } => kit::Contents::Moved { root, from, to },
+        shim::Contents::Forked { parent, child } => kit::Contents::Forked { parent, child },
+    }
+}
+
+const fn shown(shows: shim::Shows) -> kit::Shows {
+    match shows {
+        shim::Shows::Zeroes => kit::Shows::Zeroes,
+        shim::Shows::PrivateFile { file, first } => kit::Shows::PrivateFile { file, first },
+        shim::Shows::SharedFile { file, first } => kit::Shows::SharedFile { file, first },
+        shim::Shows::Anything => kit::Shows::Anything,
+    }
+}
+
+pub(crate) const fn place(place: shim::Place) -> kit::Place {
+    match place {
+        shim::Place::File { file, page } => kit::Place::File { file, page },
+        shim::Place::Swap { slot } => kit::Place::Swap { slot },
     }
 }
 
@@ -101,7 +137,9 @@ pub(crate) const fn supply(supply: kit::Supply) -> shim::Supply {
     }
 }
 
-pub(crate) const fn area(backing: kit::Backing, rights: kit::Rights) -> shim::Area {
+/// A new area at `start`. Where it lies decides what its entries say besides, so that sequences
+/// need no words for it.
+pub(crate) const fn area(start: u64, backing: kit::Backing, rights: kit::Rights) -> shim::Area {
     let kind = match backing {
         kit::Backing::Anon | kit::Backing::Huge | kit::Backing::Clean | kit::Backing::Stack => {
             shim::AreaKind::Anon
@@ -114,5 +152,24 @@ pub(crate) const fn area(backing: kit::Backing, rights: kit::Rights) -> shim::Ar
         kit::Backing::Stack => shim::Growth::Down,
         _ => shim::Growth::Fixed,
     };
-    shim::Area { kind, protection: protection(rights), growth, file_base: 0 }
+    shim::Area {
+        kind,
+        protection: protection(rights),
+        growth,
+        file_base: 0,
+        attributes: attributes_at(start),
+    }
+}
+
+/// In four areas of eight: one bit that decides how pages are cached, or a protection key and a bit
+/// that hardware does not look at.
+const fn attributes_at(start: u64) -> PageTableFlags {
+    match (start >> 12 ^ start >> 21 ^ start >> 30) & 0b111 {
+        1 => PageTableFlags::NO_CACHE,
+        // The PAT bit, in the last level.
+        3 => PageTableFlags::HUGE_PAGE,
+        5 => PageTableFlags::BIT_60.union(PageTableFlags::BIT_9),
+        6 => PageTableFlags::WRITE_THROUGH,
+        _ => PageTableFlags::empty(),
+    }
 }

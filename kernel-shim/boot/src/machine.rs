@@ -321,6 +321,7 @@ unsafe impl Machine for BareMachine {
             | Note::Protected { .. }
             | Note::Restricted { .. }
             | Note::Split { .. }
+            | Note::Contents(_)
             | Note::Tlb { .. }
             | Note::Gather(_)
             | Note::MapLocked { .. }

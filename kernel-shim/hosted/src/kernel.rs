@@ -215,6 +215,7 @@ pub trait Kernel: Send + Sync + 'static {
         let roots: Vec<PhysFrame> = mms.iter().map(|mm| self.root(mm)).collect();
         machine.compare_caches_with_tables(&roots);
         machine.compare_tables_with_frames(&roots);
+        machine.compare_contents(|_| None);
     }
 
     /// The corners that the kernel knows it has been to, besides those that the machine sees.

@@ -72,5 +72,6 @@ pub use sequence::{
     execute, generate, judge, shrink, with_cpus_going_off,
 };
 pub use vocabulary::{
-    Backing, Content, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,
+    Backing, Content, Contents, FrameRole, Guarding, Moment, Note, Place, Rights, Seam, Shows, Supply,
+    UnderMapLock, UserAccess,
 };

@@ -98,7 +98,7 @@ impl HostedMachine {
         let checked = match options.checking {
             Checking::On => {
                 let log = EventLog::new(options.telling);
-                Some(Checked { ledger: Ledger::new(options.nr_frames), log })
+                Some(Checked { ledger: Ledger::new(options.nr_frames), log, contents: OnceLock::new() })
             }
             Checking::Off => None,
         };

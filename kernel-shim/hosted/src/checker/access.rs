@@ -50,7 +50,8 @@ impl PhysicalMemory for WatchedMemory<'_> {
 }
 
 impl HostedMachine {
-    /// The program on this CPU uses an address. The frame it reaches, or the fault it takes.
+    /// The program on this CPU uses an address, or the kernel in its name (`copy_to_user`), with no
+    /// more rights. The frame it reaches, or the fault it takes.
     ///
     /// # Errors
     /// The fault; nothing was reached.
@@ -62,11 +63,11 @@ impl HostedMachine {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
         };
-        let result = match &mut *lock(&self.cpu().caches) {
+        let (root, result) = match &mut *lock(&self.cpu().caches) {
             Some(Caches { mmu, watch }) => {
                 let result = mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch);
                 log_fills(checked, self.current(), address, watch.take_fills(), Fill::Access);
-                result
+                (mmu.cr3().0, result)
             }
             None => return Ok(None),
         };
@@ -88,6 +89,7 @@ impl HostedMachine {
         if access == UserAccess::Write {
             checked.ledger.note_written(frame);
         }
+        self.check_content(checked, root, (address, frame), access);
         if checked.ledger.when_freed(frame).is_some() {
             let kind = if reached.source.was_cached() {
                 ViolationKind::PageReachableAfterFree

@@ -44,16 +44,21 @@ impl HostedMachine {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
         };
-        let result = {
+        let (root, result) = {
             let mut spaces = lock(&self.shared.0);
-            let Caches { mmu, watch } = &mut spaces.iter_mut().find(|shared| shared.ctx_id == ctx_id)?.caches;
-            mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch)
+            let shared = spaces.iter_mut().find(|shared| shared.ctx_id == ctx_id)?;
+            let Caches { mmu, watch } = &mut shared.caches;
+            let result = mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch);
+            (shared.root, result)
         };
         let reached = result.ok().map(|reached| PhysFrame::containing_address(reached.address));
         if access == UserAccess::Write
             && let Some(frame) = reached
         {
             checked.ledger.note_written(frame);
+        }
+        if let Some(frame) = reached {
+            self.check_content(checked, root, (address, frame), access);
         }
         let page = reached.filter(|frame| checked.ledger.when_freed(*frame).is_some());
         if let Some(frame) = memory.freed_table.get().or(page) {

@@ -51,8 +51,20 @@ pub enum ViolationKind {
     /// An entry maps for a program what is no page of a program: a table, a batch page, a frame
     /// that the machine does not have.
     NoPageMapped,
+    /// A program reads what a program of another address space has written.
+    ContentOfAnother,
+    /// A program reads what was in a frame when it was given out.
+    ContentLeft,
+    /// A program reads zeroes, or a page of a file, where it has written.
+    ContentLost,
+    /// A program reads what it has written before, or elsewhere.
+    ContentOfElsewhere,
     /// An entry has bits set that nobody has asked for.
     StrayBits,
+    /// An entry does not say what its area asks for, of how a page is cached, say.
+    BitsLost,
+    /// A page was used, and its entry does not say so any more.
+    AccessForgotten,
     /// A call that discards pages returned and has left one.
     PageLeftByDiscard,
     /// An address space has more or fewer tables than it counts.
@@ -133,8 +145,15 @@ impl ViolationKind {
             | Self::MoreThanAreaAllows
             | Self::WrongPageMapped
             | Self::NoPageMapped
-            | Self::StrayBits => {
+            | Self::StrayBits
+            | Self::BitsLost => {
                 "What page tables say is what areas say, or less: every entry is checked against the area it is in."
+            }
+            Self::ContentOfAnother | Self::ContentLeft | Self::ContentLost | Self::ContentOfElsewhere => {
+                "A program reads what it has written last, or what its area shows: a page is filled before it is mapped, and copied, moved or swapped as a whole."
+            }
+            Self::AccessForgotten => {
+                "A page keeps its accessed bit when its entry moves, is split, or changes its rights."
             }
             Self::SharedPageWritable | Self::OwnedThoughCached => {
                 "A page that others use, too, is copied before a program may write to it, and nobody else can still use it then."
@@ -221,7 +240,13 @@ impl fmt::Display for ViolationKind {
             }
             Self::WrongPageMapped => "an entry maps a page that its area does not show",
             Self::NoPageMapped => "an entry maps for a program what is no page of a program",
+            Self::ContentOfAnother => "a program reads what another has written",
+            Self::ContentLeft => "a program reads what was left in a page that it was given",
+            Self::ContentLost => "a program reads a page as if it had not written to it",
+            Self::ContentOfElsewhere => "a program reads what it has written before, or elsewhere",
+            Self::AccessForgotten => "a page was used, and its entry does not say so any more",
             Self::StrayBits => "an entry has bits set that nobody has asked for",
+            Self::BitsLost => "an entry has lost bits that its area asks for",
             Self::PageLeftByDiscard => "a call that discards has returned and has left a page",
             Self::TablesMiscounted => "an address space has more or fewer tables than it counts",
             Self::ReferencesDisagree => "a page has more or fewer references than users",

@@ -195,6 +195,11 @@ impl Ledger {
         Moment(self.holders.clock.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
+    /// The moment of what happens now.
+    pub(crate) fn now(&self) -> Moment {
+        Moment(self.holders.clock.load(Ordering::Relaxed))
+    }
+
     /// A program wrote to the frame.
     pub(crate) fn note_written(&self, frame: PhysFrame) {
         if let Some(written) = self.written.get(number(frame)) {

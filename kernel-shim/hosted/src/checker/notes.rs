@@ -29,12 +29,34 @@ impl HostedMachine {
         entry: Option<CachedEntry>,
     ) {
         checked.report(kind, || Violation {
+            because: None,
             kind,
             cpu,
             address,
             frame,
             freed: checked.ledger.when_freed(frame),
             entry,
+            story: checked.log.explaining(cpu, frame, address),
+        });
+    }
+
+    /// As [`report`](Self::report), of this CPU, with what explains it.
+    pub(crate) fn report_because(
+        &self,
+        checked: &Checked,
+        kind: ViolationKind,
+        (address, frame): (u64, PhysFrame),
+        because: Option<String>,
+    ) {
+        let cpu = self.current();
+        checked.report(kind, || Violation {
+            kind,
+            cpu,
+            address,
+            frame,
+            because,
+            freed: checked.ledger.when_freed(frame),
+            entry: None,
             story: checked.log.explaining(cpu, frame, address),
         });
     }
@@ -46,6 +68,7 @@ impl HostedMachine {
         match note {
             Note::Allocated(frame, role) => {
                 self.log(What::Allocated(frame, role));
+                self.note_given_out(frame, role);
                 if checked.ledger.is_cached(frame, role) {
                     self.reached.note(Boundary::ReusedWhileCached);
                 }
@@ -88,6 +111,7 @@ impl HostedMachine {
             }
             Note::Mapped { root, address, frame } => {
                 checked.ledger.note_mapped(frame);
+                self.note_newly_mapped(root, address);
                 self.log_detail(Detail::Mapped(root, address, frame));
             }
             Note::OwnedAlone { root, address, frame } => {
@@ -95,6 +119,7 @@ impl HostedMachine {
             }
             Note::Runs(laziness) => {
                 self.cpu().is_active.store(laziness == Laziness::Active, Ordering::Relaxed);
+                self.check_stale();
             }
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
@@ -124,6 +149,7 @@ impl HostedMachine {
             }
             Note::MapLocked { root, most } => self.map_locked(root, most),
             Note::MapUnlocked { root } => self.map_unlocked(root),
+            Note::Contents(change) => self.note_contents(checked, change),
         }
     }
 
@@ -211,8 +237,8 @@ impl HostedMachine {
         }
     }
 
-    /// This CPU enters user mode, or has loaded CR3: a stale entry that it can use from now on is a
-    /// violation.
+    /// This CPU enters user mode, or the kernel on it may use addresses of the program from now on,
+    /// or it has loaded CR3: a stale entry that it can use from now on is a violation.
     pub(crate) fn check_stale(&self) {
         let Some(checked) = &self.checked else { return };
         let here = self.current();
@@ -223,7 +249,7 @@ impl HostedMachine {
             return;
         }
         let pcid = mmu.cr3().1;
-        let user = self.is_in_user_mode(here);
+        let user = self.may_use_addresses(here);
         let usable = watch
             .stale()
             .filter(|(_, held)| held.tag == Tag::Global || held.tag == Tag::Pcid(pcid))

@@ -181,7 +181,9 @@ impl<K: Kernel> World<K> {
             if let Some(call) = call {
                 self.machine.mark(What::Called(call));
             }
+            self.copy_for_program(cpu);
             self.take(cpu, step.op);
+            self.copy_for_program(cpu);
             if let Some(call) = call {
                 self.machine.mark(What::Returned(call));
             }
@@ -197,6 +199,30 @@ impl<K: Kernel> World<K> {
         }
     }
 
+    /// Now and then the kernel copies something from or to its program as it enters or leaves a
+    /// system call: it uses what the CPU has cached of the program's addresses, and was not in user
+    /// mode in between.
+    fn copy_for_program(&self, cpu: CpuId) {
+        let machine = &self.machine;
+        if !machine.may_use_addresses(cpu) || !machine.choices().one_in(8) {
+            return;
+        }
+        let access = if machine.choices().one_in(2) { UserAccess::Read } else { self.access_at_any_time() };
+        // What faults is not tried again: the call that it belongs to is made up.
+        let _ = machine.user_access(machine.hot_address(), access);
+    }
+
+    /// How programs use addresses that no step names.
+    ///
+    /// Where nothing but the steps may decide, none but theirs writes: what is clean decides what
+    /// reclaim takes.
+    const fn access_at_any_time(&self) -> UserAccess {
+        match self.pace {
+            Pace::Overlapping => UserAccess::Write,
+            Pace::OneAtATime => UserAccess::Read,
+        }
+    }
+
     /// A CPU that has nothing to do runs its program, if it has one, until it is chosen again.
     fn run_program(&self, cpu: CpuId) {
         let machine = &self.machine;
@@ -207,12 +233,7 @@ impl<K: Kernel> World<K> {
         if runs {
             machine.enter_user_mode();
             if machine.choices().one_in(8) {
-                // Where nothing but the steps may decide, none but theirs writes: what is clean
-                // decides what reclaim takes.
-                let access = match self.pace {
-                    Pace::Overlapping => UserAccess::Write,
-                    Pace::OneAtATime => UserAccess::Read,
-                };
+                let access = self.access_at_any_time();
                 // What faults is tried again another time.
                 let _ = machine.user_access(machine.hot_address(), access);
             }
