@@ -253,7 +253,7 @@ pub enum Note {
         root: PhysFrame,
     },
     /// What programs are to read changes. The first of these makes the checker look at what they
-    /// read, on machines of up to 256 MiB.
+    /// read, on machines of up to 4 GiB.
     Contents(Contents),
 }
 

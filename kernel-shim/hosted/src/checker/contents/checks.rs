@@ -22,9 +22,9 @@ pub(crate) struct Kept {
     truth: Truth,
 }
 
-/// A machine with more memory is not checked: words take sixteen bytes a frame, and what has so
-/// many pages is measured, not searched for bugs. Sequences run on a machine of 24,576 frames.
-const MOST_FRAMES: u64 = 1 << 16;
+/// A machine with more memory, 4 GiB, is not checked: words take sixteen bytes a frame, and what has
+/// so many pages is measured, not searched for bugs. Sequences run on a machine of 24,576 frames.
+const MOST_FRAMES: u64 = 1 << 20;
 
 /// The bit that hardware sets in an entry that was used.
 const ACCESSED: u64 = 1 << 5;

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! A kernel that says nothing of its areas ([`Contents`](crate::Contents)) is not checked, nor is a
-//! machine of more than 256 MiB.
+//! machine of more than 4 GiB.
 
 mod checks;
 mod truth;

@@ -1,6 +1,7 @@
 //! Words, each of which stands for all that is in half a page.
 
 use core::fmt;
+use core::ops::Range;
 
 use rustc_hash::FxHashMap;
 use x86_64::PhysAddr;
@@ -65,6 +66,16 @@ impl Word {
 
 type Halves = [Word; 2];
 
+/// What is in 512 frames, where large pages may lie. Most of a machine's memory is never used, and
+/// large pages are mostly filled as a whole.
+#[derive(Clone, Debug)]
+enum Chunk {
+    Zeroes,
+    /// They were given out, and nobody has filled any of them.
+    Left,
+    Each(Box<[Halves; CHUNK]>),
+}
+
 /// What a program has written, and where.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Writer {
@@ -75,8 +86,8 @@ pub(crate) struct Writer {
 /// The words of all frames, and of the disk.
 #[derive(Debug)]
 pub(crate) struct Words {
-    /// By number, 512 at a time: most of a machine's memory is never used, and holds zeroes.
-    frames: Vec<Option<Box<[Halves; CHUNK]>>>,
+    /// By number, 512 at a time.
+    frames: Vec<Chunk>,
     disk: FxHashMap<Place, Halves>,
     writers: Vec<Writer>,
     nr_accesses: u64,
@@ -85,7 +96,7 @@ pub(crate) struct Words {
 impl Words {
     pub(crate) fn new(nr_frames: u64) -> Self {
         Self {
-            frames: vec![None; index(nr_frames).div_ceil(CHUNK)],
+            frames: vec![Chunk::Zeroes; index(nr_frames).div_ceil(CHUNK)],
             disk: FxHashMap::default(),
             writers: Vec::new(),
             nr_accesses: 0,
@@ -105,7 +116,12 @@ impl Words {
     /// A frame was given out. It holds what its last owner has left, and a frame of zeroes or a
     /// table something that nobody may take for his own.
     pub(crate) fn given_out(&mut self, frame: PhysFrame, role: FrameRole) {
-        for number in frames_of(frame, role) {
+        let numbers = frames_of(frame, role);
+        if let Some(chunk @ Chunk::Zeroes) = self.whole_chunk(&numbers) {
+            *chunk = Chunk::Left;
+            return;
+        }
+        for number in numbers {
             let Some(halves) = self.place_of(number) else { continue };
             for word in halves {
                 if *word == Word::ZEROES || role == FrameRole::Table {
@@ -134,9 +150,16 @@ impl Words {
     }
 
     pub(crate) fn zero(&mut self, first: PhysFrame, count: u64) {
-        let first = number(first);
-        for number in first..first + index(count) {
-            self.set(number, Halves::default());
+        let mut next = number(first);
+        let end = next + index(count);
+        while next < end {
+            if let Some(chunk) = self.whole_chunk(&(next..end.min(next + CHUNK))) {
+                *chunk = Chunk::Zeroes;
+                next += CHUNK;
+            } else {
+                self.set(next, Halves::default());
+                next += 1;
+            }
         }
     }
 
@@ -187,13 +210,32 @@ impl Words {
 
     fn halves_of(&self, frame: PhysFrame) -> Halves {
         let number = number(frame);
-        let chunk = self.frames.get(number / CHUNK).and_then(Option::as_ref);
-        chunk.map_or_else(Halves::default, |chunk| chunk[number % CHUNK])
+        match self.frames.get(number / CHUNK) {
+            Some(Chunk::Each(each)) => each[number % CHUNK],
+            Some(Chunk::Left) => [Word::left_in(number); 2],
+            Some(Chunk::Zeroes) | None => Halves::default(),
+        }
     }
 
     fn place_of(&mut self, number: usize) -> Option<&mut Halves> {
         let chunk = self.frames.get_mut(number / CHUNK)?;
-        Some(&mut chunk.get_or_insert_with(|| Box::new([Halves::default(); CHUNK]))[number % CHUNK])
+        let first = number - number % CHUNK;
+        let each: [Halves; CHUNK] = match chunk {
+            Chunk::Each(each) => return Some(&mut each[number % CHUNK]),
+            Chunk::Zeroes => [Halves::default(); CHUNK],
+            Chunk::Left => core::array::from_fn(|inside| [Word::left_in(first + inside); 2]),
+        };
+        *chunk = Chunk::Each(Box::new(each));
+        match chunk {
+            Chunk::Each(each) => Some(&mut each[number % CHUNK]),
+            Chunk::Zeroes | Chunk::Left => None,
+        }
+    }
+
+    /// The chunk that is made of the frames with these numbers, if they are a whole one.
+    fn whole_chunk(&mut self, numbers: &Range<usize>) -> Option<&mut Chunk> {
+        let is_whole = numbers.len() == CHUNK && numbers.start.is_multiple_of(CHUNK);
+        self.frames.get_mut(numbers.start / CHUNK).filter(|_| is_whole)
     }
 
     fn halves_on_disk(&self, place: Place) -> Halves {
