@@ -35,13 +35,17 @@ impl World {
         mm
     }
 
-    /// A program uses a page; the frame that it finds there.
-    fn uses(&self, mm: &Arc<HostedMm>, page: u64, access: UserAccess) -> PhysFrame {
+    /// A program uses half of a page, once.
+    fn uses(&self, mm: &Arc<HostedMm>, page: u64, access: UserAccess) {
         self.kernel.switch_to(Some(mm));
         let address = START + page * 4096;
         let fault = || self.kernel.fault(mm, address, access);
         self.machine.touch(address, access, fault).expect("the area allows it");
-        let found = self.machine.user_access(address, access).expect("it is mapped");
+    }
+
+    /// The frame that a program finds at a page, which it reads.
+    fn frame_at(&self, page: u64) -> PhysFrame {
+        let found = self.machine.user_access(START + page * 4096, UserAccess::Read).expect("it is mapped");
         found.expect("the machine is checked")
     }
 
@@ -57,7 +61,7 @@ impl World {
         for _ in 0..OFTEN {
             self.uses(mm, page, UserAccess::Write);
         }
-        self.uses(mm, page, UserAccess::Write)
+        self.frame_at(page)
     }
 
     fn told(&self) -> Vec<ViolationKind> {
@@ -89,9 +93,10 @@ fn a_page_reads_as_it_was_written_when_it_was_swapped_moved_protected_and_forked
         |world, mm| {
             let child = world.kernel.fork(mm).expect("it has frames");
             world.reads(&child, 0);
-            world.writes(&child, 0);
-            world.writes(&child, 1);
-            world.reads(&child, 1).reads(mm, 1);
+            for page in 0..NR_PAGES {
+                world.uses(&child, page, UserAccess::Write);
+                world.reads(&child, page).reads(mm, page);
+            }
         },
     ];
     for (number, change) in changes.into_iter().enumerate() {
@@ -101,10 +106,12 @@ fn a_page_reads_as_it_was_written_when_it_was_swapped_moved_protected_and_forked
             world.writes(&mm, 0);
             world.writes(&mm, 1);
             change(&world, &mm);
-            world.reads(&mm, 0).reads(&mm, 1).reads(&mm, 2);
-            // One half keeps what it was when the other is written to.
-            world.uses(&mm, 0, UserAccess::Write);
-            world.reads(&mm, 0);
+            for page in 0..NR_PAGES {
+                world.reads(&mm, page);
+                // One half keeps what it was when the other is written to.
+                world.uses(&mm, page, UserAccess::Write);
+                world.reads(&mm, page);
+            }
             assert_eq!(world.told(), [], "change {number}, {backing}");
         }
     }
@@ -146,7 +153,8 @@ fn a_page_that_nobody_has_filled_is_told() {
     let world = World::new();
     let mm = world.mm(Backing::Anon);
     // It holds a table, or nothing yet; in any case it was not filled.
-    let page = world.uses(&mm, 0, UserAccess::Write);
+    world.uses(&mm, 0, UserAccess::Write);
+    let page = world.frame_at(0);
     let unfilled = page + 1;
     world.machine.allocated(unfilled, mmu_hosted::FrameRole::Page);
     world.machine.copy_frame(unfilled, page);
