@@ -52,6 +52,7 @@ impl<M: Machine> Kernel<M> {
         *child.write(&self.machine, UnderMapLock::WaitsForNobody) = copied.clone();
         // SAFETY: the parent's map lock is held for writing until the gather has flushed.
         let mut gather = unsafe { MmuGather::new(self, &parent.engine) }.with_limits(&self.config.limits);
+        self.machine.note(Note::Areas(copied.iter().count()));
         let result = copied.iter().try_for_each(|vma| self.copy_area(&mut gather, parent, &child, vma));
         // The child does not run yet: no page that both have is written to before every CPU has
         // flushed.

@@ -256,6 +256,7 @@ impl<M: Machine> Kernel<M> {
         if detached.is_empty() {
             return Ok(());
         }
+        self.machine.note(Note::Areas(detached.len()));
         let bounds = vmas.bounds_around(range);
         let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let limits = &self.config.limits;
@@ -308,6 +309,7 @@ impl<M: Machine> Kernel<M> {
         let mut vmas = mm.write(&self.machine, UnderMapLock::FreesEarly);
         let all = mm.engine.space().user_range();
         let detached = vmas.detach(all);
+        self.machine.note(Note::Areas(detached.len()));
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: the map lock is held for writing; no program runs here and none can come back.
         let flushed = unsafe { exit_mmap(self, &mm.engine, &self.config.limits, going, || {}) };

@@ -182,8 +182,10 @@ impl<M: Machine> Pages for Kernel<M> {
             return self.free_before_flush(area, leaf);
         }
         let disposition = self.embedder.unmap_page(area, leaf);
-        if disposition == Disposition::Free {
-            self.note_unmapping(leaf);
+        match disposition {
+            Disposition::Free => self.note_unmapping(leaf),
+            Disposition::FreeAfterRmap => self.machine.note(Note::RmapDelayed),
+            Disposition::Keep => {}
         }
         disposition
     }
@@ -194,7 +196,9 @@ impl<M: Machine> Pages for Kernel<M> {
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        if self.batch_supply.grants() { self.embedder.allocate_batch() } else { None }
+        let page = if self.batch_supply.grants() { self.embedder.allocate_batch() } else { None };
+        self.machine.note(if page.is_some() { Note::BatchTaken } else { Note::BatchRefused });
+        page
     }
 
     fn free_batch(&self, page: BatchPage) {

@@ -26,6 +26,8 @@ impl<M: Machine> Kernel<M> {
         vmas.update(range, |area| area.protection = protection);
         // SAFETY: the map lock is held for writing until the gather is finished.
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+        let parts = vmas.iter().filter(|vma| vma.range.intersect(range).is_some());
+        self.machine.note(Note::Areas(parts.count()));
         for vma in vmas.iter() {
             if let Some(part) = vma.range.intersect(range) {
                 let area = vma.area;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CtxId;
 use mmu_hosted::{
-    Backing, Boundaries, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
+    Backing, Boundaries, CostPromise, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
     ViolationKind,
 };
 use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Vma};
@@ -24,6 +24,7 @@ use crate::words;
 pub struct ShimKernel {
     pub(crate) kernel: HostedKernel,
     promises: Promises,
+    cost: CostPromise,
     /// What gathers get, whatever the sequence says.
     supply: Option<Supply>,
     /// Where what programs can see is noted.
@@ -36,14 +37,21 @@ impl ShimKernel {
     /// # Errors
     /// If the machine has no frame for the kernel's root table.
     pub fn boot(machine: &Arc<HostedMachine>, config: Config) -> io::Result<Self> {
+        let cost = CostPromise { limits: config.limits, flush_ceiling: config.flush_ceiling };
         let kernel = Kernel::boot(Hosted::from(Arc::clone(machine)), config).map_err(io::Error::other)?;
-        Ok(Self { kernel, promises: Promises::ByTheKernel, supply: None, seen: None })
+        Ok(Self { kernel, promises: Promises::ByTheKernel, cost, supply: None, seen: None })
     }
 
     /// The runner says what calls have promised, besides the kernel.
     #[must_use]
     pub fn with_promises_by_the_runner(self) -> Self {
         Self { promises: Promises::ByTheRunner, ..self }
+    }
+
+    /// It promises this of its costs, however it was booted.
+    #[must_use]
+    pub fn with_promised_cost(self, cost: CostPromise) -> Self {
+        Self { cost, ..self }
     }
 
     /// Gathers get batch pages as `supply` says, and not as the sequence does; what programs can
@@ -108,6 +116,10 @@ impl mmu_hosted::Kernel for ShimKernel {
 
     fn promises(&self) -> Promises {
         self.promises
+    }
+
+    fn promises_cost(&self) -> Option<CostPromise> {
+        Some(self.cost)
     }
 
     fn ctx_id(&self, mm: &Self::Mm) -> Option<CtxId> {

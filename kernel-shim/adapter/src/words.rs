@@ -35,6 +35,10 @@ pub(crate) const fn note(note: shim::Note) -> kit::Note {
         shim::Note::Tlb { event, slot } => kit::Note::Tlb { event, slot },
         shim::Note::Gather(event) => kit::Note::Gather(event),
         shim::Note::MapLocked { root, most } => kit::Note::MapLocked { root, most: under_map_lock(most) },
+        shim::Note::BatchTaken => kit::Note::BatchTaken,
+        shim::Note::BatchRefused => kit::Note::BatchRefused,
+        shim::Note::RmapDelayed => kit::Note::RmapDelayed,
+        shim::Note::Areas(areas) => kit::Note::Areas(areas),
         shim::Note::MapUnlocked { root } => kit::Note::MapUnlocked { root },
     }
 }

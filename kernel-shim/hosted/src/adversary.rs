@@ -19,6 +19,7 @@ impl HostedMachine {
         schedule::progress();
         let choice = self.choices.bits();
         let here = self.cpu();
+        here.seams.store(here.seams.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         // A CPU without a coroutine answers requests on that of another CPU. It must not give way
         // here: it would come back as the other one.
         let has_turns = here.has_turns.load(Ordering::Relaxed);

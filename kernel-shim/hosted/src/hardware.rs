@@ -146,6 +146,7 @@ impl HostedMachine {
             if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
                 self.reached.note(Boundary::HeldOff);
             }
+            self.judge_interrupt(target);
             cpu.was_sent.store(true, Ordering::Relaxed);
             cpu.is_interrupted.store(true, Ordering::Release);
             // A kernel that says whom it asks has said so.
@@ -206,6 +207,7 @@ impl HostedMachine {
         self.cpu().was_sent.store(false, Ordering::Relaxed);
         let answered = 1 << self.current().number();
         self.cpus[initiator.index()].awaits.fetch_and(!answered, Ordering::Relaxed);
+        self.cost_of_answer(initiator);
         let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
         self.log(if is_lost { What::Lost(initiator) } else { What::Answered(initiator) });
     }
@@ -234,6 +236,7 @@ impl HostedMachine {
             self.log(What::Skipped(Some(address)));
             return;
         }
+        self.count_invlpg(address);
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             mmu.invlpg(LinearAddress::new(address), watch);
         }
@@ -246,8 +249,10 @@ impl HostedMachine {
     /// Where the instruction would trap: with PCIDs off, if `pcid` is not 0 or `cached` is `Keep`.
     pub fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         let keep = cached == CachedTranslations::Keep;
+        self.cost_of_load_begins();
         // Between the decision what to keep and the load.
         self.cross_between_steps();
+        self.judge_cr3(root, pcid.value(), cached);
         let mut is_switch = false;
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             is_switch = mmu.cr3().0 != root;
@@ -300,6 +305,7 @@ impl HostedMachine {
 
     /// Whether PCIDs are on.
     pub fn pcid_support(&self) -> PcidSupport {
+        self.cost_of_load_begins();
         // A switch asks after it has announced itself and read the generation.
         self.cross_between_steps();
         self.options.pcid
@@ -343,6 +349,7 @@ impl HostedMachine {
     pub unsafe fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {
         if self.checked.is_some() {
             self.cross(Seam::Lock);
+            self.cost_of_take(frame);
             self.ask_for_lock(frame, lock);
         }
     }

@@ -8,6 +8,7 @@ use mmu_gather::tlb::{CpuId, CtxId};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundaries;
+use crate::checker::cost::state::CostPromise;
 use crate::machine::HostedMachine;
 use crate::vocabulary::{Backing, Guarding, Rights, Supply, UserAccess};
 
@@ -94,6 +95,15 @@ pub trait Kernel: Send + Sync + 'static {
     /// Who says what a call has promised. The answer never changes.
     fn promises(&self) -> Promises {
         Promises::ByTheRunner
+    }
+
+    /// What the kernel promises of its costs: that no call does more than its size explains. Nothing,
+    /// unless it says so. The answer never changes.
+    ///
+    /// A kernel that promises has a [`ctx_id`](Self::ctx_id) and tells the notes that the bounds are
+    /// made of: see the README.
+    fn promises_cost(&self) -> Option<CostPromise> {
+        None
     }
 
     /// The name by which the engine knows the address space, for the device and for timelines.

@@ -54,6 +54,7 @@ mod trap;
 mod vocabulary;
 
 pub use boundary::{Boundaries, Boundary};
+pub use checker::cost::state::CostPromise;
 pub use checker::events::{Call, Detail, Event, Fill, Kept, What};
 pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};

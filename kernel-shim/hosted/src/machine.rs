@@ -10,6 +10,7 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::{Boundaries, PcidOwners, Reached};
 use crate::checker::checked::{Caches, Checked};
+use crate::checker::cost::state::Cost;
 use crate::checker::events::{Detail, Event, EventLog, What};
 use crate::checker::kind::ViolationKind;
 use crate::checker::ledger::Ledger;
@@ -49,6 +50,8 @@ pub struct HostedMachine {
     pub(crate) calm: u64,
     /// The kernel's handler of the flush interrupt.
     flush_handler: OnceLock<FlushHandler>,
+    /// What the kernel has promised of its costs, and what is remembered of them.
+    pub(crate) cost: OnceLock<Cost>,
     /// What CPU 0 had in CR3 when the kernel had booted: the kernel's own root.
     kernel_root: OnceLock<PhysFrame>,
 }
@@ -80,6 +83,8 @@ pub(crate) struct VirtualCpu {
     pub(crate) table_locks: TableLocks,
     pub(crate) map_locks: MapLocks,
     pub(crate) work: WorkDone,
+    /// Seams that it has crossed.
+    pub(crate) seams: AtomicU64,
     /// At which seam from here it stays away for long; 0 for none.
     pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
@@ -130,6 +135,7 @@ impl HostedMachine {
                 table_locks: TableLocks::default(),
                 map_locks: MapLocks::default(),
                 work: WorkDone::default(),
+                seams: AtomicU64::new(0),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
                 is_off: AtomicBool::new(false),
@@ -153,6 +159,7 @@ impl HostedMachine {
             // ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
             flush_handler: OnceLock::new(),
+            cost: OnceLock::new(),
             kernel_root: OnceLock::new(),
         })
     }

@@ -247,6 +247,15 @@ pub enum Note {
         /// again.
         most: UnderMapLock,
     },
+    /// The kernel has given a gather a batch page.
+    BatchTaken,
+    /// The kernel had no batch page to give.
+    BatchRefused,
+    /// The kernel removes the reverse mapping of a page that was cleared after a flush, before the
+    /// lock of its table is dropped.
+    RmapDelayed,
+    /// The call that this CPU makes works on so many areas.
+    Areas(usize),
     /// This CPU is about to drop the map lock.
     MapUnlocked {
         /// The root table.

@@ -90,6 +90,24 @@ pub enum ViolationKind {
     WriteLost,
     /// A program can write to a page of a file, unseen, that nothing maps any more.
     WritableThoughUnmapped,
+    /// A call flushed everything, or a CPU did, and pages were enough.
+    WholeFlushForPages,
+    /// A flush was asked for, or made, and nothing had changed since the last.
+    FlushedInVain,
+    /// More pages were invalidated than had changed.
+    TooManyPagesFlushed,
+    /// A call flushed more often than its size explains.
+    TooManyFlushes,
+    /// A CPU was interrupted that need not have been.
+    AskedInVain,
+    /// A switch gave up what was cached, and could have kept it.
+    PcidNotKept,
+    /// A call took more batch pages than its size explains.
+    TooManyBatchPages,
+    /// A call took the lock of a table more often than its size explains.
+    TooManyLocks,
+    /// A CPU did more under a map lock than its call explains.
+    TooMuchUnderMapLock,
 }
 
 impl ViolationKind {
@@ -179,6 +197,17 @@ impl ViolationKind {
             Self::WritableThoughUnmapped => {
                 "Rule G3: a dirty page of a file is flushed for before its table's lock is dropped."
             }
+            Self::WholeFlushForPages
+            | Self::FlushedInVain
+            | Self::TooManyPagesFlushed
+            | Self::TooManyFlushes
+            | Self::AskedInVain
+            | Self::PcidNotKept
+            | Self::TooManyBatchPages
+            | Self::TooManyLocks
+            | Self::TooMuchUnderMapLock => {
+                "What a call costs is explained by its size, or by what else goes on: the kernel has promised it (`Kernel::promises_cost`)."
+            }
         }
     }
 }
@@ -250,6 +279,15 @@ impl fmt::Display for ViolationKind {
             Self::WritableThoughUnmapped => {
                 "a program can write to a page of a file that nothing maps any more"
             }
+            Self::WholeFlushForPages => "a whole address space was flushed where pages were enough",
+            Self::FlushedInVain => "a flush was made for which nothing had changed",
+            Self::TooManyPagesFlushed => "more pages were invalidated than had changed",
+            Self::TooManyFlushes => "a call flushed more often than its size explains",
+            Self::AskedInVain => "a CPU was interrupted that need not have been",
+            Self::PcidNotKept => "a switch gave up what was cached, and could have kept it",
+            Self::TooManyBatchPages => "a call took more batch pages than its size explains",
+            Self::TooManyLocks => "a call took the lock of a table more often than its size explains",
+            Self::TooMuchUnderMapLock => "a CPU did more under a map lock than its call explains",
         })
     }
 }

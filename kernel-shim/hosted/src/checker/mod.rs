@@ -9,6 +9,7 @@
 //!                           which locks are held                         table_locks, map_locks
 //!                           how much was done since a preemption point   preemption
 //!        at every return    what the call has promised                   promises
+//!        at every call      whether its size explains what it costs      cost
 //!        when a page changes hands            pages
 //!        at sync points     caches against page tables                   caches_against_tables
 //!                           page tables against frames                   at_rest
@@ -22,6 +23,7 @@
 //! | `ledger::CpuWatch` | one CPU's caches: what there names a free frame (*stale*) |
 //! | `per_cpu` | one CPU: locks it holds, work since its last preemption point |
 //! | `events::EventLog` | the machine: the last events, or all |
+//! | `cost::state::Cost` | a machine whose kernel promises bounds: its calls, address spaces, PCIDs |
 //! | `checked::Checked` | one machine: its ledger and its log |
 //!
 //! To *check* is to look for one kind of violation and report it; the functions that do are methods
@@ -33,6 +35,7 @@ pub(crate) mod access;
 mod at_rest;
 mod caches_against_tables;
 pub(crate) mod checked;
+pub(crate) mod cost;
 mod device;
 pub(crate) mod events;
 pub(crate) mod kind;

@@ -35,6 +35,7 @@ impl HostedMachine {
             frame,
             freed: checked.ledger.when_freed(frame),
             entry,
+            words: None,
             story: checked.log.explaining(cpu, frame, address),
         });
     }
@@ -43,6 +44,7 @@ impl HostedMachine {
         if matches!(note, Note::Unmapped { .. } | Note::Discarded { .. } | Note::Protected { .. }) {
             self.note_last_flush();
         }
+        self.note_cost(checked, note);
         match note {
             Note::Allocated(frame, role) => {
                 self.log(What::Allocated(frame, role));
@@ -124,6 +126,7 @@ impl HostedMachine {
             }
             Note::MapLocked { root, most } => self.map_locked(root, most),
             Note::MapUnlocked { root } => self.map_unlocked(root),
+            Note::BatchTaken | Note::BatchRefused | Note::RmapDelayed | Note::Areas(_) => {}
         }
     }
 

@@ -25,6 +25,8 @@ pub struct Violation {
     pub freed: Option<(u64, CpuId)>,
     /// The cached entry that reaches it, if it is still known.
     pub entry: Option<CachedEntry>,
+    /// What happened, where that is more than an address and a frame.
+    pub words: Option<Box<str>>,
     /// The last events that matter.
     pub story: Vec<Event>,
 }
@@ -52,6 +54,10 @@ pub struct Found {
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "violation: {}", self.kind)?;
+        if let Some(words) = &self.words {
+            writeln!(f, "  {}: {words}", self.cpu)?;
+            return self.story.iter().try_for_each(|event| writeln!(f, "    {event}"));
+        }
         writeln!(f, "  {} address {:#x} frame {:#x}", self.cpu, self.address, self.frame.start_address())?;
         match self.freed {
             Some((event, cpu)) => writeln!(f, "  freed at event {event} by {cpu}")?,
@@ -87,7 +93,16 @@ mod tests {
 
     fn violation(kind: ViolationKind) -> Violation {
         let frame = PhysFrame::containing_address(PhysAddr::new(0x6000));
-        Violation { kind, cpu: CpuId::new(1), address: 0, frame, freed: None, entry: None, story: Vec::new() }
+        Violation {
+            kind,
+            cpu: CpuId::new(1),
+            address: 0,
+            frame,
+            freed: None,
+            entry: None,
+            words: None,
+            story: Vec::new(),
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::{CpuId, Laziness};
 use x86_64::structures::paging::PhysFrame;
 
+use crate::checker::cost::CallKind;
 use crate::kernel::{Kernel, NotDone, Promises};
 use crate::mutex::lock;
 use crate::schedule;
@@ -33,6 +34,7 @@ impl<K: Kernel> World<K> {
         let result = match op {
             Op::Map(mm, range, backing, rights) => self.map(cpu, (mm, range), backing, rights),
             Op::Unmap(mm, range) => self.promising(
+                CallKind::Unmap,
                 (cpu, mm, range, Effect::Changes),
                 |mm| kernel.unmap(mm, range),
                 |root, caller| Some(Note::Unmapped { root, range, caller }),
@@ -40,12 +42,14 @@ impl<K: Kernel> World<K> {
             Op::Discard(mm, range) => {
                 let since = self.machine.moment();
                 self.promising(
+                    CallKind::Discard,
                     (cpu, mm, range, Effect::LeavesPromises),
                     |mm| kernel.discard(mm, range),
                     |root, caller| Some(Note::Discarded { root, range, since, caller }),
                 )
             }
             Op::Guard(mm, range, guarding) => self.promising(
+                CallKind::Guard,
                 (cpu, mm, range, Effect::Changes),
                 |mm| kernel.guard(mm, range, guarding),
                 |root, caller| match guarding {
@@ -54,6 +58,7 @@ impl<K: Kernel> World<K> {
                 },
             ),
             Op::Protect(mm, range, rights) => self.promising(
+                CallKind::Protect,
                 (cpu, mm, range, Effect::Changes),
                 |mm| kernel.protect(mm, range, rights),
                 |root, caller| Some(Note::Protected { root, range, most: rights, caller }),
@@ -62,20 +67,20 @@ impl<K: Kernel> World<K> {
                 let target = to.checked_add(range.len_bytes()).and_then(|end| VirtRange::new(to, end).ok());
                 target.map_or(Err(NotDone::Refused), |target| {
                     // What another call has promised of the target does not hold any more.
-                    self.using(mm, |process| {
+                    self.using((CallKind::Remap, range), mm, |process| {
                         let moves = || self.remap(cpu, mm, range, target);
                         process.running.call(target, Effect::Changes, moves).0
                     })
                 })
             }
-            Op::MoveStack(mm, range, pages) => self.using(mm, |process| {
+            Op::MoveStack(mm, range, pages) => self.using((CallKind::MoveStack, USER_SPACE), mm, |process| {
                 let call = || kernel.move_stack(&process.mm, range.start(), pages);
                 process.running.call(USER_SPACE, Effect::Changes, call).0
             }),
             Op::Fork(parent, child) => self.fork(cpu, parent, child),
             Op::Exit(mm) => kernel.new_mm().map(|new| self.replace(cpu, mm, LiveMm::new(new, false))),
-            Op::Reclaim(first, second, range) => self.using(first, |first| {
-                self.using(second, |second| {
+            Op::Reclaim(first, second, range) => self.using((CallKind::Reclaim, range), first, |first| {
+                self.using((CallKind::Reclaim, range), second, |second| {
                     let call = || kernel.reclaim([(&first.mm, range), (&second.mm, range)]);
                     let calls = || second.running.call(range, Effect::Changes, call).0;
                     first.running.call(range, Effect::Changes, calls).0
@@ -100,7 +105,9 @@ impl<K: Kernel> World<K> {
             Op::Offline => self.stop(cpu),
             Op::Online if self.machine.is_off(cpu) => {
                 self.machine.switch_on();
+                self.machine.cost_of_start_begins();
                 kernel.start_cpu();
+                self.machine.cost_of_switch_ends(Laziness::Active);
                 Ok(())
             }
             Op::Online => Err(NotDone::Refused),
@@ -123,11 +130,27 @@ impl<K: Kernel> World<K> {
     }
 
     /// Lets `call` work on an address space, which does not exit meanwhile.
-    fn using<R>(&self, mm: MmId, call: impl FnOnce(&LiveMm<K::Mm>) -> R) -> R {
+    fn using<R>(
+        &self,
+        (kind, range): (CallKind, VirtRange),
+        mm: MmId,
+        call: impl FnOnce(&LiveMm<K::Mm>) -> R,
+    ) -> R {
         let process = self.process(mm);
         process.users.fetch_add(1, Ordering::Relaxed);
-        let result = call(&process);
+        let result = self.counted(kind, &process.mm, range, || call(&process));
         process.users.fetch_sub(1, Ordering::Relaxed);
+        result
+    }
+
+    /// Makes a call whose costs are judged.
+    fn counted<R>(&self, kind: CallKind, mm: &K::Mm, range: VirtRange, call: impl FnOnce() -> R) -> R {
+        let Some(ctx_id) = self.kernel.ctx_id(mm).filter(|_| self.machine.cost().is_some()) else {
+            return call();
+        };
+        self.machine.cost_of_call_begins(kind, ctx_id, range);
+        let result = call();
+        self.machine.cost_of_call_ends(kind, ctx_id);
         result
     }
 
@@ -135,11 +158,12 @@ impl<K: Kernel> World<K> {
     /// unless the kernel says so itself, or the call met another.
     fn promising(
         &self,
+        kind: CallKind,
         (cpu, mm, range, effect): (CpuId, MmId, VirtRange, Effect),
         call: impl FnOnce(&K::Mm) -> Result<(), NotDone>,
         promised: impl FnOnce(PhysFrame, Laziness) -> Option<Note>,
     ) -> Result<(), NotDone> {
-        self.using(mm, |process| {
+        self.using((kind, range), mm, |process| {
             let (result, met) = process.running.call(range, effect, || call(&process.mm));
             if self.kernel.promises() == Promises::ByTheRunner && result.is_ok() && met == Met::Nobody {
                 let caller = self.laziness_of(cpu);
@@ -153,6 +177,7 @@ impl<K: Kernel> World<K> {
 
     fn remap(&self, cpu: CpuId, mm: MmId, range: VirtRange, target: VirtRange) -> Result<(), NotDone> {
         self.promising(
+            CallKind::Remap,
             (cpu, mm, range, Effect::Changes),
             |mm| self.kernel.remap(mm, range, target),
             |root, caller| {
@@ -176,7 +201,7 @@ impl<K: Kernel> World<K> {
     ) -> Result<(), NotDone> {
         let kernel = &*self.kernel;
         let since = self.machine.moment();
-        self.using(mm, |process| {
+        self.using((CallKind::Map, range), mm, |process| {
             if backing == Backing::Stack {
                 process.has_stack.store(true, Ordering::Relaxed);
             }
@@ -205,12 +230,17 @@ impl<K: Kernel> World<K> {
                 program.process.clone().filter(|_| !program.is_lazy)
             };
             let Some(process) = process else { return };
-            let fault = || self.kernel.fault(&process.mm, address, access);
+            let kind = match access {
+                UserAccess::Read => CallKind::ReadFault,
+                UserAccess::Write => CallKind::Fault,
+            };
+            let page = VirtRange::of_entry(Level::Pte, address);
+            let fault =
+                || self.counted(kind, &process.mm, page, || self.kernel.fault(&process.mm, address, access));
             // What is refused was made up, too.
             let _signal = self.machine.touch(address, access, || {
                 if process.has_stack.load(Ordering::Relaxed) {
                     // An area may grow to here.
-                    let page = VirtRange::of_entry(Level::Pte, address);
                     process.running.call(page, Effect::Changes, fault).0
                 } else {
                     fault()
@@ -226,14 +256,18 @@ impl<K: Kernel> World<K> {
         }
         // Noted before the switch: a CPU that waits for the last program to leave counts this one.
         *lock(&self.programs[cpu.index()]) = Program { process: Some(Arc::clone(&process)), is_lazy: false };
+        self.machine.cost_of_switch_begins(self.kernel.ctx_id(&process.mm));
         self.kernel.switch_to(Some(&process.mm));
+        self.machine.cost_of_switch_ends(Laziness::Active);
     }
 
     pub(crate) fn go_lazy(&self, cpu: CpuId) -> Result<(), NotDone> {
+        self.machine.cost_of_switch_begins(None);
         let went = self.kernel.go_lazy();
         if went.is_err() {
             self.kernel.switch_to(None);
         }
+        self.machine.cost_of_switch_ends(Laziness::Lazy);
         lock(&self.programs[cpu.index()]).is_lazy = true;
         went
     }
@@ -243,14 +277,21 @@ impl<K: Kernel> World<K> {
         if cpu.number() == 0 {
             return Err(NotDone::Refused);
         }
-        self.kernel.stop_cpu()?;
-        self.machine.switch_off();
+        self.machine.cost_of_switch_begins(None);
+        let stopped = self.kernel.stop_cpu();
+        if stopped.is_ok() {
+            self.machine.switch_off();
+        }
+        self.machine.cost_of_switch_ends(Laziness::Active);
+        stopped?;
         *lock(&self.programs[cpu.index()]) = Program { process: None, is_lazy: false };
         Ok(())
     }
 
     fn switch_away(&self, cpu: CpuId) {
+        self.machine.cost_of_switch_begins(None);
         self.kernel.switch_to(None);
+        self.machine.cost_of_switch_ends(Laziness::Active);
         *lock(&self.programs[cpu.index()]) = Program { process: None, is_lazy: false };
     }
 
@@ -274,7 +315,7 @@ impl<K: Kernel> World<K> {
         if parent == child {
             return Err(NotDone::Refused);
         }
-        let copy = self.using(parent, |process| {
+        let copy = self.using((CallKind::Fork, USER_SPACE), parent, |process| {
             let fork = || self.kernel.fork(&process.mm);
             let copy = process.running.call(USER_SPACE, Effect::Changes, fork).0?;
             // Read after the copy was made: whatever it has was there before.
@@ -300,8 +341,12 @@ impl<K: Kernel> World<K> {
             schedule::wait();
         }
         // A CPU may still be on its way out.
-        while self.kernel.exit(&old.mm).is_err() {
+        let exit = || self.counted(CallKind::Exit, &old.mm, USER_SPACE, || self.kernel.exit(&old.mm));
+        while exit().is_err() {
             schedule::wait();
+        }
+        if let Some(ctx_id) = self.kernel.ctx_id(&old.mm) {
+            self.machine.cost_of_gone_space(ctx_id);
         }
     }
 }

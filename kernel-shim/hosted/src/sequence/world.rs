@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use mmu_gather::tlb::{CpuId, CtxId};
+use mmu_gather::tlb::{CpuId, CtxId, Laziness};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundaries;
@@ -102,10 +102,13 @@ impl<K: Kernel> World<K> {
         make: impl FnOnce(&Arc<HostedMachine>) -> io::Result<K>,
     ) -> io::Result<Arc<Self>> {
         let kernel = boot(&machine, make)?;
+        if let Some(promise) = kernel.promises_cost() {
+            machine.hold_to(promise);
+        }
         let process = || {
             let short = |_| io::Error::other("the kernel has no memory for a new address space");
             let mm = kernel.new_mm().map_err(short)?;
-            share_with_device(&machine, &*kernel, &mm);
+            introduce(&machine, &*kernel, &mm);
             io::Result::Ok(Mutex::new(LiveMm::new(mm, false)))
         };
         let processes = [process()?, process()?, process()?];
@@ -262,7 +265,7 @@ impl<K: Kernel> World<K> {
 
     /// Another takes the place of the process that has this number now.
     pub(crate) fn put(&self, mm: MmId, new: Arc<LiveMm<K::Mm>>) -> Arc<LiveMm<K::Mm>> {
-        share_with_device(&self.machine, &*self.kernel, &new.mm);
+        introduce(&self.machine, &*self.kernel, &new.mm);
         core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), new)
     }
 
@@ -277,7 +280,9 @@ impl<K: Kernel> World<K> {
             machine.on_cpu(CpuId::new(number), || {
                 if machine.is_off(machine.current()) {
                     machine.switch_on();
+                    machine.cost_of_start_begins();
                     kernel.start_cpu();
+                    machine.cost_of_switch_ends(Laziness::Active);
                 }
             });
         }
@@ -325,8 +330,12 @@ impl<M> LiveMm<M> {
     }
 }
 
-/// Lets the device use the address space, if there is one and the seed says so.
-fn share_with_device<K: Kernel>(machine: &HostedMachine, kernel: &K, mm: &K::Mm) {
+/// The checker hears of a new address space, and the device uses it, if there is one and the seed
+/// says so.
+fn introduce<K: Kernel>(machine: &HostedMachine, kernel: &K, mm: &K::Mm) {
+    if let Some(ctx_id) = kernel.ctx_id(mm) {
+        machine.cost_of_new_space(ctx_id, kernel.root(mm));
+    }
     if machine.options().device == Device::Present
         && machine.choices().one_in(2)
         && let Some(ctx_id) = kernel.ctx_id(mm)

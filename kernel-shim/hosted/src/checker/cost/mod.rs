@@ -1,0 +1,87 @@
+//! What a call costs, against what its size explains.
+//!
+//! A kernel that flushes everything each time, interrupts every CPU and gives up its PCIDs frees
+//! nothing too early. Here it is held to bounds, if it has promised to keep them
+//! ([`Kernel::promises_cost`](crate::Kernel::promises_cost)). They are functions of what the call
+//! did as far as the checker sees it: leaves cleared, tables freed, batch pages refused, other calls
+//! open on the address space. What the engine says of itself excuses nothing: a flush "because
+//! another gather is open" needs another call.
+//!
+//! | what | the bound | what excuses more |
+//! |---|---|---|
+//! | a flush | something was changed since the last one of this call | another call on the address space, or a flush that reclaim owed there, since this one began; the end of an exit |
+//! | a flush of everything | more pages from the first changed to the last than the ceiling, in steps of the smallest leaf | the same; the call is an exit |
+//! | a flush of pages | from the first page changed to the last, in steps of the smallest leaf changed | tables went: all of the call's range; moved pages: the same |
+//! | flushes of one call | one, two if tables go | one for each queue full of pages or tables, batch page refused, large leaf split, page whose dirty bit is flushed for under a lock; twice the tables of a move |
+//! | a generation raised | one for each flush | reclaim: one for each page, as in Linux |
+//! | a CPU asked, no tables freed | it runs programs of the address space; once for each flush | it switches, or has since the flush began |
+//! | a CPU asked, tables freed | it has loaded the address space since it last left the cpumask | the same |
+//! | a CPU asked by reclaim | it is not lazy, and has loaded one of the address spaces | the same |
+//! | never asked | a CPU that is off; the CPU itself | the same |
+//! | what a CPU does about a flush | INVLPGs of the pages of that flush, each once, if that is the only generation it has missed | it missed others; another came meanwhile; reclaim's batch |
+//! | a CPU that flushes | its PCID is older than the address space | |
+//! | a switch | keeps what is cached if the PCID is current; the PCID of the address space if it has one; a PCID that was never used before one that was | a generation raised meanwhile; PCIDs are off |
+//! | the kernel's own address space | keeps what is cached | the CPU starts |
+//! | batch pages of one call | as many as its pages fill, and one for tables | |
+//! | the lock of one table | twice, and twice for each area | once for each flush before the table was done, large leaf, split, 32 tables below it; once a page for reclaim, which finds pages one by one; a guard's second try; a move's two places |
+//! | a table said to be freed | is freed when the call returns | |
+//! | under one map lock | no more leaves changed than the call's range has pages; so many seams (locks, flushes, frees) for each page of the range and each thing done | |
+//!
+//! A PCID of an address space that has exited counts as used: neither this engine nor Linux keeps
+//! account of which names are dead, and takes slots over in turn.
+//!
+//! ```text
+//!  bounds   the right column, as pure functions
+//!     │
+//!     v
+//!  state    what is remembered of calls, address spaces and CPUs
+//!     │
+//!     ├─────► calls     what a call did, and the bounds when it is done
+//!     ├─────► flushes   each flush as it is asked for, and each CPU that is asked
+//!     └─────► slots     what each CPU drops of its caches
+//! ```
+
+mod bounds;
+mod calls;
+mod flushes;
+mod slots;
+pub(crate) mod state;
+
+pub(crate) use bounds::CallKind;
+
+use crate::checker::checked::Checked;
+use crate::machine::HostedMachine;
+use crate::vocabulary::{FrameRole, Note};
+
+impl HostedMachine {
+    /// What a note means to the costs of the call that this CPU makes.
+    pub(crate) fn note_cost(&self, checked: &Checked, note: Note) {
+        if self.cost().is_none() {
+            return;
+        }
+        match note {
+            Note::Cleared { address, level, .. } | Note::Restricted { address, level, .. } => {
+                self.cost_of_leaf(address, level);
+            }
+            Note::Split { address, level, .. } => self.cost_of_split(address, level),
+            Note::Allocated(_, FrameRole::Table) => self.cost_of_new_table(),
+            Note::Freed(_, FrameRole::Table) => self.cost_of_freed_table(),
+            Note::Asked(target) => self.judge_asked(checked, target),
+            Note::Tlb { event, slot } => {
+                self.judge_flush_here(checked, event, slot);
+                self.judge_request(checked, event);
+            }
+            Note::Gather(event) => self.cost_of_gather(event),
+            Note::MapLocked { root, .. } => self.cost_of_hold_begins(root),
+            Note::MapUnlocked { root } => self.judge_hold(checked, root),
+            Note::BatchTaken => self.cost_of_batch(),
+            Note::BatchRefused => self.cost_of_no_batch(),
+            Note::RmapDelayed => self.cost_of_delayed(),
+            Note::Areas(areas) => self.cost_of_areas(areas),
+            Note::Unmapped { root, .. } | Note::Discarded { root, .. } | Note::Protected { root, .. } => {
+                self.cost_of_part_ends(root);
+            }
+            _ => {}
+        }
+    }
+}
