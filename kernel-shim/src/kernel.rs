@@ -256,11 +256,11 @@ impl<M: Machine> Kernel<M> {
         if detached.is_empty() {
             return Ok(());
         }
-        self.machine.note(Note::Areas(detached.len()));
         let bounds = vmas.bounds_around(range);
         let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let limits = &self.config.limits;
         let going = detached.iter().map(Vma::going_away);
+        self.machine.note(Note::Areas(detached.len()));
         // SAFETY: the map lock is held, for reading, until the flush is done. The areas are
         // detached: no fault finds them, and neighbours grow only under the lock held for writing.
         let flushed = unsafe {

@@ -97,11 +97,11 @@ pub trait Kernel: Send + Sync + 'static {
         Promises::ByTheRunner
     }
 
-    /// What the kernel promises of its costs: that no call does more than its size explains. Nothing,
-    /// unless it says so. The answer never changes.
+    /// What the kernel promises of its costs: that no call does more than its size explains.
+    /// Nothing, unless it says so. The answer never changes.
     ///
-    /// A kernel that promises has a [`ctx_id`](Self::ctx_id) and tells the notes that the bounds are
-    /// made of: see the README.
+    /// A kernel that promises has a [`ctx_id`](Self::ctx_id) and tells the notes that the bounds
+    /// are made of: see the README.
     fn promises_cost(&self) -> Option<CostPromise> {
         None
     }

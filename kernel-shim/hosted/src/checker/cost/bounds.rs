@@ -151,9 +151,9 @@ fn capacity(call: CallKind, limits: &Limits) -> u64 {
 /// The most flushes that a call asks for.
 ///
 /// One when it is done; one for each time that its gather was full, of pages or of tables; one for
-/// each batch page that was refused it, each large leaf that it split, and each page whose dirty bit
-/// must be flushed for under the lock of its table. If tables go, one before the first: of device
-/// frames.
+/// each batch page that was refused it, each large leaf that it split, and each page whose dirty
+/// bit must be flushed for under the lock of its table. If tables go, one before the first: of
+/// device frames.
 pub(crate) fn most_requests(call: CallKind, range: VirtRange, done: &Done, limits: &Limits) -> u64 {
     let when_full =
         done.leaves / capacity(call, limits).max(1) + done.tables / u64::from(limits.table_slots.max(1));
@@ -192,8 +192,8 @@ pub(crate) fn most_batches(call: CallKind, done: &Done, limits: &Limits) -> u64 
 /// The most seams that a call crosses while it holds a map lock, or none if its range says nothing
 /// of its size.
 ///
-/// Eight for each page of the range: its entry is looked at, its page taken or freed, its lock taken
-/// by whoever goes page by page. And what each flush costs, here and in answers to others.
+/// Eight for each page of the range: its entry is looked at, its page taken or freed, its lock
+/// taken by whoever goes page by page. And what each flush costs, here and in answers to others.
 pub(crate) fn most_seams(
     call: CallKind,
     range: VirtRange,
@@ -224,12 +224,13 @@ pub(crate) struct Taken {
 
 /// The most often that a call takes the lock of one table.
 ///
-/// Once for each area that reaches into it, and once more. To unhook its children once for 32, or
-/// for each above the last level. If it has leaves, once more for each flush that was made before
-/// they were all cleared, and for each large one. Reclaim finds its pages one by one, as by their
-/// reverse mappings, and takes the lock for each.
+/// Once for each area that reaches into it. To unhook its children once for each area, or for 32 of
+/// them, or for each above the last level. Without such children once more, and if it has leaves,
+/// once more for each flush that was made before they were all cleared, and for each large one.
+/// Reclaim finds its pages one by one, as by their reverse mappings, and takes the lock for each.
 pub(crate) fn most_takes(call: CallKind, range: VirtRange, done: &Done, table: &Taken) -> u64 {
-    let children = table.children.div_ceil(32) + table.upper_children;
+    let areas = done.areas.max(1);
+    let children = table.children.min(areas + table.children / 32) + table.upper_children;
     let again = if table.leaves > 0 { 2 + done.requests + done.of_others + done.large } else { 0 };
     let own = match call {
         CallKind::Reclaim => 2 * range.nr_pages().min(512) + 2,
@@ -238,9 +239,12 @@ pub(crate) fn most_takes(call: CallKind, range: VirtRange, done: &Done, table: &
         CallKind::Protect => 1 + range.nr_pages() / 512,
         // To look, to take what must be replaced, to look again.
         CallKind::Fault | CallKind::ReadFault => 3,
-        CallKind::Unmap | CallKind::Discard | CallKind::Fork | CallKind::Exit | CallKind::Map => 1,
+        // A table of leaves may be looked at once more, by whoever finds that reclaim owes a flush.
+        CallKind::Unmap | CallKind::Discard | CallKind::Fork | CallKind::Exit | CallKind::Map => {
+            u64::from(table.children == 0)
+        }
     };
-    own + done.areas.max(1) + done.linked + again + 2 * done.splits + children
+    own + areas + done.linked + again + 2 * done.splits + children
 }
 
 #[cfg(test)]
@@ -295,7 +299,8 @@ mod tests {
     fn the_lock_of_a_table_is_not_taken_for_each_child() {
         let takes = |call, table| most_takes(call, pages(100), &leaves(0), &table);
         let of_children = |children| takes(CallKind::Unmap, Taken { children, ..Taken::default() });
-        assert_eq!((of_children(0), of_children(32), of_children(64)), (2, 3, 4), "32 children at a time");
+        assert_eq!((of_children(1), of_children(3), of_children(31)), (2, 2, 2));
+        assert_eq!((of_children(32), of_children(64)), (3, 4), "32 children at a time");
         assert_eq!(takes(CallKind::Unmap, Taken { upper_children: 3, ..Taken::default() }), 5);
         assert!(takes(CallKind::Reclaim, Taken::default()) >= 200, "page by page");
         let flushed = Done { requests: 5, ..leaves(1) };

@@ -284,8 +284,8 @@ impl HostedMachine {
             let CostPromise { limits, flush_ceiling } = &cost.promise;
             let (seams, pages) = (now - hold.since, call.range.nr_pages());
             let most = most_seams(call.kind, call.range, &call.done, limits, *flush_ceiling);
-            // A guard is installed by pages cleared and guards put there, and again if a fault was faster.
-            // mprotect looks again where hardware was faster.
+            // A guard is installed by pages cleared and guards put there, and again if a fault was
+            // faster. mprotect looks again where hardware was faster.
             let tries = if matches!(call.kind, CallKind::Guard | CallKind::Protect) { 4 } else { 1 };
             if hold.leaves > tries * pages {
                 format!("{} has changed {} leaves under one map lock", this(call, ctx), hold.leaves)

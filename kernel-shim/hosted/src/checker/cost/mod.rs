@@ -3,16 +3,16 @@
 //! A kernel that flushes everything each time, interrupts every CPU and gives up its PCIDs frees
 //! nothing too early. Here it is held to bounds, if it has promised to keep them
 //! ([`Kernel::promises_cost`](crate::Kernel::promises_cost)). They are functions of what the call
-//! did as far as the checker sees it: leaves cleared, tables freed, batch pages refused, other calls
-//! open on the address space. What the engine says of itself excuses nothing: a flush "because
-//! another gather is open" needs another call.
+//! did as far as the checker sees it: leaves cleared, tables freed, batch pages refused, other
+//! calls open on the address space. What the engine says of itself excuses nothing: a flush
+//! "because another gather is open" needs another call.
 //!
 //! | what | the bound | what excuses more |
 //! |---|---|---|
 //! | a flush | something was changed since the last one of this call | another call on the address space, or a flush that reclaim owed there, since this one began; the end of an exit |
 //! | a flush of everything | more pages from the first changed to the last than the ceiling, in steps of the smallest leaf | the same; the call is an exit |
-//! | a flush of pages | from the first page changed to the last, in steps of the smallest leaf changed | tables went: all of the call's range; moved pages: the same |
-//! | flushes of one call | one, two if tables go | one for each queue full of pages or tables, batch page refused, large leaf split, page whose dirty bit is flushed for under a lock; twice the tables of a move |
+//! | a flush of pages | from the first page changed to the last, in steps of the smallest leaf changed | tables went: all of the call's range. Pages that move: as many as the call's range has, anywhere, because no note tells them one by one |
+//! | flushes of one call, or of one area of a discard | one, two if tables go | one for each queue full of pages or tables, batch page refused, large leaf split, page whose dirty bit is flushed for under a lock, page that a fault replaces after the first; twice the tables of a move; one for others alone, while they run |
 //! | a generation raised | one for each flush | reclaim: one for each page, as in Linux |
 //! | a CPU asked, no tables freed | it runs programs of the address space; once for each flush | it switches, or has since the flush began |
 //! | a CPU asked, tables freed | it has loaded the address space since it last left the cpumask | the same |
@@ -22,10 +22,13 @@
 //! | a CPU that flushes | its PCID is older than the address space | |
 //! | a switch | keeps what is cached if the PCID is current; the PCID of the address space if it has one; a PCID that was never used before one that was | a generation raised meanwhile; PCIDs are off |
 //! | the kernel's own address space | keeps what is cached | the CPU starts |
-//! | batch pages of one call | as many as its pages fill, and one for tables | |
-//! | the lock of one table | twice, and twice for each area | once for each flush before the table was done, large leaf, split, 32 tables below it; once a page for reclaim, which finds pages one by one; a guard's second try; a move's two places |
+//! | batch pages of one call, or of one area | as many as its pages fill, and one for tables; they are kept from flush to flush | the last one may stay empty |
+//! | the lock of one table | once for each area, and once | of leaves: once for each flush of the call, and for each large leaf; once for each area or 32 of the last-level tables unhooked there, once for each other table unhooked there, for each table linked, twice for each split; once a page for reclaim, which finds pages one by one, as by reverse mappings; the tries of a guard; a fault that meets other calls looks again as long as they change its entry |
 //! | a table said to be freed | is freed when the call returns | |
-//! | under one map lock | no more leaves changed than the call's range has pages; so many seams (locks, flushes, frees) for each page of the range and each thing done | |
+//! | under one map lock | no more leaves changed than the call's range has pages; 256 seams (locks, entries, flushes, frees), 8 for each page of the range, and what a flush takes for each | guards and mprotect: four tries; fork, exit and the move of a stack have no range that says how much they do |
+//!
+//! A call that does not end at all is no matter of cost: turns are counted (`schedule`), and the
+//! run ends with words.
 //!
 //! A PCID of an address space that has exited counts as used: neither this engine nor Linux keeps
 //! account of which names are dead, and takes slots over in turn.
