@@ -217,9 +217,17 @@ pub(crate) struct Taken {
     pub(crate) takes: u64,
     /// Leaves that it changed under it.
     pub(crate) leaves: u64,
+    /// How often it took it to unhook last-level tables there.
+    pub(crate) unhookings: u64,
     /// Last-level tables that it unhooked there; and others.
     pub(crate) children: u64,
     pub(crate) upper_children: u64,
+}
+
+/// The most often that a call takes the lock of one table to unhook last-level tables there: once
+/// for each area, and for 32 tables.
+pub(crate) fn most_unhookings(done: &Done, table: &Taken) -> u64 {
+    done.areas.max(1) + table.children / 32
 }
 
 /// The most often that a call takes the lock of one table.
@@ -299,6 +307,9 @@ mod tests {
     fn the_lock_of_a_table_is_not_taken_for_each_child() {
         let takes = |call, table| most_takes(call, pages(100), &leaves(0), &table);
         let of_children = |children| takes(CallKind::Unmap, Taken { children, ..Taken::default() });
+        let children = Taken { children: 31, ..Taken::default() };
+        assert_eq!(most_unhookings(&leaves(1), &children), 1);
+        assert_eq!(most_unhookings(&Done { areas: 3, ..leaves(1) }, &Taken { children: 32, ..children }), 4);
         assert_eq!((of_children(1), of_children(3), of_children(31)), (2, 2, 2));
         assert_eq!((of_children(32), of_children(64)), (3, 4), "32 children at a time");
         assert_eq!(takes(CallKind::Unmap, Taken { upper_children: 3, ..Taken::default() }), 5);

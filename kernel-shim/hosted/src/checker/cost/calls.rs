@@ -8,7 +8,9 @@ use mmu_gather::tlb::CtxId;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::checker::checked::Checked;
-use crate::checker::cost::bounds::{CallKind, Changed, Done, Taken, most_batches, most_seams, most_takes};
+use crate::checker::cost::bounds::{
+    CallKind, Changed, Done, Taken, most_batches, most_seams, most_takes, most_unhookings,
+};
 use crate::checker::cost::flushes::{so_far, this};
 use crate::checker::cost::slots::Waste;
 use crate::checker::cost::state::{Call, Cost, CostPromise, Cpu, Hold, Space, State};
@@ -148,6 +150,18 @@ impl HostedMachine {
         }
         // A fault looks again as long as others change its entry.
         let is_fault = matches!(call.kind, CallKind::Fault | CallKind::ReadFault);
+        let is_in_pieces = |table: &Taken| table.unhookings > most_unhookings(&call.done, table);
+        if let Some((frame, table)) = call.tables.iter().find(|(_, table)| is_in_pieces(table)) {
+            let words = format!(
+                "{} has taken the lock of the table in frame {:#x} {} times to unhook {} tables there: {}",
+                this(call, ctx),
+                frame.start_address(),
+                table.unhookings,
+                table.children,
+                so_far(call)
+            );
+            self.report_waste(checked, root, (ViolationKind::TooManyLocks, words));
+        }
         let most = |table: &Taken| most_takes(call.kind, call.range, &call.done, table);
         if !(is_fault && call.met_any)
             && let Some((frame, table)) = call.tables.iter().find(|(_, table)| table.takes > most(table))
@@ -208,8 +222,10 @@ impl HostedMachine {
                 call.done.tables += 1;
                 call.unhooked += 1;
                 call.all_unhooked += 1;
+                let is_last = level == Level::Pte;
+                let is_another = is_last && !core::mem::replace(&mut call.unhooks, is_last);
                 if let Some(table) = call.last_table() {
-                    let is_last = level == Level::Pte;
+                    table.unhookings += u64::from(is_another);
                     table.children += u64::from(is_last);
                     table.upper_children += u64::from(!is_last);
                 }
@@ -255,8 +271,7 @@ impl HostedMachine {
         let cpu = &mut lock(&cost.state).cpus[self.current().index()];
         cpu.loads = false;
         if let Some(call) = &mut cpu.call {
-            call.tables.entry(table).or_default().takes += 1;
-            call.last = Some(table);
+            call.take(table);
         }
     }
 

@@ -24,6 +24,7 @@
 //! | the kernel's own address space | keeps what is cached | the CPU starts |
 //! | batch pages of one call, or of one area | as many as its pages fill, and one for tables; they are kept from flush to flush | the last one may stay empty |
 //! | the lock of one table | once for each area, and once | of leaves: once for each flush of the call, and for each large leaf; once for each area or 32 of the last-level tables unhooked there, once for each other table unhooked there, for each table linked, twice for each split; once a page for reclaim, which finds pages one by one, as by reverse mappings; the tries of a guard; a fault that meets other calls looks again as long as they change its entry |
+//! | the lock of one table, to unhook last-level tables | once for each area | once for 32 tables |
 //! | a table said to be freed | is freed when the call returns | |
 //! | under one map lock | no more leaves changed than the call's range has pages; 256 seams (locks, entries, flushes, frees), 8 for each page of the range, and what a flush takes for each | guards and mprotect: four tries; fork, exit and the move of a stack have no range that says how much they do |
 //!

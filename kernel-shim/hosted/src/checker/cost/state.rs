@@ -1,13 +1,11 @@
 //! What is remembered of calls, of address spaces and of CPUs, so that their costs can be judged.
 
-use std::collections::HashMap;
 use std::sync::Mutex;
 
 use arrayvec::ArrayVec;
 use mmu_gather::Limits;
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::{FreedTables, NR_DYN_ASIDS};
-use rustc_hash::FxBuildHasher;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::checker::cost::bounds::{CallKind, Changed, Done, Taken};
@@ -152,9 +150,11 @@ pub(crate) struct Call {
     pub(crate) saw_owed: bool,
     /// CPUs that may have had an address space loaded when reclaim cleared a page of it.
     pub(crate) batch: u64,
-    /// What it has done with each table, and with which last.
-    pub(crate) tables: HashMap<PhysFrame, Taken, FxBuildHasher>,
-    pub(crate) last: Option<PhysFrame>,
+    /// What it has done with each table; the lock of which it has taken last, by its place here.
+    pub(crate) tables: Vec<(PhysFrame, Taken)>,
+    pub(crate) last: usize,
+    /// A last-level table was unhooked since it took that lock.
+    pub(crate) unhooks: bool,
     /// Tables that it has unhooked, by its gather's account; and those it has freed.
     pub(crate) all_unhooked: u64,
     pub(crate) all_freed: u64,
@@ -198,9 +198,19 @@ const fn place(generation: u64) -> usize {
 }
 
 impl Call {
+    /// It takes the lock of a table. It is most often one that it has taken lately.
+    pub(crate) fn take(&mut self, table: PhysFrame) {
+        self.unhooks = false;
+        self.last = self.tables.iter().rposition(|(frame, _)| *frame == table).unwrap_or_else(|| {
+            self.tables.push((table, Taken::default()));
+            self.tables.len() - 1
+        });
+        self.tables[self.last].1.takes += 1;
+    }
+
     /// The table whose lock it has taken last.
     pub(crate) fn last_table(&mut self) -> Option<&mut Taken> {
-        self.tables.get_mut(&self.last?)
+        self.tables.get_mut(self.last).map(|(_, table)| table)
     }
 
     pub(crate) fn new(kind: CallKind, ctx: u64, range: VirtRange) -> Self {
@@ -216,8 +226,9 @@ impl Call {
             met_any: false,
             saw_owed: false,
             batch: 0,
-            tables: HashMap::default(),
-            last: None,
+            tables: Vec::new(),
+            last: 0,
+            unhooks: false,
             all_unhooked: 0,
             all_freed: 0,
         }
