@@ -19,6 +19,7 @@
 //! | reclaim, populate | pages taken by swap; areas filled without faults |
 //! | inspect | what a checker asks when nothing is going on |
 //! | supply | memory pressure |
+//! | seam_lock | table locks, at whose drop others may run |
 //! | counters | what happened, each CPU for itself, for the report |
 //! | work/ | the same work on any machine, so that what it counts can be compared |
 //!
@@ -45,6 +46,7 @@ mod populate;
 mod protect;
 mod reclaim;
 mod remap;
+mod seam_lock;
 mod supply;
 mod vma;
 mod work;
@@ -58,6 +60,7 @@ pub use kernel::{Config, Error, Kernel, Misbehaviour};
 pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
+pub use seam_lock::{SeamGuard, SeamLock};
 pub use supply::Supply;
 pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};
 pub use work::{Failure, PROGRAM_FILE, PROGRAM_START, Stage, drill, plan, program_area};

@@ -111,6 +111,11 @@ pub unsafe trait Machine: Sync {
     #[inline]
     fn seam(&self, _seam: Seam) {}
 
+    /// This CPU has dropped a table lock. A [`Seam::Unlock`], without a machine at hand: a lock is a
+    /// byte, and does not know which it belongs to.
+    #[inline]
+    fn unlocked() {}
+
     /// Something a checker wants to know.
     #[inline]
     fn note(&self, _note: Note) {}
@@ -149,6 +154,11 @@ pub enum Seam {
     Free,
     /// A frame was allocated.
     Allocate,
+    /// A table lock was dropped.
+    Unlock,
+    /// Between two steps of what the engine does without a table lock: the count of open gathers,
+    /// and what is owed to others.
+    Step,
 }
 
 /// The most that a call does while it holds the map lock of an address space, the least first. Each
@@ -396,6 +406,11 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
     #[inline]
     fn seam(&self, seam: Seam) {
         (**self).seam(seam);
+    }
+
+    #[inline]
+    fn unlocked() {
+        M::unlocked();
     }
 
     #[inline]

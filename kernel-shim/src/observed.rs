@@ -8,7 +8,7 @@
 
 use core::ops::Deref;
 
-use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
+use mmu_gather::pagetable::{Level, Marker, NonPresent, TableMemory, UsedLines};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus,
     PageSpan, PcidSupport, TlbEvent,
@@ -22,6 +22,7 @@ use crate::embed::{Embedder, EngineArea};
 use crate::frame::FrameKind;
 use crate::kernel::{Kernel, Misbehaviour};
 use crate::machine::{Content, Machine, Note, Seam};
+use crate::seam_lock::SeamLock;
 
 /// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as
 /// they are.
@@ -44,14 +45,14 @@ unsafe impl<M: Machine> PageTableFrameMapping for Kernel<M> {
 
 // SAFETY: passed on.
 unsafe impl<M: Machine> TableMemory for Kernel<M> {
-    type Lock = TableLock<M::Relax>;
+    type Lock = SeamLock<M>;
 
     #[inline]
-    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &SeamLock<M> {
         // SAFETY: passed on to our caller.
         let lock = unsafe { self.embedder.table_lock(frame) };
         self.machine.about_to_lock(frame, lock);
-        lock
+        SeamLock::around(lock)
     }
 
     #[inline]
@@ -161,6 +162,11 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
         self.embedder.invalidate_secondary(ctx_id, span);
     }
 
+    #[inline]
+    fn between_flush_steps(&self) {
+        self.machine.seam(Seam::Step);
+    }
+
     fn observe(&self, event: TlbEvent) {
         let slot = self.machine.pinned(|cpu| {
             self.counters.of_cpu(cpu).tlb(event, self.flush_ceiling);
@@ -224,6 +230,11 @@ impl<M: Machine> Pages for Kernel<M> {
 
     fn cond_resched(&self) {
         self.embedder.cond_resched();
+    }
+
+    #[inline]
+    fn between_gather_steps(&self) {
+        self.machine.seam(Seam::Step);
     }
 
     fn observe_gather(&self, event: GatherEvent) {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CtxId;
 use mmu_hosted::{
-    Backing, Boundaries, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
+    Backing, Boundaries, Guarding, HostedMachine, NotDone, Preemption, Promises, Rights, Supply, UserAccess,
     ViolationKind,
 };
 use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Vma};
@@ -108,6 +108,10 @@ impl mmu_hosted::Kernel for ShimKernel {
 
     fn promises(&self) -> Promises {
         self.promises
+    }
+
+    fn preemption(&self) -> Preemption {
+        Preemption::Full
     }
 
     fn ctx_id(&self, mm: &Self::Mm) -> Option<CtxId> {

@@ -143,6 +143,11 @@ unsafe impl Machine for Hosted {
         self.0.note(words::note(note));
     }
 
+    #[inline]
+    fn unlocked() {
+        mmu_hosted::unlocked();
+    }
+
     fn moment(&self) -> Moment {
         Moment(self.0.moment().0)
     }

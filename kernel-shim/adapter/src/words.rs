@@ -10,6 +10,8 @@ pub(crate) const fn seam(seam: shim::Seam) -> kit::Seam {
         shim::Seam::Lock => kit::Seam::Lock,
         shim::Seam::Free => kit::Seam::Free,
         shim::Seam::Allocate => kit::Seam::Allocate,
+        shim::Seam::Unlock => kit::Seam::Unlock,
+        shim::Seam::Step => kit::Seam::Step,
     }
 }
 

@@ -26,12 +26,14 @@ impl HostedMachine {
         if left > 0 && has_turns {
             here.seams_to_preemption.store(left - 1, Ordering::Relaxed);
             if left == 1 {
-                return stay_away(PREEMPTED_TURNS);
+                return self.stay_away(PREEMPTED_TURNS);
             }
         }
-        // Most seams by far are entries of pages: one in eight of them is enough.
+        // Most seams by far are entries of pages: one in eight of them is enough. What was locked
+        // was asked for first, where others have run.
         let rarely = match seam {
             Seam::Entry | Seam::Cleared => choice & 0b111 != 0,
+            Seam::Unlock | Seam::Step => choice & 0b11 != 0,
             Seam::Lock | Seam::Free | Seam::Allocate => false,
         };
         if rarely {
@@ -46,7 +48,7 @@ impl HostedMachine {
         if choice >> 16 & self.calm == 0 && has_turns {
             // Now and then this CPU is away for long: others get whole operations done inside what
             // looks like a moment.
-            stay_away(if choice >> 24 & 0b11_1111 == 0 { 1 + self.choices.below(64) } else { 1 });
+            self.stay_away(if choice >> 24 & 0b11_1111 == 0 { 1 + self.choices.below(64) } else { 1 });
         }
     }
 
@@ -59,7 +61,17 @@ impl HostedMachine {
         self.cross(Seam::Lock);
         let choice = self.choices.bits();
         if choice & 0b111 == 0 && self.cpu().has_turns.load(Ordering::Relaxed) {
-            stay_away(1 + (choice >> 8 & 0b1_1111));
+            self.stay_away(1 + (choice >> 8 & 0b1_1111));
+        }
+    }
+
+    /// Others run for so many turns. This thread goes on on another CPU, perhaps.
+    fn stay_away(&self, turns: u64) {
+        for _ in 0..turns {
+            if self.may_move_from_here() {
+                schedule::may_move_now();
+            }
+            schedule::give_way();
         }
     }
 
@@ -92,9 +104,3 @@ impl HostedMachine {
 
 /// For how many turns a CPU stays away that a sequence preempts.
 const PREEMPTED_TURNS: u64 = 48;
-
-fn stay_away(turns: u64) {
-    for _ in 0..turns {
-        schedule::give_way();
-    }
-}

@@ -69,6 +69,10 @@ boundaries! {
     SwappedIn, "swapped in", "A program used a page that reclaim had taken.";
     GuardKept, "guard kept", "Pages were dropped around a guard, and it stayed.";
     GuardMet, "guard met", "A program was refused by a guard.";
+    ThreadMoved, "thread moved", "A call went on on another CPU than it had begun on.";
+    ProtectRetried, "mprotect tried again", "Hardware set a bit of an entry between the look of mprotect and its change.";
+    ForkRetried, "fork tried again", "Hardware set a bit of an entry between the look of fork and its change.";
+    FrameRefused, "page refused", "No frame for a program's page could be had.";
 }
 
 /// A set of them.

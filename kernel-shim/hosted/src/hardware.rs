@@ -10,6 +10,8 @@
 //! | `send_flush_interrupt`, `wait_for_answers`, `answered` | the same names |
 //! | `online_cpus`, `pcid_support`, `invalidate_secondary` | the same names |
 //! | `between_look_and_change` | `seam` with [`Seam::Entry`] |
+//! | `between_gather_steps`, `between_flush_steps` | `seam` with [`Seam::Step`] |
+//! | the drop of a guard of `Lock`, once the lock is free | [`unlocked`](crate::unlocked) |
 //! | `unmap_page` | `note` with [`Note::Cleared`], then `seam` |
 //! | `flush_others`, overridden | `call_cpus`, `wait_for_calls`; `answered` in the handler |
 //! | `allocate_batch` | `allocated`, then `lent` |
@@ -119,9 +121,13 @@ impl HostedMachine {
         }
     }
 
-    /// Runs `f` on the CPU it is called on: code of a CPU comes back as the same CPU.
+    /// Runs `f` on the CPU it is called on: what is in it does not go on on another one.
     pub fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
-        f(self.current())
+        let cpu = self.cpu();
+        cpu.pinned.fetch_add(1, Ordering::Relaxed);
+        let result = f(cpu.id);
+        cpu.pinned.fetch_sub(1, Ordering::Relaxed);
+        result
     }
 
     /// Runs `f` with interrupts off on this CPU.

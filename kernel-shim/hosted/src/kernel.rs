@@ -31,6 +31,16 @@ pub enum Promises {
     ByTheKernel,
 }
 
+/// Where a thread may go on on another CPU, and another take its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preemption {
+    /// Nowhere: a call ends on the CPU that it began on.
+    Absent,
+    /// Wherever it is not [pinned](HostedMachine::pinned), has interrupts on and holds no table
+    /// lock: at any seam.
+    Full,
+}
+
 /// A kernel that runs on a [`HostedMachine`].
 ///
 /// The first nine methods are required. The others are calls that a kernel may not have: steps that
@@ -94,6 +104,17 @@ pub trait Kernel: Send + Sync + 'static {
     /// Who says what a call has promised. The answer never changes.
     fn promises(&self) -> Promises {
         Promises::ByTheRunner
+    }
+
+    /// Where threads may move from one CPU to another. The answer never changes.
+    ///
+    /// A kernel that says [`Full`](Preemption::Full) has nothing of its own that belongs to one CPU
+    /// in use across a seam but in [`HostedMachine::pinned`] or with interrupts off; it holds no
+    /// lock of its own there either, but for one that a waiting thread sleeps for (a map lock).
+    /// When a thread arrives, [`switch_to`](Self::switch_to) or [`go_lazy`](Self::go_lazy) is
+    /// called on the CPU, as a scheduler would.
+    fn preemption(&self) -> Preemption {
+        Preemption::Absent
     }
 
     /// The name by which the engine knows the address space, for the device and for timelines.

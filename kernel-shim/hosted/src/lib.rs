@@ -13,6 +13,7 @@
 //!      │
 //!      v
 //!  kernel       what this machine needs of a kernel: one trait
+//!  threads      what runs on a CPU, and may go on on another
 //!  adversary    at every seam other CPUs run, and any CPU speculates
 //!  checker/     what must never happen, looked for wherever it could
 //!      │
@@ -50,6 +51,7 @@ mod quiet;
 mod random;
 mod schedule;
 mod sequence;
+mod threads;
 mod trap;
 mod vocabulary;
 
@@ -59,7 +61,7 @@ pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
 pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};
 pub use hardware::Bits;
-pub use kernel::{Kernel, NotDone, Promises, boot};
+pub use kernel::{Kernel, NotDone, Preemption, Promises, boot};
 pub use machine::{FlushHandler, HostedMachine};
 pub use memory::Memory;
 pub use mmu::{arch, broadcast, features, invalidate, physical, structure_cache, tlb_cache, walk, watch};
@@ -71,6 +73,7 @@ pub use sequence::{
     Calls, Lost, MmId, NR_MMS, Op, Outcome, Pace, Run, Sequence, SequenceError, Step, Tally, Trial, Verdict,
     execute, generate, judge, shrink, with_cpus_going_off,
 };
+pub use threads::unlocked;
 pub use vocabulary::{
     Backing, Content, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,
 };

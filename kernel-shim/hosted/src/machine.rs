@@ -2,7 +2,7 @@
 
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock};
 
 use mmu_gather::tlb::{CpuId, PcidSupport};
 use x86_64::registers::control::Cr4Flags;
@@ -13,7 +13,7 @@ use crate::checker::checked::{Caches, Checked};
 use crate::checker::events::{Detail, Event, EventLog, What};
 use crate::checker::kind::ViolationKind;
 use crate::checker::ledger::Ledger;
-use crate::checker::per_cpu::{MapLocks, TableLocks, WorkDone};
+use crate::checker::per_cpu::{MapLocks, TableLocks, ThreadHere, WorkDone};
 use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
 use crate::memory::Memory;
@@ -21,7 +21,7 @@ use crate::mmu::Mmu;
 use crate::mutex::lock;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
-use crate::schedule::{self, Schedule};
+use crate::schedule;
 use crate::vocabulary::FrameRole;
 
 /// A machine of up to 64 CPUs.
@@ -39,6 +39,10 @@ pub struct HostedMachine {
     next_hot: AtomicU32,
     /// Corners that this machine has been to.
     pub(crate) reached: Reached,
+    /// Whether threads move from one CPU to another in the schedule that runs.
+    pub(crate) threads_move: AtomicBool,
+    /// Threads that have been moved, and whose CPU has not switched to them yet.
+    pub(crate) threads_on_their_way: AtomicU32,
     /// How often a CPU was chosen.
     turns: AtomicU64,
     /// The turn in which a CPU has sent flush interrupts, plus one, if it has not begun to wait.
@@ -66,7 +70,7 @@ pub(crate) struct VirtualCpu {
     /// A flush interrupt was sent to it since it last answered.
     pub(crate) was_sent: AtomicBool,
     pub(crate) interrupts_off: AtomicU32,
-    in_user_mode: AtomicBool,
+    pub(crate) in_user_mode: AtomicBool,
     /// The kernel on it may use addresses of the program, as far as it has told.
     pub(crate) is_active: AtomicBool,
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
@@ -86,6 +90,10 @@ pub(crate) struct VirtualCpu {
     pub(crate) has_turns: AtomicBool,
     /// It is switched off: interrupts to it are lost.
     is_off: AtomicBool,
+    /// How often it is pinned, one inside the other.
+    pub(crate) pinned: AtomicU32,
+    /// The thread that runs here.
+    pub(crate) thread: ThreadHere,
 }
 
 impl HostedMachine {
@@ -133,6 +141,8 @@ impl HostedMachine {
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
                 is_off: AtomicBool::new(false),
+                pinned: AtomicU32::new(0),
+                thread: ThreadHere::beginning_on(number),
             }
         });
         Ok(Self {
@@ -146,6 +156,8 @@ impl HostedMachine {
             hot: [const { AtomicU64::new(0) }; 64],
             next_hot: AtomicU32::new(0),
             reached: Reached::default(),
+            threads_move: AtomicBool::new(false),
+            threads_on_their_way: AtomicU32::new(0),
             turns: AtomicU64::new(0),
             sent_in: AtomicU64::new(0),
             faults: AtomicU64::new(0),
@@ -292,7 +304,13 @@ impl HostedMachine {
         result
     }
 
-    /// This thread is `cpu` from now on; for a schedule.
+    /// It is the turn of `cpu`.
+    pub(crate) fn begin_turn(&self, cpu: CpuId) {
+        self.turns.fetch_add(1, Ordering::Relaxed);
+        self.become_cpu(cpu);
+    }
+
+    /// This thread of the host is `cpu` from now on; for a schedule.
     pub(crate) fn become_cpu(&self, cpu: CpuId) -> u32 {
         self.current.swap(cpu.number(), Ordering::Relaxed)
     }
@@ -335,23 +353,6 @@ impl HostedMachine {
 
     pub(crate) fn hot_address(&self) -> u64 {
         self.hot[self.choices.pick(self.hot.len())].load(Ordering::Relaxed)
-    }
-
-    /// Runs what `schedule` holds until all of it is done.
-    pub fn run(self: &Arc<Self>, schedule: Schedule) {
-        for cpu in schedule.cpus() {
-            self.cpus[cpu.index()].has_turns.store(true, Ordering::Relaxed);
-        }
-        let machine = Arc::clone(self);
-        let on_return = move || machine.take_interrupt();
-        let becomes = |cpu| {
-            self.turns.fetch_add(1, Ordering::Relaxed);
-            self.become_cpu(cpu);
-        };
-        let is_done = |cpu: CpuId| self.cpus[cpu.index()].has_turns.store(false, Ordering::Relaxed);
-        let leaves = |cpu| self.settle_locks(cpu);
-        schedule.run(&self.choices, becomes, leaves, is_done, &on_return);
-        self.become_cpu(CpuId::new(0));
     }
 
     /// The kernel handles flush interrupts with `handler`. To be called once, before a second CPU

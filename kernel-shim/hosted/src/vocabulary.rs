@@ -91,6 +91,10 @@ pub enum Seam {
     Free,
     /// A frame was allocated.
     Allocate,
+    /// A table lock was dropped.
+    Unlock,
+    /// Between two steps of what the engine does without a table lock.
+    Step,
 }
 
 /// The most that a call does while it holds the map lock of an address space, the least first. Each

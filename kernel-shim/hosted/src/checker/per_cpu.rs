@@ -1,4 +1,5 @@
-//! What is remembered of each CPU, for the rules about locks and preemption points.
+//! What is remembered of each CPU: the thread that runs there, and what the rules about locks and
+//! preemption points ask for.
 #![expect(unsafe_code, reason = "looks at locks by pointer")]
 
 use core::sync::atomic::{AtomicBool, AtomicU32};
@@ -55,4 +56,25 @@ pub(crate) struct WorkDone {
     pub(crate) leaves: AtomicU32,
     pub(crate) splits: AtomicU32,
     pub(crate) freed: AtomicU32,
+}
+
+/// The thread that runs on a CPU.
+#[derive(Debug)]
+pub(crate) struct ThreadHere {
+    /// The number of the CPU that it began on.
+    pub(crate) number: AtomicU32,
+    /// It comes from another CPU, and has not run here yet.
+    pub(crate) arrives: AtomicBool,
+    /// It ran a program when it was taken from its CPU.
+    pub(crate) was_in_user_mode: AtomicBool,
+}
+
+impl ThreadHere {
+    pub(crate) const fn beginning_on(number: u32) -> Self {
+        Self {
+            number: AtomicU32::new(number),
+            arrives: AtomicBool::new(false),
+            was_in_user_mode: AtomicBool::new(false),
+        }
+    }
 }

@@ -87,7 +87,7 @@ impl HostedMachine {
         words
     }
 
-    fn table_locked_here(&self) -> Option<PhysFrame> {
+    pub(crate) fn table_locked_here(&self) -> Option<PhysFrame> {
         self.settle_locks(self.current());
         let asked = lock(&self.cpu().table_locks.asked);
         asked.iter().find(|wanted| wanted.is_held).map(|held| held.table)

@@ -9,7 +9,6 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::kernel::{Kernel, NotDone, Promises};
 use crate::mutex::lock;
-use crate::schedule;
 use crate::sequence::calls::{Effect, Met, POPULATE};
 use crate::sequence::op::{MmId, Op};
 use crate::sequence::world::{LiveMm, Program, World};
@@ -22,10 +21,11 @@ const USER_SPACE: VirtRange = match VirtRange::new(0, 1 << 47) {
 };
 
 impl<K: Kernel> World<K> {
-    /// Does one step. What the kernel refuses is no error: sequences are made up.
+    /// Does one step, by the thread that has begun on `cpu`. What the kernel refuses is no error:
+    /// sequences are made up.
     pub(crate) fn take(&self, cpu: CpuId, op: Op) {
         let kernel = &*self.kernel;
-        if self.machine.is_off(cpu) && !is_for_all(op) && op != Op::Online {
+        if self.machine.is_off(self.machine.current()) && !is_for_all(op) && op != Op::Online {
             // It does nothing.
             self.count(op.number(), Err(NotDone::Refused));
             return;
@@ -98,7 +98,7 @@ impl<K: Kernel> World<K> {
                 Ok(())
             }
             Op::Offline => self.stop(cpu),
-            Op::Online if self.machine.is_off(cpu) => {
+            Op::Online if self.machine.is_off(self.machine.current()) => {
                 self.machine.switch_on();
                 kernel.start_cpu();
                 Ok(())
@@ -111,6 +111,7 @@ impl<K: Kernel> World<K> {
                 Ok(())
             }
             Op::Sync => {
+                self.machine.wait_for_arrivals();
                 self.check_at_rest();
                 Ok(())
             }
@@ -240,7 +241,7 @@ impl<K: Kernel> World<K> {
 
     /// The CPU goes off, unless it is the first, which machines keep.
     fn stop(&self, cpu: CpuId) -> Result<(), NotDone> {
-        if cpu.number() == 0 {
+        if self.machine.current().number() == 0 {
             return Err(NotDone::Refused);
         }
         self.kernel.stop_cpu()?;
@@ -297,11 +298,11 @@ impl<K: Kernel> World<K> {
             if old.users.load(Ordering::Relaxed) == 0 && !self.programs.iter().any(runs) {
                 break;
             }
-            schedule::wait();
+            self.machine.wait_at_rest();
         }
         // A CPU may still be on its way out.
         while self.kernel.exit(&old.mm).is_err() {
-            schedule::wait();
+            self.machine.wait_at_rest();
         }
     }
 }

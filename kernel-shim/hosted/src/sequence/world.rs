@@ -13,10 +13,11 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundaries;
 use crate::checker::events::{Call, Detail, What};
-use crate::kernel::{Kernel, boot};
+use crate::kernel::{Kernel, Preemption, boot};
 use crate::machine::HostedMachine;
 use crate::mutex::lock;
 use crate::options::{Device, Options};
+use crate::random::Choices;
 use crate::schedule::{self, Schedule};
 use crate::sequence::calls::{Calls, Running};
 use crate::sequence::op::{MmId, NR_MMS, Op, Step};
@@ -74,7 +75,7 @@ pub(crate) struct LiveMm<M> {
     pub(crate) has_stack: AtomicBool,
 }
 
-/// What runs on a CPU, by the steps it took.
+/// What a thread runs, by the steps it took.
 #[derive(Debug)]
 pub(crate) struct Program<M> {
     pub(crate) process: Option<Arc<LiveMm<M>>>,
@@ -85,6 +86,7 @@ pub(crate) struct World<K: Kernel> {
     pub(crate) machine: Arc<HostedMachine>,
     pub(crate) kernel: Arc<K>,
     processes: [Mutex<Arc<LiveMm<K::Mm>>>; NR_MMS as usize],
+    /// By thread.
     pub(crate) programs: Box<[Mutex<Program<K::Mm>>]>,
     steps: Vec<Step>,
     is_done: Box<[AtomicBool]>,
@@ -141,7 +143,34 @@ impl<K: Kernel> World<K> {
             schedule.spawn_on(cpu, self, move |world| world.work_as(cpu));
         }
         schedule::expect_steps_within(self.most_turns());
-        self.machine.run(schedule);
+        self.machine.threads_move.store(self.threads_move(), Ordering::Relaxed);
+        let world = Arc::clone(self);
+        self.machine.run_threads(schedule, move || world.arrive());
+    }
+
+    /// Whether threads move: in one sequence of four, as its seed says.
+    fn threads_move(&self) -> bool {
+        const MOVES: u64 = 0x6d6f_7665;
+        self.kernel.preemption() == Preemption::Full
+            && self.pace == Pace::Overlapping
+            && self.machine.nr_cpus() > 1
+            && Choices::new(self.machine.options().seed ^ MOVES).one_in(4)
+    }
+
+    /// A thread goes on on this CPU, where another one was: the scheduler switches to its address
+    /// space.
+    fn arrive(&self) {
+        let thread = self.machine.thread();
+        let process = {
+            let program = lock(&self.programs[thread.index()]);
+            program.process.clone().filter(|_| !program.is_lazy)
+        };
+        match process {
+            // Also if it is dying: the thread leaves when it has come to the end of what it does.
+            Some(process) => self.kernel.switch_to(Some(&process.mm)),
+            None if self.machine.choices().one_in(2) && self.kernel.go_lazy().is_ok() => {}
+            None => self.kernel.switch_to(None),
+        }
     }
 
     /// How many turns of all CPUs the steps can explain between one that begins or ends and the
@@ -157,7 +186,7 @@ impl<K: Kernel> World<K> {
         turns.saturating_mul(u64::from(self.machine.nr_cpus()))
     }
 
-    /// Everything a CPU has to do.
+    /// Everything that the thread has to do which begins on `cpu`, and has its name.
     fn work_as(&self, cpu: CpuId) {
         let nr_cpus = self.machine.nr_cpus();
         for (index, step) in self.steps.iter().enumerate() {
@@ -192,7 +221,7 @@ impl<K: Kernel> World<K> {
             self.note_done(index);
         }
         // A CPU that has nothing left to do keeps its address space lazily.
-        if !self.machine.is_off(cpu) {
+        if !self.machine.is_off(self.machine.current()) {
             let _is_not_counted = self.go_lazy(cpu);
         }
     }
@@ -217,7 +246,7 @@ impl<K: Kernel> World<K> {
                 let _ = machine.user_access(machine.hot_address(), access);
             }
         }
-        schedule::wait();
+        machine.wait_at_rest();
         if runs {
             machine.leave_user_mode();
         }
