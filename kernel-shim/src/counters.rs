@@ -147,6 +147,12 @@ counters! {
     guard_faults,
     /// Times a fault had put a page in before the guard came.
     guards_outrun,
+    /// Frames for programs' pages that could not be had.
+    frames_refused,
+    /// Entries that mprotect looked at again, because hardware had set a bit.
+    protect_retries,
+    /// Entries that fork looked at again, because hardware had set a bit.
+    fork_retries,
 }
 
 const_assert_eq!(align_of::<CpuCounters>(), 64);
@@ -275,6 +281,18 @@ impl CpuCounters {
 
     pub(crate) fn guard_fault(&self) {
         add(&self.guard_faults, 1);
+    }
+
+    pub(crate) fn frame_refused(&self) {
+        add(&self.frames_refused, 1);
+    }
+
+    pub(crate) fn protect_retried(&self) {
+        add(&self.protect_retries, 1);
+    }
+
+    pub(crate) fn fork_retried(&self) {
+        add(&self.fork_retries, 1);
     }
 
     pub(crate) fn guard_outrun(&self) {

@@ -14,6 +14,7 @@ use crate::frame::{FrameKind, owner_of};
 use crate::kernel::Kernel;
 use crate::machine::{FrameRole, Machine, Note, Seam, UnderMapLock};
 use crate::mm::Mm;
+use crate::supply::Site;
 use crate::vma::{Area, AreaKind, Growth, Protection, Vma};
 
 /// What a program tried.
@@ -67,6 +68,24 @@ impl<M: Machine> Kernel<M> {
     /// # Context
     /// Interrupts on, no lock held.
     pub fn handle_fault(&self, mm: &Mm<M>, address: u64, access: UserAccess) -> Result<(), FaultError> {
+        let mut spare = None;
+        let answered = self.answer_fault(mm, address, access, &mut spare);
+        if let Some(unused) = spare {
+            self.remove_mapping(unused);
+            self.drop_references([unused]);
+        }
+        answered
+    }
+
+    /// As [`handle_fault`](Self::handle_fault). `spare` is a page that is had before the one it is
+    /// to replace goes: without it the program would lose its page for want of memory.
+    fn answer_fault(
+        &self,
+        mm: &Mm<M>,
+        address: u64,
+        access: UserAccess,
+        spare: &mut Option<PhysFrame>,
+    ) -> Result<(), FaultError> {
         let page = address & !0xfff;
         loop {
             let vmas = mm.read(&self.machine, UnderMapLock::Flushes);
@@ -82,7 +101,7 @@ impl<M: Machine> Kernel<M> {
             if !allowed {
                 return Err(FaultError::NotAllowed);
             }
-            match self.try_fault(mm, vma, page, access)? {
+            match self.try_fault(mm, vma, page, access, spare)? {
                 Try::Done => {
                     self.count().fault();
                     return Ok(());
@@ -92,6 +111,7 @@ impl<M: Machine> Kernel<M> {
                     self.machine.cond_resched();
                 }
                 Try::Replace(seen) => {
+                    self.reserve(spare)?;
                     self.count().copied();
                     // SAFETY: the map lock is held for reading until the flush is done.
                     let mut gather =
@@ -168,7 +188,14 @@ impl<M: Machine> Kernel<M> {
         Ok(())
     }
 
-    fn try_fault(&self, mm: &Mm<M>, vma: Vma, page: u64, access: UserAccess) -> Result<Try, FaultError> {
+    fn try_fault(
+        &self,
+        mm: &Mm<M>,
+        vma: Vma,
+        page: u64,
+        access: UserAccess,
+        spare: &mut Option<PhysFrame>,
+    ) -> Result<Try, FaultError> {
         // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
         let view = match unsafe { mm.engine.space().ensure_table(self, page, Level::Pte) } {
             Ok(view) => view,
@@ -222,7 +249,15 @@ impl<M: Machine> Kernel<M> {
                 Err(FaultError::NotAllowed)
             }
             Decoded::Empty => {
-                let value = self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?;
+                let value = match (vma.area.kind, access, spare.take()) {
+                    (AreaKind::Anon | AreaKind::FilePrivate(_), UserAccess::Write, Some(frame)) => {
+                        leaf(frame, vma.area.protection)
+                    }
+                    (.., unused) => {
+                        *spare = unused;
+                        self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?
+                    }
+                };
                 // SAFETY: the entry is empty; `page_for` took a reference for it on a page that the
                 // area may map so.
                 unsafe { entry.store(value) };
@@ -230,6 +265,13 @@ impl<M: Machine> Kernel<M> {
                 Ok(Try::Done)
             }
         }
+    }
+
+    fn reserve(&self, spare: &mut Option<PhysFrame>) -> Result<(), FaultError> {
+        if spare.is_none() {
+            *spare = Some(self.new_page().ok_or(FaultError::NoMemory)?);
+        }
+        Ok(())
     }
 
     pub(crate) fn note_mapped(&self, mm: &Mm<M>, address: u64, frame: PhysFrame) {
@@ -268,6 +310,9 @@ impl<M: Machine> Kernel<M> {
     /// with real programs zeroes the page here, and copies in [`handle_fault`](Self::handle_fault)
     /// before the new page is mapped; otherwise it shows one program the memory of another.
     pub(crate) fn new_page(&self) -> Option<PhysFrame> {
+        if !self.may_have_frame(Site::Page) {
+            return None;
+        }
         let frame = self.frames.allocate(FrameKind::Page)?;
         self.frames.meta(frame).add_mapping();
         self.machine.note(Note::Allocated(frame, FrameRole::Page));
@@ -280,6 +325,7 @@ impl<M: Machine> Kernel<M> {
         let mut cache = self.page_cache.lock();
         let frame = match cache.get(&(file, page)) {
             Some(frame) => *frame,
+            None if !self.may_have_frame(Site::FilePage) => return None,
             None => {
                 let frame = self.frames.allocate(FrameKind::Page)?;
                 let meta = self.frames.meta(frame);
@@ -306,6 +352,9 @@ impl<M: Machine> Kernel<M> {
     pub(crate) fn device_frame(&self) -> Option<PhysFrame> {
         let mut device = self.device_frame.lock();
         if device.is_none() {
+            if !self.may_have_frame(Site::DeviceFrame) {
+                return None;
+            }
             let new = self.frames.allocate(FrameKind::Reserved)?;
             self.machine.note(Note::Allocated(new, FrameRole::Page));
             *device = Some(new);

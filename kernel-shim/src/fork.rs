@@ -190,7 +190,10 @@ impl<M: Machine> Kernel<M> {
                     gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte);
                     old = new;
                 }
-                Err(found) => old = found,
+                Err(found) => {
+                    self.count().fork_retried();
+                    old = found;
+                }
             }
         }
         EntryValue::from_bits(old.bits() & !PageTableFlags::ACCESSED.bits())

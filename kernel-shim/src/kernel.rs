@@ -26,7 +26,7 @@ use crate::frame::{FrameKind, Frames};
 use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
 use crate::map_lock::MapRead;
 use crate::mm::Mm;
-use crate::supply::{Pressure, Supply};
+use crate::supply::{Pressure, Site, Supply};
 use crate::vma::{Area, AreaKind, Protection, Vma, VmaTree};
 
 /// The kernel.
@@ -45,6 +45,7 @@ pub struct Kernel<M: Machine> {
     ids: CachePadded<CtxIds>,
     pub(crate) batch_supply: Pressure,
     pub(crate) table_supply: Pressure,
+    pub(crate) frame_supply: Pressure,
 }
 
 /// Frames by file and page.
@@ -158,6 +159,7 @@ impl<M: Machine> Kernel<M> {
             ids: CachePadded::new(CtxIds::new()),
             batch_supply: Pressure::new(config.batches),
             table_supply: Pressure::new(Supply::Always),
+            frame_supply: Pressure::new(Supply::Always),
         };
         kernel.embedder.init_root = kernel.allocate_table().ok_or(Error::NoMemory)?;
         kernel.machine.prepare_root(kernel.init_root);
@@ -222,7 +224,7 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn new_mm(&self) -> Result<Arc<Mm<M>>, Error> {
-        let root = self.allocate_table().ok_or(Error::NoMemory)?;
+        let root = self.take_table(Site::Root).ok_or(Error::NoMemory)?;
         self.machine.prepare_root(root);
         // SAFETY: a fresh table whose lower half is zero; it is freed in `exit` only, when every
         // CPU has left it.

@@ -61,6 +61,6 @@ pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock}
 pub use mm::Mm;
 pub use populate::PageContent;
 pub use seam_lock::{SeamGuard, SeamLock};
-pub use supply::Supply;
+pub use supply::{Asked, Scarce, Site, Supply};
 pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};
 pub use work::{Failure, PROGRAM_FILE, PROGRAM_START, Stage, drill, plan, program_area};

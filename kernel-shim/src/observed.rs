@@ -23,6 +23,7 @@ use crate::frame::FrameKind;
 use crate::kernel::{Kernel, Misbehaviour};
 use crate::machine::{Content, Machine, Note, Seam};
 use crate::seam_lock::SeamLock;
+use crate::supply::Site;
 
 /// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as
 /// they are.
@@ -67,13 +68,7 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {
-        if !self.table_supply.grants() {
-            self.count().table_refused();
-            return None;
-        }
-        let frame = self.embedder.allocate_table()?;
-        self.machine.seam(Seam::Allocate);
-        Some(frame)
+        self.take_table(Site::Table)
     }
 
     unsafe fn free_tables(&self, tables: &[PhysFrame]) {
@@ -200,7 +195,7 @@ impl<M: Machine> Pages for Kernel<M> {
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        if self.batch_supply.grants() { self.embedder.allocate_batch() } else { None }
+        if self.batch_supply.grants(Site::Batch) { self.embedder.allocate_batch() } else { None }
     }
 
     fn free_batch(&self, page: BatchPage) {
@@ -244,6 +239,26 @@ impl<M: Machine> Pages for Kernel<M> {
 }
 
 impl<M: Machine> Kernel<M> {
+    /// A table, unless there is to be none.
+    pub(crate) fn take_table(&self, site: Site) -> Option<PhysFrame> {
+        if !self.table_supply.grants(site) {
+            self.count().table_refused();
+            return None;
+        }
+        let frame = self.embedder.allocate_table()?;
+        self.machine.seam(Seam::Allocate);
+        Some(frame)
+    }
+
+    /// Whether a frame for a program's page is to be had.
+    pub(crate) fn may_have_frame(&self, site: Site) -> bool {
+        let may = self.frame_supply.grants(site);
+        if !may {
+            self.count().frame_refused();
+        }
+        may
+    }
+
     /// An entry maps its page no more, and was counted.
     fn note_unmapping(&self, leaf: &UnmappedLeaf) {
         let meta = self.frames.meta(leaf.frame);

@@ -11,6 +11,7 @@ use crate::frame::{FrameKind, owner_of};
 use crate::kernel::{Error, Kernel};
 use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
 use crate::mm::Mm;
+use crate::supply::Site;
 use crate::vma::{Area, AreaKind, Protection, Vma};
 
 /// What a stretch of an area holds.
@@ -173,6 +174,9 @@ impl<M: Machine> Kernel<M> {
     }
 
     fn new_block(&self) -> Option<PhysFrame> {
+        if !self.may_have_frame(Site::Block) {
+            return None;
+        }
         let block = self.frames.allocate_block()?;
         self.frames.meta(block).add_mapping();
         self.machine.note(Note::Allocated(block, FrameRole::Block));
@@ -182,6 +186,9 @@ impl<M: Machine> Kernel<M> {
     fn zero_block(&self) -> Option<PhysFrame> {
         let mut block = self.zero_block.lock();
         if block.is_none() {
+            if !self.may_have_frame(Site::Block) {
+                return None;
+            }
             let new = self.frames.allocate_block()?;
             self.frames.set_kind(new, FrameKind::Reserved);
             self.machine.note(Note::Allocated(new, FrameRole::Block));

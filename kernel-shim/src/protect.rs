@@ -29,10 +29,14 @@ impl<M: Machine> Kernel<M> {
         for vma in vmas.iter() {
             if let Some(part) = vma.range.intersect(range) {
                 let area = vma.area;
+                let mut last = None;
                 // SAFETY: the area allows what `rights_of` answers, and no fault comes before the
                 // map lock is dropped.
                 let changed = unsafe {
                     gather.change_protection(part, |address, level, old| {
+                        if last.replace(address) == Some(address) {
+                            self.count().protect_retried();
+                        }
                         self.rights_of(mm, area, address, level, old)
                     })
                 };

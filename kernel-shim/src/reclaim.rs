@@ -12,7 +12,7 @@ use crate::frame::FrameKind;
 use crate::kernel::Kernel;
 use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
-use crate::supply::Supply;
+use crate::supply::{Asked, Scarce, Supply};
 use crate::vma::Vma;
 
 impl<M: Machine> Kernel<M> {
@@ -24,6 +24,20 @@ impl<M: Machine> Kernel<M> {
     /// Changes whether page tables can be had.
     pub fn set_table_supply(&self, supply: Supply) {
         self.table_supply.set(supply);
+    }
+
+    /// Changes whether frames for programs' pages can be had.
+    pub fn set_frame_supply(&self, supply: Supply) {
+        self.frame_supply.set(supply);
+    }
+
+    /// What was asked for since the supply of it was set to [`Supply::Nth`].
+    pub fn asked(&self, what: Scarce) -> Asked {
+        match what {
+            Scarce::Batches => self.batch_supply.asked(),
+            Scarce::Tables => self.table_supply.asked(),
+            Scarce::Frames => self.frame_supply.asked(),
+        }
     }
 
     /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many

@@ -9,7 +9,7 @@ use mmu_hosted::{
     Backing, Boundaries, Guarding, HostedMachine, NotDone, Preemption, Promises, Rights, Supply, UserAccess,
     ViolationKind,
 };
-use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Vma};
+use mmu_kernel_shim::{Asked, Config, Error, Kernel, Misbehaviour, PageContent, Scarce, Vma};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundaries::counted;
@@ -28,6 +28,8 @@ pub struct ShimKernel {
     supply: Option<Supply>,
     /// Where what programs can see is noted.
     seen: Option<Arc<Mutex<Vec<View>>>>,
+    /// Where it is noted, whenever something can always be had again, what was asked for before.
+    asked: Option<Arc<Mutex<Vec<(Scarce, Asked)>>>>,
 }
 
 impl ShimKernel {
@@ -37,7 +39,7 @@ impl ShimKernel {
     /// If the machine has no frame for the kernel's root table.
     pub fn boot(machine: &Arc<HostedMachine>, config: Config) -> io::Result<Self> {
         let kernel = Kernel::boot(Hosted::from(Arc::clone(machine)), config).map_err(io::Error::other)?;
-        Ok(Self { kernel, promises: Promises::ByTheKernel, supply: None, seen: None })
+        Ok(Self { kernel, promises: Promises::ByTheKernel, supply: None, seen: None, asked: None })
     }
 
     /// The runner says what calls have promised, besides the kernel.
@@ -51,6 +53,23 @@ impl ShimKernel {
     pub(crate) fn noting(self, supply: Supply, seen: Arc<Mutex<Vec<View>>>) -> Self {
         self.kernel.set_batch_supply(words::supply(supply));
         Self { supply: Some(supply), seen: Some(seen), ..self }
+    }
+
+    /// What programs can see at rest is noted in `seen`, and what calls have asked for in `asked`.
+    pub(crate) fn telling(
+        self,
+        seen: Arc<Mutex<Vec<View>>>,
+        asked: Arc<Mutex<Vec<(Scarce, Asked)>>>,
+    ) -> Self {
+        Self { seen: Some(seen), asked: Some(asked), ..self }
+    }
+
+    fn note_asked(&self, what: Scarce, supply: Supply) {
+        if let Some(asked) = &self.asked
+            && supply == Supply::Always
+        {
+            asked.lock().unwrap_or_else(PoisonError::into_inner).push((what, self.kernel.asked(what)));
+        }
     }
 
     /// A page of a file that a program wrote to must be known to be dirty once nothing maps it.
@@ -168,12 +187,20 @@ impl mmu_hosted::Kernel for ShimKernel {
     }
 
     fn set_batch_supply(&self, supply: Supply) -> Result<(), NotDone> {
+        self.note_asked(Scarce::Batches, supply);
         self.kernel.set_batch_supply(words::supply(self.supply.unwrap_or(supply)));
         Ok(())
     }
 
     fn set_table_supply(&self, supply: Supply) -> Result<(), NotDone> {
+        self.note_asked(Scarce::Tables, supply);
         self.kernel.set_table_supply(words::supply(supply));
+        Ok(())
+    }
+
+    fn set_frame_supply(&self, supply: Supply) -> Result<(), NotDone> {
+        self.note_asked(Scarce::Frames, supply);
+        self.kernel.set_frame_supply(words::supply(supply));
         Ok(())
     }
 

@@ -100,6 +100,7 @@ pub(crate) const fn supply(supply: kit::Supply) -> shim::Supply {
         kit::Supply::Always => shim::Supply::Always,
         kit::Supply::Never => shim::Supply::Never,
         kit::Supply::ExceptEvery(every) => shim::Supply::ExceptEvery(every),
+        kit::Supply::Nth(number) => shim::Supply::Nth(number),
     }
 }
 

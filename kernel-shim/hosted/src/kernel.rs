@@ -222,6 +222,14 @@ pub trait Kernel: Send + Sync + 'static {
         Err(NotDone::Missing)
     }
 
+    /// Frames for programs' pages get scarce, or not.
+    ///
+    /// # Errors
+    /// [`NotDone`].
+    fn set_frame_supply(&self, _supply: Supply) -> Result<(), NotDone> {
+        Err(NotDone::Missing)
+    }
+
     /// Every address space has exited and every CPU has left: frees what the kernel kept for later,
     /// such as pages of files. What is in use after this and was not in use when it had booted was
     /// lost.

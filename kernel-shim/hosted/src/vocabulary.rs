@@ -66,6 +66,8 @@ pub enum Supply {
     Never,
     /// Each time the number of requests so far is a multiple of this; 1 is every time.
     ExceptEvery(u32),
+    /// Once: the request with this number from now on, the next one being number 1.
+    Nth(u32),
 }
 
 /// A point in time, by the clock of the machine.

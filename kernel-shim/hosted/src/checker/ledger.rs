@@ -226,6 +226,12 @@ impl Ledger {
         }
     }
 
+    /// Whether the frame was mapped last at this moment or later.
+    pub(crate) fn was_mapped_since(&self, frame: PhysFrame, moment: Moment) -> bool {
+        let mapped_at = self.mapped_at.get(number(frame));
+        mapped_at.is_some_and(|mapped_at| mapped_at.load(Ordering::Relaxed) >= moment.0)
+    }
+
     /// Whether whatever maps the frame has done so since before this moment. Never, if the kernel
     /// does not say when frames are mapped.
     pub(crate) fn was_mapped_before(&self, frame: PhysFrame, moment: Moment) -> bool {

@@ -81,6 +81,18 @@ impl HostedMachine {
         }
     }
 
+    /// Whether the page is there again, by a mapping that came after the call had begun: reclaim
+    /// takes a clean page whole, and puts it back if a program was faster to write to it. A discard
+    /// that found the entry empty in between comes before that write.
+    fn was_put_back(&self, checked: &Checked, promise: &Promise, entry: &CachedEntry) -> bool {
+        match promise.what {
+            Promised::Discarded(since) => {
+                checked.ledger.was_mapped_since(entry.frame, since) && self.agrees(promise.root, entry)
+            }
+            Promised::Gone | Promised::New(_) | Promised::AtMost(_) => false,
+        }
+    }
+
     /// A call is about to return: looks for a CPU on which a program can still do what it must not.
     pub(crate) fn check_promise(&self, checked: &Checked, promise: Promise) {
         for cpu in &self.cpus {
@@ -95,13 +107,15 @@ impl HostedMachine {
                 continue;
             }
             let range = promise.range;
+            let is_broken_by = |entry: &CachedEntry| {
+                promise.is_broken_by(entry) && !self.was_put_back(checked, &promise, entry)
+            };
             // Few pages are looked up one by one; for many, all entries are scanned.
             let is_empty = range.nr_pages() <= 16
                 && (range.start()..range.end())
                     .step_by(4096)
                     .all(|address| mmu.lookup(LinearAddress::new(address)).is_none());
-            let found =
-                if is_empty { None } else { mmu.usable_entries().find(|entry| promise.is_broken_by(entry)) };
+            let found = if is_empty { None } else { mmu.usable_entries().find(|entry| is_broken_by(entry)) };
             drop(caches);
             if let Some(entry) = found {
                 let address = entry.address.as_u64().max(range.start());

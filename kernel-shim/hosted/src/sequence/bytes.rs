@@ -45,6 +45,9 @@ const USER_PAGES: u64 = (1 << 47) >> 12;
 /// Bits of a page number; the five above them are 0 if it is meant as it stands.
 const PAGE_BITS: u32 = 35;
 const SEAMS: u64 = 1 << 12;
+/// From this byte on a supply refuses one request only. Before there was that, it refused one of so
+/// many, which hardly ever came.
+const FIRST_NTH: u8 = 192;
 /// Operations there were at first.
 const FIRST_OPS: usize = 17;
 
@@ -129,6 +132,7 @@ fn step(bytes: &[u8; STEP]) -> Step {
         17 => Op::Guard(mm, range, if what & 1 == 0 { Guarding::Install } else { Guarding::Remove }),
         18 => Op::Offline,
         19 => Op::Online,
+        20 => Op::Frames(supply(what)),
         // Seams are counted in thousands at the most.
         _ => Op::Preempt(u32::try_from(small % SEAMS).unwrap_or(0)),
     };
@@ -158,7 +162,7 @@ fn bytes_of(Step { cpu, op }: Step) -> [u8; STEP] {
         Op::Exit(mm) | Op::Switch(mm) => mms.0 = mm.0,
         Op::Reclaim(mm, other, range) => (mms, place) = ((mm.0, other.0), Some(range)),
         Op::Touch(range, access) => (place, what) = (Some(range), u8::from(access == UserAccess::Read)),
-        Op::Batches(supply) | Op::Tables(supply) => what = supply_bits(supply),
+        Op::Batches(supply) | Op::Tables(supply) | Op::Frames(supply) => what = supply_bits(supply),
         Op::Preempt(seams) => to = u64::from(seams),
         Op::Guard(mm, range, guarding) => {
             (mms.0, place, what) = (mm.0, Some(range), u8::from(guarding == Guarding::Remove));
@@ -235,6 +239,7 @@ fn supply(what: u8) -> Supply {
     match what {
         0 => Supply::Always,
         1 => Supply::Never,
+        number @ FIRST_NTH.. => Supply::Nth(u32::from(number - FIRST_NTH) + 1),
         every => Supply::ExceptEvery(u32::from(every)),
     }
 }
@@ -243,7 +248,8 @@ fn supply_bits(supply: Supply) -> u8 {
     match supply {
         Supply::Always => 0,
         Supply::Never => 1,
-        Supply::ExceptEvery(every) => low(u64::from(every.clamp(2, 255))),
+        Supply::ExceptEvery(every) => low(u64::from(every.clamp(2, u32::from(FIRST_NTH) - 1))),
+        Supply::Nth(number) => FIRST_NTH + low(u64::from(number.clamp(1, 256 - u32::from(FIRST_NTH)) - 1)),
     }
 }
 

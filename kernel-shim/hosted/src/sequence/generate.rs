@@ -123,7 +123,7 @@ impl Maker<'_> {
             }
         };
         let step = Step { cpu, op };
-        let is_long = !matches!(op, Op::Map(..) | Op::Lazy | Op::Batches(_) | Op::Tables(_));
+        let is_long = !matches!(op, Op::Map(..) | Op::Lazy | Op::Batches(_) | Op::Tables(_) | Op::Frames(_));
         if is_long && self.choices.one_in(8) {
             self.next.push_back(step);
             // Mostly early: short calls have few seams.
@@ -304,7 +304,9 @@ impl Maker<'_> {
             54..58 => Op::Switch(mm),
             58..60 => Op::Lazy,
             60..62 => Op::Wake,
+            62 if self.choices.one_in(4) => Op::Frames(self.one_frame()),
             62 => Op::Batches(self.supply()),
+            63 if self.choices.one_in(4) => Op::Frames(self.one_frame()),
             _ => Op::Tables(if self.choices.one_in(3) { self.supply() } else { Supply::Always }),
         }
     }
@@ -383,11 +385,22 @@ impl Maker<'_> {
         if self.choices.one_in(2) { Guarding::Remove } else { Guarding::Install }
     }
 
+    /// One frame is refused, mostly: programs that get none do nothing any more.
+    fn one_frame(&self) -> Supply {
+        if self.choices.one_in(4) { Supply::ExceptEvery(5) } else { self.one(24) }
+    }
+
+    /// One of the next `most` requests is refused.
+    fn one(&self, most: u64) -> Supply {
+        Supply::Nth(1 + u32::from(self.choices.below(most).to_le_bytes()[0]))
+    }
+
     fn supply(&self) -> Supply {
         match self.choices.below(4) {
             0 => Supply::Never,
             // Small numbers: 2 to 9.
             1 => Supply::ExceptEvery(2 + u32::from(self.choices.below(8).to_le_bytes()[0])),
+            2 if self.choices.one_in(2) => self.one(8),
             _ => Supply::Always,
         }
     }

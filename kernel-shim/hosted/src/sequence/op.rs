@@ -67,6 +67,8 @@ pub enum Op {
     Offline,
     /// The CPU is switched on again.
     Online,
+    /// Frames for programs' pages get scarce, or not.
+    Frames(Supply),
 }
 
 /// One line of a sequence.
@@ -137,6 +139,7 @@ impl Op {
             | Self::Wake
             | Self::Batches(_)
             | Self::Tables(_)
+            | Self::Frames(_)
             | Self::Preempt(_)
             | Self::Sync
             | Self::Offline
@@ -146,7 +149,7 @@ impl Op {
 
     /// The words of all operations. New ones come last: saved bytes name operations by their
     /// number.
-    pub const WORDS: [&'static str; 20] = [
+    pub const WORDS: [&'static str; 21] = [
         "map",
         "unmap",
         "discard",
@@ -167,6 +170,7 @@ impl Op {
         "guard",
         "offline",
         "online",
+        "frames",
     ];
 
     /// Which operation it is, as an index of [`WORDS`](Self::WORDS).
@@ -193,6 +197,7 @@ impl Op {
             Self::Guard(..) => 17,
             Self::Offline => 18,
             Self::Online => 19,
+            Self::Frames(..) => 20,
         }
     }
 }
@@ -219,6 +224,7 @@ impl fmt::Display for Scarcity {
             Supply::Always => f.write_str("always"),
             Supply::Never => f.write_str("never"),
             Supply::ExceptEvery(every) => write!(f, "{every}"),
+            Supply::Nth(number) => write!(f, "nth-{number}"),
         }
     }
 }
@@ -237,7 +243,9 @@ impl fmt::Display for Step {
             Op::Reclaim(first, second, range) => write!(f, " {first} {second} {}", Pages(range)),
             Op::Touch(range, UserAccess::Read) => write!(f, " {} read", Pages(range)),
             Op::Touch(range, UserAccess::Write) => write!(f, " {} write", Pages(range)),
-            Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
+            Op::Batches(supply) | Op::Tables(supply) | Op::Frames(supply) => {
+                write!(f, " {}", Scarcity(supply))
+            }
             Op::Preempt(seams) => write!(f, " {seams}"),
             Op::Guard(mm, range, guarding) => write!(f, " {mm} {} {guarding}", Pages(range)),
             Op::Lazy | Op::Wake | Op::Sync | Op::Offline | Op::Online => Ok(()),
@@ -301,6 +309,7 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         "wake" => Op::Wake,
         "batches" => Op::Batches(supply(words.next())?),
         "tables" => Op::Tables(supply(words.next())?),
+        "frames" => Op::Frames(supply(words.next())?),
         "sync" => Op::Sync,
         "offline" => Op::Offline,
         "online" => Op::Online,
@@ -318,7 +327,7 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         }
         _ => {
             return Err(
-                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync, preempt, offline or online",
+                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync, preempt, offline, online or frames",
             );
         }
     })
@@ -353,10 +362,15 @@ fn rights(word: Option<&str>) -> Result<Rights, &'static str> {
 }
 
 fn supply(word: Option<&str>) -> Result<Supply, &'static str> {
-    match word {
-        Some("always") => Ok(Supply::Always),
-        Some("never") => Ok(Supply::Never),
-        Some(number) => number.parse().map(Supply::ExceptEvery).map_err(|_| "always, never or a number"),
-        None => Err("always, never or a number"),
-    }
+    const EXPECTED: &str = "always, never, a number, or nth- and a number";
+    let word = word.ok_or(EXPECTED)?;
+    let number = |digits: &str| digits.parse().map_err(|_| EXPECTED);
+    Ok(match word {
+        "always" => Supply::Always,
+        "never" => Supply::Never,
+        _ => match word.strip_prefix("nth-") {
+            Some(digits) => Supply::Nth(number(digits)?),
+            None => Supply::ExceptEvery(number(word)?),
+        },
+    })
 }

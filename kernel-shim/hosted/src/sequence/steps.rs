@@ -106,6 +106,7 @@ impl<K: Kernel> World<K> {
             Op::Online => Err(NotDone::Refused),
             Op::Batches(supply) => kernel.set_batch_supply(supply),
             Op::Tables(supply) => kernel.set_table_supply(supply),
+            Op::Frames(supply) => kernel.set_frame_supply(supply),
             Op::Preempt(seams) => {
                 self.machine.preempt_after(seams);
                 Ok(())
@@ -309,7 +310,7 @@ impl<K: Kernel> World<K> {
 
 /// Whether the step is not one of its CPU: the runner takes it.
 const fn is_for_all(op: Op) -> bool {
-    matches!(op, Op::Sync | Op::Preempt(_) | Op::Batches(_) | Op::Tables(_))
+    matches!(op, Op::Sync | Op::Preempt(_) | Op::Batches(_) | Op::Tables(_) | Op::Frames(_))
 }
 
 /// The part of a range that 2 MiB pages can fill.

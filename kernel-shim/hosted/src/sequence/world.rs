@@ -310,8 +310,11 @@ impl<K: Kernel> World<K> {
                 }
             });
         }
-        let _have_no_such_call =
-            (kernel.set_batch_supply(Supply::Always), kernel.set_table_supply(Supply::Always));
+        let _have_no_such_call = (
+            kernel.set_batch_supply(Supply::Always),
+            kernel.set_table_supply(Supply::Always),
+            kernel.set_frame_supply(Supply::Always),
+        );
         machine.on_cpu(CpuId::new(0), || self.check_at_rest());
         for process in &self.processes {
             let process = Arc::clone(&lock(process));
