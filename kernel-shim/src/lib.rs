@@ -8,7 +8,7 @@
 //! | machine | CPUs, interrupts, physical memory: supplied by the machine |
 //! | frame, frame_use | 32 bytes of metadata a frame: references, mappings, the table lock |
 //! | vma, mm | areas, address spaces |
-//! | map_lock | the map lock, and what each call may do under it |
+//! | locks/map_lock | the map lock, and what each call may do under it |
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
 //! | observed | what this project wraps around them: checker, seams, a planted bug |
 //! | fault | demand faults |
@@ -19,7 +19,7 @@
 //! | reclaim, populate | pages taken by swap; areas filled without faults |
 //! | inspect | what a checker asks when nothing is going on |
 //! | supply | memory pressure |
-//! | seam_lock | table locks, at whose drop others may run |
+//! | locks/seam_lock | table locks, at whose drop others may run |
 //! | counters | what happened, each CPU for itself, for the report |
 //! | work/ | the same work on any machine, so that what it counts can be compared |
 //!
@@ -38,15 +38,14 @@ mod frame_use;
 mod guard;
 mod inspect;
 mod kernel;
+mod locks;
 mod machine;
-mod map_lock;
 mod mm;
 mod observed;
 mod populate;
 mod protect;
 mod reclaim;
 mod remap;
-mod seam_lock;
 mod supply;
 mod vma;
 mod work;
@@ -57,10 +56,10 @@ pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
 pub use inspect::SharedFrames;
 pub use kernel::{Config, Error, Kernel, Misbehaviour};
+pub use locks::seam_lock::{SeamGuard, SeamLock};
 pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
-pub use seam_lock::{SeamGuard, SeamLock};
 pub use supply::{Asked, Scarce, Site, Supply};
 pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};
 pub use work::{Failure, PROGRAM_FILE, PROGRAM_START, Stage, drill, plan, program_area};

@@ -21,8 +21,8 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::embed::{Embedder, EngineArea};
 use crate::frame::FrameKind;
 use crate::kernel::{Kernel, Misbehaviour};
+use crate::locks::seam_lock::SeamLock;
 use crate::machine::{Content, Machine, Note, Seam};
-use crate::seam_lock::SeamLock;
 use crate::supply::Site;
 
 /// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as
