@@ -13,6 +13,7 @@ use mmu_hosted::{HostedMachine, Pace, Sequence, Verdict};
 use mmu_kernel_shim::{Asked, Scarce, Site};
 
 use crate::judge::Trial;
+use crate::kernel::AskedOf;
 use crate::views::View;
 
 /// What an operation may leave behind when a request of it is refused.
@@ -174,13 +175,13 @@ fn sequence(case: &Case<'_>, word: &str, number: u32) -> Sequence {
 fn shown(case: &Case<'_>, scarce: Scarce, word: &str, number: u32) -> io::Result<Result<Shown, Wrong>> {
     let sequence = sequence(case, word, number);
     let trial = Trial::default();
-    let (seen, asked) = (Arc::<Mutex<Vec<View>>>::default(), Arc::<Mutex<Vec<(Scarce, Asked)>>>::default());
+    let (seen, asked) = (Arc::<Mutex<Vec<View>>>::default(), Arc::<Mutex<AskedOf>>::default());
     let boot = |machine: &Arc<HostedMachine>| {
         Ok(trial.boot(machine)?.telling(Arc::clone(&seen), Arc::clone(&asked)))
     };
     let in_turn = mmu_hosted::Trial { pace: Pace::OneAtATime, ..trial.of_the_machine() };
     let run = mmu_hosted::judge(&sequence, in_turn, boot)?;
-    let take = |asked: &Mutex<Vec<(Scarce, Asked)>>| {
+    let take = |asked: &Mutex<AskedOf>| {
         let asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
         asked.iter().find(|(what, _)| *what == scarce).map(|(_, asked)| *asked)
     };

@@ -19,6 +19,9 @@ use crate::tables_against_frames::compare_tables_with_frames;
 use crate::views::{View, look};
 use crate::words;
 
+/// What was asked for, of what, each time that it was noted.
+pub(crate) type AskedOf = Vec<(Scarce, Asked)>;
+
 /// The small kernel, which a sequence runs on.
 #[derive(Debug)]
 pub struct ShimKernel {
@@ -29,7 +32,7 @@ pub struct ShimKernel {
     /// Where what programs can see is noted.
     seen: Option<Arc<Mutex<Vec<View>>>>,
     /// Where it is noted, whenever something can always be had again, what was asked for before.
-    asked: Option<Arc<Mutex<Vec<(Scarce, Asked)>>>>,
+    asked: Option<Arc<Mutex<AskedOf>>>,
 }
 
 impl ShimKernel {
@@ -56,11 +59,7 @@ impl ShimKernel {
     }
 
     /// What programs can see at rest is noted in `seen`, and what calls have asked for in `asked`.
-    pub(crate) fn telling(
-        self,
-        seen: Arc<Mutex<Vec<View>>>,
-        asked: Arc<Mutex<Vec<(Scarce, Asked)>>>,
-    ) -> Self {
+    pub(crate) fn telling(self, seen: Arc<Mutex<Vec<View>>>, asked: Arc<Mutex<AskedOf>>) -> Self {
         Self { seen: Some(seen), asked: Some(asked), ..self }
     }
 

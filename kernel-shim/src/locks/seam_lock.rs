@@ -37,6 +37,13 @@ impl<M: Machine> SeamLock<M> {
         // SAFETY: `Self` is transparent over it.
         unsafe { &*core::ptr::from_ref(lock).cast::<Self>() }
     }
+
+    /// Whether somebody holds it.
+    #[must_use]
+    #[inline]
+    pub fn is_locked(&self) -> bool {
+        self.0.is_locked()
+    }
 }
 
 impl<M: Machine> Drop for AfterUnlock<M> {
@@ -67,7 +74,7 @@ unsafe impl<M: Machine> Lock for SeamLock<M> {
 
 impl<M: Machine> fmt::Debug for SeamLock<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("SeamLock").field(&self.0.is_locked()).finish()
+        f.debug_tuple("SeamLock").field(&self.is_locked()).finish()
     }
 }
 
