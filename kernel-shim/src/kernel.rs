@@ -63,6 +63,8 @@ pub struct Config {
     pub batches: Supply,
     /// More pages than this are not invalidated one by one.
     pub flush_ceiling: u64,
+    /// How pages are discarded.
+    pub discarding: Discarding,
     /// What it does wrong, on purpose.
     pub misbehaviour: Misbehaviour,
 }
@@ -73,9 +75,24 @@ impl Default for Config {
             limits: Limits::DEFAULT,
             batches: Supply::Always,
             flush_ceiling: mmu_gather::tlb::SINGLE_PAGE_FLUSH_CEILING,
+            discarding: Discarding::AtOnce,
             misbehaviour: Misbehaviour::Absent,
         }
     }
+}
+
+/// How pages are discarded while programs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discarding {
+    /// Entries are cleared, and then flushed for.
+    AtOnce,
+    /// Where it is more than one page, the right to write is taken away from all of them first, in
+    /// the same gather, and under the map lock held for reading. What another CPU still writes
+    /// through what it has cached, and another call clears meanwhile, must not be lost.
+    ///
+    /// Linux: what a write-protecting userfaultfd and MADV_DONTNEED do to one range, each with the
+    /// map lock held for reading (mwriteprotect_range, mm/userfaultfd.c).
+    WriteProtectedFirst,
 }
 
 /// What the kernel does wrong, on purpose, so that a checker can be seen to notice.
@@ -281,10 +298,14 @@ impl<M: Machine> Kernel<M> {
         for vma in vmas.iter() {
             let Some(part) = vma.range.intersect(range) else { continue };
             let since = self.machine.moment();
-            // SAFETY: the map lock is held for reading until the flush is done; other calls like
-            // this one may run too.
-            let flushed =
-                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) }?;
+            let flushed = if self.config.discarding == Discarding::WriteProtectedFirst && part.nr_pages() > 1
+            {
+                self.write_protect_and_zap(mm, vma, part)?
+            } else {
+                // SAFETY: the map lock is held for reading until the flush is done; other calls
+                // like this one may run too.
+                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) }?
+            };
             let caller = self.laziness_here();
             self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
             flushed.free();

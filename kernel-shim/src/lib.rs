@@ -54,7 +54,7 @@ pub use embed::{Embedder, EngineArea};
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
 pub use inspect::SharedFrames;
-pub use kernel::{Config, Error, Kernel, Misbehaviour};
+pub use kernel::{Config, Discarding, Error, Kernel, Misbehaviour};
 pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;

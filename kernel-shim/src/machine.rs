@@ -107,6 +107,14 @@ pub unsafe trait Machine: Sync {
     /// A preemption point.
     fn cond_resched(&self) {}
 
+    /// Whether the kernel notes the used lines of its tables
+    /// ([`TableMemory::used_lines`](mmu_gather::pagetable::TableMemory::used_lines)). The answer
+    /// never changes.
+    #[inline]
+    fn notes_used_lines(&self) -> bool {
+        true
+    }
+
     /// A moment at which something else may happen on other CPUs. The hosted machine lets it.
     #[inline]
     fn seam(&self, _seam: Seam) {}
@@ -391,6 +399,11 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
 
     fn cond_resched(&self) {
         (**self).cond_resched();
+    }
+
+    #[inline]
+    fn notes_used_lines(&self) -> bool {
+        (**self).notes_used_lines()
     }
 
     #[inline]

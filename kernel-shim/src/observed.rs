@@ -56,6 +56,9 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
 
     #[inline]
     unsafe fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        if !self.machine.notes_used_lines() {
+            return None;
+        }
         // SAFETY: passed on to our caller.
         unsafe { self.embedder.used_lines(frame) }
     }

@@ -1,14 +1,14 @@
 //! Changing what programs may do with an area: mprotect.
 #![expect(unsafe_code, reason = "changes entries under the map lock")]
 
-use mmu_gather::MmuGather;
-use mmu_gather::pagetable::{EntryValue, Level, VirtRange};
+use mmu_gather::pagetable::{Decoded, EntryValue, Level, TableMemory, VirtRange};
+use mmu_gather::{FlushedGather, MmuGather};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::kernel::{Error, Kernel};
 use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
-use crate::vma::{Area, Protection};
+use crate::vma::{Area, Protection, Vma};
 
 /// What a protection decides of an entry.
 const RIGHTS: PageTableFlags = PageTableFlags::USER_ACCESSIBLE.union(PageTableFlags::WRITABLE);
@@ -44,6 +44,57 @@ impl<M: Machine> Kernel<M> {
         drop(vmas);
         flushed.free();
         Ok(())
+    }
+
+    /// Takes the right to write away from the small pages of `part`, which lies in `vma`, and then
+    /// clears them, in one gather: [`Discarding::WriteProtectedFirst`].
+    ///
+    /// A program that writes meanwhile gets the right back from its fault.
+    ///
+    /// # Context
+    /// The map lock is held for reading.
+    ///
+    /// [`Discarding::WriteProtectedFirst`]: crate::Discarding::WriteProtectedFirst
+    pub(crate) fn write_protect_and_zap(
+        &self,
+        mm: &Mm<M>,
+        vma: &Vma,
+        part: VirtRange,
+    ) -> Result<FlushedGather<'_, Self>, Error> {
+        // SAFETY: the map lock is held for reading until the gather is flushed.
+        let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
+        let mut next = part.start();
+        while next < part.end() {
+            // Few at a time: other calls get in between, which is what this is for.
+            let few = part.within_entry(Level::Pmd, next);
+            let few = VirtRange::new(next, few.end().min(next + 4 * 4096)).unwrap_or(few);
+            self.write_protect(mm, &mut gather, few);
+            self.machine.cond_resched();
+            next = few.end();
+        }
+        gather.zap_vma_range(&vma.staying(), part)?;
+        Ok(gather.flush())
+    }
+
+    /// Takes the right to write away from the small pages of `range`, which one table maps.
+    fn write_protect(&self, mm: &Mm<M>, gather: &mut MmuGather<'_, '_, Self>, range: VirtRange) {
+        // SAFETY: the map lock is held for reading, and the area is not detached: its tables stay.
+        let view = unsafe { mm.engine.space().find_table(self, range.start(), Level::Pte) };
+        let Some(view) = view else { return };
+        let locked = view.lock(self);
+        for address in (range.start()..range.end()).step_by(4096) {
+            let old = locked.entry(address).load();
+            if !matches!(old.decode(Level::Pte), Decoded::Leaf(_)) || !old.is_writable() {
+                continue;
+            }
+            let new = EntryValue::from_bits(old.bits() & !PageTableFlags::WRITABLE.bits());
+            self.between_look_and_change();
+            // If hardware sets A or D meanwhile, the page stays writable for now.
+            // SAFETY: the gather is told before the lock drops.
+            if unsafe { locked.entry(address).compare_exchange(old, new) }.is_ok() {
+                gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte);
+            }
+        }
     }
 
     /// What programs may do with the page that `old` maps, as its area says now.

@@ -134,6 +134,11 @@ unsafe impl Machine for Hosted {
     }
 
     #[inline]
+    fn notes_used_lines(&self) -> bool {
+        !self.0.options().variants[0]
+    }
+
+    #[inline]
     fn seam(&self, seam: Seam) {
         self.0.seam(words::seam(seam));
     }

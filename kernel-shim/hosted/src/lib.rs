@@ -47,6 +47,7 @@ mod options;
 mod patience;
 mod program;
 mod quiet;
+mod quirks;
 mod random;
 mod schedule;
 mod sequence;
@@ -63,8 +64,11 @@ pub use kernel::{Kernel, NotDone, Promises, boot};
 pub use machine::{FlushHandler, HostedMachine};
 pub use memory::Memory;
 pub use mmu::{arch, broadcast, features, invalidate, physical, structure_cache, tlb_cache, walk, watch};
-pub use options::{Adversary, Checking, Device, MachineFault, MostWork, Options, Telling};
+pub use options::{
+    Adversary, Checking, Cores, Device, Eagerness, MachineFault, MostWork, Options, Stores, Telling,
+};
 pub use program::Signal;
+pub use quirks::{Quirk, Quirks};
 pub use random::Choices;
 pub use schedule::{GiveWay, Schedule, give_way, is_scheduled};
 pub use sequence::{

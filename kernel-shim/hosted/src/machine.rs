@@ -24,6 +24,10 @@ use crate::random::Choices;
 use crate::schedule::{self, Schedule};
 use crate::vocabulary::FrameRole;
 
+/// For how many seams a table counts as new: it is linked after one or two, and its first entry is
+/// set a few later.
+const NEW_FOR_SEAMS: u32 = 6;
+
 /// A machine of up to 64 CPUs.
 pub struct HostedMachine {
     pub(crate) options: Options,
@@ -37,6 +41,8 @@ pub struct HostedMachine {
     /// Addresses that something just happened at: where a speculating CPU is most likely to look.
     hot: [AtomicU64; 64],
     next_hot: AtomicU32,
+    /// For how many seams more a table counts as new, since one was given out.
+    new_table: AtomicU32,
     /// Corners that this machine has been to.
     pub(crate) reached: Reached,
     /// How often a CPU was chosen.
@@ -113,7 +119,7 @@ impl HostedMachine {
                 if options.telling == Telling::All {
                     watch.remember_fills();
                 }
-                Caches { mmu: Mmu::new(options.features, cr4, nothing, &mut watch), watch }
+                Caches { mmu: Mmu::new(options.features_of(number), cr4, nothing, &mut watch), watch }
             });
             VirtualCpu {
                 id: CpuId::new(number),
@@ -145,6 +151,7 @@ impl HostedMachine {
             shared: SharedSpaces::default(),
             hot: [const { AtomicU64::new(0) }; 64],
             next_hot: AtomicU32::new(0),
+            new_table: AtomicU32::new(0),
             reached: Reached::default(),
             turns: AtomicU64::new(0),
             sent_in: AtomicU64::new(0),
@@ -335,6 +342,24 @@ impl HostedMachine {
 
     pub(crate) fn hot_address(&self) -> u64 {
         self.hot[self.choices.pick(self.hot.len())].load(Ordering::Relaxed)
+    }
+
+    /// The last address at which something happened.
+    pub(crate) fn latest_address(&self) -> u64 {
+        let place = self.next_hot.load(Ordering::Relaxed).wrapping_sub(1) as usize % self.hot.len();
+        self.hot[place].load(Ordering::Relaxed)
+    }
+
+    /// A table was given out, and is about to be linked.
+    pub(crate) fn note_new_table(&self) {
+        self.new_table.store(NEW_FOR_SEAMS, Ordering::Relaxed);
+    }
+
+    /// Whether one was given out a few seams ago.
+    pub(crate) fn table_is_new(&self) -> bool {
+        let left = self.new_table.load(Ordering::Relaxed);
+        self.new_table.store(left.saturating_sub(1), Ordering::Relaxed);
+        left > 0
     }
 
     /// Runs what `schedule` holds until all of it is done.

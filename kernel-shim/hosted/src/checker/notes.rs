@@ -56,6 +56,7 @@ impl HostedMachine {
                     self.report(checked, kind, self.current(), 0, frame, None);
                 }
                 if role == FrameRole::Table {
+                    self.note_new_table();
                     self.note_own_table(frame);
                 }
             }

@@ -17,7 +17,10 @@
 //! Most values of a page lead to one of a few places where tables begin and end, for steps must
 //! meet to matter; the others are the page itself, so that addresses of real programs can be said.
 //!
-//! A byte that is no number of an operation means the one it meant when there were 17, and so with
+//! Sixteen bytes with 255 for the operation are no step: bytes 4 and 5 say which quirks the machine
+//! has.
+//!
+//! Another byte that is no number of an operation means the one it meant when there were 17, and so with
 //! backings, of which there were 6: saved bytes keep their meaning.
 
 use mmu_gather::pagetable::{Level, VirtRange};
@@ -25,6 +28,7 @@ use mmu_gather::tlb::PcidSupport;
 
 use crate::mmu::features::{InvlpgUppers, SettingDirty};
 use crate::options::{Adversary, Device};
+use crate::quirks::Quirks;
 use crate::sequence::op::{MmId, NR_MMS, Op, Step};
 use crate::sequence::places::{MOST_TOUCHED, PLACES};
 use crate::sequence::text::Sequence;
@@ -34,6 +38,8 @@ use crate::vocabulary::{Backing, Guarding, Rights, Supply, UserAccess};
 const HEADER: usize = 10;
 /// Bytes of a step.
 const STEP: usize = 16;
+/// The operation of what is no step.
+const QUIRKS: u8 = 255;
 /// Steps after these are ignored: an input must not run for long.
 const MOST_STEPS: usize = 256;
 /// CPUs of a machine.
@@ -64,7 +70,8 @@ impl Sequence {
             adversary: if flags & 4 == 0 { Adversary::Keeper } else { Adversary::Forgetter },
             dirty: if flags & 8 == 0 { SettingDirty::Checked } else { SettingDirty::Unchecked },
             device: if flags & 16 == 0 { Device::Absent } else { Device::Present },
-            steps: steps.as_chunks().0.iter().take(MOST_STEPS).map(step).collect(),
+            quirks: quirks(steps.as_chunks().0),
+            steps: steps.as_chunks().0.iter().filter(is_step).take(MOST_STEPS).map(step).collect(),
         }
     }
 
@@ -80,11 +87,31 @@ impl Sequence {
         flags |= u8::from(self.device == Device::Present) << 4;
         let mut bytes = vec![low(u64::from(self.nr_cpus.clamp(1, MOST_CPUS) - 1)), flags];
         bytes.extend(self.seed.to_le_bytes());
+        if self.quirks != Quirks::default() {
+            bytes.extend(bytes_of_quirks(self.quirks));
+        }
         for step in self.steps.iter().take(MOST_STEPS) {
             bytes.extend(bytes_of(*step));
         }
         bytes
     }
+}
+
+fn is_step(bytes: &&[u8; STEP]) -> bool {
+    bytes[1] != QUIRKS
+}
+
+/// All quirks that any of these say.
+fn quirks(chunks: &[[u8; STEP]]) -> Quirks {
+    let of_quirks = chunks.iter().filter(|bytes| !is_step(bytes));
+    Quirks::from_bits(of_quirks.fold(0, |bits, bytes| bits | u16::from_le_bytes([bytes[4], bytes[5]])))
+}
+
+fn bytes_of_quirks(quirks: Quirks) -> [u8; STEP] {
+    let mut bytes = [0; STEP];
+    bytes[1] = QUIRKS;
+    bytes[4..6].copy_from_slice(&quirks.bits().to_le_bytes());
+    bytes
 }
 
 #[cfg(feature = "arbitrary")]

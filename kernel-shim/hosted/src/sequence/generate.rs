@@ -16,6 +16,7 @@ use mmu_gather::tlb::PcidSupport;
 use crate::memory::index;
 use crate::mmu::features::{InvlpgUppers, SettingDirty};
 use crate::options::{Adversary, Device};
+use crate::quirks::Quirks;
 use crate::random::Choices;
 use crate::sequence::op::{MmId, NR_MMS, Op, Step};
 use crate::sequence::places::{MOST_TOUCHED, PLACES};
@@ -67,6 +68,8 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
         adversary: if choices.one_in(8) { Adversary::Forgetter } else { Adversary::Keeper },
         dirty: if choices.one_in(2) { SettingDirty::Unchecked } else { SettingDirty::Checked },
         device: if choices.one_in(4) { Device::Present } else { Device::Absent },
+        // By choices of their own: the steps are what they are without.
+        quirks: Quirks::draw(&Choices::new(!seed)),
         steps,
     }
 }

@@ -42,12 +42,29 @@ pub fn shrink<K: Kernel>(
             }
         }
         if chunk <= 1 && !shorter {
-            return Ok(best);
+            return without_quirks(best, trial, &sort, &make);
         }
         if !shorter || chunk > 1 {
             chunk = chunk.div_ceil(2);
         }
     }
+}
+
+/// Leaves quirks of the machine out while the same sort of failure stays, so that those that are
+/// left have to do with it.
+fn without_quirks<K: Kernel>(
+    mut best: (Sequence, Verdict),
+    trial: Trial,
+    sort: &str,
+    make: &impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
+) -> io::Result<(Sequence, Verdict)> {
+    for quirk in best.0.quirks.iter() {
+        let candidate = Sequence { quirks: best.0.quirks.without(quirk), ..best.0.clone() };
+        if let Some(found) = fails_like(&candidate, trial, sort, SEEDS_TRIED, make)? {
+            best = found;
+        }
+    }
+    Ok(best)
 }
 
 /// How many seeds are tried for a sequence without the steps that the kernel skips: all of its

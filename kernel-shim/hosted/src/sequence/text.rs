@@ -6,6 +6,7 @@ use mmu_gather::tlb::PcidSupport;
 
 use crate::mmu::features::{Features, InvlpgUppers, SettingDirty};
 use crate::options::{Adversary, Device, Options};
+use crate::quirks::Quirks;
 use crate::sequence::op::{Step, parse_step};
 
 /// Steps for a machine of so many CPUs, and the seed that decides how they interleave.
@@ -28,6 +29,8 @@ pub struct Sequence {
     pub dirty: SettingDirty,
     /// Whether a device shares address spaces.
     pub device: Device,
+    /// What else the machine is.
+    pub quirks: Quirks,
     /// The steps.
     pub steps: Vec<Step>,
 }
@@ -69,13 +72,13 @@ impl Sequence {
     #[must_use]
     pub fn options(&self) -> Options {
         let base = Options::new(self.nr_cpus, NR_FRAMES, self.seed);
-        Options {
+        self.quirks.apply(Options {
             pcid: self.pcid,
             features: Features { invlpg_uppers: self.uppers, dirty: self.dirty, ..base.features },
             device: self.device,
             adversary: self.adversary,
             ..base
-        }
+        })
     }
 
     /// The kernel whose failure [`fuzz`](crate::fuzz()) has saved as this text, if it was `fuzz`:
@@ -110,12 +113,13 @@ impl Sequence {
             adversary: Adversary::Keeper,
             dirty: SettingDirty::Checked,
             device: Device::Absent,
+            quirks: Quirks::default(),
             steps: Vec::new(),
         };
         if !(1..=64).contains(&sequence.nr_cpus) {
             return Err(SequenceError { line: cpus.1, expected });
         }
-        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then late-dirty, device, or nothing";
+        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then late-dirty, device, the words of quirks, or nothing";
         let (mmu, line) = next(expected)?;
         let words: Vec<&str> = mmu.split_ascii_whitespace().collect();
         let ["mmu", pcid, uppers, adversary, ref others @ ..] = words[..] else {
@@ -131,7 +135,10 @@ impl Sequence {
             match *word {
                 "late-dirty" => sequence.dirty = SettingDirty::Unchecked,
                 "device" => sequence.device = Device::Present,
-                _ => return Err(SequenceError { line, expected }),
+                word => {
+                    let quirks = sequence.quirks.with_word(word);
+                    sequence.quirks = quirks.ok_or(SequenceError { line, expected })?;
+                }
             }
         }
         loop {
@@ -172,7 +179,7 @@ impl fmt::Display for Sequence {
         let adversary = if self.adversary == Adversary::Keeper { "keeper" } else { "forgetter" };
         let dirty = if self.dirty == SettingDirty::Unchecked { " late-dirty" } else { "" };
         let device = if self.device == Device::Present { " device" } else { "" };
-        writeln!(f, "mmu {pcid} {uppers} {adversary}{dirty}{device}")?;
+        writeln!(f, "mmu {pcid} {uppers} {adversary}{dirty}{device}{}", self.quirks)?;
         for step in &self.steps {
             writeln!(f, "{step}")?;
         }

@@ -16,7 +16,7 @@ use crate::checker::events::{Call, Detail, What};
 use crate::kernel::{Kernel, boot};
 use crate::machine::HostedMachine;
 use crate::mutex::lock;
-use crate::options::{Device, Options};
+use crate::options::{Device, Options, Stores};
 use crate::schedule::{self, Schedule};
 use crate::sequence::calls::{Calls, Running};
 use crate::sequence::op::{MmId, NR_MMS, Op, Step};
@@ -54,8 +54,9 @@ pub(crate) fn machine_of(sequence: &Sequence, trial: Trial) -> io::Result<Arc<Ho
     let Trial { fault, telling, most_work, pace } = trial;
     let mut options = Options { fault, telling, most_work, ..sequence.options() };
     if pace == Pace::OneAtATime {
-        // It writes when it likes: see `run_program`.
+        // They write when they like: see `run_program`.
         options.device = Device::Absent;
+        options.stores = Stores::WhenTold;
     }
     Ok(Arc::new(HostedMachine::new(options)?))
 }
