@@ -19,10 +19,12 @@ use crate::vma::{Area, AreaKind, Growth, Protection, Vma};
 /// What a program tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserAccess {
-    /// Load, or fetch.
+    /// Load.
     Read,
     /// Store.
     Write,
+    /// Instruction fetch.
+    Fetch,
 }
 
 /// Why a fault was not answered: the program gets a signal, or is out of luck.
@@ -78,6 +80,10 @@ impl<M: Machine> Kernel<M> {
             let allowed = match access {
                 UserAccess::Read => vma.area.protection != Protection::Nothing,
                 UserAccess::Write => vma.area.protection == Protection::Write,
+                UserAccess::Fetch if self.machine.forbids_execution() => {
+                    vma.area.protection == Protection::Execute
+                }
+                UserAccess::Fetch => vma.area.protection != Protection::Nothing,
             };
             if !allowed {
                 return Err(FaultError::NotAllowed);
@@ -176,7 +182,7 @@ impl<M: Machine> Kernel<M> {
                 return Ok(match access {
                     UserAccess::Write if !value.is_writable() => Try::Large,
                     // Another CPU was faster, or a cached entry was less than memory allows.
-                    UserAccess::Read | UserAccess::Write => Try::Done,
+                    UserAccess::Read | UserAccess::Fetch | UserAccess::Write => Try::Done,
                 });
             }
             Err(MapError::Occupied(..)) => return Ok(Try::Again),
@@ -187,7 +193,7 @@ impl<M: Machine> Kernel<M> {
         let value = entry.load();
         match value.decode(Level::Pte) {
             Decoded::Leaf(_) | Decoded::Table(_) => {
-                if access == UserAccess::Read || value.is_writable() {
+                if access != UserAccess::Write || value.is_writable() {
                     return Ok(Try::Done);
                 }
                 let frame = PhysFrame::containing_address(value.leaf_address(Level::Pte));
@@ -210,7 +216,7 @@ impl<M: Machine> Kernel<M> {
                 let frame = self.new_page().ok_or(FaultError::NoMemory)?;
                 self.swap_slots.fetch_sub(1, Ordering::Relaxed);
                 // SAFETY: the entry maps nothing, and the page is new.
-                unsafe { entry.store(leaf(frame, vma.area.protection)) };
+                unsafe { entry.store(self.leaf(frame, vma.area.protection)) };
                 self.count().swapped_in();
                 self.note_mapped(mm, page, frame);
                 Ok(Try::Done)
@@ -246,18 +252,21 @@ impl<M: Machine> Kernel<M> {
 
     /// The entry for a page that is not there yet; counts are taken.
     pub(crate) fn page_for(&self, area: Area, page: u64, access: UserAccess) -> Option<EntryValue> {
+        let read_only = area.protection.without_write();
         match (area.kind, access) {
             (AreaKind::Anon | AreaKind::FilePrivate(_), UserAccess::Write) => {
-                Some(leaf(self.new_page()?, area.protection))
+                Some(self.leaf(self.new_page()?, area.protection))
             }
-            (AreaKind::Anon, UserAccess::Read) => Some(leaf(self.zero_page(), Protection::Read)),
-            (AreaKind::FilePrivate(file), UserAccess::Read) => {
-                Some(leaf(self.file_page(file, area.file_page(page))?, Protection::Read))
+            (AreaKind::Anon, UserAccess::Read | UserAccess::Fetch) => {
+                Some(self.leaf(self.zero_page(), read_only))
+            }
+            (AreaKind::FilePrivate(file), UserAccess::Read | UserAccess::Fetch) => {
+                Some(self.leaf(self.file_page(file, area.file_page(page))?, read_only))
             }
             (AreaKind::FileShared(file), _) => {
-                Some(leaf(self.file_page(file, area.file_page(page))?, area.protection))
+                Some(self.leaf(self.file_page(file, area.file_page(page))?, area.protection))
             }
-            (AreaKind::Pfn, _) => Some(leaf(self.device_frame()?, area.protection)),
+            (AreaKind::Pfn, _) => Some(self.leaf(self.device_frame()?, area.protection)),
         }
     }
 
@@ -353,17 +362,28 @@ impl<M: Machine> Kernel<M> {
     }
 }
 
-/// The entry that maps a frame for a program.
-pub(crate) fn leaf(frame: PhysFrame, protection: Protection) -> EntryValue {
-    leaf_at(Level::Pte, frame, protection)
-}
+impl<M: Machine> Kernel<M> {
+    /// The entry that maps a frame for a program.
+    pub(crate) fn leaf(&self, frame: PhysFrame, protection: Protection) -> EntryValue {
+        self.leaf_at(Level::Pte, frame, protection)
+    }
 
-/// The entry of a table at `level` that maps a page for a program.
-pub(crate) fn leaf_at(level: Level, frame: PhysFrame, protection: Protection) -> EntryValue {
-    let flags = match protection {
-        Protection::Nothing => PageTableFlags::empty(),
-        Protection::Read => PageTableFlags::USER_ACCESSIBLE,
-        Protection::Write => PageTableFlags::USER_ACCESSIBLE | PageTableFlags::WRITABLE,
-    };
-    EntryValue::leaf(level, frame.start_address(), flags)
+    /// The entry of a table at `level` that maps a page for a program.
+    pub(crate) fn leaf_at(&self, level: Level, frame: PhysFrame, protection: Protection) -> EntryValue {
+        EntryValue::leaf(level, frame.start_address(), self.flags_of(protection))
+    }
+
+    /// What an entry says of a protection.
+    pub(crate) fn flags_of(&self, protection: Protection) -> PageTableFlags {
+        let flags = match protection {
+            Protection::Nothing => PageTableFlags::empty(),
+            Protection::Read | Protection::Execute => PageTableFlags::USER_ACCESSIBLE,
+            Protection::Write => PageTableFlags::USER_ACCESSIBLE | PageTableFlags::WRITABLE,
+        };
+        if protection != Protection::Execute && self.machine.forbids_execution() {
+            flags | PageTableFlags::NO_EXECUTE
+        } else {
+            flags
+        }
+    }
 }

@@ -14,7 +14,7 @@ use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
 use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
-use crate::vma::{AreaKind, Protection, Vma};
+use crate::vma::{AreaKind, Vma};
 
 /// An area on its way to a child.
 struct CopiedArea<'a, M: Machine> {
@@ -60,7 +60,7 @@ impl<M: Machine> Kernel<M> {
             let is_shared_out =
                 |vma: &&Vma| matches!(vma.area.kind, AreaKind::Anon | AreaKind::FilePrivate(_));
             for vma in copied.iter().filter(is_shared_out) {
-                self.note_protected(parent, vma.range, Protection::Read);
+                self.note_protected(parent, vma.range, vma.area.protection.without_write());
             }
         }
         drop(vmas);

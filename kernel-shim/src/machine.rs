@@ -115,6 +115,13 @@ pub unsafe trait Machine: Sync {
         true
     }
 
+    /// Whether entries of areas that programs may not execute say so. It takes IA32_EFER.NXE, and
+    /// areas that name what is code. The answer never changes.
+    #[inline]
+    fn forbids_execution(&self) -> bool {
+        false
+    }
+
     /// A moment at which something else may happen on other CPUs. The hosted machine lets it.
     #[inline]
     fn seam(&self, _seam: Seam) {}
@@ -404,6 +411,11 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
     #[inline]
     fn notes_used_lines(&self) -> bool {
         (**self).notes_used_lines()
+    }
+
+    #[inline]
+    fn forbids_execution(&self) -> bool {
+        (**self).forbids_execution()
     }
 
     #[inline]

@@ -6,12 +6,11 @@ use core::sync::atomic::Ordering;
 use mmu_gather::pagetable::{EntryValue, Level, NonPresent, VirtRange};
 use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
-use crate::fault::{leaf, leaf_at};
 use crate::frame::{FrameKind, owner_of};
 use crate::kernel::{Error, Kernel};
 use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
 use crate::mm::Mm;
-use crate::vma::{Area, AreaKind, Protection, Vma};
+use crate::vma::{Area, AreaKind, Vma};
 
 /// What a stretch of an area holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,31 +139,36 @@ impl<M: Machine> Kernel<M> {
         let written = used | PageTableFlags::DIRTY;
         let private = match area.kind {
             AreaKind::FileShared(_) => area.protection,
-            AreaKind::Anon | AreaKind::FilePrivate(_) | AreaKind::Pfn => match area.protection {
-                Protection::Write => Protection::Read,
-                other => other,
-            },
+            AreaKind::Anon | AreaKind::FilePrivate(_) | AreaKind::Pfn => area.protection.without_write(),
         };
         let file = match area.kind {
             AreaKind::FilePrivate(file) | AreaKind::FileShared(file) => file,
             AreaKind::Anon | AreaKind::Pfn => 0,
         };
         Some(match content {
-            PageContent::Anon => with(leaf(self.new_page()?, area.protection), written),
-            PageContent::File => with(leaf(self.file_page(file, area.file_page(address))?, private), used),
-            PageContent::FileDirty => {
-                with(leaf(self.file_page(file, area.file_page(address))?, private), written)
+            PageContent::Anon => with(self.leaf(self.new_page()?, area.protection), written),
+            PageContent::File => {
+                with(self.leaf(self.file_page(file, area.file_page(address))?, private), used)
             }
-            PageContent::Zero => with(leaf(self.zero_page(), Protection::Read), used),
-            PageContent::Pfn => with(leaf(self.device_frame()?, area.protection), used),
-            PageContent::AnonBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), written),
-            PageContent::CleanBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), used),
+            PageContent::FileDirty => {
+                with(self.leaf(self.file_page(file, area.file_page(address))?, private), written)
+            }
+            PageContent::Zero => with(self.leaf(self.zero_page(), area.protection.without_write()), used),
+            PageContent::Pfn => with(self.leaf(self.device_frame()?, area.protection), used),
+            PageContent::AnonBlock => {
+                with(self.leaf_at(Level::Pmd, self.new_block()?, area.protection), written)
+            }
+            PageContent::CleanBlock => {
+                with(self.leaf_at(Level::Pmd, self.new_block()?, area.protection), used)
+            }
             PageContent::FileBlock => {
                 let block = self.new_block()?;
                 self.frames.meta(block).set_owner(owner_of(file, area.file_page(address)));
-                with(leaf_at(Level::Pmd, block, private), used)
+                with(self.leaf_at(Level::Pmd, block, private), used)
             }
-            PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, Protection::Read), used),
+            PageContent::ZeroBlock => {
+                with(self.leaf_at(Level::Pmd, self.zero_block()?, area.protection.without_write()), used)
+            }
             PageContent::Swap => {
                 let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed);
                 NonPresent::Swap { device: 0, slot: slot.unsigned_abs() }.encode()

@@ -11,7 +11,8 @@ use crate::mm::Mm;
 use crate::vma::{Area, Protection, Vma};
 
 /// What a protection decides of an entry.
-const RIGHTS: PageTableFlags = PageTableFlags::USER_ACCESSIBLE.union(PageTableFlags::WRITABLE);
+const RIGHTS: PageTableFlags =
+    PageTableFlags::USER_ACCESSIBLE.union(PageTableFlags::WRITABLE).union(PageTableFlags::NO_EXECUTE);
 
 impl<M: Machine> Kernel<M> {
     /// Sets the protection of every area in `range`; mprotect(2).
@@ -108,11 +109,12 @@ impl<M: Machine> Kernel<M> {
     ) -> PageTableFlags {
         let frame = PhysFrame::containing_address(old.leaf_address(level));
         let wanted = match area.protection {
-            Protection::Nothing => PageTableFlags::empty(),
-            Protection::Write if self.may_write_in_place(area, frame) => RIGHTS,
-            Protection::Read | Protection::Write => PageTableFlags::USER_ACCESSIBLE,
+            Protection::Write if !self.may_write_in_place(area, frame) => area.protection.without_write(),
+            wanted => wanted,
         };
-        if !(old.flags() & RIGHTS).difference(wanted).is_empty() {
+        let wanted = self.flags_of(wanted);
+        let gives = |flags: PageTableFlags| (flags & RIGHTS).symmetric_difference(PageTableFlags::NO_EXECUTE);
+        if !gives(old.flags()).difference(gives(wanted)).is_empty() {
             self.machine.note(Note::Restricted { address, level, frame });
         }
         if wanted.contains(PageTableFlags::WRITABLE) && !old.is_writable() {

@@ -10,10 +10,25 @@ use mmu_gather::pagetable::{Bounds, VirtRange};
 pub enum Protection {
     /// Nothing.
     Nothing,
-    /// Read and execute.
+    /// Read; execute too, where the machine [does not forbid it].
+    ///
+    /// [does not forbid it]: crate::Machine::forbids_execution
     Read,
-    /// Read, execute and write.
+    /// Read and write; execute too, as for `Read`.
     Write,
+    /// Read and execute.
+    Execute,
+}
+
+impl Protection {
+    /// The same without the right to write.
+    #[must_use]
+    pub const fn without_write(self) -> Self {
+        match self {
+            Self::Write => Self::Read,
+            other => other,
+        }
+    }
 }
 
 /// What backs an area.

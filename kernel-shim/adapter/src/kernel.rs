@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CtxId;
 use mmu_hosted::{
-    Backing, Boundaries, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
+    Backing, Boundaries, Execution, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
     ViolationKind,
 };
 use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Vma};
@@ -104,6 +104,10 @@ impl mmu_hosted::Kernel for ShimKernel {
         let exited = self.kernel.exit(mm);
         assert!(matches!(exited, Ok(()) | Err(Error::Busy(_))), "the last program has left: {exited:?}");
         answer(exited)
+    }
+
+    fn execution(&self) -> Execution {
+        Execution::WhereAllowed
     }
 
     fn promises(&self) -> Promises {

@@ -16,7 +16,8 @@ const KNOWN: PageTableFlags = PageTableFlags::PRESENT
     .union(PageTableFlags::WRITABLE)
     .union(PageTableFlags::USER_ACCESSIBLE)
     .union(PageTableFlags::ACCESSED)
-    .union(PageTableFlags::DIRTY);
+    .union(PageTableFlags::DIRTY)
+    .union(PageTableFlags::NO_EXECUTE);
 
 /// Bits 12 to 51: where a page is. Of a large page, bit 12 says how it is cached instead.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -113,9 +114,13 @@ pub(crate) fn find_wrong(
 }
 
 fn allows_too_much(area: Area, leaf: &Leaf) -> bool {
+    let is_executable = leaf.rights.user() && !leaf.rights.no_execute();
+    if is_executable && area.protection != Protection::Execute {
+        return true;
+    }
     match area.protection {
         Protection::Write => false,
-        Protection::Read => leaf.rights.writable(),
+        Protection::Read | Protection::Execute => leaf.rights.writable(),
         Protection::Nothing => leaf.rights.writable() || leaf.rights.user(),
     }
 }

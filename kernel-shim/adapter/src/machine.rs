@@ -139,6 +139,11 @@ unsafe impl Machine for Hosted {
     }
 
     #[inline]
+    fn forbids_execution(&self) -> bool {
+        true
+    }
+
+    #[inline]
     fn seam(&self, seam: Seam) {
         self.0.seam(words::seam(seam));
     }

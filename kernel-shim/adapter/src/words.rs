@@ -68,6 +68,7 @@ const fn rights(protection: shim::Protection) -> kit::Rights {
         shim::Protection::Nothing => kit::Rights::Nothing,
         shim::Protection::Read => kit::Rights::Read,
         shim::Protection::Write => kit::Rights::Write,
+        shim::Protection::Execute => kit::Rights::Execute,
     }
 }
 
@@ -76,6 +77,7 @@ pub(crate) const fn protection(rights: kit::Rights) -> shim::Protection {
         kit::Rights::Nothing => shim::Protection::Nothing,
         kit::Rights::Read => shim::Protection::Read,
         kit::Rights::Write => shim::Protection::Write,
+        kit::Rights::Execute => shim::Protection::Execute,
     }
 }
 
@@ -83,6 +85,7 @@ pub(crate) const fn access(access: shim::UserAccess) -> kit::UserAccess {
     match access {
         shim::UserAccess::Read => kit::UserAccess::Read,
         shim::UserAccess::Write => kit::UserAccess::Write,
+        shim::UserAccess::Fetch => kit::UserAccess::Fetch,
     }
 }
 
@@ -90,6 +93,7 @@ pub(crate) const fn access_of_program(access: kit::UserAccess) -> shim::UserAcce
     match access {
         kit::UserAccess::Read => shim::UserAccess::Read,
         kit::UserAccess::Write => shim::UserAccess::Write,
+        kit::UserAccess::Fetch => shim::UserAccess::Fetch,
     }
 }
 

@@ -31,6 +31,15 @@ pub enum Promises {
     ByTheKernel,
 }
 
+/// Whether a kernel keeps programs from executing what is no code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execution {
+    /// It does not: what may be read may be executed.
+    Anywhere,
+    /// It does, by bit 63 of entries: code is where [`Rights::Execute`] is, and nowhere else.
+    WhereAllowed,
+}
+
 /// A kernel that runs on a [`HostedMachine`].
 ///
 /// The first nine methods are required. The others are calls that a kernel may not have: steps that
@@ -94,6 +103,11 @@ pub trait Kernel: Send + Sync + 'static {
     /// Who says what a call has promised. The answer never changes.
     fn promises(&self) -> Promises {
         Promises::ByTheRunner
+    }
+
+    /// Whether it keeps programs from executing what is no code. The answer never changes.
+    fn execution(&self) -> Execution {
+        Execution::Anywhere
     }
 
     /// The name by which the engine knows the address space, for the device and for timelines.
@@ -245,6 +259,9 @@ pub fn boot<K: Kernel>(
     let kernel = Arc::new(make(machine)?);
     // The kernel may own the machine.
     let handler = Arc::downgrade(&kernel);
+    if kernel.execution() == Execution::WhereAllowed {
+        machine.note_execution_is_a_right();
+    }
     machine.set_flush_handler(Box::new(move || {
         // An interrupt that comes after the kernel has no mail.
         if let Some(kernel) = handler.upgrade() {

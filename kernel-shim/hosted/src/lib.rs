@@ -60,7 +60,7 @@ pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
 pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};
 pub use hardware::Bits;
-pub use kernel::{Kernel, NotDone, Promises, boot};
+pub use kernel::{Execution, Kernel, NotDone, Promises, boot};
 pub use machine::{FlushHandler, HostedMachine};
 pub use memory::Memory;
 pub use mmu::{arch, broadcast, features, invalidate, physical, structure_cache, tlb_cache, walk, watch};

@@ -53,6 +53,8 @@ pub struct HostedMachine {
     faults: AtomicU64,
     /// A CPU goes on at a seam unless these bits of a choice are all 0.
     pub(crate) calm: u64,
+    /// Whether the kernel keeps programs from executing what is no code.
+    execution_is_a_right: AtomicBool,
     /// The kernel's handler of the flush interrupt.
     flush_handler: OnceLock<FlushHandler>,
     /// What CPU 0 had in CR3 when the kernel had booted: the kernel's own root.
@@ -159,6 +161,7 @@ impl HostedMachine {
             // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long
             // ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
+            execution_is_a_right: AtomicBool::new(false),
             flush_handler: OnceLock::new(),
             kernel_root: OnceLock::new(),
         })
@@ -342,6 +345,15 @@ impl HostedMachine {
 
     pub(crate) fn hot_address(&self) -> u64 {
         self.hot[self.choices.pick(self.hot.len())].load(Ordering::Relaxed)
+    }
+
+    /// The kernel keeps programs from executing what is no code.
+    pub(crate) fn note_execution_is_a_right(&self) {
+        self.execution_is_a_right.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn execution_is_a_right(&self) -> bool {
+        self.execution_is_a_right.load(Ordering::Relaxed)
     }
 
     /// The last address at which something happened.

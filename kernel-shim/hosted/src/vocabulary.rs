@@ -10,10 +10,12 @@ use x86_64::structures::paging::PhysFrame;
 /// What a program tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserAccess {
-    /// Load, or fetch.
+    /// Load.
     Read,
     /// Store.
     Write,
+    /// Instruction fetch.
+    Fetch,
 }
 
 /// What a program may do in an area.
@@ -25,6 +27,9 @@ pub enum Rights {
     Read,
     /// Read and write.
     Write,
+    /// Read and execute. To a kernel that does not tell it from reading it is `Read`, and so are
+    /// its promises.
+    Execute,
 }
 
 /// What backs a new area.
@@ -274,6 +279,7 @@ impl fmt::Display for Rights {
             Self::Nothing => "none",
             Self::Read => "read",
             Self::Write => "write",
+            Self::Execute => "execute",
         })
     }
 }

@@ -161,6 +161,7 @@ impl Line {
                 let protection = match words.next()? {
                     "w" => Protection::Write,
                     "r" => Protection::Read,
+                    "x" => Protection::Execute,
                     "-" => Protection::Nothing,
                     _ => return None,
                 };

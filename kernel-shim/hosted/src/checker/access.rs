@@ -61,6 +61,7 @@ impl HostedMachine {
         let kind = match access {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
+            UserAccess::Fetch => AccessKind::Execute,
         };
         let result = match &mut *lock(&self.cpu().caches) {
             Some(Caches { mmu, watch }) => {

@@ -17,6 +17,7 @@ use crate::mutex::lock;
 /// The bits of an entry that the comparison looks at.
 const WRITABLE: u64 = 1 << 1;
 const DIRTY: u64 = 1 << 6;
+const NO_EXECUTE: u64 = 1 << 63;
 /// The bit that hardware sets in each root's own copy of the kernel half.
 const ACCESSED: u64 = 1 << 5;
 
@@ -53,7 +54,7 @@ impl HostedMachine {
     pub(crate) fn agrees(&self, root: PhysFrame, entry: &CachedEntry) -> bool {
         let address = entry.address.as_u64();
         let (mut table, mut level) = (root, TableLevel::Pml4);
-        let mut upper_rights = WRITABLE;
+        let (mut upper_rights, mut forbidden) = (WRITABLE, 0);
         loop {
             match entry.held.as_a {
                 Use::Root => return true,
@@ -66,6 +67,7 @@ impl HostedMachine {
                 Meaning::NotPresent | Meaning::Reserved => return false,
                 Meaning::Table(next) => {
                     upper_rights &= bits;
+                    forbidden |= bits & NO_EXECUTE;
                     let Some(below) = level.below() else { return false };
                     (table, level) = (PhysFrame::containing_address(next), below);
                 }
@@ -75,6 +77,7 @@ impl HostedMachine {
                     return matches!(entry.held.as_a, Use::Page(_))
                         && page.as_u64() + inside == entry.frame.start_address().as_u64()
                         && (!entry.rights.writable() || upper_rights & bits & WRITABLE != 0)
+                        && (entry.rights.no_execute() || (forbidden | bits) & NO_EXECUTE == 0)
                         && (!entry.dirty || bits & DIRTY != 0);
                 }
             }

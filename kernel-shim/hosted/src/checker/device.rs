@@ -41,7 +41,8 @@ impl HostedMachine {
         let checked = self.checked.as_ref()?;
         let memory = WatchedMemory::new(&self.memory, &checked.ledger);
         let kind = match access {
-            UserAccess::Read => AccessKind::Read,
+            // It has no code.
+            UserAccess::Read | UserAccess::Fetch => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
         };
         let result = {

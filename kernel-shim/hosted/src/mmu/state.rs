@@ -65,6 +65,13 @@ impl Mmu {
         self.lookup_on(self.side_of(kind), address)
     }
 
+    /// Whether an access of any kind to `address` would be served by a TLB now.
+    #[must_use]
+    pub fn has_page(&self, address: LinearAddress) -> bool {
+        self.lookup(address).is_some()
+            || self.features.tlbs == Tlbs::Split && self.lookup_on(Side::Fetch, address).is_some()
+    }
+
     /// Where accesses of this kind find their translations.
     #[inline]
     pub(crate) fn side_of(&self, kind: AccessKind) -> Side {

@@ -144,7 +144,11 @@ fn step(bytes: &[u8; STEP]) -> Step {
         7 => Op::Exit(mm),
         8 => Op::Reclaim(mm, other, range),
         9 => {
-            let access = if what & 1 == 0 { UserAccess::Write } else { UserAccess::Read };
+            let access = match what {
+                FETCH => UserAccess::Fetch,
+                _ if what & 1 == 0 => UserAccess::Write,
+                _ => UserAccess::Read,
+            };
             Op::Touch(self::range(page_of(page), pages(count).min(MOST_TOUCHED)), access)
         }
         10 => Op::Switch(mm),
@@ -184,7 +188,7 @@ fn bytes_of(Step { cpu, op }: Step) -> [u8; STEP] {
         Op::Fork(mm, other) => mms = (mm.0, other.0),
         Op::Exit(mm) | Op::Switch(mm) => mms.0 = mm.0,
         Op::Reclaim(mm, other, range) => (mms, place) = ((mm.0, other.0), Some(range)),
-        Op::Touch(range, access) => (place, what) = (Some(range), u8::from(access == UserAccess::Read)),
+        Op::Touch(range, access) => (place, what) = (Some(range), access_bits(access)),
         Op::Batches(supply) | Op::Tables(supply) => what = supply_bits(supply),
         Op::Preempt(seams) => to = u64::from(seams),
         Op::Guard(mm, range, guarding) => {
@@ -239,7 +243,19 @@ const BACKINGS: [Backing; 7] = [
 ];
 /// Backings there were at first: other numbers keep the meaning that they had then.
 const FIRST_BACKINGS: usize = 6;
-const RIGHTS: [Rights; 3] = [Rights::Write, Rights::Read, Rights::Nothing];
+const RIGHTS: [Rights; 4] = [Rights::Write, Rights::Read, Rights::Nothing, Rights::Execute];
+/// Rights there were at first.
+const FIRST_RIGHTS: usize = 3;
+/// What fetches; other even numbers write, and odd ones read.
+const FETCH: u8 = 2;
+
+const fn access_bits(access: UserAccess) -> u8 {
+    match access {
+        UserAccess::Write => 0,
+        UserAccess::Read => 1,
+        UserAccess::Fetch => FETCH,
+    }
+}
 
 fn backing(what: u8) -> Backing {
     let number = usize::from(what & 0xf);
@@ -251,7 +267,8 @@ fn backing_bits(backing: Backing) -> u8 {
 }
 
 fn rights(what: u8) -> Rights {
-    RIGHTS[usize::from(what >> 4) % RIGHTS.len()]
+    let number = usize::from(what >> 4);
+    RIGHTS.get(number).copied().unwrap_or(RIGHTS[number % FIRST_RIGHTS])
 }
 
 fn rights_bits(rights: Rights) -> u8 {

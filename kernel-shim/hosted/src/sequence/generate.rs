@@ -59,7 +59,10 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     if manner == Manner::Dense {
         maker.begin_dense();
     }
-    let steps = (0..nr_steps).map(|_| maker.step()).collect();
+    // By choices of their own: the rest is what it is without.
+    let others = Choices::new(!seed);
+    let quirks = Quirks::draw(&others);
+    let steps = (0..nr_steps).map(|_| with_code(maker.step(), &others)).collect();
     Sequence {
         nr_cpus,
         seed: choices.bits(),
@@ -68,10 +71,25 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
         adversary: if choices.one_in(8) { Adversary::Forgetter } else { Adversary::Keeper },
         dirty: if choices.one_in(2) { SettingDirty::Unchecked } else { SettingDirty::Checked },
         device: if choices.one_in(4) { Device::Present } else { Device::Absent },
-        // By choices of their own: the steps are what they are without.
-        quirks: Quirks::draw(&Choices::new(!seed)),
+        quirks,
         steps,
     }
+}
+
+/// The step, where it reads or lets programs read, at times with instructions instead.
+fn with_code(step: Step, choices: &Choices) -> Step {
+    let op = match step.op {
+        Op::Map(mm, range, backing, Rights::Write) if choices.one_in(16) => {
+            Op::Map(mm, range, backing, Rights::Execute)
+        }
+        Op::Map(mm, range, backing, Rights::Read) if choices.one_in(2) => {
+            Op::Map(mm, range, backing, Rights::Execute)
+        }
+        Op::Protect(mm, range, Rights::Read) if choices.one_in(2) => Op::Protect(mm, range, Rights::Execute),
+        Op::Touch(range, UserAccess::Read) if choices.one_in(4) => Op::Touch(range, UserAccess::Fetch),
+        op => op,
+    };
+    Step { op, ..step }
 }
 
 /// What a sequence is mostly made of.

@@ -43,7 +43,7 @@ pub enum Op {
     Exit(MmId),
     /// Reclaim takes the pages away, and goes on with the same addresses of the second.
     Reclaim(MmId, MmId, VirtRange),
-    /// The program on the CPU reads or writes at the start of each page.
+    /// The program on the CPU reads, writes or fetches an instruction at the start of each page.
     Touch(VirtRange, UserAccess),
     /// The CPU runs programs of this address space.
     Switch(MmId),
@@ -237,6 +237,7 @@ impl fmt::Display for Step {
             Op::Reclaim(first, second, range) => write!(f, " {first} {second} {}", Pages(range)),
             Op::Touch(range, UserAccess::Read) => write!(f, " {} read", Pages(range)),
             Op::Touch(range, UserAccess::Write) => write!(f, " {} write", Pages(range)),
+            Op::Touch(range, UserAccess::Fetch) => write!(f, " {} fetch", Pages(range)),
             Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
             Op::Preempt(seams) => write!(f, " {seams}"),
             Op::Guard(mm, range, guarding) => write!(f, " {mm} {} {guarding}", Pages(range)),
@@ -293,7 +294,8 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
             match words.next() {
                 Some("read") => Op::Touch(range, UserAccess::Read),
                 Some("write") => Op::Touch(range, UserAccess::Write),
-                _ => return Err("read or write"),
+                Some("fetch") => Op::Touch(range, UserAccess::Fetch),
+                _ => return Err("read, write or fetch"),
             }
         }
         "switch" => Op::Switch(mm(words.next())?),
@@ -348,7 +350,8 @@ fn rights(word: Option<&str>) -> Result<Rights, &'static str> {
         Some("none") => Ok(Rights::Nothing),
         Some("read") => Ok(Rights::Read),
         Some("write") => Ok(Rights::Write),
-        _ => Err("none, read or write"),
+        Some("execute") => Ok(Rights::Execute),
+        _ => Err("none, read, write or execute"),
     }
 }
 

@@ -7,7 +7,7 @@ use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::{CpuId, Laziness};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::kernel::{Kernel, NotDone, Promises};
+use crate::kernel::{Execution, Kernel, NotDone, Promises};
 use crate::mutex::lock;
 use crate::schedule;
 use crate::sequence::calls::{Effect, Met, POPULATE};
@@ -198,6 +198,7 @@ impl<K: Kernel> World<K> {
     }
 
     fn touch(&self, cpu: CpuId, range: VirtRange, access: UserAccess) {
+        let access = self.as_the_kernel_knows_it(access);
         for address in (range.start()..range.end()).step_by(4096) {
             self.leave_the_dying(cpu);
             let process = {
@@ -216,6 +217,15 @@ impl<K: Kernel> World<K> {
                     fault()
                 }
             });
+        }
+    }
+
+    /// To a kernel that does not tell code from other pages a fetch is a load: it would answer the
+    /// fault as one, again and again where its entries forbid all execution.
+    pub(crate) fn as_the_kernel_knows_it(&self, access: UserAccess) -> UserAccess {
+        match (access, self.kernel.execution()) {
+            (UserAccess::Fetch, Execution::Anywhere) => UserAccess::Read,
+            (access, _) => access,
         }
     }
 

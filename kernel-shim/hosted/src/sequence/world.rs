@@ -214,6 +214,8 @@ impl<K: Kernel> World<K> {
                     Pace::Overlapping => UserAccess::Write,
                     Pace::OneAtATime => UserAccess::Read,
                 };
+                let fetches = machine.choices().one_in(8);
+                let access = if fetches { self.as_the_kernel_knows_it(UserAccess::Fetch) } else { access };
                 // What faults is tried again another time.
                 let _ = machine.user_access(machine.hot_address(), access);
             }
