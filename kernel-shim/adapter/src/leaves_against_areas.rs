@@ -72,7 +72,8 @@ pub(crate) fn find_wrong(
     leaf: &Leaf,
 ) -> Option<ViolationKind> {
     let Some(area) = area else { return Some(ViolationKind::EntryOutsideAreas) };
-    if has_stray_bits(leaf) {
+    let is_no_code = area.protection == Protection::Execute && leaf.rights.no_execute();
+    if has_stray_bits(leaf) || is_no_code {
         return Some(ViolationKind::StrayBits);
     }
     if allows_too_much(area, leaf) {

@@ -21,6 +21,7 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const DIRTY: u64 = 1 << 6;
+const NO_EXECUTE: u64 = 1 << 63;
 
 /// A kernel with one address space that has one area of `NR_PAGES` pages, which a program runs in.
 struct World {
@@ -114,6 +115,19 @@ fn an_entry_that_allows_more_than_its_area_is_told() {
 }
 
 #[test]
+fn an_entry_that_lets_programs_execute_what_is_no_code_is_told() {
+    for rights in [Rights::Read, Rights::Write] {
+        let world = World::new(Backing::Shared, rights);
+        let told = world.touch(0, UserAccess::Read).told_after(0, |entry| entry & !NO_EXECUTE);
+        assert_eq!(told, [ViolationKind::MoreThanAreaAllows], "{rights}");
+    }
+    for backing in [Backing::Anon, Backing::Private, Backing::Shared, Backing::Pfn] {
+        let world = World::new(backing, Rights::Execute);
+        assert_eq!(world.touch(0, UserAccess::Fetch).touch(1, UserAccess::Read).told(), [], "{backing}");
+    }
+}
+
+#[test]
 fn a_page_that_others_read_must_not_be_writable() {
     for backing in [Backing::Anon, Backing::Private] {
         let world = World::new(backing, Rights::Write);
@@ -144,10 +158,10 @@ fn a_table_or_a_frame_beyond_memory_is_no_page() {
 
 #[test]
 fn a_bit_that_nobody_asked_for_is_told() {
-    // PAT, global, the kernel's own, protection keys, no execution.
+    // PAT, global, the kernel's own, protection keys; no execution, where code is.
     for bit in [7, 8, 9, 11, 52, 59, 63] {
-        let world = World::new(Backing::Anon, Rights::Write);
-        let told = world.touch(0, UserAccess::Write).told_after(0, |entry| entry | 1 << bit);
+        let world = World::new(Backing::Shared, Rights::Execute);
+        let told = world.touch(0, UserAccess::Fetch).told_after(0, |entry| entry | 1 << bit);
         assert_eq!(told, [ViolationKind::StrayBits], "bit {bit}");
     }
 }

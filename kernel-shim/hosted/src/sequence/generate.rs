@@ -139,6 +139,9 @@ impl Maker<'_> {
             Manner::Lives => self.wide(),
             // Now and then something else happens, too.
             Manner::Focus { .. } if self.choices.one_in(12) => self.wide(),
+            Manner::Focus { place, mostly: Backing::Shared, .. } if self.choices.one_in(16) => {
+                self.crossing_discards(PLACES[place])
+            }
             Manner::Focus { place, switches, guards, mostly } => {
                 self.focused(PLACES[place], switches, guards, mostly)
             }
@@ -227,6 +230,18 @@ impl Maker<'_> {
 
     fn then(&mut self, cpu: u8, op: Op) {
         self.next.push_back(Step { cpu, op });
+    }
+
+    /// Two calls drop the same pages at the same time, just after programs have read them: pages of
+    /// a file, clean, and cached so that they may be written to.
+    fn crossing_discards(&mut self, base: u64) -> Op {
+        let mm = MmId(0);
+        let whole = up_to(base, 2 * FOCUS_PAGES);
+        let other = if self.choices.one_in(2) { whole } else { self.part_of(whole, 1) };
+        for op in [Op::Touch(whole, UserAccess::Read), Op::Discard(mm, whole), Op::Discard(mm, other)] {
+            self.then(self.cpu(), op);
+        }
+        Op::Touch(whole, UserAccess::Read)
     }
 
     /// Something with one or two of a few pages, in one of two address spaces.
