@@ -50,7 +50,7 @@ impl Trial {
     /// Boots the kernel.
     pub(crate) fn boot(self, machine: &Arc<HostedMachine>) -> io::Result<ShimKernel> {
         let misbehaviour = self.misbehaviour;
-        // The other variants of this kernel: without notes of used lines (machine.rs), and this one.
+        // The other variants of this kernel: without notes of used lines (machine.rs), and this.
         let [_, writes_protected] = machine.options().variants;
         let discarding = if writes_protected { Discarding::WriteProtectedFirst } else { Discarding::AtOnce };
         ShimKernel::boot(machine, Config { limits: LIMITS, misbehaviour, discarding, ..Config::default() })

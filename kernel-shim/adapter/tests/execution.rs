@@ -1,5 +1,5 @@
-//! Programs execute code, and nothing else: what the small kernel says of it in entries, and what the
-//! checker sees of a CPU that has two translations of one page.
+//! Programs execute code, and nothing else: what the small kernel says of it in entries, and what
+//! the checker sees of a CPU that has two translations of one page.
 
 use std::sync::Arc;
 
@@ -78,8 +78,8 @@ fn mprotect_takes_the_right_to_execute_away_and_gives_it_back() {
     assert_eq!(world.told(), []);
 }
 
-/// The page is cached by instruction fetches alone, and no flush comes: whoever looks for it by what
-/// loads would use sees nothing.
+/// The page is cached by instruction fetches alone, and no flush comes: whoever looks for it by
+/// what loads would use sees nothing.
 #[test]
 fn the_right_to_execute_that_is_left_in_a_tlb_of_instructions_is_told() {
     let split = Sequence { quirks: Quirks::default().with(Quirk::SplitTlb), ..generate(1, 1, 0) };

@@ -150,8 +150,8 @@ pub enum Coexisting {
 /// So one address may have two translations on one CPU, an old one and a new one.
 ///
 /// # Source
-/// Intel SDM vol. 3A 4.10.2 (a processor may have several TLBs, for data and for instructions), 4.10.4.4 (until
-/// it is invalidated, each access may use the old translation or the new one).
+/// Intel SDM vol. 3A 4.10.2 (a processor may have several TLBs, for data and for instructions),
+/// 4.10.4.4 (until it is invalidated, each access may use the old translation or the new one).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tlbs {
     /// They do.

@@ -20,8 +20,8 @@
 //! Sixteen bytes with 255 for the operation are no step: bytes 4 and 5 say which quirks the machine
 //! has.
 //!
-//! Another byte that is no number of an operation means the one it meant when there were 17, and so with
-//! backings, of which there were 6: saved bytes keep their meaning.
+//! Another byte that is no number of an operation means the one it meant when there were 17, and so
+//! with backings, of which there were 6: saved bytes keep their meaning.
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::PcidSupport;
