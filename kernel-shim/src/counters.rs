@@ -26,6 +26,15 @@ macro_rules! counters {
             /// How many counters there are.
             pub const LEN: usize = [$(stringify!($name)),*].len();
 
+            /// The names of all of them.
+            pub const NAMES: [&'static str; Self::LEN] = [$(stringify!($name)),*];
+
+            /// The counters alone, in the order of their names.
+            #[must_use]
+            pub const fn values(&self) -> [u64; Self::LEN] {
+                [$(self.$name),*]
+            }
+
             /// Every counter with its name.
             #[must_use]
             pub fn fields(&self) -> [(&'static str, u64); Self::LEN] {

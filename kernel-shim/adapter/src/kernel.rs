@@ -4,12 +4,12 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mmu_gather::pagetable::VirtRange;
-use mmu_gather::tlb::CtxId;
+use mmu_gather::tlb::{CpuId, CtxId};
 use mmu_hosted::{
     Backing, Boundaries, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
     ViolationKind,
 };
-use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Vma};
+use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Snapshot, Vma};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundaries::counted;
@@ -189,6 +189,14 @@ impl mmu_hosted::Kernel for ShimKernel {
 
     fn reached(&self) -> Boundaries {
         counted(&self.kernel.counters().snapshot(), &self.kernel.config().limits)
+    }
+
+    fn counters(&self) -> &'static [&'static str] {
+        &Snapshot::NAMES
+    }
+
+    fn counted(&self, cpu: CpuId, counts: &mut [u64]) {
+        counts.copy_from_slice(&self.kernel.counters().of_cpu(cpu).snapshot().values());
     }
 
     fn double_frees(&self) -> u64 {

@@ -66,8 +66,8 @@ fn what_is_found_does_not_depend_on_the_number_of_jobs() {
 #[test]
 fn clean_runs_of_any_number_of_jobs_cover_the_same() {
     let covered = |jobs: &str| {
-        let report = json(&teardown(&["fuzz", "--ops", "8000", "--jobs", jobs, "--format", "json"]));
-        [report["sequences"].clone(), report["pairs"].clone(), report["boundaries"].clone()]
+        let report = json(&teardown(&["fuzz", "--ops", "24000", "--jobs", jobs, "--format", "json"]));
+        ["sequences", "pairs", "overlaps", "counters", "boundaries"].map(|key| report[key].clone())
     };
     assert_eq!(covered("1"), covered("3"));
 }

@@ -26,6 +26,7 @@ impl HostedMachine {
         if left > 0 && has_turns {
             here.seams_to_preemption.store(left - 1, Ordering::Relaxed);
             if left == 1 {
+                here.last_seam.store(1 + seam as u8, Ordering::Relaxed);
                 return stay_away(PREEMPTED_TURNS);
             }
         }
@@ -44,6 +45,7 @@ impl HostedMachine {
             self.device_turn(choice >> 34);
         }
         if choice >> 16 & self.calm == 0 && has_turns {
+            here.last_seam.store(1 + seam as u8, Ordering::Relaxed);
             // Now and then this CPU is away for long: others get whole operations done inside what
             // looks like a moment.
             stay_away(if choice >> 24 & 0b11_1111 == 0 { 1 + self.choices.below(64) } else { 1 });

@@ -108,17 +108,26 @@ impl fmt::Display for Boundary {
     }
 }
 
-/// Those that a machine notes as it goes.
+/// Those that a machine notes as it goes, by what the CPU does that comes there.
 #[derive(Debug, Default)]
-pub(crate) struct Reached(AtomicU64);
+pub(crate) struct Reached([AtomicU64; Self::KINDS]);
 
 impl Reached {
-    pub(crate) fn note(&self, boundary: Boundary) {
-        self.0.fetch_or(Boundaries::default().with(boundary).0, Ordering::Relaxed);
+    /// So many things a CPU may do; the last is nothing in particular.
+    pub(crate) const KINDS: usize = 32;
+
+    pub(crate) fn note(&self, boundary: Boundary, doing: u8) {
+        let place = usize::from(doing).min(Self::KINDS - 1);
+        self.0[place].fetch_or(Boundaries::default().with(boundary).0, Ordering::Relaxed);
     }
 
     pub(crate) fn so_far(&self) -> Boundaries {
-        Boundaries(self.0.load(Ordering::Relaxed))
+        self.by_what_is_done().fold(Boundaries::default(), Boundaries::or)
+    }
+
+    /// What was reached by each thing that a CPU may do.
+    pub(crate) fn by_what_is_done(&self) -> impl Iterator<Item = Boundaries> + '_ {
+        self.0.iter().map(|reached| Boundaries(reached.load(Ordering::Relaxed)))
     }
 }
 

@@ -144,7 +144,7 @@ impl HostedMachine {
                 continue;
             }
             if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
-                self.reached.note(Boundary::HeldOff);
+                self.note_reached(Boundary::HeldOff);
             }
             cpu.was_sent.store(true, Ordering::Relaxed);
             cpu.is_interrupted.store(true, Ordering::Release);
@@ -201,7 +201,7 @@ impl HostedMachine {
     /// This CPU has answered a request of `initiator`.
     pub fn answered(&self, initiator: CpuId) {
         if self.cpu().waits.load(Ordering::Relaxed) {
-            self.reached.note(Boundary::Crossing);
+            self.note_reached(Boundary::Crossing);
         }
         self.cpu().was_sent.store(false, Ordering::Relaxed);
         let answered = 1 << self.current().number();
@@ -278,7 +278,7 @@ impl HostedMachine {
             && let Some(boundary) =
                 self.cpu().pcid_owners.loads(root.start_address().as_u64(), pcid.value(), keep)
         {
-            self.reached.note(boundary);
+            self.note_reached(boundary);
         }
         self.log(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
         self.check_stale();
@@ -311,7 +311,7 @@ impl HostedMachine {
         let turns = self.turns();
         self.cross_between_steps();
         if self.turns() != turns {
-            self.reached.note(Boundary::Preempted);
+            self.note_reached(Boundary::Preempted);
         }
     }
 

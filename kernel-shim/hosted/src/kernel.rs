@@ -222,6 +222,15 @@ pub trait Kernel: Send + Sync + 'static {
         Boundaries::default()
     }
 
+    /// The names of what the kernel counts for each CPU: what it does seldom leads the fuzzer, and
+    /// what it never did is told. One that begins with `max_` is a high-water mark, no sum.
+    fn counters(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// What it has counted for this CPU so far, in the order of [`counters`](Self::counters).
+    fn counted(&self, _cpu: CpuId, _counts: &mut [u64]) {}
+
     /// How many frees the kernel noticed by itself of what was not in use.
     fn double_frees(&self) -> u64 {
         0

@@ -9,6 +9,9 @@
 //!  fuzz         what a kernel's own tests call
 //!      │
 //!      v
+//!  corpus       sequences that went somewhere new, and new ones made from them
+//!      │
+//!      v
 //!  sequence/    steps for every CPU: made up, written down, run on any kernel, made short
 //!      │
 //!      v
@@ -35,6 +38,7 @@
 mod adversary;
 mod boundary;
 mod checker;
+mod corpus;
 mod device;
 mod fuzz;
 mod hardware;
@@ -57,6 +61,7 @@ pub use boundary::{Boundaries, Boundary};
 pub use checker::events::{Call, Detail, Event, Fill, Kept, What};
 pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
+pub use corpus::Corpus;
 pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};
 pub use hardware::Bits;
 pub use kernel::{Kernel, NotDone, Promises, boot};
@@ -68,8 +73,8 @@ pub use program::Signal;
 pub use random::Choices;
 pub use schedule::{GiveWay, Schedule, give_way, is_scheduled};
 pub use sequence::{
-    Calls, Lost, MmId, NR_MMS, Op, Outcome, Pace, Run, Sequence, SequenceError, Step, Tally, Trial, Verdict,
-    execute, generate, judge, shrink, with_cpus_going_off,
+    Calls, Feature, Features, Lost, MmId, NR_MMS, Op, Outcome, Pace, Pairs, Run, Sequence, SequenceError,
+    Step, Tally, Trial, Verdict, execute, generate, judge, shrink, with_cpus_going_off,
 };
 pub use vocabulary::{
     Backing, Content, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,

@@ -1,14 +1,14 @@
 //! The hosted machine: CPUs, interrupts and memory in an ordinary process.
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use mmu_gather::tlb::{CpuId, PcidSupport};
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::boundary::{Boundaries, PcidOwners, Reached};
+use crate::boundary::{Boundaries, Boundary, PcidOwners, Reached};
 use crate::checker::checked::{Caches, Checked};
 use crate::checker::events::{Detail, Event, EventLog, What};
 use crate::checker::kind::ViolationKind;
@@ -80,6 +80,10 @@ pub(crate) struct VirtualCpu {
     pub(crate) table_locks: TableLocks,
     pub(crate) map_locks: MapLocks,
     pub(crate) work: WorkDone,
+    /// Which operation of a sequence it is at, as far as the runner has told.
+    pub(crate) doing: AtomicU8,
+    /// The kind of seam at which it last gave way, counted from 1.
+    pub(crate) last_seam: AtomicU8,
     /// At which seam from here it stays away for long; 0 for none.
     pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
@@ -130,6 +134,8 @@ impl HostedMachine {
                 table_locks: TableLocks::default(),
                 map_locks: MapLocks::default(),
                 work: WorkDone::default(),
+                doing: AtomicU8::new(u8::MAX),
+                last_seam: AtomicU8::new(0),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
                 is_off: AtomicBool::new(false),
@@ -249,6 +255,11 @@ impl HostedMachine {
     #[must_use]
     pub fn reached(&self) -> Boundaries {
         self.reached.so_far()
+    }
+
+    /// This CPU is at a corner.
+    pub(crate) fn note_reached(&self, boundary: Boundary) {
+        self.reached.note(boundary, self.cpu().doing.load(Ordering::Relaxed));
     }
 
     /// How often the fault of its options has happened so far: requests lost, or invalidations left

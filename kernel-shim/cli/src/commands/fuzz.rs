@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::fuzz::campaign::{self, FuzzOptions, Fuzzed};
+use crate::fuzz::campaign::{self, FuzzOptions, Fuzzed, Guidance};
+use crate::fuzz::folder::CorpusFolder;
 use crate::fuzz::panics::with_quiet_panics;
-use crate::fuzz::report::{fuzz_json, not_reached, summary};
+use crate::fuzz::report::{fuzz_json, kept, not_reached, summary};
 use crate::output::escape::escaped;
 use crate::output::file::OutputFile;
 use crate::output::verdict::verdict_text;
@@ -32,7 +33,8 @@ pub(crate) struct FuzzArgs {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     time: Option<u64>,
     /// Sequences to run at the same time. With --ops alone, the number of jobs does not change what
-    /// is found.
+    /// is found: sequences come in rounds of 32, and one is made from what the rounds before the
+    /// last have found. So more than 64 jobs wait for one another.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: u16,
     /// CPUs of each simulated machine, 1 to 64.
@@ -47,6 +49,13 @@ pub(crate) struct FuzzArgs {
     /// File to save the failing sequence to, made short.
     #[arg(short, long, value_name = "FILE", default_value = "failure.sequence")]
     output: PathBuf,
+    /// Folder that the campaign is kept in, and gone on with: sequences that went somewhere new, and
+    /// how much was done. Processes with different seeds may share it.
+    #[arg(long, value_name = "DIR", conflicts_with = "fault")]
+    corpus: Option<PathBuf>,
+    /// Makes every sequence up, and none from those that went somewhere new.
+    #[arg(long)]
+    unguided: bool,
     /// Form of the report.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
@@ -64,9 +73,16 @@ pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
         most_ops: args.ops,
         most_time,
         length: usize::from(args.length),
+        guidance: if args.unguided { Guidance::MadeUp } else { Guidance::Guided },
         jobs: usize::from(args.jobs),
         trial: Fault::trial(args.fault),
     };
+    let folder = args.corpus.as_deref().map(|path| {
+        CorpusFolder::open(path, &options).map_err(|error| {
+            format!("cannot use the corpus {}: {error}", escaped(&path.display().to_string()))
+        })
+    });
+    let folder = folder.transpose()?;
     let shows_progress = io::stderr().is_terminal();
     let mut next = Duration::ZERO;
     let progress = |fuzzed: &Fuzzed, time: Duration| {
@@ -87,7 +103,7 @@ pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
         };
         std::process::exit(code);
     };
-    let fuzzed = with_quiet_panics(|| campaign::fuzz(&options, progress, stuck))
+    let fuzzed = with_quiet_panics(|| campaign::fuzz(&options, folder, progress, stuck))
         .map_err(|error| format!("cannot make a simulated machine: {error}"))?;
     finish(args, &file, &options, &fuzzed, start.elapsed(), shows_progress)
 }
@@ -117,6 +133,7 @@ fn finish(
 fn text(args: &FuzzArgs, fuzzed: &Fuzzed, time: Duration, saved: Option<Saved>) -> String {
     let mut lines = vec![summary(fuzzed, time)];
     lines.extend(not_reached(fuzzed));
+    lines.extend(kept(fuzzed));
     match &fuzzed.failure {
         None => lines.push("clean".to_owned()),
         Some(failure) => {

@@ -47,7 +47,7 @@ impl HostedMachine {
             Note::Allocated(frame, role) => {
                 self.log(What::Allocated(frame, role));
                 if checked.ledger.is_cached(frame, role) {
-                    self.reached.note(Boundary::ReusedWhileCached);
+                    self.note_reached(Boundary::ReusedWhileCached);
                 }
                 let is_lent = checked.ledger.is_lent(frame);
                 if checked.ledger.allocated(frame, role) {
@@ -99,7 +99,7 @@ impl HostedMachine {
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
                 if level != mmu_gather::pagetable::Level::Pte {
-                    self.reached.note(Boundary::LargeCleared);
+                    self.note_reached(Boundary::LargeCleared);
                 }
                 self.log_detail(Detail::Cleared(address, level, frame));
             }
@@ -163,7 +163,7 @@ impl HostedMachine {
                 }
             }
             if !stale.is_empty() {
-                self.reached.note(Boundary::FreedWhileCached);
+                self.note_reached(Boundary::FreedWhileCached);
             }
             watch.mark_stale(stale);
             drop(caches);

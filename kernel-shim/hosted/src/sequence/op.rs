@@ -120,6 +120,15 @@ impl Op {
 
     /// How many pages it names.
     pub(crate) const fn nr_pages(self) -> u64 {
+        match self.range() {
+            Some(range) => range.nr_pages(),
+            None => 0,
+        }
+    }
+
+    /// The addresses that it names first, if it names any.
+    #[must_use]
+    pub const fn range(self) -> Option<VirtRange> {
         match self {
             Self::Map(_, range, ..)
             | Self::Unmap(_, range)
@@ -129,7 +138,7 @@ impl Op {
             | Self::Remap(_, range, _)
             | Self::MoveStack(_, range, _)
             | Self::Reclaim(_, _, range)
-            | Self::Touch(range, _) => range.nr_pages(),
+            | Self::Touch(range, _) => Some(range),
             Self::Fork(..)
             | Self::Exit(_)
             | Self::Switch(_)
@@ -140,7 +149,7 @@ impl Op {
             | Self::Preempt(_)
             | Self::Sync
             | Self::Offline
-            | Self::Online => 0,
+            | Self::Online => None,
         }
     }
 

@@ -19,6 +19,7 @@ use crate::mutex::lock;
 use crate::options::{Device, Options};
 use crate::schedule::{self, Schedule};
 use crate::sequence::calls::{Calls, Running};
+use crate::sequence::features::{Features, Recorder};
 use crate::sequence::op::{MmId, NR_MMS, Op, Step};
 use crate::sequence::text::Sequence;
 use crate::sequence::trial::{Lost, Outcome, Pace, Trial};
@@ -92,6 +93,7 @@ pub(crate) struct World<K: Kernel> {
     frontier: AtomicUsize,
     pace: Pace,
     pub(crate) calls: Mutex<Calls>,
+    features: Mutex<Recorder>,
 }
 
 impl<K: Kernel> World<K> {
@@ -119,6 +121,7 @@ impl<K: Kernel> World<K> {
             frontier: AtomicUsize::new(0),
             pace: trial.pace,
             calls: Mutex::default(),
+            features: Mutex::new(Recorder::new(machine.nr_cpus(), kernel.counters())),
             kernel,
             machine,
         }))
@@ -181,7 +184,11 @@ impl<K: Kernel> World<K> {
             if let Some(call) = call {
                 self.machine.mark(What::Called(call));
             }
+            lock(&self.features).begins(cpu.index(), step.op);
+            self.machine.cpus[cpu.index()].doing.store(doing(step.op), Ordering::Relaxed);
             self.take(cpu, step.op);
+            self.machine.cpus[cpu.index()].doing.store(u8::MAX, Ordering::Relaxed);
+            self.note_features(cpu, index);
             if let Some(call) = call {
                 self.machine.mark(What::Returned(call));
             }
@@ -195,6 +202,20 @@ impl<K: Kernel> World<K> {
         if !self.machine.is_off(cpu) {
             let _is_not_counted = self.go_lazy(cpu);
         }
+    }
+
+    /// The step at `index` is done.
+    fn note_features(&self, cpu: CpuId, index: usize) {
+        let seams = |cpu: usize| self.machine.cpus[cpu].last_seam.load(Ordering::Relaxed);
+        let count = |counts: &mut [u64]| self.kernel.counted(cpu, counts);
+        lock(&self.features).ends(cpu.index(), self.steps[index].op, index, seams, count);
+    }
+
+    /// What it has done so far; to be asked once.
+    pub(crate) fn features(&self) -> Features {
+        let nothing = Recorder::new(0, &[]);
+        let recorder = core::mem::replace(&mut *lock(&self.features), nothing);
+        recorder.end(self.machine.reached.by_what_is_done())
     }
 
     /// A CPU that has nothing to do runs its program, if it has one, until it is chosen again.
@@ -323,6 +344,11 @@ impl<M> LiveMm<M> {
             has_stack: AtomicBool::new(has_stack),
         })
     }
+}
+
+/// What a CPU is at that does this.
+fn doing(op: Op) -> u8 {
+    op.number().to_le_bytes()[0]
 }
 
 /// Lets the device use the address space, if there is one and the seed says so.
