@@ -45,6 +45,8 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
             switches: choices.below(4) * 4,
             // Where guards are, programs are refused: not everywhere.
             guards: if choices.one_in(4) { 8 } else { 0 },
+            // Programs that share pages until one of them writes.
+            forks: if choices.one_in(4) { 4 } else { 0 },
             // A lost dirty bit is seen in shared pages of a file only, and reclaim takes large
             // pages only if they are clean.
             mostly: match choices.below(16) {
@@ -84,6 +86,8 @@ enum Manner {
         switches: u64,
         /// So many of the others have to do with guards.
         guards: u64,
+        /// So many are forks, of address spaces that are all used alike.
+        forks: u64,
         /// What is behind most areas.
         mostly: Backing,
     },
@@ -105,6 +109,12 @@ impl Maker<'_> {
         if let Some(step) = self.next.pop_front() {
             return step;
         }
+        if let Manner::Focus { place, forks, .. } = self.manner
+            && self.choices.below(64) < forks
+        {
+            self.part(PLACES[place]);
+            return self.step();
+        }
         let cpu = self.cpu();
         if self.choices.one_in(SYNC_EVERY) {
             return Step { cpu, op: Op::Sync };
@@ -118,20 +128,92 @@ impl Maker<'_> {
             Manner::Lives => self.wide(),
             // Now and then something else happens, too.
             Manner::Focus { .. } if self.choices.one_in(12) => self.wide(),
-            Manner::Focus { place, switches, guards, mostly } => {
-                self.focused(PLACES[place], switches, guards, mostly)
+            Manner::Focus { place, switches, guards, forks, mostly } => {
+                let mm = if forks > 0 { self.mm() } else { MmId(u8::from(self.choices.one_in(4))) };
+                self.focused(mm, PLACES[place], switches, guards, mostly)
             }
         };
         let step = Step { cpu, op };
         let is_long = !matches!(op, Op::Map(..) | Op::Lazy | Op::Batches(_) | Op::Tables(_));
         if is_long && self.choices.one_in(8) {
             self.next.push_back(step);
+            if self.choices.one_in(2) {
+                self.meet(step);
+            }
             // Mostly early: short calls have few seams.
             let most = 2 << self.choices.below(6);
             let seams = u32::from(self.choices.below(most).to_le_bytes()[0]) + 1;
             return Step { cpu, op: Op::Preempt(seams) };
         }
         step
+    }
+
+    /// While a CPU is at this step, others work on the same pages, or on a part of them.
+    fn meet(&mut self, Step { cpu, op }: Step) {
+        let Some(range) = op.range().filter(|_| self.nr_cpus > 1) else { return };
+        let mm = op.mm().unwrap_or(MmId(0));
+        for _ in 0..1 + self.choices.below(3) {
+            let by = 1 + self.choices.below(u64::from(self.nr_cpus) - 1);
+            // Below 64.
+            let other = ((u64::from(cpu) + by) % u64::from(self.nr_cpus)).to_le_bytes()[0];
+            let op = self.meeting(mm, range);
+            self.then(other, op);
+        }
+    }
+
+    /// A fork of pages that are in use, and then somebody does something to those of the one while a
+    /// program writes to those of the other.
+    fn part(&mut self, base: u64) {
+        let (parent, nr_cpus) = (self.mm(), u64::from(self.nr_cpus));
+        let child = MmId((parent.0 + 1 + u8::from(self.choices.one_in(2))) % NR_MMS);
+        let shared = up_to(base + self.choices.below(FOCUS_PAGES) * 4096, 1 + self.choices.below(2));
+        let first = self.choices.below(nr_cpus);
+        // Below 64.
+        let [one, other, third] = [0, 1, 2].map(|by| ((first + by) % nr_cpus).to_le_bytes()[0]);
+        let (loser, writer) = if self.choices.one_in(4) { (child, parent) } else { (parent, child) };
+        if self.choices.one_in(2) {
+            self.then(one, Op::Map(parent, up_to(base, 2 * FOCUS_PAGES), Backing::Anon, Rights::Write));
+        }
+        self.then(one, Op::Switch(parent));
+        self.then(one, Op::Touch(shared, UserAccess::Write));
+        // Who shares the pages from now on runs before anything is done to them.
+        self.then(third, Op::Sync);
+        self.then(third, Op::Fork(parent, child));
+        self.then(third, Op::Sync);
+        self.then(one, Op::Switch(loser));
+        self.then(other, Op::Switch(writer));
+        self.then(one, Op::Touch(shared, UserAccess::Read));
+        if self.choices.one_in(2) {
+            self.then(third, Op::Sync);
+        }
+        self.then(third, Op::Preempt(1 + u32::from(self.choices.below(24).to_le_bytes()[0])));
+        let op = self.meeting(loser, shared);
+        self.then(third, op);
+        self.then(other, Op::Touch(shared, UserAccess::Write));
+    }
+
+    /// What meets another call on `range`: on all of it, on a half, or on what lies behind.
+    fn meeting(&self, mm: MmId, range: VirtRange) -> Op {
+        let half = range.start() + (range.nr_pages() / 2) * 4096;
+        let part = match self.choices.below(8) {
+            0 => VirtRange::new(range.start(), half),
+            1 => VirtRange::new(half, range.end()),
+            // What lies behind it, as long.
+            2 => VirtRange::new(range.end(), (range.end() + range.len_bytes()).min(1 << 47)),
+            _ => Ok(range),
+        };
+        let range = part.unwrap_or(range);
+        match self.choices.below(16) {
+            0..2 => Op::Unmap(mm, range),
+            2..5 => Op::Discard(mm, range),
+            5..7 => Op::Reclaim(mm, self.mm(), range),
+            7 => Op::Protect(mm, range, self.rights()),
+            8 => Op::Remap(mm, range, range.end().min((1 << 47) - 4096)),
+            9 => Op::Fork(mm, self.mm()),
+            10 => Op::Switch(mm),
+            11 => Op::Touch(self.part_of(range, 8), UserAccess::Read),
+            _ => Op::Touch(self.part_of(range, 8), UserAccess::Write),
+        }
     }
 
     /// A call that goes through more small pages than a table has, all of them there, and in use on
@@ -208,9 +290,8 @@ impl Maker<'_> {
         self.next.push_back(Step { cpu, op });
     }
 
-    /// Something with one or two of a few pages, in one of two address spaces.
-    fn focused(&mut self, base: u64, switches: u64, guards: u64, mostly: Backing) -> Op {
-        let mm = MmId(u8::from(self.choices.one_in(4)));
+    /// Something with one or two of a few pages.
+    fn focused(&mut self, mm: MmId, base: u64, switches: u64, guards: u64, mostly: Backing) -> Op {
         let first = base + self.choices.below(FOCUS_PAGES) * 4096;
         let pages = if self.choices.one_in(4) { 1 + self.choices.below(FOCUS_PAGES) } else { 1 };
         let range = VirtRange::new(first, (first + pages * 4096).min(1 << 47));
