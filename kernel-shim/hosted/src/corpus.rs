@@ -30,7 +30,8 @@ struct Known {
 /// Features that are drawn, of which the rarest is gone on from.
 const DRAWN: usize = 6;
 
-/// One sequence in so many is made from what is kept. They find about as much as those that are made
+/// One sequence in so many is made from what is kept. They find about as much as those that are
+/// made
 /// up, and each costs a third more.
 const MADE_FROM_KEPT: u64 = 4;
 

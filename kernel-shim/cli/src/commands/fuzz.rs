@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::fuzz::campaign::{self, FuzzOptions, Fuzzed, Guidance};
+use crate::fuzz::campaign::{self, Fuzzed};
 use crate::fuzz::folder::CorpusFolder;
+use crate::fuzz::options::{FuzzOptions, Guidance};
 use crate::fuzz::panics::with_quiet_panics;
 use crate::fuzz::report::{fuzz_json, kept, not_reached, summary};
 use crate::output::escape::escaped;
@@ -49,7 +50,8 @@ pub(crate) struct FuzzArgs {
     /// File to save the failing sequence to, made short.
     #[arg(short, long, value_name = "FILE", default_value = "failure.sequence")]
     output: PathBuf,
-    /// Folder that the campaign is kept in, and gone on with: sequences that went somewhere new, and
+    /// Folder that the campaign is kept in, and gone on with: sequences that went somewhere new,
+    /// and
     /// how much was done. Processes with different seeds may share it.
     #[arg(long, value_name = "DIR", conflicts_with = "fault")]
     corpus: Option<PathBuf>,

@@ -3,7 +3,8 @@
 //!
 //! The n-th sequence depends on the seed, on n, and on what those of earlier rounds have found
 //! (`guide`). Where several sequences fail, the one with the lowest number is reported. So, time
-//! limits aside, the number of jobs does not change what is found. Runs with different seeds have no
+//! limits aside, the number of jobs does not change what is found. Runs with different seeds have
+//! no
 //! sequence in common that was made up.
 
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -18,38 +19,9 @@ use crate::fuzz::coverage::Coverage;
 use crate::fuzz::folder::{CorpusFolder, Done, Unread};
 use crate::fuzz::guide::Guide;
 use crate::fuzz::job_watch::JobWatch;
-use mmu_adapter::{Trial, judge_in, shrink};
+use crate::fuzz::options::FuzzOptions;
+use mmu_adapter::{judge_in, shrink};
 use mmu_hosted::{Run, Sequence, Verdict};
-
-/// How to fuzz.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct FuzzOptions {
-    /// Which sequences: the n-th is made from this and n, mixed.
-    pub seed: u64,
-    /// CPUs of each machine.
-    pub nr_cpus: u32,
-    /// Stops after so many operations, over all jobs; whole sequences are run.
-    pub most_ops: Option<u64>,
-    /// Stops after so long.
-    pub most_time: Option<Duration>,
-    /// Operations in one sequence.
-    pub length: usize,
-    /// Where sequences come from.
-    pub guidance: Guidance,
-    /// Sequences run at the same time, each on a thread of its own.
-    pub jobs: usize,
-    /// What is wrong on purpose.
-    pub trial: Trial,
-}
-
-/// Where sequences come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Guidance {
-    /// Some are made from those that went somewhere new.
-    Guided,
-    /// All are made up.
-    MadeUp,
-}
 
 /// What was done, and what was found.
 #[derive(Debug, Default)]
@@ -62,7 +34,8 @@ pub(crate) struct Fuzzed {
     pub faults: u64,
     /// What was covered.
     pub coverage: Coverage,
-    /// How many sequences are kept because they went somewhere new, and how many features they have.
+    /// How many sequences are kept because they went somewhere new, and how many features they
+    /// have.
     pub kept: (usize, usize),
     /// The folder of the campaign, if it has one.
     pub folder: Option<FolderReport>,

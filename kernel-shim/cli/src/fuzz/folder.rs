@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use mmu_hosted::{Corpus, Feature, Sequence};
 use serde_json::{Value, json};
 
-use crate::fuzz::campaign::FuzzOptions;
+use crate::fuzz::options::FuzzOptions;
 
 /// What the engine, the small kernel and the checker are that are built in: version, and a hash of
 /// their sources.

@@ -11,8 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use mmu_hosted::{Choices, Corpus, Feature, Sequence, generate, with_cpus_going_off};
 
-use crate::fuzz::campaign::{FuzzOptions, Guidance};
 use crate::fuzz::folder::CorpusFolder;
+use crate::fuzz::options::{FuzzOptions, Guidance};
 
 /// Sequences of one round.
 const ROUND: u64 = 32;

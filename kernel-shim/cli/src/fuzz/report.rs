@@ -5,8 +5,9 @@ use core::time::Duration;
 use mmu_hosted::Pairs;
 use serde_json::{Value, json};
 
-use crate::fuzz::campaign::{FolderReport, FuzzOptions, Fuzzed};
+use crate::fuzz::campaign::{FolderReport, Fuzzed};
 use crate::fuzz::folder::{Done, Unread};
+use crate::fuzz::options::FuzzOptions;
 use crate::output::escape::escaped;
 use crate::output::verdict::verdict_json;
 use crate::output::words::counted;

@@ -4,7 +4,7 @@
 //!
 //! | sort | what it is made of |
 //! |---|---|
-//! | met | two operations that overlapped, whether on the same pages, and the seam one was held at |
+//! | met | two operations that overlapped, where, and the seam at which one was held |
 //! | counted | an operation, and by how much it raised a counter of the kernel |
 //! | in all | a counter of the kernel at the end |
 //! | reached | an operation, and a boundary that the machine saw it come to |

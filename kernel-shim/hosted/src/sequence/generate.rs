@@ -161,7 +161,8 @@ impl Maker<'_> {
         }
     }
 
-    /// A fork of pages that are in use, and then somebody does something to those of the one while a
+    /// A fork of pages that are in use, and then somebody does something to those of the one while
+    /// a
     /// program writes to those of the other.
     fn part(&mut self, base: u64) {
         let (parent, nr_cpus) = (self.mm(), u64::from(self.nr_cpus));
