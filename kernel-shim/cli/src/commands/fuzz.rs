@@ -16,6 +16,7 @@ use crate::output::words::counted;
 use clap::Args;
 use mmu_hosted::Sequence;
 
+use crate::commands::free_running::{self, FreeRun, Interrupts};
 use crate::commands::options::{Fault, Format};
 use crate::commands::outcome::{CommandError, CommandVerdict, cannot_write, output_file};
 
@@ -35,9 +36,10 @@ pub(crate) struct FuzzArgs {
     /// is found.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: u16,
-    /// CPUs of each simulated machine, 1 to 64.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
-    cpus: u32,
+    /// CPUs of each simulated machine, 1 to 64 [default: 4; with --free-running 2 to 8, as many as
+    /// there are cores].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: Option<u32>,
     /// Operations in one sequence.
     #[arg(long, value_name = "N", default_value_t = 160, value_parser = clap::value_parser!(u16).range(1..))]
     length: u16,
@@ -45,22 +47,50 @@ pub(crate) struct FuzzArgs {
     #[arg(long, value_enum)]
     fault: Option<Fault>,
     /// File to save the failing sequence to, made short.
-    #[arg(short, long, value_name = "FILE", default_value = "failure.sequence")]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        default_value = "failure.sequence",
+        default_value_if("free_running", "true", "failure.free-running")
+    )]
     output: PathBuf,
     /// Form of the report.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
+    /// CPUs are threads that really run beside each other: for bugs that only real cores show, such
+    /// as missing fences. No run is like another. A failure is saved with the last events of each
+    /// CPU.
+    #[arg(long, conflicts_with_all = ["ops", "jobs", "length"])]
+    free_running: bool,
+    /// How interrupts reach a CPU, with --free-running.
+    #[arg(long, value_enum, requires = "free_running", default_value_t = Interrupts::Alternating)]
+    interrupts: Interrupts,
+}
+
+impl FuzzArgs {
+    fn nr_cpus(&self) -> u32 {
+        self.cpus.unwrap_or(4)
+    }
+
+    fn free_run(&self) -> FreeRun<'_> {
+        let Self { cpus, time, seed, fault, interrupts, ref output, format, .. } = *self;
+        FreeRun { cpus, time, seed, fault, interrupts, output, format }
+    }
 }
 
 pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
-    Fault::check(args.fault, args.cpus)?;
+    if args.free_running {
+        return free_running::execute(&args.free_run());
+    }
+    Fault::check(args.fault, args.nr_cpus())?;
     // A failure may take hours to find. So the file for it is opened first; nothing is left there
     // if nothing fails.
     let file = Mutex::new(Some(output_file(&args.output)?));
     let most_time = args.time.or(if args.ops.is_some() { None } else { Some(60) }).map(Duration::from_secs);
     let options = FuzzOptions {
         seed: args.seed,
-        nr_cpus: args.cpus,
+        nr_cpus: args.nr_cpus(),
         most_ops: args.ops,
         most_time,
         length: usize::from(args.length),
