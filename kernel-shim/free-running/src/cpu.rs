@@ -55,7 +55,8 @@ pub(crate) struct Cpu {
     /// Turns of the wait for answers, or of a lock, that goes on now.
     pub(crate) turns: AtomicU32,
     pub(crate) since_speculation: AtomicU32,
-    pub(crate) seams: AtomicU32,
+    /// When the next pause comes, and how long it is.
+    pauses: AtomicU32,
     pub(crate) status: Status,
     pub(crate) counts: Counts,
     pub(crate) ring: Ring,
@@ -100,7 +101,7 @@ impl Cpu {
             nr_told: AtomicU32::new(0),
             turns: AtomicU32::new(0),
             since_speculation: AtomicU32::new(0),
-            seams: AtomicU32::new(0),
+            pauses: AtomicU32::new(1),
             status: Status::default(),
             counts: Counts::default(),
             ring: Ring::new(),
@@ -126,6 +127,18 @@ impl Cpu {
     pub(crate) fn has_the_lock(&self) {
         self.turns.store(0, Ordering::Relaxed);
         self.status.spins.store(false, Ordering::Relaxed);
+    }
+
+    /// Once in 64 calls the CPU does nothing for a while, as if its hypervisor ran something else:
+    /// what comes next is late.
+    #[inline]
+    pub(crate) fn pause_now_and_then(&self) {
+        // Numbers that look random enough (a linear congruential generator); the high bits are best.
+        let next = self.pauses.load(Ordering::Relaxed).wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.pauses.store(next, Ordering::Relaxed);
+        if next >> 26 == 0 {
+            (0..next >> 18 & 127).for_each(|_| core::hint::spin_loop());
+        }
     }
 
     #[inline]

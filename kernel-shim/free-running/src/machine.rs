@@ -30,9 +30,6 @@ pub(crate) type FreeKernel = Kernel<Arc<FreeMachine>>;
 const TURNS_BEFORE_YIELD: u32 = 256;
 /// Accesses between two guesses of a CPU.
 const ACCESSES_A_SPECULATION: u32 = 16;
-/// Seams between two pauses, and how long a pause is.
-const SEAMS_A_PAUSE: u32 = 61;
-const TURNS_A_PAUSE: u32 = 60;
 
 /// CPUs, interrupts and physical memory.
 #[derive(Debug)]
@@ -513,6 +510,7 @@ unsafe impl Machine for FreeMachine {
                 self.speculate(cpu, page);
             }
         }
+        cpu.pause_now_and_then();
         cpu.interrupts_back();
     }
 
@@ -527,13 +525,7 @@ unsafe impl Machine for FreeMachine {
     #[inline]
     fn seam(&self, seam: Seam) {
         if matches!(seam, Seam::Free | Seam::Entry | Seam::Cleared) {
-            let cpu = self.here();
-            let seams = cpu.seams.load(Ordering::Relaxed).wrapping_add(1);
-            cpu.seams.store(seams, Ordering::Relaxed);
-            if seams.is_multiple_of(SEAMS_A_PAUSE) {
-                // As if a hypervisor ran something else: whatever comes next is late.
-                (0..TURNS_A_PAUSE).for_each(|_| core::hint::spin_loop());
-            }
+            self.here().pause_now_and_then();
         }
     }
 
@@ -543,6 +535,7 @@ unsafe impl Machine for FreeMachine {
             Note::Freed(frame, role) => self.freed(frame, role),
             Note::Allocated(frame, role) => self.allocated(frame, role),
             Note::Tlb { event: TlbEvent::IpisSent(sent), .. } => self.answers_are_in(sent),
+            Note::Tlb { event: TlbEvent::Raised { .. }, .. } => self.here().pause_now_and_then(),
             Note::MapLocked { root, .. } => {
                 let cpu = self.here();
                 cpu.has_the_lock();

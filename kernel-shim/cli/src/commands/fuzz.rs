@@ -63,9 +63,9 @@ pub(crate) struct FuzzArgs {
     /// CPU.
     #[arg(long, conflicts_with_all = ["ops", "jobs", "length"])]
     free_running: bool,
-    /// How interrupts reach a CPU, with --free-running.
-    #[arg(long, value_enum, requires = "free_running", default_value_t = Interrupts::Alternating)]
-    interrupts: Interrupts,
+    /// How interrupts reach a CPU, with --free-running [default: alternating].
+    #[arg(long, value_enum)]
+    interrupts: Option<Interrupts>,
 }
 
 impl FuzzArgs {
@@ -74,7 +74,8 @@ impl FuzzArgs {
     }
 
     fn free_run(&self) -> FreeRun<'_> {
-        let Self { cpus, time, seed, fault, interrupts, ref output, format, .. } = *self;
+        let Self { cpus, time, seed, fault, ref output, format, .. } = *self;
+        let interrupts = self.interrupts.unwrap_or(Interrupts::Alternating);
         FreeRun { cpus, time, seed, fault, interrupts, output, format }
     }
 }
@@ -82,6 +83,9 @@ impl FuzzArgs {
 pub(crate) fn execute(args: &FuzzArgs) -> Result<CommandVerdict, CommandError> {
     if args.free_running {
         return free_running::execute(&args.free_run());
+    }
+    if args.interrupts.is_some() {
+        return Err("--interrupts needs --free-running".to_owned());
     }
     Fault::check(args.fault, args.nr_cpus())?;
     // A failure may take hours to find. So the file for it is opened first; nothing is left there
