@@ -47,24 +47,37 @@ fn a_planted_fault_is_found_and_saved_with_what_led_to_it() {
     }
 }
 
+/// One of the cores that this process may use.
+fn one_core() -> libc::cpu_set_t {
+    // SAFETY: a set of CPUs is plain words, and all zeroes is the empty one.
+    let mut cores: libc::cpu_set_t = unsafe { core::mem::zeroed() };
+    // SAFETY: writes a set of this function's own, of the size it says.
+    let refused = unsafe { libc::sched_getaffinity(0, size_of_val(&cores), &raw mut cores) };
+    assert_eq!(refused, 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: reads a set of this function's own.
+    let is_there = |core: &usize| unsafe { libc::CPU_ISSET(*core, &cores) };
+    let core = (0..1024).find(is_there).expect("this process runs somewhere");
+    // SAFETY: as above.
+    let mut one: libc::cpu_set_t = unsafe { core::mem::zeroed() };
+    // SAFETY: writes a set of this function's own, which has 1024 places.
+    unsafe { libc::CPU_SET(core, &mut one) };
+    one
+}
+
 #[test]
 fn cpus_that_take_turns_on_one_core_have_tested_nothing() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_teardown"));
     command.args(["fuzz", "--free-running", "--time", "2", "--cpus", "2"]);
-    // SAFETY: between fork and exec it makes one system call, on a set of this thread's own.
-    unsafe {
-        command.pre_exec(|| {
-            let mut all: libc::cpu_set_t = core::mem::zeroed();
-            libc::sched_getaffinity(0, size_of_val(&all), &raw mut all);
-            let first = (0..libc::CPU_SETSIZE as usize).find(|cpu| libc::CPU_ISSET(*cpu, &all)).unwrap_or(0);
-            let mut one: libc::cpu_set_t = core::mem::zeroed();
-            libc::CPU_SET(first, &mut one);
-            match libc::sched_setaffinity(0, size_of_val(&one), &raw const one) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
-        });
-    }
+    let core = one_core();
+    let confine = move || {
+        // SAFETY: reads a set of this function's own, of the size it says.
+        match unsafe { libc::sched_setaffinity(0, size_of_val(&core), &raw const core) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec it makes one system call, and touches nothing of this process.
+    unsafe { command.pre_exec(confine) };
     let output = command.output().expect("the command starts");
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(stderr(&output).contains("not tested: "), "{}", stderr(&output));

@@ -113,7 +113,7 @@ impl Worker<'_> {
             for _ in 0..1 + self.rng.below(8) {
                 self.stamp_and_check(space.number, range, nr_pages);
                 self.look_at_others(space.areas.len() as u64);
-                if self.rng.once_in(8) {
+                if self.rng.once_in(3) {
                     self.world.machine.without_interrupts(|| self.discard(mm, range));
                 } else {
                     self.discard(mm, range);
