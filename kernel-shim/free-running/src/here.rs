@@ -4,18 +4,19 @@
 use core::cell::Cell;
 use core::ptr::NonNull;
 
-use crate::machine::FreeMachine;
-
-/// The kernel's handler of the flush interrupt.
-pub(crate) trait Handler: Sync {
-    /// Carries out what other CPUs have asked of this one.
-    fn flush_interrupt(&self);
+/// What a CPU does where its program does not expect it.
+pub(crate) trait Interrupted: Sync {
+    /// Takes the interrupts of the CPU, if they are on.
+    fn serve(&self, cpu: usize);
+    /// The CPU spins for a lock.
+    fn spin(&self, cpu: usize);
+    /// A signal has come to the CPU. Whether it was taken for an interrupt.
+    fn on_signal(&self, cpu: usize) -> bool;
 }
 
 #[derive(Clone, Copy)]
 struct Here {
-    machine: NonNull<FreeMachine>,
-    handler: NonNull<dyn Handler>,
+    interrupted: NonNull<dyn Interrupted>,
     cpu: usize,
 }
 
@@ -30,24 +31,17 @@ pub(crate) fn this_cpu() -> Option<usize> {
     HERE.get().map(|here| here.cpu)
 }
 
-/// Calls `f` with the machine, this CPU's number and the handler, if this thread is a CPU.
+/// Calls `f`, if this thread is a CPU, with that and its number.
 #[inline]
-pub(crate) fn with_here<R>(f: impl FnOnce(&FreeMachine, usize, &dyn Handler) -> R) -> Option<R> {
+pub(crate) fn with_here<R>(f: impl FnOnce(&dyn Interrupted, usize) -> R) -> Option<R> {
     let here = HERE.get()?;
-    // SAFETY: `run_as` borrows the machine for as long as it is here.
-    let machine = unsafe { here.machine.as_ref() };
-    // SAFETY: as for the machine.
-    let handler = unsafe { here.handler.as_ref() };
-    Some(f(machine, here.cpu, handler))
+    // SAFETY: `run_as` borrows it for as long as it is here.
+    let interrupted = unsafe { here.interrupted.as_ref() };
+    Some(f(interrupted, here.cpu))
 }
 
-/// The calling thread is CPU `cpu` of `machine` while `f` runs.
-pub(crate) fn run_as<R>(
-    machine: &FreeMachine,
-    cpu: usize,
-    handler: &(dyn Handler + '_),
-    f: impl FnOnce() -> R,
-) -> R {
+/// The calling thread is CPU `cpu` while `f` runs.
+pub(crate) fn run_as<R>(interrupted: &(dyn Interrupted + '_), cpu: usize, f: impl FnOnce() -> R) -> R {
     struct Leave;
     impl Drop for Leave {
         fn drop(&mut self) {
@@ -55,13 +49,13 @@ pub(crate) fn run_as<R>(
         }
     }
     // SAFETY: changes only how long the pointer may be used by its type; it is taken away before
-    // this function returns or unwinds, while `handler` is still borrowed.
-    let handler = unsafe {
-        core::mem::transmute::<NonNull<dyn Handler + '_>, NonNull<dyn Handler + 'static>>(NonNull::from(
-            handler,
-        ))
+    // this function returns or unwinds, while it is still borrowed.
+    let interrupted = unsafe {
+        core::mem::transmute::<NonNull<dyn Interrupted + '_>, NonNull<dyn Interrupted + 'static>>(
+            NonNull::from(interrupted),
+        )
     };
-    HERE.set(Some(Here { machine: NonNull::from(machine), handler, cpu }));
+    HERE.set(Some(Here { interrupted, cpu }));
     let _leave = Leave;
     f()
 }

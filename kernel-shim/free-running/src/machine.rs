@@ -13,7 +13,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::access;
 use crate::cpu::{Cpu, count};
 use crate::doing::Doing;
-use crate::here::{Handler, run_as, this_cpu, with_here};
+use crate::here::{Interrupted, run_as, this_cpu, with_here};
 use crate::memory::{Memory, PAGE};
 use crate::options::{Delivery, PlantedFault};
 use crate::ring::{Happened, now};
@@ -72,10 +72,15 @@ impl FreeMachine {
     }
 
     /// The calling thread is CPU `number` while `f` runs.
-    pub(crate) fn run_cpu<R>(&self, number: usize, handler: &dyn Handler, f: impl FnOnce(&Cpu) -> R) -> R {
+    pub(crate) fn run_cpu<R>(
+        &self,
+        number: usize,
+        interrupted: &dyn Interrupted,
+        f: impl FnOnce(&Cpu) -> R,
+    ) -> R {
         let cpu = &self.cpus[number];
         cpu.inbox.thread.store(signals::this_thread(), Ordering::Release);
-        let result = run_as(self, number, handler, || f(cpu));
+        let result = run_as(interrupted, number, || f(cpu));
         cpu.inbox.thread.store(0, Ordering::Release);
         result
     }
@@ -91,11 +96,26 @@ impl FreeMachine {
         self.signals.load(Ordering::Relaxed)
     }
 
-    /// A signal has come to this CPU.
-    pub(crate) fn on_signal(&self, number: usize, handler: &dyn Handler) {
+    /// A signal has come to this CPU. Whether it was taken for an interrupt.
+    pub(crate) fn on_signal(&self, number: usize, handler: &dyn Fn()) -> bool {
+        if self.takes_signals() {
+            count(&self.cpus[number].counts.signals);
+            self.serve(number, handler);
+        }
+        self.takes_signals()
+    }
+
+    /// This CPU spins for a lock.
+    pub(crate) fn spin(&self, number: usize, handler: &dyn Fn()) {
         let cpu = &self.cpus[number];
-        count(&cpu.counts.signals);
-        self.serve(cpu, handler);
+        cpu.status.spins.store(true, Ordering::Relaxed);
+        if cpu.interrupts_are_on() {
+            self.serve(number, handler);
+        } else if cpu.has_interrupt() && !cpu.told.load(Ordering::Relaxed) {
+            // The interrupt stays pending: in the middle of a switch no mail is taken.
+            self.take_mail(cpu, handler);
+        }
+        self.wait(cpu);
     }
 
     /// Nobody waits for the CPUs any more.
@@ -230,7 +250,8 @@ impl FreeMachine {
     }
 
     /// Takes the interrupts of this CPU, if they are on.
-    fn serve(&self, cpu: &Cpu, handler: &dyn Handler) {
+    pub(crate) fn serve(&self, number: usize, handler: &dyn Fn()) {
+        let cpu = &self.cpus[number];
         while cpu.interrupts_are_on() && cpu.take_interrupt() {
             cpu.interrupts_off();
             self.take_mail(cpu, handler);
@@ -238,12 +259,12 @@ impl FreeMachine {
         }
     }
 
-    fn take_mail(&self, cpu: &Cpu, handler: &dyn Handler) {
+    fn take_mail(&self, cpu: &Cpu, handler: &dyn Fn()) {
         count(&cpu.counts.interrupts);
         self.event(cpu, Happened::Interrupted, [0; 2]);
         cpu.told.store(true, Ordering::Relaxed);
         cpu.nr_told.store(cpu.nr_told.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
-        handler.flush_interrupt();
+        handler();
         cpu.told.store(false, Ordering::Relaxed);
     }
 
@@ -358,7 +379,7 @@ impl FreeMachine {
 /// Takes the interrupts of the CPU that this thread is, if they are on.
 #[inline]
 fn serve_here() {
-    with_here(|machine, number, handler| machine.serve(&machine.cpus[number], handler));
+    with_here(|interrupted, number| interrupted.serve(number));
 }
 
 /// What a CPU does while it spins for a lock.
@@ -367,17 +388,7 @@ pub(crate) struct Spin;
 
 impl spin::RelaxStrategy for Spin {
     fn relax() {
-        with_here(|machine, number, handler| {
-            let cpu = &machine.cpus[number];
-            cpu.status.spins.store(true, Ordering::Relaxed);
-            if cpu.interrupts_are_on() {
-                machine.serve(cpu, handler);
-            } else if cpu.has_interrupt() && !cpu.told.load(Ordering::Relaxed) {
-                // The interrupt stays pending: in the middle of a switch no mail is taken.
-                machine.take_mail(cpu, handler);
-            }
-            machine.wait(cpu);
-        });
+        with_here(|interrupted, number| interrupted.spin(number));
     }
 }
 

@@ -49,9 +49,8 @@ pub(crate) fn send(thread: i32) {
 }
 
 extern "C" fn on_interrupt(_signal: c_int, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let taken =
-        with_here(|machine, cpu, handler| machine.takes_signals().then(|| machine.on_signal(cpu, handler)));
-    if taken.flatten().is_none() {
+    let taken = with_here(|interrupted, cpu| interrupted.on_signal(cpu));
+    if taken != Some(true) {
         return;
     }
     let context = context.cast::<libc::ucontext_t>();

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mmu_kernel_shim::{Error, Mm};
 
-use crate::here::Handler;
+use crate::here::Interrupted;
 use crate::machine::{FreeKernel, FreeMachine};
 use crate::stamp::GENERATION_MASK;
 
@@ -27,9 +27,17 @@ pub(crate) struct World {
     pub(crate) board: Board,
 }
 
-impl Handler for World {
-    fn flush_interrupt(&self) {
-        self.kernel.flush_interrupt();
+impl Interrupted for World {
+    fn serve(&self, cpu: usize) {
+        self.machine.serve(cpu, &|| self.kernel.flush_interrupt());
+    }
+
+    fn spin(&self, cpu: usize) {
+        self.machine.spin(cpu, &|| self.kernel.flush_interrupt());
+    }
+
+    fn on_signal(&self, cpu: usize) -> bool {
+        self.machine.on_signal(cpu, &|| self.kernel.flush_interrupt())
     }
 }
 
