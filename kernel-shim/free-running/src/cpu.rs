@@ -133,7 +133,8 @@ impl Cpu {
     /// what comes next is late.
     #[inline]
     pub(crate) fn pause_now_and_then(&self) {
-        // Numbers that look random enough (a linear congruential generator); the high bits are best.
+        // Numbers that look random enough (a linear congruential generator); the high bits are
+        // best.
         let next = self.pauses.load(Ordering::Relaxed).wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         self.pauses.store(next, Ordering::Relaxed);
         if next >> 26 == 0 {

@@ -223,7 +223,8 @@ impl FreeMachine {
         }
     }
 
-    /// A processor may cache what it can walk to, at any moment: here one of the pages used of late.
+    /// A processor may cache what it can walk to, at any moment: here one of the pages used of
+    /// late.
     fn speculate(&self, cpu: &Cpu, page: usize) {
         if self.walk_and_cache(cpu, page, UserAccess::Read).is_ok() {
             count(&cpu.counts.speculative_fills);
@@ -393,10 +394,10 @@ impl spin::RelaxStrategy for Spin {
 }
 
 // SAFETY: frames are parts of one allocation that lives as long as the machine. A thread is one CPU
-// for good. Interrupts are off while the depth is not 0, polled or by signal; `send_flush_interrupt`
-// marks every target, which finds that between two accesses, where it waits, when interrupts come
-// on again, or by the signal. INVLPG and loads of CR3 drop what the SDM says, unless a fault was
-// planted.
+// for good. Interrupts are off while the depth is not 0, polled or by signal;
+// `send_flush_interrupt` marks every target, which finds that between two accesses, where it waits,
+// when interrupts come on again, or by the signal. INVLPG and loads of CR3 drop what the SDM says,
+// unless a fault was planted.
 unsafe impl Machine for FreeMachine {
     type Relax = Spin;
     type Bits = [AtomicU64; 1];

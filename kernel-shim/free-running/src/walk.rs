@@ -1,5 +1,5 @@
-//! The hardware's walk: from CR3, or from a cached paging structure, to the page, setting A and D by
-//! compare-and-swap.
+//! The hardware's walk: from CR3, or from a cached paging structure, to the page, setting A and D
+//! by compare-and-swap.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 

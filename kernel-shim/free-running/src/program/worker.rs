@@ -1,4 +1,5 @@
-//! One CPU: accesses with their faults answered, calls of the kernel, the judgement of what is read.
+//! One CPU: accesses with their faults answered, calls of the kernel, the judgement of what is
+//! read.
 
 use core::sync::atomic::Ordering;
 use std::sync::Arc;
