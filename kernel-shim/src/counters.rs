@@ -147,6 +147,14 @@ counters! {
     guard_faults,
     /// Times a fault had put a page in before the guard came.
     guards_outrun,
+    /// Frames for pages of programs wanted and not had.
+    pages_refused,
+    /// Pages freed that had been queued as one record.
+    runs_released,
+    /// Reads answered with the 2 MiB page of zeroes.
+    zero_blocks,
+    /// Writes that put a 2 MiB page in its place.
+    zero_blocks_replaced,
 }
 
 const_assert_eq!(align_of::<CpuCounters>(), 64);
@@ -275,6 +283,22 @@ impl CpuCounters {
 
     pub(crate) fn guard_fault(&self) {
         add(&self.guard_faults, 1);
+    }
+
+    pub(crate) fn page_refused(&self) {
+        add(&self.pages_refused, 1);
+    }
+
+    pub(crate) fn run_released(&self) {
+        add(&self.runs_released, 1);
+    }
+
+    pub(crate) fn zero_block(&self) {
+        add(&self.zero_blocks, 1);
+    }
+
+    pub(crate) fn zero_block_replaced(&self) {
+        add(&self.zero_blocks_replaced, 1);
     }
 
     pub(crate) fn guard_outrun(&self) {

@@ -209,7 +209,10 @@ impl<M: Machine> Pages for Embedder<M> {
     }
 
     fn free_pages(&self, pages: FreedPages<'_>) {
-        self.drop_references(pages.iter().map(|run| run.frame));
+        // A run is one reference on each of its frames.
+        let frames =
+            pages.iter().flat_map(|run| (0..u64::from(run.nr_pages)).map(move |page| run.frame + page));
+        self.drop_references(frames);
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
@@ -249,7 +252,8 @@ impl<M: Machine> Pages for Embedder<M> {
     }
 
     fn leaf_was_split(&self, _area: EngineArea, leaf: &UnmappedLeaf) {
-        if leaf.level == Level::Pmd && self.frames.meta(leaf.frame).kind() == FrameKind::Block {
+        let is_block = |frame| self.frames.get(frame).is_some_and(|meta| meta.kind() == FrameKind::Block);
+        if leaf.level == Level::Pmd && is_block(leaf.frame) {
             self.frames.split_block(leaf.frame);
         }
     }

@@ -15,6 +15,7 @@ use crate::kernel::Kernel;
 use crate::machine::{FrameRole, Machine, Note, Seam, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, AreaKind, Growth, Protection, Vma};
+use crate::zero_block::Replaced;
 
 /// What a program tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +48,13 @@ const STACK_JUMP_LIMIT: u64 = 1 << 20;
 /// mm/mmap.c.
 const STACK_GUARD_GAP: u64 = 256 << 12;
 
+/// Whether the 2 MiB page of zeroes was tried for. Once is enough: there may be no memory for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Zeroes {
+    NotTried,
+    Tried,
+}
+
 /// What one try came to.
 enum Try {
     Done,
@@ -68,6 +76,7 @@ impl<M: Machine> Kernel<M> {
     /// Interrupts on, no lock held.
     pub fn handle_fault(&self, mm: &Mm<M>, address: u64, access: UserAccess) -> Result<(), FaultError> {
         let page = address & !0xfff;
+        let mut zeroes = Zeroes::NotTried;
         loop {
             let vmas = mm.read(&self.machine, UnderMapLock::Flushes);
             let Some(vma) = vmas.find(address).copied() else {
@@ -81,6 +90,15 @@ impl<M: Machine> Kernel<M> {
             };
             if !allowed {
                 return Err(FaultError::NotAllowed);
+            }
+            if access == UserAccess::Read
+                && zeroes == Zeroes::NotTried
+                && self.wants_zero_block(mm, &vma, page)
+            {
+                drop(vmas);
+                zeroes = Zeroes::Tried;
+                self.map_zero_block(mm, page);
+                continue;
             }
             match self.try_fault(mm, vma, page, access)? {
                 Try::Done => {
@@ -103,7 +121,9 @@ impl<M: Machine> Kernel<M> {
                 }
                 Try::Large => {
                     drop(vmas);
-                    self.split_for_writing(mm, page)?;
+                    if self.replace_zero_block(mm, page) == Replaced::No {
+                        self.split_for_writing(mm, page)?;
+                    }
                 }
             }
         }
@@ -221,6 +241,9 @@ impl<M: Machine> Kernel<M> {
                 }
                 Err(FaultError::NotAllowed)
             }
+            Decoded::Empty if access == UserAccess::Write && self.map_folio(mm, &vma, &locked, page) => {
+                Ok(Try::Done)
+            }
             Decoded::Empty => {
                 let value = self.page_for(vma.area, page, access).ok_or(FaultError::NoMemory)?;
                 // SAFETY: the entry is empty; `page_for` took a reference for it on a page that the
@@ -268,7 +291,11 @@ impl<M: Machine> Kernel<M> {
     /// with real programs zeroes the page here, and copies in [`handle_fault`](Self::handle_fault)
     /// before the new page is mapped; otherwise it shows one program the memory of another.
     pub(crate) fn new_page(&self) -> Option<PhysFrame> {
-        let frame = self.frames.allocate(FrameKind::Page)?;
+        let frame = self.frames.allocate(FrameKind::Page);
+        if frame.is_none() {
+            self.count().page_refused();
+        }
+        let frame = frame?;
         self.frames.meta(frame).add_mapping();
         self.machine.note(Note::Allocated(frame, FrameRole::Page));
         self.machine.seam(Seam::Allocate);
@@ -319,6 +346,9 @@ impl<M: Machine> Kernel<M> {
     /// just now, and its gather holds a reference until every CPU has flushed: until then programs
     /// there can still read what would be written here.
     pub(crate) fn may_write_in_place(&self, area: Area, frame: PhysFrame) -> bool {
+        if area.kind == AreaKind::Pfn {
+            return true;
+        }
         let meta = self.frames.meta(frame);
         let is_page = matches!(meta.kind(), FrameKind::Page | FrameKind::Block);
         match area.kind {

@@ -85,7 +85,10 @@ impl<M: Machine> Kernel<M> {
         if matches!(vma.area.kind, AreaKind::FileShared(_)) {
             return Ok(());
         }
-        self.split_all(gather, vma, vma.range)?;
+        // Frames of a device are not counted, so their large pages are copied as they are.
+        if vma.area.kind != AreaKind::Pfn {
+            self.split_all(gather, vma, vma.range)?;
+        }
         // SAFETY: the parent's map lock is held for writing.
         let root = unsafe { parent.engine.space().root_table(self) };
         self.copy_tables(gather, &CopiedArea { child, vma }, root, vma.range)
@@ -107,11 +110,33 @@ impl<M: Machine> Kernel<M> {
             // SAFETY: the parent's map lock is held for writing.
             if let Some(below) = unsafe { view.child(self, address) } {
                 self.copy_tables(gather, copied, below, range.within_entry(level, address))?;
+            } else {
+                self.copy_large(copied, view, address)?;
             }
         }
         // What was passed over may be empty because reclaim is still to flush it.
         gather.note_deferred_flushes_of(view);
         self.machine.cond_resched();
+        Ok(())
+    }
+
+    /// Copies the large page of a device that the entry for `address` in `view` maps, if it is one and
+    /// the area has all of it. What is not copied is left to faults.
+    fn copy_large(&self, copied: &CopiedArea<'_, M>, view: TableView<'_>, address: u64) -> Result<(), Error> {
+        let CopiedArea { child, vma } = *copied;
+        let level = view.level();
+        let whole = VirtRange::of_entry(level, address);
+        let value = view.load(address);
+        if !matches!(value.decode(level), Decoded::Leaf(_)) || !vma.range.covers(whole) {
+            return Ok(());
+        }
+        // SAFETY: the child's areas are in place and nobody else knows it.
+        let target = unsafe { child.engine.space().ensure_table(self, whole.start(), level) }
+            .map_err(|_| Error::NoMemory)?;
+        let locked = target.lock(self);
+        // SAFETY: the child's entry is empty, and the page is not counted. Rights stay: the frames
+        // are both programs'.
+        unsafe { locked.entry(whole.start()).store(value) };
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use core::pin::Pin;
 use core::sync::atomic::{AtomicI64, Ordering};
 
 use crossbeam_utils::CachePadded;
-use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
+use mmu_gather::pagetable::{TableMemory, VirtRange};
 use mmu_gather::tlb::{
     CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, flush_interrupt, init_cpu, offline_cpu, switch_mm,
 };
@@ -27,7 +27,7 @@ use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
 use crate::map_lock::MapRead;
 use crate::mm::Mm;
 use crate::supply::{Pressure, Supply};
-use crate::vma::{Area, AreaKind, Protection, Vma, VmaTree};
+use crate::vma::{Area, AreaKind, Granule, Protection, Vma, VmaTree};
 
 /// The kernel.
 ///
@@ -226,7 +226,7 @@ impl<M: Machine> Kernel<M> {
         self.machine.prepare_root(root);
         // SAFETY: a fresh table whose lower half is zero; it is freed in `exit` only, when every
         // CPU has left it.
-        let engine = unsafe { mmu_gather::Mm::new(&self.ids, root, PagingMode::FourLevel) };
+        let engine = unsafe { mmu_gather::Mm::new(&self.ids, root, self.machine.paging_mode()) };
         Ok(Arc::new(Mm::new(engine)))
     }
 
@@ -280,6 +280,10 @@ impl<M: Machine> Kernel<M> {
         let vmas = self.lock_with_whole_ends(mm, range, UnderMapLock::Frees)?;
         for vma in vmas.iter() {
             let Some(part) = vma.range.intersect(range) else { continue };
+            if vma.area.granule == Granule::Folio {
+                // SAFETY: as below.
+                unsafe { self.zap_folios(mm, vma, part) };
+            }
             let since = self.machine.moment();
             // SAFETY: the map lock is held for reading until the flush is done; other calls like
             // this one may run too.

@@ -12,6 +12,8 @@
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
 //! | observed | what this project wraps around them: checker, seams, a planted bug |
 //! | fault | demand faults |
+//! | folio | 16 pages that come and go together |
+//! | zero_block | the 2 MiB page of zeroes: mapped by reads, replaced by writes |
 //! | fork | copies of address spaces, pages shared until written |
 //! | guard | guard pages: entries that are kept when pages are dropped |
 //! | kernel | munmap, madvise, exit, the stack move of exec, context switch, lazy CPUs |
@@ -31,6 +33,7 @@ extern crate alloc;
 mod counters;
 mod embed;
 mod fault;
+mod folio;
 mod fork;
 mod frame;
 mod frame_use;
@@ -48,6 +51,7 @@ mod remap;
 mod supply;
 mod vma;
 mod work;
+mod zero_block;
 
 pub use counters::{Counters, CpuCounters, Snapshot};
 pub use embed::{Embedder, EngineArea};
@@ -59,5 +63,5 @@ pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock}
 pub use mm::Mm;
 pub use populate::PageContent;
 pub use supply::Supply;
-pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};
+pub use vma::{Area, AreaKind, Granule, Growth, Protection, Vma, VmaTree};
 pub use work::{Failure, PROGRAM_FILE, PROGRAM_START, Stage, drill, plan, program_area};

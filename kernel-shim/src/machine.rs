@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a machine is believed about its memory and its CPUs")]
 
 use mmu_gather::GatherEvent;
-use mmu_gather::pagetable::{Level, TableLock, VirtRange};
+use mmu_gather::pagetable::{Level, PagingMode, TableLock, VirtRange};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuBits, CpuId, CpuSet, CtxId, EarlyAnswer, Laziness, OnlineCpus, PageSpan,
     PcidSupport, Slot, TlbEvent,
@@ -102,6 +102,11 @@ pub unsafe trait Machine: Sync {
     /// Whether PCIDs are on.
     fn pcid_support(&self) -> PcidSupport {
         PcidSupport::Off
+    }
+
+    /// How many levels page tables have on every CPU.
+    fn paging_mode(&self) -> PagingMode {
+        PagingMode::FourLevel
     }
 
     /// A preemption point.
@@ -387,6 +392,10 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
 
     fn pcid_support(&self) -> PcidSupport {
         (**self).pcid_support()
+    }
+
+    fn paging_mode(&self) -> PagingMode {
+        (**self).paging_mode()
     }
 
     fn cond_resched(&self) {

@@ -190,6 +190,9 @@ impl<M: Machine> Pages for Kernel<M> {
 
     fn free_pages(&self, pages: FreedPages<'_>) {
         self.machine.seam(Seam::Free);
+        if pages.frames().is_none() {
+            self.count().run_released();
+        }
         self.embedder.free_pages(pages);
     }
 
@@ -256,8 +259,9 @@ impl<M: Machine> Kernel<M> {
     /// The planted bug: a page is freed when its entry is cleared.
     #[cold]
     fn free_before_flush(&self, area: EngineArea, leaf: &UnmappedLeaf) -> Disposition {
-        match self.frames.meta(leaf.frame).kind() {
-            FrameKind::Page | FrameKind::Block if area.is_counted() => {
+        let kind = if area.is_counted() { self.frames.meta(leaf.frame).kind() } else { FrameKind::Reserved };
+        match kind {
+            FrameKind::Page | FrameKind::Block => {
                 self.remove_mapping(leaf.frame);
                 self.drop_references([leaf.frame]);
             }

@@ -4,12 +4,12 @@
 use core::sync::atomic::Ordering;
 
 use mmu_gather::pagetable::{EntryValue, Level, NonPresent, VirtRange};
-use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+use x86_64::structures::paging::PageTableFlags;
 
 use crate::fault::{leaf, leaf_at};
-use crate::frame::{FrameKind, owner_of};
+use crate::frame::{device_page, owner_of};
 use crate::kernel::{Error, Kernel};
-use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
+use crate::machine::{Machine, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, AreaKind, Protection, Vma};
 
@@ -36,10 +36,12 @@ pub enum PageContent {
     ZeroBlock,
     /// Nothing present: a place in swap.
     Swap,
+    /// 1 GiB pages of a device that are not counted; the stretch is made of whole ones.
+    DeviceGiant,
 }
 
 impl PageContent {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Anon,
         Self::File,
         Self::FileDirty,
@@ -50,6 +52,7 @@ impl PageContent {
         Self::FileBlock,
         Self::ZeroBlock,
         Self::Swap,
+        Self::DeviceGiant,
     ];
 
     /// Its word in a [`plan`](crate::plan).
@@ -66,6 +69,7 @@ impl PageContent {
             Self::FileBlock => "file-block",
             Self::ZeroBlock => "zero-block",
             Self::Swap => "swap",
+            Self::DeviceGiant => "device-giant",
         }
     }
 
@@ -78,6 +82,7 @@ impl PageContent {
     const fn level(self) -> Level {
         match self {
             Self::AnonBlock | Self::CleanBlock | Self::FileBlock | Self::ZeroBlock => Level::Pmd,
+            Self::DeviceGiant => Level::Pud,
             _ => Level::Pte,
         }
     }
@@ -165,29 +170,14 @@ impl<M: Machine> Kernel<M> {
                 with(leaf_at(Level::Pmd, block, private), used)
             }
             PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, Protection::Read), used),
+            PageContent::DeviceGiant => {
+                with(leaf_at(Level::Pud, device_page(area.file_page(address)), area.protection), used)
+            }
             PageContent::Swap => {
                 let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed);
                 NonPresent::Swap { device: 0, slot: slot.unsigned_abs() }.encode()
             }
         })
-    }
-
-    fn new_block(&self) -> Option<PhysFrame> {
-        let block = self.frames.allocate_block()?;
-        self.frames.meta(block).add_mapping();
-        self.machine.note(Note::Allocated(block, FrameRole::Block));
-        Some(block)
-    }
-
-    fn zero_block(&self) -> Option<PhysFrame> {
-        let mut block = self.zero_block.lock();
-        if block.is_none() {
-            let new = self.frames.allocate_block()?;
-            self.frames.set_kind(new, FrameKind::Reserved);
-            self.machine.note(Note::Allocated(new, FrameRole::Block));
-            *block = Some(new);
-        }
-        *block
     }
 }
 

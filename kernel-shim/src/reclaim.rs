@@ -13,7 +13,7 @@ use crate::kernel::Kernel;
 use crate::machine::{Machine, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::supply::Supply;
-use crate::vma::Vma;
+use crate::vma::{AreaKind, Vma};
 
 impl<M: Machine> Kernel<M> {
     /// Changes whether gathers get batch pages.
@@ -79,6 +79,11 @@ impl<M: Machine> Kernel<M> {
             }
             // A detached area is being unmapped by another call, which frees its tables.
             let Some(vma) = vmas.find(address) else { continue };
+            if vma.area.kind == AreaKind::Pfn {
+                // Not memory.
+                next = vma.range.end();
+                continue;
+            }
             // SAFETY: the map lock is held for reading, and the area is not detached: its tables
             // stay.
             let Some(view) = (unsafe { mm.engine.space().find_table(self, address, Level::Pte) }) else {

@@ -38,6 +38,18 @@ pub enum Growth {
     Down,
 }
 
+/// What one fault brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Granule {
+    /// One page.
+    Page,
+    /// For a write, the 16 pages around it, if nothing is there yet.
+    Folio,
+    /// For a read, the 2 MiB page of zeroes, if nothing is there yet; a write then brings a 2 MiB
+    /// page of the program's own.
+    Block,
+}
+
 /// What an area is, wherever it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Area {
@@ -50,13 +62,21 @@ pub struct Area {
     /// Page of the file at the start of address space; page of an address is this plus the address
     /// in pages.
     pub file_base: u64,
+    /// What one fault brings, if the area is anonymous.
+    pub granule: Granule,
 }
 
 impl Area {
     /// An anonymous area a program may write.
     #[must_use]
     pub const fn anon() -> Self {
-        Self { kind: AreaKind::Anon, protection: Protection::Write, growth: Growth::Fixed, file_base: 0 }
+        Self {
+            kind: AreaKind::Anon,
+            protection: Protection::Write,
+            growth: Growth::Fixed,
+            file_base: 0,
+            granule: Granule::Page,
+        }
     }
 
     /// The page of its file that `address` shows.

@@ -5,7 +5,9 @@ use arbitrary::{Arbitrary, Unstructured};
 use mmu_adapter::{Trial, judge, judge_in, shrink};
 use mmu_hosted::{MachineFault, Op, Run, Sequence, Telling, Verdict, generate};
 use proptest::collection::vec;
-use proptest::prelude::{ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
+use proptest::prelude::{
+    ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_assume, prop_oneof, proptest,
+};
 
 /// Sequences of either kind: from bytes, as a fuzzer would have them, and made up.
 fn sequences(nr_steps: usize) -> impl Strategy<Value = Sequence> {
@@ -49,6 +51,11 @@ proptest! {
     #[test]
     fn what_the_generator_makes_up_survives_as_bytes(seed in any::<u64>(), nr_cpus in 1..9u32) {
         let sequence = generate(seed, nr_cpus, 200);
+        let text = sequence.to_string();
+        prop_assert_eq!(Sequence::parse(&text), Ok(sequence.clone()), "{}", text);
+        // A few name more CPUs, or more pages at once, than bytes can.
+        let pages = text.split('+').skip(1).filter_map(|rest| rest.split([' ', '\n']).next()?.parse::<u64>().ok());
+        prop_assume!(sequence.nr_cpus <= 8 && pages.max() <= Some(2048));
         prop_assert_eq!(Sequence::from_bytes(&sequence.to_bytes()), sequence);
     }
 
@@ -56,7 +63,7 @@ proptest! {
     fn a_step_changed_in_its_bytes_changes_no_other(
         seed in any::<u64>(), at in 0..40usize, byte in 0..16usize, value in any::<u8>()
     ) {
-        let before = generate(seed, 4, 40);
+        let before = Sequence::from_bytes(&generate(seed, 4, 40).to_bytes());
         let mut bytes = before.to_bytes();
         bytes[10 + 16 * at + byte] = value;
         let after = Sequence::from_bytes(&bytes);
@@ -161,6 +168,17 @@ fn bytes_reach_every_operation() {
         seen[of(&bytes).steps[0].op.number()] = true;
     }
     assert!(seen.iter().all(|seen| *seen), "{seen:?}");
+}
+
+/// As when there were three: saved bytes name others only by numbers that meant one of those.
+#[test]
+fn a_number_that_is_no_address_space_means_what_it_meant_when_there_were_3() {
+    for number in 0..16u8 {
+        let mut bytes = [0; 26];
+        (bytes[11], bytes[12]) = (10, number);
+        let meant = if number < mmu_hosted::NR_MMS { number } else { number % 3 };
+        assert_eq!(of(&bytes).steps[0].op.mm(), Some(mmu_hosted::MmId(meant)), "{number}");
+    }
 }
 
 /// Saved bytes keep their meaning when operations are added.

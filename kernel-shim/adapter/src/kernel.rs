@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mmu_gather::pagetable::VirtRange;
 use mmu_gather::tlb::CtxId;
 use mmu_hosted::{
-    Backing, Boundaries, Guarding, HostedMachine, NotDone, Promises, Rights, Supply, UserAccess,
-    ViolationKind,
+    Backing, Boundaries, FiveLevels, Guarding, HostedMachine, NotDone, Options, Promises, ReclaimAndExit,
+    Rights, Supply, UserAccess, ViolationKind,
 };
 use mmu_kernel_shim::{Config, Error, Kernel, Misbehaviour, PageContent, Vma};
 use x86_64::structures::paging::PhysFrame;
@@ -65,6 +65,9 @@ impl ShimKernel {
 }
 
 impl mmu_hosted::Kernel for ShimKernel {
+    const FIVE_LEVELS: FiveLevels = FiveLevels::Known;
+    const MOST_CPUS: u32 = Options::MOST_CPUS;
+
     type Mm = Arc<HostedMm>;
 
     fn start_cpu(&self) {
@@ -110,6 +113,15 @@ impl mmu_hosted::Kernel for ShimKernel {
         self.promises
     }
 
+    fn has(&self, _backing: Backing) -> bool {
+        true
+    }
+
+    fn reclaim_and_exit(&self) -> ReclaimAndExit {
+        // Reclaim finds no area in what has exited, and takes nothing there.
+        ReclaimAndExit::AtOnce
+    }
+
     fn ctx_id(&self, mm: &Self::Mm) -> Option<CtxId> {
         Some(mm.engine().context().ctx_id())
     }
@@ -125,8 +137,11 @@ impl mmu_hosted::Kernel for ShimKernel {
     }
 
     fn populate(&self, mm: &Self::Mm, range: VirtRange, backing: Backing) -> Result<(), NotDone> {
-        let content =
-            if backing == Backing::Clean { PageContent::CleanBlock } else { PageContent::AnonBlock };
+        let content = match backing {
+            Backing::Clean => PageContent::CleanBlock,
+            Backing::Giant => PageContent::DeviceGiant,
+            _ => PageContent::AnonBlock,
+        };
         answer(self.kernel.populate(mm, range, content))
     }
 

@@ -78,7 +78,6 @@ pub(crate) fn find_wrong(
         return Some(ViolationKind::MoreThanAreaAllows);
     }
     let frames = kernel.frames();
-    let Some(meta) = frames.get(leaf.frame) else { return Some(ViolationKind::NoPageMapped) };
     let is_private = matches!(area.kind, AreaKind::Anon | AreaKind::FilePrivate(_));
     let is_writable = leaf.rights.writable();
     if shared.are_zeroes(leaf.frame) {
@@ -88,9 +87,11 @@ pub(crate) fn find_wrong(
         };
     }
     if shared.device == Some(leaf.frame) || area.kind == AreaKind::Pfn {
-        let belongs = shared.device == Some(leaf.frame) && area.kind == AreaKind::Pfn;
+        let belongs =
+            area.kind == AreaKind::Pfn && shared.is_of_device(leaf.frame, area.file_page(leaf.address));
         return (!belongs).then_some(ViolationKind::WrongPageMapped);
     }
+    let Some(meta) = frames.get(leaf.frame) else { return Some(ViolationKind::NoPageMapped) };
     let wanted = if leaf.size == PageSize::Size4KiB { FrameKind::Page } else { FrameKind::Block };
     if meta.kind() != wanted {
         return Some(ViolationKind::NoPageMapped);

@@ -4,7 +4,7 @@
 use core::ops::Deref;
 use std::sync::Arc;
 
-use mmu_gather::pagetable::TableLock;
+use mmu_gather::pagetable::{PagingMode, TableLock};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
 };
@@ -127,6 +127,10 @@ unsafe impl Machine for Hosted {
 
     fn pcid_support(&self) -> PcidSupport {
         self.0.pcid_support()
+    }
+
+    fn paging_mode(&self) -> PagingMode {
+        self.0.paging_mode()
     }
 
     fn cond_resched(&self) {

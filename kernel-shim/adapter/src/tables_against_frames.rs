@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::Level::Pte;
 use mmu_gather::pagetable::{
-    Decoded, EntryValue, Lines, Marker, NonPresent, TableMemory, UsedLines, VirtRange,
+    Decoded, EntryValue, Level, Lines, Marker, NonPresent, PagingMode, TableMemory, UsedLines, VirtRange,
 };
 use mmu_gather::tlb::Cpus;
 use mmu_hosted::ViolationKind;
@@ -55,10 +55,16 @@ pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<Hoste
     let shared = kernel.shared_frames();
     let mut mapped = Mapped::default();
     for mm in mms {
-        let mut walk = Walk { kernel, shared, areas: Areas::of(mm), nr_tables: [0; 5], mapped: &mut mapped };
-        walk.look_through(mm.root(), TableLevel::Pml4, 0, Rights::ALL);
-        let [_, pte, pmd, pud, _] = walk.nr_tables;
-        if [pte, pmd, pud] != mm.nr_tables() {
+        let mut walk = Walk { kernel, shared, areas: Areas::of(mm), nr_tables: [0; 6], mapped: &mut mapped };
+        let space = mm.engine().space();
+        let (root, below_root) = match space.mode() {
+            PagingMode::FourLevel => (TableLevel::Pml4, 0),
+            PagingMode::FiveLevel => (TableLevel::Pml5, space.nr_tables(Level::P4d)),
+        };
+        walk.look_through(mm.root(), root, 0, Rights::ALL);
+        let [_, pte, pmd, pud, pml4, _] = walk.nr_tables;
+        let pml4 = if root == TableLevel::Pml4 { 0 } else { pml4 };
+        if [pte, pmd, pud] != mm.nr_tables() || pml4 != below_root {
             mapped.is_wrong(ViolationKind::TablesMiscounted, mm.root(), 0);
         }
     }
@@ -160,7 +166,7 @@ struct Walk<'a> {
     shared: SharedFrames,
     areas: Areas,
     /// By the number of their level, as the SDM has it: page tables at 1.
-    nr_tables: [u64; 5],
+    nr_tables: [u64; 6],
     mapped: &'a mut Mapped,
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::{Decoded, Marker, NonPresent, VirtRange};
 use mmu_hosted::MmId;
-use mmu_kernel_shim::{FrameKind, Vma};
+use mmu_kernel_shim::{AreaKind, FrameKind, Vma};
 use rustc_hash::FxHashSet;
 use x86_64::structures::paging::PhysFrame;
 
@@ -38,6 +38,10 @@ pub(crate) fn look(kernel: &HostedKernel, mms: &[Arc<HostedMm>]) -> View {
     for (number, mm) in (0..).zip(mms) {
         for vma in mm.vmas().iter() {
             view.areas.push((MmId(number), *vma));
+            if vma.area.kind == AreaKind::Pfn {
+                // Frames of a device hold nothing that a program wrote, in this model.
+                continue;
+            }
             look_at(kernel, mm, vma.range, &cached, |page, seen| match seen {
                 Seen::Written => view.written.push((MmId(number), page)),
                 Seen::Guard => view.guarded.push((MmId(number), page)),

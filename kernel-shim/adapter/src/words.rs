@@ -103,16 +103,24 @@ pub(crate) const fn supply(supply: kit::Supply) -> shim::Supply {
 
 pub(crate) const fn area(backing: kit::Backing, rights: kit::Rights) -> shim::Area {
     let kind = match backing {
-        kit::Backing::Anon | kit::Backing::Huge | kit::Backing::Clean | kit::Backing::Stack => {
-            shim::AreaKind::Anon
-        }
+        kit::Backing::Anon
+        | kit::Backing::Huge
+        | kit::Backing::Clean
+        | kit::Backing::Stack
+        | kit::Backing::Zeroes
+        | kit::Backing::Folios => shim::AreaKind::Anon,
         kit::Backing::Private => shim::AreaKind::FilePrivate(1),
         kit::Backing::Shared => shim::AreaKind::FileShared(2),
-        kit::Backing::Pfn => shim::AreaKind::Pfn,
+        kit::Backing::Pfn | kit::Backing::Giant => shim::AreaKind::Pfn,
     };
     let growth = match backing {
         kit::Backing::Stack => shim::Growth::Down,
         _ => shim::Growth::Fixed,
     };
-    shim::Area { kind, protection: protection(rights), growth, file_base: 0 }
+    let granule = match backing {
+        kit::Backing::Zeroes => shim::Granule::Block,
+        kit::Backing::Folios => shim::Granule::Folio,
+        _ => shim::Granule::Page,
+    };
+    shim::Area { kind, protection: protection(rights), growth, file_base: 0, granule }
 }

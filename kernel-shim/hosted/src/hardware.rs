@@ -21,17 +21,19 @@
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use mmu_gather::pagetable::TableLock;
+use mmu_gather::pagetable::{PagingMode, TableLock};
 use mmu_gather::tlb::{
-    Answers, CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
+    Answers, CachedTranslations, CpuBits, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan,
+    PcidSupport,
 };
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
+use crate::awaited::Awaits;
 use crate::boundary::Boundary;
 use crate::checker::checked::Caches;
 use crate::checker::events::{Kept, What};
-use crate::machine::HostedMachine;
+use crate::machine::{HostedMachine, VirtualCpu};
 use crate::mmu::arch::LinearAddress;
 use crate::mmu::invalidate::Cr3Load;
 use crate::mutex::lock;
@@ -39,14 +41,15 @@ use crate::options::{MachineFault, Options};
 use crate::schedule::{self, GiveWay};
 use crate::vocabulary::{FrameRole, Moment, Note, Seam};
 
-/// Storage for a set of CPUs of this machine: `Cpus::Bits` of a kernel on it.
-pub type Bits = [AtomicU64; 1];
+/// Storage for a set of CPUs of this machine: `Cpus::Bits` of a kernel on it. One that says so
+/// (`Kernel::MOST_CPUS`) may have room for fewer.
+pub type Bits = [AtomicU64; Options::MOST_CPUS as usize / 64];
 
 impl HostedMachine {
     /// How many CPUs there are.
     #[must_use]
     pub fn nr_cpus(&self) -> u32 {
-        self.options.nr_cpus.clamp(1, 64)
+        self.options.nr_cpus.clamp(1, Options::MOST_CPUS)
     }
 
     /// Frames of physical memory, numbered from 0.
@@ -136,7 +139,7 @@ impl HostedMachine {
 
     /// Interrupts every CPU in `targets`, which runs the kernel's handler when its interrupts are
     /// on.
-    pub fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
+    pub fn send_flush_interrupt<B: CpuBits>(&self, targets: &CpuSet<B>) {
         self.has_sent();
         for target in targets.iter() {
             let cpu = &self.cpus[target.index()];
@@ -156,7 +159,7 @@ impl HostedMachine {
     }
 
     /// Lets other CPUs run while this one waits for them.
-    pub fn wait_for_answers(&self, answers: Answers<'_, Bits>) {
+    pub fn wait_for_answers<B: CpuBits>(&self, answers: Answers<'_, B>) {
         self.begins_to_wait();
         // A CPU that has nothing else to do takes the interrupt at once.
         for target in answers.missing() {
@@ -164,9 +167,10 @@ impl HostedMachine {
                 self.on_cpu(target, || self.take_interrupt());
             }
         }
-        let missing = answers.missing().fold(0, |mask, target| mask | 1 << target.number());
-        self.cpu().awaits.store(missing, Ordering::Relaxed);
-        if missing != 0 {
+        if answers.missing().any(|target| target.number() >= 64) {
+            self.reached.note(Boundary::ManyCpus);
+        }
+        if self.cpu().awaits.set(answers.missing()) == Awaits::Somebody {
             schedule::wait();
         }
     }
@@ -178,9 +182,8 @@ impl HostedMachine {
     /// The handler is the same, [`Kernel::flush_interrupt`](crate::Kernel::flush_interrupt), and
     /// does what the kernel likes: carries out what it was called for, then tells
     /// [`answered`](Self::answered).
-    pub fn call_cpus(&self, targets: &CpuSet<Bits>) {
-        let called = targets.iter().fold(0, |mask, target| mask | 1 << target.number());
-        self.cpu().awaits.store(called, Ordering::Relaxed);
+    pub fn call_cpus<B: CpuBits>(&self, targets: &CpuSet<B>) {
+        let _ = self.cpu().awaits.set(targets.iter());
         self.send_flush_interrupt(targets);
     }
 
@@ -188,8 +191,8 @@ impl HostedMachine {
     /// before they have answered; interrupts are taken meanwhile if they are on.
     pub fn wait_for_calls(&self) {
         self.begins_to_wait();
-        let called = self.cpu().awaits.load(Ordering::Relaxed);
-        for cpu in self.cpus.iter().filter(|cpu| called >> cpu.id.number() & 1 != 0) {
+        let here = self.cpu();
+        for cpu in self.cpus.iter().filter(|cpu| here.awaits.contains(cpu.id)) {
             // One that has nothing else to do takes the interrupt at once.
             if !cpu.has_turns.load(Ordering::Relaxed) {
                 self.on_cpu(cpu.id, || self.take_interrupt());
@@ -204,8 +207,7 @@ impl HostedMachine {
             self.reached.note(Boundary::Crossing);
         }
         self.cpu().was_sent.store(false, Ordering::Relaxed);
-        let answered = 1 << self.current().number();
-        self.cpus[initiator.index()].awaits.fetch_and(!answered, Ordering::Relaxed);
+        self.cpus[initiator.index()].awaits.remove(self.current());
         let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
         self.log(if is_lost { What::Lost(initiator) } else { What::Answered(initiator) });
     }
@@ -279,6 +281,11 @@ impl HostedMachine {
                 self.cpu().pcid_owners.loads(root.start_address().as_u64(), pcid.value(), keep)
         {
             self.reached.note(boundary);
+            // Another CPU may have asked this one to flush what it has of the other.
+            let waits = |cpu: &VirtualCpu| cpu.waits.load(Ordering::Relaxed);
+            if boundary == Boundary::SlotTaken && self.cpus.iter().any(waits) {
+                self.reached.note(Boundary::SlotTakenMidFlush);
+            }
         }
         self.log(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
         self.check_stale();
@@ -296,6 +303,12 @@ impl HostedMachine {
         // A flusher asks after it has raised the generation and before it reads the cpumask.
         self.cross_between_steps();
         if self.nr_cpus() == 1 { OnlineCpus::One } else { OnlineCpus::Many }
+    }
+
+    /// How many levels page tables have.
+    #[must_use]
+    pub const fn paging_mode(&self) -> PagingMode {
+        self.options.paging
     }
 
     /// Whether PCIDs are on.

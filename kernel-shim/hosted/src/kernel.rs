@@ -31,6 +31,25 @@ pub enum Promises {
     ByTheKernel,
 }
 
+/// What a kernel knows of page tables with five levels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FiveLevels {
+    /// Nothing.
+    Unknown,
+    /// It asks how many there are.
+    Known,
+}
+
+/// When an address space may exit that reclaim takes pages from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReclaimAndExit {
+    /// When reclaim has done with it.
+    OneAfterTheOther,
+    /// At any time: reclaim finds nothing more in it, and flushes for what it has taken when the
+    /// address space may be gone.
+    AtOnce,
+}
+
 /// A kernel that runs on a [`HostedMachine`].
 ///
 /// The first nine methods are required. The others are calls that a kernel may not have: steps that
@@ -42,6 +61,14 @@ pub enum Promises {
 /// lock that is held at a seam must be one of `spin`'s that gives way: `spin::mutex::SpinMutex<T,
 /// GiveWay>`. A lock of `std` would wait for ever.
 pub trait Kernel: Send + Sync + 'static {
+    /// Whether the kernel can run where page tables have five levels (CR4.LA57), which it asks for:
+    /// [`HostedMachine::paging_mode`]. If not, each machine it runs on has four.
+    const FIVE_LEVELS: FiveLevels = FiveLevels::Unknown;
+
+    /// The most CPUs that the kernel has room for. A machine that it runs on has no more, whatever
+    /// its sequence says.
+    const MOST_CPUS: u32 = 64;
+
     /// An address space: an `Arc`, say.
     type Mm: Clone + 'static;
 
@@ -96,6 +123,18 @@ pub trait Kernel: Send + Sync + 'static {
         Promises::ByTheRunner
     }
 
+    /// When an address space may exit that reclaim takes pages from. The answer never changes.
+    fn reclaim_and_exit(&self) -> ReclaimAndExit {
+        ReclaimAndExit::OneAfterTheOther
+    }
+
+    /// Whether it has areas with this backing. Those that it does not have are refused without
+    /// asking. A kernel without [`Backing::Giant`] is not asked for areas of more than 256 MiB
+    /// either, which would take it long if it goes through them page by page.
+    fn has(&self, backing: Backing) -> bool {
+        !matches!(backing, Backing::Giant | Backing::Zeroes | Backing::Folios)
+    }
+
     /// The name by which the engine knows the address space, for the device and for timelines.
     fn ctx_id(&self, _mm: &Self::Mm) -> Option<CtxId> {
         None
@@ -120,7 +159,8 @@ pub trait Kernel: Send + Sync + 'static {
         Err(NotDone::Missing)
     }
 
-    /// Fills `range`, which is mapped and whole 2 MiB pages long, with 2 MiB pages.
+    /// Fills `range`, which is mapped and whole 2 MiB pages long, with 2 MiB pages; or with 1 GiB
+    /// pages, if the backing is [`Backing::Giant`]: the range is whole 1 GiB pages long then.
     ///
     /// # Errors
     /// [`NotDone`].

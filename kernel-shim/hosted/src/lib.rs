@@ -33,6 +33,7 @@
 #![deny(unsafe_code)]
 
 mod adversary;
+mod awaited;
 mod boundary;
 mod checker;
 mod device;
@@ -59,7 +60,7 @@ pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
 pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};
 pub use hardware::Bits;
-pub use kernel::{Kernel, NotDone, Promises, boot};
+pub use kernel::{FiveLevels, Kernel, NotDone, Promises, ReclaimAndExit, boot};
 pub use machine::{FlushHandler, HostedMachine};
 pub use memory::Memory;
 pub use mmu::{arch, broadcast, features, invalidate, physical, structure_cache, tlb_cache, walk, watch};

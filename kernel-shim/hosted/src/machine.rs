@@ -4,27 +4,30 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::{CpuId, PcidSupport};
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
 
+use crate::awaited::Awaited;
 use crate::boundary::{Boundaries, PcidOwners, Reached};
 use crate::checker::checked::{Caches, Checked};
 use crate::checker::events::{Detail, Event, EventLog, What};
 use crate::checker::kind::ViolationKind;
 use crate::checker::ledger::Ledger;
-use crate::checker::per_cpu::{MapLocks, TableLocks, WorkDone};
+use crate::checker::per_cpu::{MapLocks, StepSoFar, TableLocks, WorkDone};
 use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
+use crate::mmu::arch::TableLevel;
 use crate::mutex::lock;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
 use crate::schedule::{self, Schedule};
 use crate::vocabulary::FrameRole;
 
-/// A machine of up to 64 CPUs.
+/// A machine of up to 1024 CPUs.
 pub struct HostedMachine {
     pub(crate) options: Options,
     pub(crate) memory: Memory,
@@ -72,14 +75,15 @@ pub(crate) struct VirtualCpu {
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
     /// nothing.
     pub(crate) flushes_nothing: AtomicBool,
-    /// The CPUs that it waits for to answer: bit n is CPU n.
-    pub(crate) awaits: AtomicU64,
+    /// The CPUs that it waits for to answer.
+    pub(crate) awaits: Awaited,
     /// It has asked others to flush, and they have not all answered.
     pub(crate) waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
     pub(crate) table_locks: TableLocks,
     pub(crate) map_locks: MapLocks,
     pub(crate) work: WorkDone,
+    pub(crate) step: StepSoFar,
     /// At which seam from here it stays away for long; 0 for none.
     pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
@@ -102,12 +106,11 @@ impl HostedMachine {
             }
             Checking::Off => None,
         };
-        let cr4 = match options.pcid {
-            PcidSupport::On => Cr4Flags::PCID | Cr4Flags::PAGE_GLOBAL,
-            PcidSupport::Off => Cr4Flags::PAGE_GLOBAL,
-        };
+        let mut cr4 = Cr4Flags::PAGE_GLOBAL;
+        cr4.set(Cr4Flags::PCID, options.pcid == PcidSupport::On);
+        cr4.set(Cr4Flags::L5_PAGING, options.paging == PagingMode::FiveLevel);
         let nothing = PhysFrame::containing_address(x86_64::PhysAddr::zero());
-        let cpus = (0..options.nr_cpus.clamp(1, 64)).map(|number| {
+        let cpus = (0..options.nr_cpus.clamp(1, Options::MOST_CPUS)).map(|number| {
             let caches = checked.as_ref().map(|checked| {
                 let mut watch = checked.ledger.watch();
                 if options.telling == Telling::All {
@@ -124,12 +127,13 @@ impl HostedMachine {
                 in_user_mode: AtomicBool::new(false),
                 is_active: AtomicBool::new(false),
                 flushes_nothing: AtomicBool::new(false),
-                awaits: AtomicU64::new(0),
+                awaits: Awaited::nobody(),
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
                 table_locks: TableLocks::default(),
                 map_locks: MapLocks::default(),
                 work: WorkDone::default(),
+                step: StepSoFar::default(),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
                 is_off: AtomicBool::new(false),
@@ -316,6 +320,14 @@ impl HostedMachine {
         }
     }
 
+    /// Level of the tables that CR3 points to.
+    pub(crate) const fn root_level(&self) -> TableLevel {
+        match self.options.paging {
+            PagingMode::FourLevel => TableLevel::Pml4,
+            PagingMode::FiveLevel => TableLevel::Pml5,
+        }
+    }
+
     /// What is remembered of what happened, oldest first; nothing if nothing is checked.
     #[must_use]
     pub fn events(&self) -> Vec<Event> {
@@ -408,11 +420,7 @@ impl HostedMachine {
     #[must_use]
     pub fn missing_answers(&self) -> Vec<String> {
         let pairs = self.cpus.iter().flat_map(|cpu| {
-            let awaits = cpu.awaits.load(Ordering::Relaxed);
-            self.cpus
-                .iter()
-                .filter(move |other| awaits >> other.id.number() & 1 != 0)
-                .map(|other| (cpu.id, other))
+            self.cpus.iter().filter(|other| cpu.awaits.contains(other.id)).map(|other| (cpu.id, other))
         });
         let words = pairs.map(|(waits, other)| {
             let why = if other.is_off.load(Ordering::Relaxed) {
@@ -437,7 +445,8 @@ impl HostedMachine {
 
     /// The call that this CPU made has returned: it waits for nobody.
     pub(crate) fn call_returned(&self) {
-        self.cpu().awaits.store(0, Ordering::Relaxed);
+        self.cpu().awaits.clear();
+        self.cpu().step.begin();
     }
 
     /// Whether the planted fault keeps this CPU from flushing just now.

@@ -1,6 +1,7 @@
 //! How a hosted machine is made.
 
 use mmu_gather::Limits;
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::PcidSupport;
 
 use crate::mmu::features::{Capacity, Features};
@@ -8,7 +9,7 @@ use crate::mmu::features::{Capacity, Features};
 /// Everything that decides what a machine does, except the work that runs on it.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// How many CPUs; 1 to 64.
+    /// How many CPUs; 1 to 1024.
     pub nr_cpus: u32,
     /// How many frames of 4 KiB.
     pub nr_frames: u64,
@@ -17,6 +18,8 @@ pub struct Options {
     pub seed: u64,
     /// Whether CR4.PCIDE is set.
     pub pcid: PcidSupport,
+    /// Whether CR4.LA57 is set: how many levels page tables have.
+    pub paging: PagingMode,
     /// What each CPU's MMU may do.
     pub features: Features,
     /// Whether the software MMUs and the checker run.
@@ -111,6 +114,9 @@ impl MostWork {
 }
 
 impl Options {
+    /// The most CPUs that a machine has.
+    pub const MOST_CPUS: u32 = 1024;
+
     /// Frames at the bottom of memory that are not given out: frame 0, and the page of zeroes.
     pub const RESERVED_FRAMES: u64 = 2;
 
@@ -122,6 +128,7 @@ impl Options {
             nr_frames,
             seed,
             pcid: PcidSupport::On,
+            paging: PagingMode::FourLevel,
             features: Features {
                 tlb_capacity: Capacity::AtMost(4096),
                 structure_capacity: Capacity::AtMost(1024),

@@ -45,6 +45,14 @@ pub enum Backing {
     Pfn,
     /// A stack.
     Stack,
+    /// Frames of a device that are not counted, in 1 GiB pages where it can be.
+    Giant,
+    /// The program's own memory, which it reads before it writes: reads find large pages of zeroes
+    /// where it can be.
+    Zeroes,
+    /// The program's own memory, in blocks of 16 small pages where it can be, each with one count
+    /// for all.
+    Folios,
 }
 
 /// What becomes of guard pages.
@@ -264,6 +272,9 @@ impl fmt::Display for Backing {
             Self::Shared => "shared",
             Self::Pfn => "pfn",
             Self::Stack => "stack",
+            Self::Giant => "giant",
+            Self::Zeroes => "zeroes",
+            Self::Folios => "folios",
         })
     }
 }

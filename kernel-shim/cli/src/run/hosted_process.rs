@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mmu_adapter::{HostedKernel, HostedMm};
 use mmu_gather::pagetable::VirtRange;
 use mmu_hosted::Options;
-use mmu_kernel_shim::{Area, Growth, PageContent, Vma};
+use mmu_kernel_shim::{Area, Granule, Growth, PageContent, Vma};
 
 use crate::input::layout::{Layout, LayoutVma, PAGE_BYTES, VmaKind};
 use crate::run::kernel_terms::{DirtyPages, FileNumbers, page_content, protection};
@@ -91,6 +91,7 @@ impl Builder<'_> {
             growth: if vma.kind == VmaKind::Stack { Growth::Down } else { Growth::Fixed },
             // Each mapping of a file begins at a place of its own: the layout does not say where.
             file_base: 0,
+            granule: Granule::Page,
         };
         let map = self.kernel.mmap(&process.mm, Vma { range, area });
         map.map_err(|source| self.kernel_error(vma.start, vma.end, source))?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mmu_adapter::{HostedKernel, HostedMm};
 use mmu_gather::pagetable::VirtRange;
 use mmu_hosted::Choices;
-use mmu_kernel_shim::{Area, AreaKind, Error, Growth, Kernel, PageContent, Vma, VmaTree};
+use mmu_kernel_shim::{Area, AreaKind, Error, Granule, Growth, Kernel, PageContent, Vma, VmaTree};
 
 use crate::input::layout::{PAGE_BYTES, Sharing};
 use crate::input::strace::{Advice, Backing, MemoryCall, OldRange, Placement};
@@ -143,6 +143,7 @@ impl TraceSpace {
                         Backing::File { offset } => (offset >> 12).wrapping_sub(range.start() >> 12),
                         Backing::Anonymous => 0,
                     },
+                    granule: Granule::Page,
                 };
                 if *placement == Placement::Replace {
                     self.munmap(kernel, range)?;

@@ -2,10 +2,12 @@
 
 use core::cell::Cell;
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::CpuId;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
+use crate::boundary::Boundary;
 use crate::checker::checked::{Caches, Checked};
 use crate::checker::events::{Detail, Fill, What};
 use crate::checker::kind::ViolationKind;
@@ -83,6 +85,9 @@ impl HostedMachine {
         let frame = PhysFrame::containing_address(reached.address);
         if checked.ledger.is_unknown(frame) {
             self.report(checked, unknown, here, address, frame, None);
+        }
+        if address >= PagingMode::FourLevel.user_end() {
+            self.reached.note(Boundary::HighAddress);
         }
         self.log(What::Accessed(address, frame));
         if access == UserAccess::Write {

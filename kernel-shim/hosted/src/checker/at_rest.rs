@@ -52,7 +52,7 @@ impl HostedMachine {
     /// Whether page tables say what the entry says, or more.
     pub(crate) fn agrees(&self, root: PhysFrame, entry: &CachedEntry) -> bool {
         let address = entry.address.as_u64();
-        let (mut table, mut level) = (root, TableLevel::Pml4);
+        let (mut table, mut level) = (root, self.root_level());
         let mut upper_rights = WRITABLE;
         loop {
             match entry.held.as_a {
@@ -84,7 +84,7 @@ impl HostedMachine {
     /// No entry below these roots leads to a frame that is free.
     pub fn compare_tables_with_frames(&self, roots: &[PhysFrame]) {
         let Some(checked) = &self.checked else { return };
-        let below = |root: &PhysFrame| self.find_free_below(checked, *root, TableLevel::Pml4, 0);
+        let below = |root: &PhysFrame| self.find_free_below(checked, *root, self.root_level(), 0);
         let wrong = roots.iter().find_map(below);
         if let Some((frame, address)) = wrong {
             self.report(checked, ViolationKind::FreePageMapped, self.current(), address, frame, None);
@@ -102,7 +102,7 @@ impl HostedMachine {
             return Some((table, start));
         }
         // The upper half is the kernel's, and the same in every address space.
-        let nr_entries = if level == TableLevel::Pml4 { USER_ENTRIES } else { 512 };
+        let nr_entries = if level == self.root_level() { USER_ENTRIES } else { 512 };
         self.entries_of(table).take(nr_entries).enumerate().find_map(|(index, entry)| {
             let address = start + ((index as u64) << level.entry_shift());
             match decode(entry, level, self.options.features.physical_bits) {

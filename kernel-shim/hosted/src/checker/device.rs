@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::{CtxId, PageSpan};
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
@@ -29,7 +30,10 @@ impl HostedMachine {
         // What INVLPG does to paths is the least that it may do: an invalidation of a span drops
         // what leads there.
         let features = Features { invlpg_uppers: InvlpgUppers::LeadingToAddress, ..self.options.features };
-        let mmu = Mmu::new(features, Cr4Flags::empty(), root, &mut watch);
+        // As many levels as the CPUs have, whose tables it walks.
+        let mut cr4 = Cr4Flags::empty();
+        cr4.set(Cr4Flags::L5_PAGING, self.options.paging == PagingMode::FiveLevel);
+        let mmu = Mmu::new(features, cr4, root, &mut watch);
         lock(&self.shared.0).push(Shared { ctx_id, root, caches: Caches { mmu, watch } });
     }
 

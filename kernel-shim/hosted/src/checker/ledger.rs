@@ -36,7 +36,7 @@ const LENT: u8 = 4;
 #[derive(Debug)]
 pub(crate) struct Ledger {
     /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed,
-    /// plus one, and in the low 8 bits by which CPU.
+    /// plus one, and in the low 16 bits by which CPU.
     freed_at: Box<[AtomicU64]>,
     /// By frame: what it is in use for, as the kernel has told.
     in_use: Box<[AtomicU8]>,
@@ -77,7 +77,9 @@ impl Holders {
         let number = number(first);
         match held.as_a {
             Use::Page(PageSize::Size2MiB) => self.blocks.get(number >> 9),
-            Use::Page(PageSize::Size1GiB) => Some(&self.gigabytes),
+            // One that maps no memory of this machine, as of a device, does not matter when frames
+            // are freed.
+            Use::Page(PageSize::Size1GiB) => (number < self.pages.len()).then_some(&self.gigabytes),
             Use::Page(PageSize::Size4KiB) | Use::Table(_) | Use::Root => self.pages.get(number),
         }
     }
@@ -142,7 +144,7 @@ impl Ledger {
     /// The frame is free from now on, since `step`. Whether any cache may still name it.
     #[must_use]
     pub(crate) fn freed(&self, frame: PhysFrame, role: FrameRole, step: u64, by: CpuId) -> bool {
-        let mark = (step + 1) << 8 | u64::from(by.number() & 0xff);
+        let mark = (step + 1) << 16 | u64::from(by.number() & 0xffff);
         for number in frames_of(frame, role) {
             if self.in_use.get(number).is_some_and(|in_use| in_use.swap(FREE, Ordering::Relaxed) == FREE) {
                 self.double_frees.fetch_add(1, Ordering::Relaxed);
@@ -238,8 +240,8 @@ impl Ledger {
     #[must_use]
     pub(crate) fn when_freed(&self, frame: PhysFrame) -> Option<(u64, CpuId)> {
         let mark = self.freed_at.get(number(frame))?.load(Ordering::Relaxed);
-        let cpu = CpuId::new((mark & 0xff) as u32);
-        (mark != 0).then(|| ((mark >> 8) - 1, cpu))
+        let cpu = CpuId::new((mark & 0xffff) as u32);
+        (mark != 0).then(|| ((mark >> 16) - 1, cpu))
     }
 
     /// Whether the kernel has never told of this frame, which it may give out.

@@ -33,6 +33,7 @@ pub(crate) mod access;
 mod at_rest;
 mod caches_against_tables;
 pub(crate) mod checked;
+mod corners;
 mod device;
 pub(crate) mod events;
 pub(crate) mod kind;

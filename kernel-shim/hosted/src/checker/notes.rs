@@ -3,6 +3,7 @@
 use core::sync::atomic::Ordering;
 
 use mmu_gather::GatherEvent;
+use mmu_gather::pagetable::Level;
 use mmu_gather::tlb::{CpuId, Laziness, TlbEvent};
 use x86_64::structures::paging::PhysFrame;
 
@@ -98,8 +99,10 @@ impl HostedMachine {
             }
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
-                if level != mmu_gather::pagetable::Level::Pte {
-                    self.reached.note(Boundary::LargeCleared);
+                match level {
+                    Level::Pte => {}
+                    Level::Pmd => self.reached.note(Boundary::LargeCleared),
+                    Level::Pud | Level::P4d | Level::Pgd => self.reached.note(Boundary::GiantCleared),
                 }
                 self.log_detail(Detail::Cleared(address, level, frame));
             }
@@ -107,18 +110,25 @@ impl HostedMachine {
                 self.count_leaf(checked, frame);
                 self.log_detail(Detail::Restricted(address, level));
             }
-            Note::Split { frame, .. } => self.count_split(checked, frame),
+            Note::Split { frame, level, .. } => {
+                if level == Level::Pud {
+                    self.reached.note(Boundary::GiantSplit);
+                }
+                self.count_split(checked, frame);
+            }
             Note::Asked(target) => self.asks(checked, target),
             Note::Tlb { event, slot } => {
                 if matches!(event, TlbEvent::IpisSent(_)) {
                     self.has_answers();
                 }
+                self.reach_by_tlb(event);
                 self.log_detail(Detail::Tlb(event, slot));
             }
             Note::Gather(event) => {
                 if event == GatherEvent::DirtyFlush {
                     self.announce_dirty_flush();
                 }
+                self.reach_by_gather(event);
                 self.note_early_free(event);
                 self.log_detail(Detail::Gather(event));
             }

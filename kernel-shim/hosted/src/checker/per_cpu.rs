@@ -1,7 +1,7 @@
 //! What is remembered of each CPU, for the rules about locks and preemption points.
 #![expect(unsafe_code, reason = "looks at locks by pointer")]
 
-use core::sync::atomic::{AtomicBool, AtomicU32};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Mutex;
 
 use mmu_gather::pagetable::TableLock;
@@ -47,6 +47,22 @@ pub(crate) struct MapLocks {
     pub(crate) own_tables: Mutex<Vec<PhysFrame>>,
     /// A gather frees what it has, to go on.
     pub(crate) frees_early: AtomicBool,
+}
+
+/// What a CPU did in the step that it takes, for the corners that are told of it.
+#[derive(Debug, Default)]
+pub(crate) struct StepSoFar {
+    /// A gather was full, and flushed with no lock held.
+    pub(crate) was_forced: AtomicBool,
+    /// Tables unhooked.
+    pub(crate) unhooked: AtomicU32,
+}
+
+impl StepSoFar {
+    pub(crate) fn begin(&self) {
+        self.was_forced.store(false, Ordering::Relaxed);
+        self.unhooked.store(0, Ordering::Relaxed);
+    }
 }
 
 /// What one CPU did since its last preemption point.

@@ -11,12 +11,16 @@
 
 use core::fmt;
 
-use mmu_gather::pagetable::VirtRange;
+use mmu_gather::pagetable::{PagingMode, VirtRange};
 
 use crate::vocabulary::{Backing, Guarding, Rights, Supply, UserAccess};
 
-/// How many address spaces a sequence has.
-pub const NR_MMS: u8 = 3;
+/// Pages of the stack of a new program.
+pub(crate) const STACK_PAGES: u64 = 16;
+
+/// How many address spaces a sequence can have: more than a CPU has PCIDs for. Most sequences use
+/// the first three.
+pub const NR_MMS: u8 = 8;
 
 /// One of the address spaces of a sequence: `0..NR_MMS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,13 +71,16 @@ pub enum Op {
     Offline,
     /// The CPU is switched on again.
     Online,
+    /// execve(2): the CPU goes on in a new address space, whose stack moves down by this many pages;
+    /// what was there before exits.
+    Exec(MmId, u64),
 }
 
 /// One line of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// The CPU, modulo those the machine has.
-    pub cpu: u8,
+    pub cpu: u16,
     /// What it does.
     pub op: Op,
 }
@@ -98,6 +105,7 @@ impl Op {
             | Self::MoveStack(mm, ..)
             | Self::Fork(mm, _)
             | Self::Exit(mm)
+            | Self::Exec(mm, _)
             | Self::Reclaim(mm, ..)
             | Self::Switch(mm) => Some(mm),
             _ => None,
@@ -118,6 +126,22 @@ impl Op {
         }
     }
 
+    /// The end of the addresses it names; 0 if it names none.
+    pub(crate) fn end(self) -> u64 {
+        match self {
+            Self::Map(_, range, ..)
+            | Self::Unmap(_, range)
+            | Self::Discard(_, range)
+            | Self::Guard(_, range, _)
+            | Self::Protect(_, range, _)
+            | Self::MoveStack(_, range, _)
+            | Self::Reclaim(_, _, range)
+            | Self::Touch(range, _) => range.end(),
+            Self::Remap(_, range, to) => range.end().max(to.saturating_add(range.len_bytes())),
+            _ => 0,
+        }
+    }
+
     /// How many pages it names.
     pub(crate) const fn nr_pages(self) -> u64 {
         match self {
@@ -130,6 +154,7 @@ impl Op {
             | Self::MoveStack(_, range, _)
             | Self::Reclaim(_, _, range)
             | Self::Touch(range, _) => range.nr_pages(),
+            Self::Exec(..) => 2 * STACK_PAGES,
             Self::Fork(..)
             | Self::Exit(_)
             | Self::Switch(_)
@@ -146,7 +171,7 @@ impl Op {
 
     /// The words of all operations. New ones come last: saved bytes name operations by their
     /// number.
-    pub const WORDS: [&'static str; 20] = [
+    pub const WORDS: [&'static str; 21] = [
         "map",
         "unmap",
         "discard",
@@ -167,6 +192,7 @@ impl Op {
         "guard",
         "offline",
         "online",
+        "exec",
     ];
 
     /// Which operation it is, as an index of [`WORDS`](Self::WORDS).
@@ -193,6 +219,7 @@ impl Op {
             Self::Guard(..) => 17,
             Self::Offline => 18,
             Self::Online => 19,
+            Self::Exec(..) => 20,
         }
     }
 }
@@ -239,6 +266,7 @@ impl fmt::Display for Step {
             Op::Touch(range, UserAccess::Write) => write!(f, " {} write", Pages(range)),
             Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
             Op::Preempt(seams) => write!(f, " {seams}"),
+            Op::Exec(mm, pages) => write!(f, " {mm} {pages}"),
             Op::Guard(mm, range, guarding) => write!(f, " {mm} {} {guarding}", Pages(range)),
             Op::Lazy | Op::Wake | Op::Sync | Op::Offline | Op::Online => Ok(()),
         }
@@ -272,7 +300,12 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
                 Some("shared") => Backing::Shared,
                 Some("pfn") => Backing::Pfn,
                 Some("stack") => Backing::Stack,
-                _ => return Err("anon, huge, clean, private, shared, pfn or stack"),
+                Some("giant") => Backing::Giant,
+                Some("zeroes") => Backing::Zeroes,
+                Some("folios") => Backing::Folios,
+                _ => {
+                    return Err("anon, huge, clean, private, shared, pfn, stack, giant, zeroes or folios");
+                }
             };
             Op::Map(mm, range, backing, rights(words.next())?)
         }
@@ -282,11 +315,11 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         "remap" => Op::Remap(mm(words.next())?, range(words.next())?, address(words.next())?),
         "movestack" => {
             let (mm, range) = (mm(words.next())?, range(words.next())?);
-            let pages = words.next().and_then(|word| word.parse().ok()).ok_or("a number of pages")?;
-            Op::MoveStack(mm, range, pages)
+            Op::MoveStack(mm, range, pages(words.next())?)
         }
         "fork" => Op::Fork(mm(words.next())?, mm(words.next())?),
         "exit" => Op::Exit(mm(words.next())?),
+        "exec" => Op::Exec(mm(words.next())?, pages(words.next())?),
         "reclaim" => Op::Reclaim(mm(words.next())?, mm(words.next())?, range(words.next())?),
         "touch" => {
             let range = range(words.next())?;
@@ -318,7 +351,7 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         }
         _ => {
             return Err(
-                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync, preempt, offline or online",
+                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync, preempt, offline, online or exec",
             );
         }
     })
@@ -326,7 +359,11 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
 
 fn mm(word: Option<&str>) -> Result<MmId, &'static str> {
     let number = word.and_then(|word| word.strip_prefix('m')).and_then(|number| number.parse().ok());
-    number.filter(|number| *number < NR_MMS).map(MmId).ok_or("an address space: m0, m1 or m2")
+    number.filter(|number| *number < NR_MMS).map(MmId).ok_or("an address space: m0 to m7")
+}
+
+fn pages(word: Option<&str>) -> Result<u64, &'static str> {
+    word.and_then(|word| word.parse().ok()).ok_or("a number of pages")
 }
 
 fn address(word: Option<&str>) -> Result<u64, &'static str> {
@@ -340,7 +377,10 @@ fn range(word: Option<&str>) -> Result<VirtRange, &'static str> {
     let start = address(Some(start))?;
     let pages: u64 = pages.parse().map_err(|_| EXPECTED)?;
     let end = pages.checked_mul(4096).and_then(|bytes| start.checked_add(bytes)).ok_or(EXPECTED)?;
-    VirtRange::new(start, end).ok().filter(|range| range.end() <= 1 << 47).ok_or(EXPECTED)
+    VirtRange::new(start, end)
+        .ok()
+        .filter(|range| range.end() <= PagingMode::FiveLevel.user_end())
+        .ok_or(EXPECTED)
 }
 
 fn rights(word: Option<&str>) -> Result<Rights, &'static str> {

@@ -7,19 +7,17 @@ use mmu_gather::pagetable::{Level, VirtRange};
 use mmu_gather::tlb::{CpuId, Laziness};
 use x86_64::structures::paging::PhysFrame;
 
-use crate::kernel::{Kernel, NotDone, Promises};
+use crate::boundary::Boundary;
+use crate::kernel::{Kernel, NotDone, Promises, ReclaimAndExit};
 use crate::mutex::lock;
 use crate::schedule;
 use crate::sequence::calls::{Effect, Met, POPULATE};
-use crate::sequence::op::{MmId, Op};
+use crate::sequence::op::{MmId, Op, STACK_PAGES};
 use crate::sequence::world::{LiveMm, Program, World};
 use crate::vocabulary::{Backing, Guarding, Note, Rights, UserAccess};
 
-/// All addresses that programs may use.
-const USER_SPACE: VirtRange = match VirtRange::new(0, 1 << 47) {
-    Ok(range) => range,
-    Err(_) => panic!("user space is not empty"),
-};
+/// Pages of an area that only a kernel with pages of 1 GiB is asked for.
+const LONG: u64 = 1 << 16;
 
 impl<K: Kernel> World<K> {
     /// Does one step. What the kernel refuses is no error: sequences are made up.
@@ -27,6 +25,11 @@ impl<K: Kernel> World<K> {
         let kernel = &*self.kernel;
         if self.machine.is_off(cpu) && !is_for_all(op) && op != Op::Online {
             // It does nothing.
+            self.count(op.number(), Err(NotDone::Refused));
+            return;
+        }
+        if op.end() > self.user_space().end() {
+            // It names addresses that only five levels reach.
             self.count(op.number(), Err(NotDone::Refused));
             return;
         }
@@ -70,25 +73,17 @@ impl<K: Kernel> World<K> {
             }
             Op::MoveStack(mm, range, pages) => self.using(mm, |process| {
                 let call = || kernel.move_stack(&process.mm, range.start(), pages);
-                process.running.call(USER_SPACE, Effect::Changes, call).0
+                process.running.call(self.user_space(), Effect::Changes, call).0
             }),
             Op::Fork(parent, child) => self.fork(cpu, parent, child),
             Op::Exit(mm) => kernel.new_mm().map(|new| self.replace(cpu, mm, LiveMm::new(new, false))),
-            Op::Reclaim(first, second, range) => self.using(first, |first| {
-                self.using(second, |second| {
-                    let call = || kernel.reclaim([(&first.mm, range), (&second.mm, range)]);
-                    let calls = || second.running.call(range, Effect::Changes, call).0;
-                    first.running.call(range, Effect::Changes, calls).0
-                })
-            }),
+            Op::Exec(mm, pages) => self.exec(cpu, mm, pages),
+            Op::Reclaim(first, second, range) => self.reclaim(first, second, range),
             Op::Touch(range, access) => {
                 self.touch(cpu, range, access);
                 Ok(())
             }
-            Op::Switch(mm) => {
-                self.switch(cpu, self.process(mm));
-                Ok(())
-            }
+            Op::Switch(mm) => self.process(mm).map(|process| self.switch(cpu, process)),
             Op::Lazy => self.go_lazy(cpu),
             Op::Wake => {
                 let process = lock(&self.programs[cpu.index()]).process.clone();
@@ -123,8 +118,12 @@ impl<K: Kernel> World<K> {
     }
 
     /// Lets `call` work on an address space, which does not exit meanwhile.
-    fn using<R>(&self, mm: MmId, call: impl FnOnce(&LiveMm<K::Mm>) -> R) -> R {
-        let process = self.process(mm);
+    fn using<R>(
+        &self,
+        mm: MmId,
+        call: impl FnOnce(&LiveMm<K::Mm>) -> Result<R, NotDone>,
+    ) -> Result<R, NotDone> {
+        let process = self.process(mm)?;
         process.users.fetch_add(1, Ordering::Relaxed);
         let result = call(&process);
         process.users.fetch_sub(1, Ordering::Relaxed);
@@ -175,6 +174,10 @@ impl<K: Kernel> World<K> {
         rights: Rights,
     ) -> Result<(), NotDone> {
         let kernel = &*self.kernel;
+        let is_too_long = range.nr_pages() > LONG && !kernel.has(Backing::Giant);
+        if is_too_long || !kernel.has(backing) {
+            return Err(NotDone::Refused);
+        }
         let since = self.machine.moment();
         self.using(mm, |process| {
             if backing == Backing::Stack {
@@ -186,8 +189,8 @@ impl<K: Kernel> World<K> {
                     let root = kernel.root(&process.mm);
                     self.machine.promise_new(root, range, since, self.laziness_of(cpu));
                 }
-                if matches!(backing, Backing::Huge | Backing::Clean)
-                    && let Some(blocks) = whole_blocks(range)
+                if let Some(size) = size_of_pages(backing)
+                    && let Some(blocks) = whole_pages(range, size)
                 {
                     self.count(POPULATE, kernel.populate(&process.mm, blocks, backing));
                 }
@@ -276,7 +279,7 @@ impl<K: Kernel> World<K> {
         }
         let copy = self.using(parent, |process| {
             let fork = || self.kernel.fork(&process.mm);
-            let copy = process.running.call(USER_SPACE, Effect::Changes, fork).0?;
+            let copy = process.running.call(self.user_space(), Effect::Changes, fork).0?;
             // Read after the copy was made: whatever it has was there before.
             Ok(LiveMm::new(copy, process.has_stack.load(Ordering::Relaxed)))
         })?;
@@ -284,20 +287,85 @@ impl<K: Kernel> World<K> {
         Ok(())
     }
 
-    /// The process leaves, and another takes its place.
+    /// All addresses that programs may use on this machine.
+    fn user_space(&self) -> VirtRange {
+        let end = self.machine.paging_mode().user_end();
+        VirtRange::new(0, end).unwrap_or_else(|_| VirtRange::of_entry(Level::Pte, 0))
+    }
+
+    fn reclaim(&self, first: MmId, second: MmId, range: VirtRange) -> Result<(), NotDone> {
+        let reclaim = |first: &LiveMm<K::Mm>, second: &LiveMm<K::Mm>| {
+            let call = || self.kernel.reclaim([(&first.mm, range), (&second.mm, range)]);
+            let calls = || second.running.call(range, Effect::Changes, call).0;
+            first.running.call(range, Effect::Changes, calls).0
+        };
+        match self.kernel.reclaim_and_exit() {
+            ReclaimAndExit::OneAfterTheOther => {
+                self.using(first, |first| self.using(second, |second| reclaim(first, second)))
+            }
+            ReclaimAndExit::AtOnce => {
+                let (first, second) = (self.process(first)?, self.process(second)?);
+                first.reclaimers.fetch_add(1, Ordering::Relaxed);
+                let result = reclaim(&first, &second);
+                first.reclaimers.fetch_sub(1, Ordering::Relaxed);
+                result
+            }
+        }
+    }
+
+    /// A new program takes the place of the process, and this CPU goes on with it: on a new stack,
+    /// which is moved to where the program wants it.
+    fn exec(&self, cpu: CpuId, mm: MmId, pages: u64) -> Result<(), NotDone> {
+        let new = LiveMm::new(self.kernel.new_mm()?, true);
+        let top = self.user_space().end() - (1 << 21);
+        let stack = VirtRange::new(top - STACK_PAGES * 4096, top).map_err(|_| NotDone::Refused)?;
+        let map = || self.kernel.map(&new.mm, stack, Backing::Stack, Rights::Write);
+        let mapped = new.running.call(stack, Effect::Changes, map).0;
+        if mapped.is_ok() {
+            // The arguments of the program, which the old one still has.
+            for page in [stack.end() - 4096, stack.end() - 8192] {
+                let _is_faulted_in_later = self.kernel.fault(&new.mm, page, UserAccess::Write);
+            }
+        }
+        let old = self.put(mm, Arc::clone(&new));
+        if let Some(old) = &old {
+            old.is_dying.store(true, Ordering::Relaxed);
+        }
+        new.users.fetch_add(1, Ordering::Relaxed);
+        self.switch(cpu, Arc::clone(&new));
+        self.touch(cpu, stack, UserAccess::Write);
+        let call = || self.kernel.move_stack(&new.mm, stack.start(), pages);
+        let _is_counted_as_another_call = new.running.call(self.user_space(), Effect::Changes, call).0;
+        new.users.fetch_sub(1, Ordering::Relaxed);
+        if let Some(old) = old {
+            self.bury(cpu, &old);
+        }
+        mapped
+    }
+
+    /// The process leaves, if there is one, and another takes its place.
     fn replace(&self, cpu: CpuId, mm: MmId, new: Arc<LiveMm<K::Mm>>) {
-        let old = self.put(mm, new);
+        if let Some(old) = self.put(mm, new) {
+            self.bury(cpu, &old);
+        }
+    }
+
+    /// Waits until the process is left by everybody, and takes it down.
+    fn bury(&self, cpu: CpuId, old: &Arc<LiveMm<K::Mm>>) {
         old.is_dying.store(true, Ordering::Relaxed);
         loop {
             self.leave_the_dying(cpu);
             let runs = |program: &Mutex<Program<K::Mm>>| {
                 let program = lock(program);
-                !program.is_lazy && program.process.as_ref().is_some_and(|process| Arc::ptr_eq(process, &old))
+                !program.is_lazy && program.process.as_ref().is_some_and(|process| Arc::ptr_eq(process, old))
             };
             if old.users.load(Ordering::Relaxed) == 0 && !self.programs.iter().any(runs) {
                 break;
             }
             schedule::wait();
+        }
+        if old.reclaimers.load(Ordering::Relaxed) > 0 {
+            self.machine.reached.note(Boundary::ExitBesideReclaim);
         }
         // A CPU may still be on its way out.
         while self.kernel.exit(&old.mm).is_err() {
@@ -311,8 +379,16 @@ const fn is_for_all(op: Op) -> bool {
     matches!(op, Op::Sync | Op::Preempt(_) | Op::Batches(_) | Op::Tables(_))
 }
 
-/// The part of a range that 2 MiB pages can fill.
-fn whole_blocks(range: VirtRange) -> Option<VirtRange> {
-    let span = Level::Pmd.entry_span();
-    VirtRange::new(range.start().next_multiple_of(span), range.end() & !(span - 1)).ok()
+/// The size of the pages that a new area is filled with, if it is.
+const fn size_of_pages(backing: Backing) -> Option<u64> {
+    match backing {
+        Backing::Huge | Backing::Clean => Some(Level::Pmd.entry_span()),
+        Backing::Giant => Some(Level::Pud.entry_span()),
+        _ => None,
+    }
+}
+
+/// The part of a range that pages of this size can fill.
+fn whole_pages(range: VirtRange, size: u64) -> Option<VirtRange> {
+    VirtRange::new(range.start().next_multiple_of(size), range.end() & !(size - 1)).ok()
 }

@@ -75,7 +75,7 @@ pub fn judge<K: Kernel>(
     trial: Trial,
     make: impl FnOnce(&Arc<HostedMachine>) -> io::Result<K>,
 ) -> io::Result<Run> {
-    let machine = machine_of(sequence, trial)?;
+    let machine = machine_of::<K>(sequence, trial)?;
     let mut world = None;
     let ended = catch_unwind(AssertUnwindSafe(|| {
         let world = world.insert(World::new(sequence, trial, Arc::clone(&machine), make)?);

@@ -8,12 +8,13 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::{CpuId, CtxId};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundaries;
 use crate::checker::events::{Call, Detail, What};
-use crate::kernel::{Kernel, boot};
+use crate::kernel::{FiveLevels, Kernel, NotDone, boot};
 use crate::machine::HostedMachine;
 use crate::mutex::lock;
 use crate::options::{Device, Options};
@@ -26,6 +27,9 @@ use crate::vocabulary::{FrameRole, Supply, UserAccess};
 
 /// How many lost frames are told.
 const LOST_TOLD: usize = 3;
+
+/// The address spaces that are there from the beginning. The others are made when they are named.
+const MADE_AT_FIRST: u8 = 3;
 
 /// How many steps may overlap.
 const WINDOW: usize = 6;
@@ -43,16 +47,20 @@ pub fn execute<K: Kernel>(
     trial: Trial,
     make: impl FnOnce(&Arc<HostedMachine>) -> io::Result<K>,
 ) -> io::Result<Outcome> {
-    let machine = machine_of(sequence, trial)?;
+    let machine = machine_of::<K>(sequence, trial)?;
     let world = World::new(sequence, trial, machine, make)?;
     world.run();
     Ok(world.end())
 }
 
-/// The machine that a sequence runs on.
-pub(crate) fn machine_of(sequence: &Sequence, trial: Trial) -> io::Result<Arc<HostedMachine>> {
+/// The machine that a sequence runs on, as far as the kernel has room for it.
+pub(crate) fn machine_of<K: Kernel>(sequence: &Sequence, trial: Trial) -> io::Result<Arc<HostedMachine>> {
     let Trial { fault, telling, most_work, pace } = trial;
     let mut options = Options { fault, telling, most_work, ..sequence.options() };
+    options.nr_cpus = options.nr_cpus.min(K::MOST_CPUS);
+    if K::FIVE_LEVELS == FiveLevels::Unknown {
+        options.paging = PagingMode::FourLevel;
+    }
     if pace == Pace::OneAtATime {
         // It writes when it likes: see `run_program`.
         options.device = Device::Absent;
@@ -68,6 +76,8 @@ pub(crate) struct LiveMm<M> {
     pub(crate) running: Running,
     /// How many.
     pub(crate) users: AtomicU32,
+    /// How many calls of reclaim take pages from it, which do not keep it from exiting.
+    pub(crate) reclaimers: AtomicU32,
     /// Its last program is leaving: CPUs that run it go away.
     pub(crate) is_dying: AtomicBool,
     /// An area of it may have been a stack, which grows where programs touch.
@@ -81,10 +91,13 @@ pub(crate) struct Program<M> {
     pub(crate) is_lazy: bool,
 }
 
+/// The address space that has a number, as soon as a step has named it.
+type Process<K> = Mutex<Option<Arc<LiveMm<<K as Kernel>::Mm>>>>;
+
 pub(crate) struct World<K: Kernel> {
     pub(crate) machine: Arc<HostedMachine>,
     pub(crate) kernel: Arc<K>,
-    processes: [Mutex<Arc<LiveMm<K::Mm>>>; NR_MMS as usize],
+    processes: [Process<K>; NR_MMS as usize],
     pub(crate) programs: Box<[Mutex<Program<K::Mm>>]>,
     steps: Vec<Step>,
     is_done: Box<[AtomicBool]>,
@@ -102,17 +115,10 @@ impl<K: Kernel> World<K> {
         make: impl FnOnce(&Arc<HostedMachine>) -> io::Result<K>,
     ) -> io::Result<Arc<Self>> {
         let kernel = boot(&machine, make)?;
-        let process = || {
-            let short = |_| io::Error::other("the kernel has no memory for a new address space");
-            let mm = kernel.new_mm().map_err(short)?;
-            share_with_device(&machine, &*kernel, &mm);
-            io::Result::Ok(Mutex::new(LiveMm::new(mm, false)))
-        };
-        let processes = [process()?, process()?, process()?];
         let steps = sequence.steps.clone();
         let nothing = || Mutex::new(Program { process: None, is_lazy: false });
-        Ok(Arc::new(Self {
-            processes,
+        let world = Self {
+            processes: [const { Mutex::new(None) }; NR_MMS as usize],
             programs: (0..machine.nr_cpus()).map(|_| nothing()).collect(),
             is_done: steps.iter().map(|_| AtomicBool::new(false)).collect(),
             steps,
@@ -121,7 +127,12 @@ impl<K: Kernel> World<K> {
             calls: Mutex::default(),
             kernel,
             machine,
-        }))
+        };
+        for number in 0..MADE_AT_FIRST {
+            let made = world.process(MmId(number));
+            made.map_err(|_| io::Error::other("the kernel has no memory for a new address space"))?;
+        }
+        Ok(Arc::new(world))
     }
 
     /// How often the machine or the kernel did what is wrong on purpose.
@@ -147,14 +158,16 @@ impl<K: Kernel> World<K> {
     /// How many turns of all CPUs the steps can explain between one that begins or ends and the
     /// next.
     ///
-    /// In 11,000 sequences the most was a twentieth of this. What does not end takes a second or so
-    /// to get here.
+    /// In 11,000 sequences the most was a twentieth of this, or less. What does not end takes a
+    /// second or so to get here: pages of a step beyond some thousands, which are large ones or not
+    /// there, explain no more.
     fn most_turns(&self) -> u64 {
         const TURNS_OF_A_CPU: u64 = 25_000;
         const TURNS_OF_A_PAGE: u64 = 25;
-        let pages = self.steps.iter().fold(0, |pages: u64, step| pages.saturating_add(step.op.nr_pages()));
-        let turns = pages.saturating_mul(TURNS_OF_A_PAGE).saturating_add(TURNS_OF_A_CPU);
-        turns.saturating_mul(u64::from(self.machine.nr_cpus()))
+        const MOST_PAGES: u64 = 1 << 11;
+        let longest = self.steps.iter().map(|step| step.op.nr_pages().min(MOST_PAGES)).max().unwrap_or(0);
+        let turns = longest * WINDOW as u64 * TURNS_OF_A_PAGE + TURNS_OF_A_CPU;
+        turns * u64::from(self.machine.nr_cpus())
     }
 
     /// Everything a CPU has to do.
@@ -245,25 +258,46 @@ impl<K: Kernel> World<K> {
 
     /// Nothing else runs: caches must agree with page tables, and page tables with frames.
     pub(crate) fn check_at_rest(&self) {
-        let mms = self.processes.each_ref().map(|process| lock(process).mm.clone());
+        let mms: Vec<K::Mm> = self.live().map(|process| process.mm.clone()).collect();
         self.kernel.check_at_rest(&self.machine, &mms);
     }
 
     /// The address space that a step works on or switches to, if it names one.
     fn names(&self, op: Op) -> Option<(PhysFrame, CtxId)> {
-        let process = self.process(op.mm()?);
+        let process = lock(&self.processes[usize::from(op.mm()?.0)]).clone()?;
         Some((self.kernel.root(&process.mm), self.kernel.ctx_id(&process.mm)?))
     }
 
-    /// The process that has this number now.
-    pub(crate) fn process(&self, mm: MmId) -> Arc<LiveMm<K::Mm>> {
-        Arc::clone(&lock(&self.processes[usize::from(mm.0)]))
+    /// The processes there are now.
+    fn live(&self) -> impl Iterator<Item = Arc<LiveMm<K::Mm>>> + '_ {
+        self.processes.iter().filter_map(|process| lock(process).clone())
     }
 
-    /// Another takes the place of the process that has this number now.
-    pub(crate) fn put(&self, mm: MmId, new: Arc<LiveMm<K::Mm>>) -> Arc<LiveMm<K::Mm>> {
+    /// The process that has this number now; a new one, if none had it yet.
+    ///
+    /// # Errors
+    /// [`NotDone::Refused`] if the kernel has no memory for a new one.
+    pub(crate) fn process(&self, mm: MmId) -> Result<Arc<LiveMm<K::Mm>>, NotDone> {
+        let place = &self.processes[usize::from(mm.0)];
+        if let Some(process) = &*lock(place) {
+            return Ok(Arc::clone(process));
+        }
+        let new = LiveMm::new(self.kernel.new_mm()?, false);
+        // Another CPU may have been faster.
+        let now = lock(place).clone();
+        if let Some(process) = now {
+            // No CPU has ever loaded it.
+            let _ = self.kernel.exit(&new.mm);
+            return Ok(process);
+        }
+        self.put(mm, Arc::clone(&new));
+        Ok(new)
+    }
+
+    /// Another takes the place of the process that has this number now, if there is one.
+    pub(crate) fn put(&self, mm: MmId, new: Arc<LiveMm<K::Mm>>) -> Option<Arc<LiveMm<K::Mm>>> {
         share_with_device(&self.machine, &*self.kernel, &new.mm);
-        core::mem::replace(&mut *lock(&self.processes[usize::from(mm.0)]), new)
+        lock(&self.processes[usize::from(mm.0)]).replace(new)
     }
 
     /// All CPUs leave, all processes exit, and what is left was lost.
@@ -284,8 +318,7 @@ impl<K: Kernel> World<K> {
         let _have_no_such_call =
             (kernel.set_batch_supply(Supply::Always), kernel.set_table_supply(Supply::Always));
         machine.on_cpu(CpuId::new(0), || self.check_at_rest());
-        for process in &self.processes {
-            let process = Arc::clone(&lock(process));
+        for process in self.live() {
             let exited = kernel.exit(&process.mm);
             assert!(exited.is_ok(), "every CPU has left, and the kernel refuses the exit");
         }
@@ -319,6 +352,7 @@ impl<M> LiveMm<M> {
             mm,
             running: Running::default(),
             users: AtomicU32::new(0),
+            reclaimers: AtomicU32::new(0),
             is_dying: AtomicBool::new(false),
             has_stack: AtomicBool::new(has_stack),
         })
