@@ -27,7 +27,7 @@ use crate::random::Choices;
 use crate::schedule::{self, Schedule};
 use crate::vocabulary::FrameRole;
 
-/// A machine of up to 1024 CPUs.
+/// A machine of up to 192 CPUs.
 pub struct HostedMachine {
     pub(crate) options: Options,
     pub(crate) memory: Memory,

@@ -20,7 +20,7 @@ fn a_text_that_is_none_is_refused_at_its_line() {
     for (at, bad) in [
         (0, "mmu-gather sequence 2"),
         (1, "cpus 0"),
-        (1, "cpus 1025"),
+        (1, "cpus 193"),
         (2, "seed x"),
         (3, "mmu pcid intel"),
         (3, "mmu pcid intel keeper iommu"),

@@ -38,7 +38,7 @@ pub fn with_cpus_going_off(sequence: Sequence) -> Sequence {
     Sequence { steps, ..sequence }
 }
 
-/// The number of a CPU. There are at most 1024.
+/// The number of a CPU. There are at most 192.
 fn low(number: u64) -> u16 {
     u16::try_from(number).unwrap_or(0)
 }

@@ -15,7 +15,7 @@ use crate::sequence::op::{Step, parse_step};
 /// does the same every time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequence {
-    /// CPUs, 1 to 1024.
+    /// CPUs, 1 to 192.
     pub nr_cpus: u32,
     /// Decides the schedule and the speculation.
     pub seed: u64,
@@ -109,7 +109,7 @@ impl Sequence {
         if first != HEADER {
             return Err(SequenceError { line, expected: HEADER });
         }
-        let expected = "cpus and a number from 1 to 1024";
+        let expected = "cpus and a number from 1 to 192";
         let cpus = next(expected)?;
         let mut sequence = Self {
             nr_cpus: number(cpus, "cpus", expected)?,
