@@ -53,13 +53,11 @@ pub(crate) fn scope_before_the_last<C: TlbContext>(mm: &MmOf<C>, own: Scope) -> 
 pub(crate) fn scope_of_the_last<K: Platform>(kernel: &K, mm: &MmOf<K::Context>, own: Scope) -> Scope {
     if mm.has_other_gathers() {
         kernel.observe_gather(GatherEvent::NestedFlush);
-        Scope::WholeMm
-    } else if mm.context().has_deferred_flushes() {
-        // Asked last: a gather that unwinds notes what it owes, and then closes.
-        Scope::WholeMm
-    } else {
-        own
+        return Scope::WholeMm;
     }
+    kernel.between_gather_steps();
+    // Asked last: a gather that unwinds notes what it owes, and then closes.
+    if mm.context().has_deferred_flushes() { Scope::WholeMm } else { own }
 }
 
 /// Flushes `span`, or the whole address space if `scope` says so or there is no span.

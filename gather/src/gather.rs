@@ -101,6 +101,7 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
         // A `const` block, because the type is generic; sizes of other types are `const_assert`s.
         const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
         mm.open_gather();
+        kernel.between_gather_steps();
         Self {
             kernel,
             mm,
@@ -313,6 +314,7 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     #[inline(always)]
     fn last_flush(&mut self) -> Option<Covered> {
         self.flush_for_all_gathers();
+        self.kernel.between_gather_steps();
         if self.waiting.is_empty() { None } else { Some(self.take_receipt()) }
     }
 

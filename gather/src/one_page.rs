@@ -87,9 +87,11 @@ impl<'k, 'm, K: Platform> OnePage<'k, 'm, K> {
     pub(crate) fn clear(self) -> Option<ClearedPage<'k, 'm, K>> {
         let Self { kernel, mm, address, .. } = self;
         let open = OpenGather::new(mm);
+        kernel.between_gather_steps();
         let locked = self.table.lock(kernel);
         // Before the look at what is owed: a gather that unwinds notes that, and then closes.
         let stale = stale_writes(mm, DeferredFlushes::NotSeen, StaleWrites::Impossible);
+        kernel.between_gather_steps();
         if mm.context().has_deferred_flushes() {
             drop(locked);
             open.close_unused();
@@ -115,7 +117,9 @@ impl<'k, 'm, K: Platform> ClearedPage<'k, 'm, K> {
         let Self { kernel, mm, open, word, to_flush } = self;
         let receipt = open.close_after(|| {
             let scope = scope_of_the_last(kernel, mm, to_flush.scope());
-            to_flush.carry_out(kernel, mm, scope)
+            let receipt = to_flush.carry_out(kernel, mm, scope);
+            kernel.between_gather_steps();
+            receipt
         });
         FlushedGather::of_page(kernel, word, receipt)
     }

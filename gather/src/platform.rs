@@ -183,6 +183,15 @@ pub trait Pages {
     /// No table lock is held. The caller's map lock is, except while a flushed gather is freed.
     fn cond_resched(&self) {}
 
+    /// Called around the count of open gathers: after it went up, between the look at it and the
+    /// look at what is owed, and before it goes down. A kernel does nothing here; whoever tests one
+    /// lets other CPUs run.
+    ///
+    /// # Context
+    /// A table lock may be held.
+    #[inline(always)]
+    fn between_gather_steps(&self) {}
+
     /// Counts an event. It is not called for each page.
     fn observe_gather(&self, _event: GatherEvent) {}
 }

@@ -277,6 +277,7 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
         let locked = view.lock(kernel);
         // Before the look at what is owed: a gather that unwinds notes that, and then closes.
         let others = stale_writes(self.mm, self.state.deferred, self.state.rights);
+        kernel.between_gather_steps();
         // An empty entry may have been cleared by reclaim, whose flush is still to come.
         self.note_deferred_flushes();
         let visit = match self.state.mode {

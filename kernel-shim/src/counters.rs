@@ -26,6 +26,15 @@ macro_rules! counters {
             /// How many counters there are.
             pub const LEN: usize = [$(stringify!($name)),*].len();
 
+            /// The names of all of them.
+            pub const NAMES: [&'static str; Self::LEN] = [$(stringify!($name)),*];
+
+            /// The counters alone, in the order of their names.
+            #[must_use]
+            pub const fn values(&self) -> [u64; Self::LEN] {
+                [$(self.$name),*]
+            }
+
             /// Every counter with its name.
             #[must_use]
             pub fn fields(&self) -> [(&'static str, u64); Self::LEN] {
@@ -147,6 +156,18 @@ counters! {
     guard_faults,
     /// Times a fault had put a page in before the guard came.
     guards_outrun,
+    /// Frames for programs' pages that could not be had.
+    frames_refused,
+    /// Entries that mprotect looked at again, because hardware had set a bit.
+    protect_retries,
+    /// Entries that fork looked at again, because hardware had set a bit.
+    fork_retries,
+    /// Pages freed that had been queued as one record.
+    runs_released,
+    /// Reads answered with the 2 MiB page of zeroes.
+    zero_blocks,
+    /// Writes that put a 2 MiB page in its place.
+    zero_blocks_replaced,
 }
 
 const_assert_eq!(align_of::<CpuCounters>(), 64);
@@ -275,6 +296,30 @@ impl CpuCounters {
 
     pub(crate) fn guard_fault(&self) {
         add(&self.guard_faults, 1);
+    }
+
+    pub(crate) fn frame_refused(&self) {
+        add(&self.frames_refused, 1);
+    }
+
+    pub(crate) fn protect_retried(&self) {
+        add(&self.protect_retries, 1);
+    }
+
+    pub(crate) fn fork_retried(&self) {
+        add(&self.fork_retries, 1);
+    }
+
+    pub(crate) fn run_released(&self) {
+        add(&self.runs_released, 1);
+    }
+
+    pub(crate) fn zero_block(&self) {
+        add(&self.zero_blocks, 1);
+    }
+
+    pub(crate) fn zero_block_replaced(&self) {
+        add(&self.zero_blocks_replaced, 1);
     }
 
     pub(crate) fn guard_outrun(&self) {

@@ -23,6 +23,7 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::counters::Counters;
 use crate::frame::{FrameKind, Frames};
 use crate::machine::Machine;
+use crate::swap::Swap;
 use crate::vma::{self, Area, AreaKind};
 
 /// What this kernel keeps that the engine asks for.
@@ -38,8 +39,7 @@ pub struct Embedder<M: Machine> {
     /// More pages than this are not invalidated one by one.
     pub(crate) flush_ceiling: u64,
     pub(crate) counters: Counters,
-    /// Places in swap that entries name.
-    pub(crate) swap_slots: CachePadded<AtomicI64>,
+    pub(crate) swap: CachePadded<Swap<M::Relax>>,
     /// Entries that are guards.
     pub(crate) guards: CachePadded<AtomicI64>,
 }
@@ -209,7 +209,10 @@ impl<M: Machine> Pages for Embedder<M> {
     }
 
     fn free_pages(&self, pages: FreedPages<'_>) {
-        self.drop_references(pages.iter().map(|run| run.frame));
+        // A run is one reference on each of its frames.
+        let frames =
+            pages.iter().flat_map(|run| (0..u64::from(run.nr_pages)).map(move |page| run.frame + page));
+        self.drop_references(frames);
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
@@ -232,8 +235,8 @@ impl<M: Machine> Pages for Embedder<M> {
 
     fn unmap_non_present(&self, area: EngineArea, _address: u64, _level: Level, entry: NonPresent) -> Fate {
         match entry {
-            NonPresent::Swap { .. } => {
-                self.swap_slots.fetch_sub(1, Ordering::Relaxed);
+            NonPresent::Swap { slot, .. } => {
+                self.swap.drop_entry(slot);
                 Fate::Clear
             }
             NonPresent::Marker(Marker::Poison) => area.markers,
@@ -243,13 +246,16 @@ impl<M: Machine> Pages for Embedder<M> {
                 }
                 area.markers
             }
+            // A fault copies the page that was there: it finds its mark gone, and begins anew.
+            NonPresent::Other(_) => Fate::Clear,
             // This call is splitting a leaf. No other does, under the same map lock.
-            NonPresent::Migration { .. } | NonPresent::Other(_) => Fate::Keep,
+            NonPresent::Migration { .. } => Fate::Keep,
         }
     }
 
     fn leaf_was_split(&self, _area: EngineArea, leaf: &UnmappedLeaf) {
-        if leaf.level == Level::Pmd && self.frames.meta(leaf.frame).kind() == FrameKind::Block {
+        let is_block = |frame| self.frames.get(frame).is_some_and(|meta| meta.kind() == FrameKind::Block);
+        if leaf.level == Level::Pmd && is_block(leaf.frame) {
             self.frames.split_block(leaf.frame);
         }
     }

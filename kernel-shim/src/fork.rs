@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use mmu_gather::MmuGather;
@@ -12,9 +13,9 @@ use x86_64::structures::paging::{PageTableFlags, PhysFrame};
 
 use crate::frame::FrameKind;
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, Note, UnderMapLock};
+use crate::machine::{Contents, Machine, Note, UnderMapLock};
 use crate::mm::Mm;
-use crate::vma::{AreaKind, Protection, Vma};
+use crate::vma::{AreaKind, Vma};
 
 /// An area on its way to a child.
 struct CopiedArea<'a, M: Machine> {
@@ -46,12 +47,11 @@ impl<M: Machine> Kernel<M> {
         let child = self.new_mm()?;
         let vmas = parent.write(&self.machine, UnderMapLock::Flushes);
         let mut copied = vmas.clone();
-        for range in left_out {
-            copied.detach(range);
-        }
+        let left_out: Vec<Vma> = left_out.into_iter().flat_map(|range| copied.detach(range)).collect();
         *child.write(&self.machine, UnderMapLock::WaitsForNobody) = copied.clone();
         // SAFETY: the parent's map lock is held for writing until the gather has flushed.
         let mut gather = unsafe { MmuGather::new(self, &parent.engine) }.with_limits(&self.config.limits);
+        self.machine.note(Note::Areas(copied.iter().count()));
         let result = copied.iter().try_for_each(|vma| self.copy_area(&mut gather, parent, &child, vma));
         // The child does not run yet: no page that both have is written to before every CPU has
         // flushed.
@@ -60,7 +60,11 @@ impl<M: Machine> Kernel<M> {
             let is_shared_out =
                 |vma: &&Vma| matches!(vma.area.kind, AreaKind::Anon | AreaKind::FilePrivate(_));
             for vma in copied.iter().filter(is_shared_out) {
-                self.note_protected(parent, vma.range, Protection::Read);
+                self.note_protected(parent, vma.range, vma.area.protection.without_write());
+            }
+            self.note_contents(Contents::Forked { parent: parent.root(), child: child.root() });
+            for vma in left_out {
+                self.note_contents(Contents::Gone { root: child.root(), range: vma.range });
             }
         }
         drop(vmas);
@@ -85,7 +89,10 @@ impl<M: Machine> Kernel<M> {
         if matches!(vma.area.kind, AreaKind::FileShared(_)) {
             return Ok(());
         }
-        self.split_all(gather, vma, vma.range)?;
+        // Frames of a device are not counted, so their large pages are copied as they are.
+        if vma.area.kind != AreaKind::Pfn {
+            self.split_all(gather, vma, vma.range)?;
+        }
         // SAFETY: the parent's map lock is held for writing.
         let root = unsafe { parent.engine.space().root_table(self) };
         self.copy_tables(gather, &CopiedArea { child, vma }, root, vma.range)
@@ -107,11 +114,33 @@ impl<M: Machine> Kernel<M> {
             // SAFETY: the parent's map lock is held for writing.
             if let Some(below) = unsafe { view.child(self, address) } {
                 self.copy_tables(gather, copied, below, range.within_entry(level, address))?;
+            } else {
+                self.copy_large(copied, view, address)?;
             }
         }
         // What was passed over may be empty because reclaim is still to flush it.
         gather.note_deferred_flushes_of(view);
         self.machine.cond_resched();
+        Ok(())
+    }
+
+    /// Copies the large page of a device that the entry for `address` in `view` maps, if it is one
+    /// and the area has all of it. What is not copied is left to faults.
+    fn copy_large(&self, copied: &CopiedArea<'_, M>, view: TableView<'_>, address: u64) -> Result<(), Error> {
+        let CopiedArea { child, vma } = *copied;
+        let level = view.level();
+        let whole = VirtRange::of_entry(level, address);
+        let value = view.load(address);
+        if !matches!(value.decode(level), Decoded::Leaf(_)) || !vma.range.covers(whole) {
+            return Ok(());
+        }
+        // SAFETY: the child's areas are in place and nobody else knows it.
+        let target = unsafe { child.engine.space().ensure_table(self, whole.start(), level) }
+            .map_err(|_| Error::NoMemory)?;
+        let locked = target.lock(self);
+        // SAFETY: the child's entry is empty, and the page is not counted. Rights stay: the frames
+        // are both programs'.
+        unsafe { locked.entry(whole.start()).store(value) };
         Ok(())
     }
 
@@ -148,8 +177,8 @@ impl<M: Machine> Kernel<M> {
                     // it.
                     unsafe { target.entry(address).store(value) };
                 }
-                Decoded::NonPresent(meaning @ NonPresent::Swap { .. }) => {
-                    self.swap_slots.fetch_add(1, Ordering::Relaxed);
+                Decoded::NonPresent(meaning @ NonPresent::Swap { slot, .. }) => {
+                    self.swap.add_entry(slot);
                     // SAFETY: the child's entry is empty, and this maps nothing.
                     unsafe { target.entry(address).store(meaning.encode()) };
                 }
@@ -190,7 +219,10 @@ impl<M: Machine> Kernel<M> {
                     gather.changed(VirtRange::of_entry(Level::Pte, address), Level::Pte);
                     old = new;
                 }
-                Err(found) => old = found,
+                Err(found) => {
+                    self.count().fork_retried();
+                    old = found;
+                }
             }
         }
         EntryValue::from_bits(old.bits() & !PageTableFlags::ACCESSED.bits())

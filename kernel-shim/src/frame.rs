@@ -14,6 +14,20 @@ use x86_64::structures::paging::PhysFrame;
 /// Frames in a block of 2 MiB.
 pub(crate) const BLOCK: u32 = 512;
 
+/// Frames in a folio of 64 KiB.
+pub(crate) const FOLIO: u32 = 16;
+
+/// Where the memory of a device begins, beyond that of any machine, and how much of it there is.
+const DEVICE: u64 = 1 << 38;
+const DEVICE_BYTES: u64 = 1 << 32;
+
+/// The frame of a device that a page of an area of device frames maps, if it is part of a large
+/// one.
+#[must_use]
+pub(crate) fn device_page(page: u64) -> PhysFrame {
+    PhysFrame::containing_address(PhysAddr::new_truncate(DEVICE + ((page << 12) & (DEVICE_BYTES - 1))))
+}
+
 /// What a frame is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -300,6 +314,27 @@ impl<R: RelaxStrategy> Frames<R> {
         free.nr_free -= 1;
         drop(free);
         self.metas[number as usize].kind.store(kind as u8, Ordering::Relaxed);
+        Some(frame_of(number))
+    }
+
+    /// Takes 16 frames in a row, aligned to as many, from those that were never used. Each is given
+    /// back alone, and is a single frame from then on.
+    pub(crate) fn allocate_folio(&self) -> Option<PhysFrame> {
+        let mut free = self.free.lock();
+        let number = free.fresh.next_multiple_of(FOLIO);
+        if number + FOLIO > free.fresh_end {
+            return None;
+        }
+        for spare in free.fresh..number {
+            self.metas[spare as usize].next.store(free.frames, Ordering::Relaxed);
+            free.frames = spare;
+        }
+        free.fresh = number + FOLIO;
+        free.nr_free -= u64::from(FOLIO);
+        drop(free);
+        for page in number..number + FOLIO {
+            self.metas[page as usize].kind.store(FrameKind::Page as u8, Ordering::Relaxed);
+        }
         Some(frame_of(number))
     }
 

@@ -8,7 +8,7 @@ use mmu_gather::MmuGather;
 use mmu_gather::pagetable::{Decoded, EntryValue, Level, MapError, Marker, NonPresent, TableView, VirtRange};
 
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, Moment, Note, UnderMapLock};
+use crate::machine::{Contents, Machine, Moment, Note, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{AreaKind, Vma, VmaTree};
 
@@ -129,6 +129,8 @@ impl<M: Machine> Kernel<M> {
         tries: u32,
     ) -> Result<Installed, Error> {
         let mut since = self.machine.moment();
+        let began = since;
+        self.note_contents(Contents::Discarding { root: mm.root(), range: part, began });
         // SAFETY: the map lock is held until the flush is done; if for reading, other calls like
         // this one may run too.
         let mut gather = unsafe { MmuGather::new(self, &mm.engine) }.with_limits(&self.config.limits);
@@ -157,6 +159,7 @@ impl<M: Machine> Kernel<M> {
         let flushed = gather.flush();
         let caller = self.laziness_here();
         self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
+        self.note_contents(Contents::Discarded { root: mm.root(), range: part, began });
         flushed.free();
         result
     }

@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use x86_64::structures::paging::PhysFrame;
 
-use crate::frame::BLOCK;
+use crate::frame::{BLOCK, device_page};
 use crate::kernel::Kernel;
 use crate::machine::Machine;
 
@@ -25,6 +25,13 @@ impl SharedFrames {
     pub fn are_zeroes(&self, frame: PhysFrame) -> bool {
         let is_in_block = |first| frame >= first && frame - first < u64::from(BLOCK);
         frame == self.zero_page || self.zero_block.is_some_and(is_in_block)
+    }
+
+    /// Whether an area of device frames may map this frame for the page that it shows there, by a
+    /// leaf of any size.
+    #[must_use]
+    pub fn is_of_device(&self, frame: PhysFrame, page: u64) -> bool {
+        self.device == Some(frame) || device_page(page) == frame
     }
 
     /// How many frames of the kernel's own memory these are.
@@ -48,6 +55,16 @@ impl<M: Machine> Kernel<M> {
             zero_block: *self.zero_block.lock(),
             device: *self.device_frame.lock(),
         }
+    }
+
+    /// How many entries name this place in swap, as is counted.
+    pub fn entries_of_swap_slot(&self, slot: u64) -> u32 {
+        self.swap.entries_of(slot)
+    }
+
+    /// How many places in swap are in use.
+    pub fn nr_swap_slots_in_use(&self) -> u64 {
+        self.swap.nr_in_use()
     }
 
     /// How many frames are in use, of those that this kernel gives out.

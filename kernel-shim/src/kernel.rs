@@ -6,16 +6,15 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use core::fmt;
 use core::pin::Pin;
-use core::sync::atomic::{AtomicI64, Ordering};
+use core::sync::atomic::AtomicI64;
 
 use crossbeam_utils::CachePadded;
-use mmu_gather::pagetable::{PagingMode, TableMemory, VirtRange};
+use mmu_gather::pagetable::{TableMemory, VirtRange};
 use mmu_gather::tlb::{
     CpuId, CpuTlb, CtxIds, Laziness, enter_lazy_tlb, flush_interrupt, init_cpu, offline_cpu, switch_mm,
 };
 use mmu_gather::{
     CutLeaf, FlushedGather, Limits, MmuGather, Platform, exit_mmap, shift_arg_pages, unmap_region,
-    zap_page_range,
 };
 use spin::mutex::SpinMutex;
 use x86_64::structures::paging::PhysFrame;
@@ -23,10 +22,11 @@ use x86_64::structures::paging::PhysFrame;
 use crate::counters::Counters;
 use crate::embed::Embedder;
 use crate::frame::{FrameKind, Frames};
-use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
-use crate::map_lock::MapRead;
+use crate::locks::map_lock::MapRead;
+use crate::machine::{Contents, FrameRole, Machine, Note, UnderMapLock};
 use crate::mm::Mm;
-use crate::supply::{Pressure, Supply};
+use crate::supply::{Pressure, Site, Supply};
+use crate::swap::Swap;
 use crate::vma::{Area, AreaKind, Protection, Vma, VmaTree};
 
 /// The kernel.
@@ -45,6 +45,7 @@ pub struct Kernel<M: Machine> {
     ids: CachePadded<CtxIds>,
     pub(crate) batch_supply: Pressure,
     pub(crate) table_supply: Pressure,
+    pub(crate) frame_supply: Pressure,
 }
 
 /// Frames by file and page.
@@ -63,6 +64,8 @@ pub struct Config {
     pub batches: Supply,
     /// More pages than this are not invalidated one by one.
     pub flush_ceiling: u64,
+    /// How pages are discarded.
+    pub discarding: Discarding,
     /// What it does wrong, on purpose.
     pub misbehaviour: Misbehaviour,
 }
@@ -73,9 +76,28 @@ impl Default for Config {
             limits: Limits::DEFAULT,
             batches: Supply::Always,
             flush_ceiling: mmu_gather::tlb::SINGLE_PAGE_FLUSH_CEILING,
+            discarding: Discarding::AtOnce,
             misbehaviour: Misbehaviour::Absent,
         }
     }
+}
+
+/// The longest stack that exec moves, page by page under one lock: 256 MiB. Linux: RLIMIT_STACK.
+const MOST_STACK_PAGES: u64 = 1 << 16;
+
+/// How pages are discarded while programs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discarding {
+    /// Entries are cleared, and then flushed for.
+    AtOnce,
+    /// Where it is more than one page, and not more than 2048, the right to write is taken away
+    /// from all of them first, in the same gather, and under the map lock held for reading. What
+    /// another CPU still writes through what it has cached, and another call clears meanwhile, must
+    /// not be lost.
+    ///
+    /// Linux: what a write-protecting userfaultfd and MADV_DONTNEED do to one range, each with the
+    /// map lock held for reading (mwriteprotect_range, mm/userfaultfd.c).
+    WriteProtectedFirst,
 }
 
 /// What the kernel does wrong, on purpose, so that a checker can be seen to notice.
@@ -145,7 +167,7 @@ impl<M: Machine> Kernel<M> {
             init_root: PhysFrame::containing_address(x86_64::PhysAddr::zero()),
             flush_ceiling: config.flush_ceiling,
             counters: Counters::new(nr_cpus),
-            swap_slots: CachePadded::new(AtomicI64::new(0)),
+            swap: CachePadded::new(Swap::new()),
             guards: CachePadded::new(AtomicI64::new(0)),
         };
         let mut kernel = Self {
@@ -158,6 +180,7 @@ impl<M: Machine> Kernel<M> {
             ids: CachePadded::new(CtxIds::new()),
             batch_supply: Pressure::new(config.batches),
             table_supply: Pressure::new(Supply::Always),
+            frame_supply: Pressure::new(Supply::Always),
         };
         kernel.embedder.init_root = kernel.allocate_table().ok_or(Error::NoMemory)?;
         kernel.machine.prepare_root(kernel.init_root);
@@ -214,7 +237,7 @@ impl<M: Machine> Kernel<M> {
 
     /// Places in swap that entries name now.
     pub fn swap_slots(&self) -> i64 {
-        self.swap_slots.load(Ordering::Relaxed)
+        self.swap.nr_entries()
     }
 
     /// A new address space without areas.
@@ -222,11 +245,11 @@ impl<M: Machine> Kernel<M> {
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn new_mm(&self) -> Result<Arc<Mm<M>>, Error> {
-        let root = self.allocate_table().ok_or(Error::NoMemory)?;
+        let root = self.take_table(Site::Root).ok_or(Error::NoMemory)?;
         self.machine.prepare_root(root);
         // SAFETY: a fresh table whose lower half is zero; it is freed in `exit` only, when every
         // CPU has left it.
-        let engine = unsafe { mmu_gather::Mm::new(&self.ids, root, PagingMode::FourLevel) };
+        let engine = unsafe { mmu_gather::Mm::new(&self.ids, root, self.machine.paging_mode()) };
         Ok(Arc::new(Mm::new(engine)))
     }
 
@@ -239,7 +262,9 @@ impl<M: Machine> Kernel<M> {
             return Err(Error::NotUserSpace(vma.range.end()));
         }
         let mut vmas = mm.write(&self.machine, UnderMapLock::WaitsForNobody);
-        vmas.insert(vma).map_err(|vma| Error::Overlap(vma.range))
+        vmas.insert(vma).map_err(|vma| Error::Overlap(vma.range))?;
+        self.note_shown(mm, vma);
+        Ok(())
     }
 
     /// Takes down whatever lies in `range`. Nothing mapped there is no error.
@@ -260,6 +285,7 @@ impl<M: Machine> Kernel<M> {
         let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let limits = &self.config.limits;
         let going = detached.iter().map(Vma::going_away);
+        self.machine.note(Note::Areas(detached.len()));
         // SAFETY: the map lock is held, for reading, until the flush is done. The areas are
         // detached: no fault finds them, and neighbours grow only under the lock held for writing.
         let flushed = unsafe {
@@ -281,12 +307,11 @@ impl<M: Machine> Kernel<M> {
         for vma in vmas.iter() {
             let Some(part) = vma.range.intersect(range) else { continue };
             let since = self.machine.moment();
-            // SAFETY: the map lock is held for reading until the flush is done; other calls like
-            // this one may run too.
-            let flushed =
-                unsafe { zap_page_range(self, &mm.engine, &self.config.limits, &vma.staying(), part) }?;
+            self.note_contents(Contents::Discarding { root: mm.root(), range: part, began: since });
+            let flushed = self.zap_discarded(mm, vma, part)?;
             let caller = self.laziness_here();
             self.machine.note(Note::Discarded { root: mm.root(), range: part, since, caller });
+            self.note_contents(Contents::Discarded { root: mm.root(), range: part, began: since });
             flushed.free();
         }
         Ok(())
@@ -308,6 +333,7 @@ impl<M: Machine> Kernel<M> {
         let mut vmas = mm.write(&self.machine, UnderMapLock::FreesEarly);
         let all = mm.engine.space().user_range();
         let detached = vmas.detach(all);
+        self.machine.note(Note::Areas(detached.len()));
         let going = detached.iter().map(Vma::going_away);
         // SAFETY: the map lock is held for writing; no program runs here and none can come back.
         let flushed = unsafe { exit_mmap(self, &mm.engine, &self.config.limits, going, || {}) };
@@ -338,6 +364,9 @@ impl<M: Machine> Kernel<M> {
         let Some(vma) = vmas.find(stack.start()).copied().filter(|vma| vma.range == stack) else {
             return Err(Error::NoArea(stack.start()));
         };
+        if stack.nr_pages() > MOST_STACK_PAGES {
+            return Err(Error::NoMemory);
+        }
         // SAFETY: the map lock is held for writing; the gather is finished at once.
         self.split_all(&mut unsafe { MmuGather::new(self, &mm.engine) }, &vma, stack)?;
         vmas.detach(stack);
@@ -356,8 +385,11 @@ impl<M: Machine> Kernel<M> {
             return Err(Error::Overlap(moved.range));
         }
         let next = vmas.find_from(stack.end()).map(|vma| vma.range.start());
+        let (root, to) = (mm.root(), new.start());
+        self.note_contents(Contents::Moving { root, from: stack, to });
         // SAFETY: the map lock is held for writing.
         let result = unsafe { shift_arg_pages(self, &mm.engine, &self.config.limits, stack, shift, next) };
+        self.note_contents(Contents::Moved { root, from: stack, to });
         match result {
             Ok(flushed) => {
                 if let Ok(given_up) = VirtRange::new(stack.start().max(new.end()), stack.end()) {
@@ -368,6 +400,7 @@ impl<M: Machine> Kernel<M> {
                 Ok(())
             }
             Err(_) => {
+                self.note_moved(mm, new, stack.start());
                 vmas.detach(new);
                 let _ = vmas.insert(vma);
                 let unused = VirtRange::new(new.start(), new.end().min(stack.start()));
@@ -536,6 +569,7 @@ impl<M: Machine> Kernel<M> {
     pub(crate) fn note_unmapped(&self, mm: &Mm<M>, range: VirtRange) {
         let caller = self.laziness_here();
         self.machine.note(Note::Unmapped { root: mm.root(), range, caller });
+        self.note_contents(Contents::Gone { root: mm.root(), range });
     }
 
     /// Says that programs may do no more than `most` in `range` any longer. The map lock is held

@@ -8,17 +8,21 @@
 //! | machine | CPUs, interrupts, physical memory: supplied by the machine |
 //! | frame, frame_use | 32 bytes of metadata a frame: references, mappings, the table lock |
 //! | vma, mm | areas, address spaces |
-//! | map_lock | the map lock, and what each call may do under it |
+//! | locks/map_lock | the map lock, and what each call may do under it |
 //! | embed | the engine's three traits, implemented: **the part to copy from** |
 //! | observed | what this project wraps around them: checker, seams, a planted bug |
 //! | fault | demand faults |
+//! | large/folio | 16 pages that come and go together |
+//! | large/zero_block | the 2 MiB page of zeroes: mapped by reads, replaced by writes |
 //! | fork | copies of address spaces, pages shared until written |
 //! | guard | guard pages: entries that are kept when pages are dropped |
 //! | kernel | munmap, madvise, exit, the stack move of exec, context switch, lazy CPUs |
 //! | protect, remap | mprotect; mremap and brk |
-//! | reclaim, populate | pages taken by swap; areas filled without faults |
+//! | reclaim, swap | pages taken away, and the places where they are meanwhile |
+//! | populate | areas filled without faults |
 //! | inspect | what a checker asks when nothing is going on |
 //! | supply | memory pressure |
+//! | locks/seam_lock | table locks, at whose drop others may run |
 //! | counters | what happened, each CPU for itself, for the report |
 //! | work/ | the same work on any machine, so that what it counts can be compared |
 //!
@@ -37,8 +41,9 @@ mod frame_use;
 mod guard;
 mod inspect;
 mod kernel;
+mod large;
+mod locks;
 mod machine;
-mod map_lock;
 mod mm;
 mod observed;
 mod populate;
@@ -46,6 +51,7 @@ mod protect;
 mod reclaim;
 mod remap;
 mod supply;
+mod swap;
 mod vma;
 mod work;
 
@@ -54,10 +60,11 @@ pub use embed::{Embedder, EngineArea};
 pub use fault::{FaultError, UserAccess};
 pub use frame::{FrameKind, FrameMeta, Frames};
 pub use inspect::SharedFrames;
-pub use kernel::{Config, Error, Kernel, Misbehaviour};
-pub use machine::{Content, FrameRole, Machine, Moment, Note, Seam, UnderMapLock};
+pub use kernel::{Config, Discarding, Error, Kernel, Misbehaviour};
+pub use locks::seam_lock::{SeamGuard, SeamLock};
+pub use machine::{Content, Contents, FrameRole, Machine, Moment, Note, Place, Seam, Shows, UnderMapLock};
 pub use mm::Mm;
 pub use populate::PageContent;
-pub use supply::Supply;
-pub use vma::{Area, AreaKind, Growth, Protection, Vma, VmaTree};
+pub use supply::{Asked, Scarce, Site, Supply};
+pub use vma::{Area, AreaKind, Granule, Growth, Protection, Vma, VmaTree};
 pub use work::{Failure, PROGRAM_FILE, PROGRAM_START, Stage, drill, plan, program_area};

@@ -5,8 +5,8 @@ use core::fmt;
 use mmu_gather::pagetable::Level;
 use x86_64::structures::paging::PhysFrame;
 
+use crate::locks::map_lock::{MapLock, MapRead, MapWrite};
 use crate::machine::{Machine, UnderMapLock};
-use crate::map_lock::{MapLock, MapRead, MapWrite};
 use crate::vma::VmaTree;
 
 /// An address space. Linux: mm_struct.

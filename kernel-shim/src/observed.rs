@@ -8,7 +8,7 @@
 
 use core::ops::Deref;
 
-use mmu_gather::pagetable::{Level, Marker, NonPresent, TableLock, TableMemory, UsedLines};
+use mmu_gather::pagetable::{Level, Marker, NonPresent, TableMemory, UsedLines, VirtRange};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuId, CpuSet, CpuTlb, Cpus, CtxId, EarlyAnswer, FlushRequest, OnlineCpus,
     PageSpan, PcidSupport, TlbEvent,
@@ -21,7 +21,11 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::embed::{Embedder, EngineArea};
 use crate::frame::FrameKind;
 use crate::kernel::{Kernel, Misbehaviour};
-use crate::machine::{Content, Machine, Note, Seam};
+use crate::locks::seam_lock::SeamLock;
+use crate::machine::{Content, Contents, Machine, Note, Seam, Shows};
+use crate::mm::Mm;
+use crate::supply::Site;
+use crate::vma::{AreaKind, Vma};
 
 /// What the kernel keeps for the engine, without what is added here: the traits of `embed.rs` as
 /// they are.
@@ -44,18 +48,21 @@ unsafe impl<M: Machine> PageTableFrameMapping for Kernel<M> {
 
 // SAFETY: passed on.
 unsafe impl<M: Machine> TableMemory for Kernel<M> {
-    type Lock = TableLock<M::Relax>;
+    type Lock = SeamLock<M>;
 
     #[inline]
-    unsafe fn table_lock(&self, frame: PhysFrame) -> &TableLock<M::Relax> {
+    unsafe fn table_lock(&self, frame: PhysFrame) -> &SeamLock<M> {
         // SAFETY: passed on to our caller.
         let lock = unsafe { self.embedder.table_lock(frame) };
         self.machine.about_to_lock(frame, lock);
-        lock
+        SeamLock::around(lock)
     }
 
     #[inline]
     unsafe fn used_lines(&self, frame: PhysFrame) -> Option<&UsedLines> {
+        if !self.machine.notes_used_lines() {
+            return None;
+        }
         // SAFETY: passed on to our caller.
         unsafe { self.embedder.used_lines(frame) }
     }
@@ -66,13 +73,7 @@ unsafe impl<M: Machine> TableMemory for Kernel<M> {
     }
 
     fn allocate_table(&self) -> Option<PhysFrame> {
-        if !self.table_supply.grants() {
-            self.count().table_refused();
-            return None;
-        }
-        let frame = self.embedder.allocate_table()?;
-        self.machine.seam(Seam::Allocate);
-        Some(frame)
+        self.take_table(Site::Table)
     }
 
     unsafe fn free_tables(&self, tables: &[PhysFrame]) {
@@ -161,6 +162,11 @@ unsafe impl<M: Machine> Cpus for Kernel<M> {
         self.embedder.invalidate_secondary(ctx_id, span);
     }
 
+    #[inline]
+    fn between_flush_steps(&self) {
+        self.machine.seam(Seam::Step);
+    }
+
     fn observe(&self, event: TlbEvent) {
         let slot = self.machine.pinned(|cpu| {
             self.counters.of_cpu(cpu).tlb(event, self.flush_ceiling);
@@ -182,19 +188,26 @@ impl<M: Machine> Pages for Kernel<M> {
             return self.free_before_flush(area, leaf);
         }
         let disposition = self.embedder.unmap_page(area, leaf);
-        if disposition == Disposition::Free {
-            self.note_unmapping(leaf);
+        match disposition {
+            Disposition::Free => self.note_unmapping(leaf),
+            Disposition::FreeAfterRmap => self.machine.note(Note::RmapDelayed),
+            Disposition::Keep => {}
         }
         disposition
     }
 
     fn free_pages(&self, pages: FreedPages<'_>) {
         self.machine.seam(Seam::Free);
+        if pages.frames().is_none() {
+            self.count().run_released();
+        }
         self.embedder.free_pages(pages);
     }
 
     fn allocate_batch(&self) -> Option<BatchPage> {
-        if self.batch_supply.grants() { self.embedder.allocate_batch() } else { None }
+        let page = if self.batch_supply.grants(Site::Batch) { self.embedder.allocate_batch() } else { None };
+        self.machine.note(if page.is_some() { Note::BatchTaken } else { Note::BatchRefused });
+        page
     }
 
     fn free_batch(&self, page: BatchPage) {
@@ -226,13 +239,64 @@ impl<M: Machine> Pages for Kernel<M> {
         self.embedder.cond_resched();
     }
 
+    #[inline]
+    fn between_gather_steps(&self) {
+        self.machine.seam(Seam::Step);
+    }
+
     fn observe_gather(&self, event: GatherEvent) {
         self.count().gather(event);
         self.machine.note(Note::Gather(event));
     }
 }
 
+/// What programs are to read.
 impl<M: Machine> Kernel<M> {
+    /// Says what programs are to read in an area that is new, or has grown by this. The map lock is
+    /// held for writing.
+    pub(crate) fn note_shown(&self, mm: &Mm<M>, vma: Vma) {
+        let first = vma.area.file_page(vma.range.start());
+        let shows = match vma.area.kind {
+            AreaKind::Anon => Shows::Zeroes,
+            AreaKind::FilePrivate(file) => Shows::PrivateFile { file, first },
+            AreaKind::FileShared(file) => Shows::SharedFile { file, first },
+            AreaKind::Pfn => Shows::Anything,
+        };
+        self.note_contents(Contents::Shown { root: mm.root(), range: vma.range, shows });
+    }
+
+    /// Says that pages have moved, or are back after a move that failed, and that every CPU knows.
+    pub(crate) fn note_moved(&self, mm: &Mm<M>, from: VirtRange, to: u64) {
+        self.note_contents(Contents::Moving { root: mm.root(), from, to });
+        self.note_contents(Contents::Moved { root: mm.root(), from, to });
+    }
+
+    pub(crate) fn note_contents(&self, contents: Contents) {
+        self.machine.note(Note::Contents(contents));
+    }
+}
+
+impl<M: Machine> Kernel<M> {
+    /// A table, unless there is to be none.
+    pub(crate) fn take_table(&self, site: Site) -> Option<PhysFrame> {
+        if !self.table_supply.grants(site) {
+            self.count().table_refused();
+            return None;
+        }
+        let frame = self.embedder.allocate_table()?;
+        self.machine.seam(Seam::Allocate);
+        Some(frame)
+    }
+
+    /// Whether a frame for a program's page is to be had.
+    pub(crate) fn may_have_frame(&self, site: Site) -> bool {
+        let may = self.frame_supply.grants(site);
+        if !may {
+            self.count().frame_refused();
+        }
+        may
+    }
+
     /// An entry maps its page no more, and was counted.
     fn note_unmapping(&self, leaf: &UnmappedLeaf) {
         let meta = self.frames.meta(leaf.frame);
@@ -256,8 +320,9 @@ impl<M: Machine> Kernel<M> {
     /// The planted bug: a page is freed when its entry is cleared.
     #[cold]
     fn free_before_flush(&self, area: EngineArea, leaf: &UnmappedLeaf) -> Disposition {
-        match self.frames.meta(leaf.frame).kind() {
-            FrameKind::Page | FrameKind::Block if area.is_counted() => {
+        let kind = if area.is_counted() { self.frames.meta(leaf.frame).kind() } else { FrameKind::Reserved };
+        match kind {
+            FrameKind::Page | FrameKind::Block => {
                 self.remove_mapping(leaf.frame);
                 self.drop_references([leaf.frame]);
             }

@@ -1,17 +1,14 @@
 //! Filling areas without faulting page by page: for layouts taken from real processes.
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
-use core::sync::atomic::Ordering;
-
 use mmu_gather::pagetable::{EntryValue, Level, NonPresent, VirtRange};
-use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+use x86_64::structures::paging::PageTableFlags;
 
-use crate::fault::{leaf, leaf_at};
-use crate::frame::{FrameKind, owner_of};
+use crate::frame::{device_page, owner_of};
 use crate::kernel::{Error, Kernel};
-use crate::machine::{FrameRole, Machine, Note, UnderMapLock};
+use crate::machine::{Contents, Machine, Place, Shows, UnderMapLock};
 use crate::mm::Mm;
-use crate::vma::{Area, AreaKind, Protection, Vma};
+use crate::vma::{Area, AreaKind, Vma};
 
 /// What a stretch of an area holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,10 +33,12 @@ pub enum PageContent {
     ZeroBlock,
     /// Nothing present: a place in swap.
     Swap,
+    /// 1 GiB pages of a device that are not counted; the stretch is made of whole ones.
+    DeviceGiant,
 }
 
 impl PageContent {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Anon,
         Self::File,
         Self::FileDirty,
@@ -50,6 +49,7 @@ impl PageContent {
         Self::FileBlock,
         Self::ZeroBlock,
         Self::Swap,
+        Self::DeviceGiant,
     ];
 
     /// Its word in a [`plan`](crate::plan).
@@ -66,6 +66,7 @@ impl PageContent {
             Self::FileBlock => "file-block",
             Self::ZeroBlock => "zero-block",
             Self::Swap => "swap",
+            Self::DeviceGiant => "device-giant",
         }
     }
 
@@ -75,9 +76,24 @@ impl PageContent {
         Self::ALL.into_iter().find(|content| content.word() == word)
     }
 
+    /// Whether an area of this kind that programs have not written to reads like this.
+    const fn is_what_shows(self, kind: AreaKind) -> bool {
+        match self {
+            Self::Anon | Self::Zero | Self::AnonBlock | Self::CleanBlock | Self::ZeroBlock | Self::Swap => {
+                matches!(kind, AreaKind::Anon)
+            }
+            Self::File | Self::FileDirty => {
+                matches!(kind, AreaKind::FilePrivate(_) | AreaKind::FileShared(_))
+            }
+            // Whoever writes to its pages does not write to those in the page cache.
+            Self::Pfn | Self::DeviceGiant | Self::FileBlock => false,
+        }
+    }
+
     const fn level(self) -> Level {
         match self {
             Self::AnonBlock | Self::CleanBlock | Self::FileBlock | Self::ZeroBlock => Level::Pmd,
+            Self::DeviceGiant => Level::Pud,
             _ => Level::Pte,
         }
     }
@@ -97,6 +113,9 @@ impl<M: Machine> Kernel<M> {
             .copied()
             .filter(|vma| vma.range.covers(range))
             .ok_or(Error::NoArea(range.start()))?;
+        if !content.is_what_shows(vma.area.kind) {
+            self.note_contents(Contents::Shown { root: mm.root(), range, shows: Shows::Anything });
+        }
         let level = content.level();
         let mut address = range.start();
         while address < range.end() {
@@ -139,55 +158,43 @@ impl<M: Machine> Kernel<M> {
         let used = PageTableFlags::ACCESSED;
         let written = used | PageTableFlags::DIRTY;
         let private = match area.kind {
-            AreaKind::FileShared(_) => area.protection,
-            AreaKind::Anon | AreaKind::FilePrivate(_) | AreaKind::Pfn => match area.protection {
-                Protection::Write => Protection::Read,
-                other => other,
-            },
+            AreaKind::FileShared(_) => area,
+            AreaKind::Anon | AreaKind::FilePrivate(_) | AreaKind::Pfn => area.without_write(),
         };
         let file = match area.kind {
             AreaKind::FilePrivate(file) | AreaKind::FileShared(file) => file,
             AreaKind::Anon | AreaKind::Pfn => 0,
         };
         Some(match content {
-            PageContent::Anon => with(leaf(self.new_page()?, area.protection), written),
-            PageContent::File => with(leaf(self.file_page(file, area.file_page(address))?, private), used),
-            PageContent::FileDirty => {
-                with(leaf(self.file_page(file, area.file_page(address))?, private), written)
+            PageContent::Anon => with(self.leaf(self.zeroed_page()?, area), written),
+            PageContent::File => {
+                with(self.leaf(self.file_page(file, area.file_page(address))?, private), used)
             }
-            PageContent::Zero => with(leaf(self.zero_page(), Protection::Read), used),
-            PageContent::Pfn => with(leaf(self.device_frame()?, area.protection), used),
-            PageContent::AnonBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), written),
-            PageContent::CleanBlock => with(leaf_at(Level::Pmd, self.new_block()?, area.protection), used),
+            PageContent::FileDirty => {
+                with(self.leaf(self.file_page(file, area.file_page(address))?, private), written)
+            }
+            PageContent::Zero => with(self.leaf(self.zero_page(), area.without_write()), used),
+            PageContent::Pfn => with(self.leaf(self.device_frame()?, area), used),
+            PageContent::AnonBlock => with(self.leaf_at(Level::Pmd, self.new_block()?, area), written),
+            PageContent::CleanBlock => with(self.leaf_at(Level::Pmd, self.new_block()?, area), used),
             PageContent::FileBlock => {
                 let block = self.new_block()?;
                 self.frames.meta(block).set_owner(owner_of(file, area.file_page(address)));
-                with(leaf_at(Level::Pmd, block, private), used)
+                with(self.leaf_at(Level::Pmd, block, private), used)
             }
-            PageContent::ZeroBlock => with(leaf_at(Level::Pmd, self.zero_block()?, Protection::Read), used),
+            PageContent::ZeroBlock => {
+                with(self.leaf_at(Level::Pmd, self.zero_block()?, area.without_write()), used)
+            }
+            PageContent::DeviceGiant => {
+                with(self.leaf_at(Level::Pud, device_page(area.file_page(address)), area), used)
+            }
             PageContent::Swap => {
-                let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed);
-                NonPresent::Swap { device: 0, slot: slot.unsigned_abs() }.encode()
+                let slot = self.swap.take();
+                self.machine.write_to_disk(self.zero_page(), Place::Swap { slot });
+                self.swap.written(slot);
+                NonPresent::Swap { device: 0, slot }.encode()
             }
         })
-    }
-
-    fn new_block(&self) -> Option<PhysFrame> {
-        let block = self.frames.allocate_block()?;
-        self.frames.meta(block).add_mapping();
-        self.machine.note(Note::Allocated(block, FrameRole::Block));
-        Some(block)
-    }
-
-    fn zero_block(&self) -> Option<PhysFrame> {
-        let mut block = self.zero_block.lock();
-        if block.is_none() {
-            let new = self.frames.allocate_block()?;
-            self.frames.set_kind(new, FrameKind::Reserved);
-            self.machine.note(Note::Allocated(new, FrameRole::Block));
-            *block = Some(new);
-        }
-        *block
     }
 }
 

@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "walks tables under the map lock")]
 
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering;
 
 use mmu_gather::pagetable::{Decoded, EntryValue, Level, NonPresent, TableMemory, VirtRange};
 use mmu_gather::tlb::{Cpus, PageSpan, TlbEvent, UnmapBatch};
@@ -10,10 +9,17 @@ use x86_64::structures::paging::PhysFrame;
 
 use crate::frame::FrameKind;
 use crate::kernel::Kernel;
-use crate::machine::{Machine, Note, UnderMapLock};
+use crate::machine::{Machine, Note, Place, UnderMapLock};
 use crate::mm::Mm;
-use crate::supply::Supply;
-use crate::vma::Vma;
+use crate::supply::{Asked, Scarce, Supply};
+use crate::vma::{AreaKind, Vma};
+
+/// A page that no entry maps any more, until it is freed.
+struct Taken {
+    frame: PhysFrame,
+    /// The place in swap that it goes to; none if it is clean.
+    slot: Option<u64>,
+}
 
 impl<M: Machine> Kernel<M> {
     /// Changes whether gathers get batch pages.
@@ -24,6 +30,20 @@ impl<M: Machine> Kernel<M> {
     /// Changes whether page tables can be had.
     pub fn set_table_supply(&self, supply: Supply) {
         self.table_supply.set(supply);
+    }
+
+    /// Changes whether frames for programs' pages can be had.
+    pub fn set_frame_supply(&self, supply: Supply) {
+        self.frame_supply.set(supply);
+    }
+
+    /// What was asked for since the supply of it was set to [`Supply::Nth`].
+    pub fn asked(&self, what: Scarce) -> Asked {
+        match what {
+            Scarce::Batches => self.batch_supply.asked(),
+            Scarce::Tables => self.table_supply.asked(),
+            Scarce::Frames => self.frame_supply.asked(),
+        }
     }
 
     /// Moves the programs' own pages in these ranges to swap, one flush for all of them; how many
@@ -45,19 +65,26 @@ impl<M: Machine> Kernel<M> {
         M: 'm,
     {
         let mut batch = UnmapBatch::new();
-        let mut frames = Vec::new();
+        let mut taken = Vec::new();
         for (mm, range) in victims {
-            self.unmap_to_swap(mm, range, &mut batch, &mut frames);
+            self.unmap_to_swap(mm, range, &mut batch, &mut taken);
             self.machine.cond_resched();
         }
         let flushed = batch.flush(self);
-        debug_assert!(flushed.is_some() || frames.is_empty(), "G1: pages taken and nothing flushed");
-        let nr_pages = |frame: &PhysFrame| match self.frames.meta(*frame).kind() {
+        debug_assert!(flushed.is_some() || taken.is_empty(), "G1: pages taken and nothing flushed");
+        let nr_pages = |taken: &Taken| match self.frames.meta(taken.frame).kind() {
             FrameKind::Block => Level::Pmd.entry_span() / 4096,
             _ => 1,
         };
-        let count = frames.iter().map(nr_pages).sum();
-        self.drop_references_in_chunks(frames);
+        let count = taken.iter().map(nr_pages).sum();
+        // Nobody can write to the pages any more.
+        for Taken { frame, slot } in &taken {
+            if let Some(slot) = *slot {
+                self.machine.write_to_disk(*frame, Place::Swap { slot });
+                self.swap.written(slot);
+            }
+        }
+        self.drop_references_in_chunks(taken.into_iter().map(|taken| taken.frame));
         count
     }
 
@@ -66,7 +93,7 @@ impl<M: Machine> Kernel<M> {
         mm: &Mm<M>,
         range: VirtRange,
         batch: &mut UnmapBatch<Self>,
-        frames: &mut Vec<PhysFrame>,
+        taken: &mut Vec<Taken>,
     ) {
         let vmas = mm.read(&self.machine, UnderMapLock::WaitsForNobody);
         let mut next = range.start();
@@ -79,11 +106,17 @@ impl<M: Machine> Kernel<M> {
             }
             // A detached area is being unmapped by another call, which frees its tables.
             let Some(vma) = vmas.find(address) else { continue };
+            if vma.area.kind == AreaKind::Pfn {
+                // Not memory.
+                next = vma.range.end();
+                continue;
+            }
             // SAFETY: the map lock is held for reading, and the area is not detached: its tables
             // stay.
             let Some(view) = (unsafe { mm.engine.space().find_table(self, address, Level::Pte) }) else {
                 let block = VirtRange::of_entry(Level::Pmd, address);
-                frames.extend(self.discard_block(mm, vma, block, batch));
+                let frame = self.discard_block(mm, vma, block, batch);
+                taken.extend(frame.map(|frame| Taken { frame, slot: None }));
                 next = block.end();
                 continue;
             };
@@ -96,7 +129,7 @@ impl<M: Machine> Kernel<M> {
             if meta.kind() != FrameKind::Page || meta.owner() != 0 || !meta.is_exclusive() {
                 continue;
             }
-            let slot = self.swap_slots.fetch_add(1, Ordering::Relaxed).unsigned_abs();
+            let slot = self.swap.take();
             // In one step, so that a write in between is not lost.
             // SAFETY: the batch is told before the lock drops, and the page is freed after its
             // flush.
@@ -104,7 +137,7 @@ impl<M: Machine> Kernel<M> {
             self.machine.note(Note::Cleared { address, level: Level::Pte, frame });
             self.remove_mapping(frame);
             self.note_pending(mm, batch, VirtRange::of_entry(Level::Pte, address), Level::Pte);
-            frames.push(frame);
+            taken.push(Taken { frame, slot: Some(slot) });
         }
     }
 

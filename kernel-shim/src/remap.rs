@@ -5,7 +5,7 @@ use mmu_gather::pagetable::VirtRange;
 use mmu_gather::{MmuGather, unmap_region};
 
 use crate::kernel::{Error, Kernel};
-use crate::machine::{Machine, UnderMapLock};
+use crate::machine::{Contents, Machine, UnderMapLock};
 use crate::mm::Mm;
 use crate::vma::{Area, Vma, VmaTree};
 
@@ -44,10 +44,16 @@ impl<M: Machine> Kernel<M> {
         let moved_bytes = old.len_bytes().min(new.len_bytes());
         let moving =
             VirtRange::new(old.start(), old.start() + moved_bytes).map_err(|_| Error::NoArea(old.start()))?;
+        let root = mm.root();
+        self.note_contents(Contents::Moving { root, from: moving, to: new.start() });
         // SAFETY: the map lock is held for writing, and nothing is mapped at the new place.
         let moved = unsafe { gather.move_page_tables(moving, new.start()) };
         drop(gather.flush());
+        self.note_contents(Contents::Moved { root, from: moving, to: new.start() });
         if moved.is_err() {
+            if let Ok(back) = VirtRange::new(new.start(), new.start() + moved_bytes) {
+                self.note_moved(mm, back, old.start());
+            }
             let flushed = self.drop_empty_tables(mm, &vmas, new);
             drop(vmas);
             drop(flushed);
@@ -59,6 +65,9 @@ impl<M: Machine> Kernel<M> {
         let area = Area { file_base: vma.area.file_base.wrapping_add(shift), ..vma.area };
         let inserted = vmas.insert(Vma { range: new, area });
         debug_assert!(inserted.is_ok(), "nothing was mapped at {new}");
+        if let Ok(more) = VirtRange::new(new.start() + moved_bytes, new.end()) {
+            self.note_shown(mm, Vma { range: more, area });
+        }
         let bounds = vmas.bounds_around(old);
         let vmas = vmas.downgrade(UnderMapLock::FreesEarly);
         let going = detached.iter().map(Vma::going_away);
@@ -94,6 +103,7 @@ impl<M: Machine> Kernel<M> {
         vmas.detach(vma.range);
         let inserted = vmas.insert(Vma { range: vma.range.union(more), ..vma });
         debug_assert!(inserted.is_ok(), "nothing was mapped at {more}");
+        self.note_shown(mm, Vma { range: more, ..vma });
         Ok(())
     }
 }

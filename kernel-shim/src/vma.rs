@@ -4,16 +4,32 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
 use mmu_gather::pagetable::{Bounds, VirtRange};
+use x86_64::structures::paging::PageTableFlags;
 
 /// What a program may do in an area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protection {
     /// Nothing.
     Nothing,
-    /// Read and execute.
+    /// Read; execute too, where the machine [does not forbid it].
+    ///
+    /// [does not forbid it]: crate::Machine::forbids_execution
     Read,
-    /// Read, execute and write.
+    /// Read and write; execute too, as for `Read`.
     Write,
+    /// Read and execute.
+    Execute,
+}
+
+impl Protection {
+    /// The same without the right to write.
+    #[must_use]
+    pub const fn without_write(self) -> Self {
+        match self {
+            Self::Write => Self::Read,
+            other => other,
+        }
+    }
 }
 
 /// What backs an area.
@@ -38,6 +54,18 @@ pub enum Growth {
     Down,
 }
 
+/// What one fault brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Granule {
+    /// One page.
+    Page,
+    /// For a write, the 16 pages around it, if nothing is there yet.
+    Folio,
+    /// For a read, the 2 MiB page of zeroes, if nothing is there yet; a write then brings a 2 MiB
+    /// page of the program's own.
+    Block,
+}
+
 /// What an area is, wherever it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Area {
@@ -50,13 +78,30 @@ pub struct Area {
     /// Page of the file at the start of address space; page of an address is this plus the address
     /// in pages.
     pub file_base: u64,
+    /// What its entries say besides, as those of the last level do: how pages are cached (there,
+    /// bit 7 is the PAT bit), a protection key, bits that hardware does not look at.
+    pub attributes: PageTableFlags,
+    /// What one fault brings, if the area is anonymous.
+    pub granule: Granule,
 }
 
 impl Area {
     /// An anonymous area a program may write.
     #[must_use]
     pub const fn anon() -> Self {
-        Self { kind: AreaKind::Anon, protection: Protection::Write, growth: Growth::Fixed, file_base: 0 }
+        Self {
+            kind: AreaKind::Anon,
+            protection: Protection::Write,
+            growth: Growth::Fixed,
+            file_base: 0,
+            attributes: PageTableFlags::empty(),
+            granule: Granule::Page,
+        }
+    }
+
+    /// The same, but that programs may only read.
+    pub(crate) const fn without_write(self) -> Self {
+        Self { protection: self.protection.without_write(), ..self }
     }
 
     /// The page of its file that `address` shows.

@@ -359,10 +359,13 @@ fn number(frame: PhysFrame) -> usize {
     usize::try_from(frame.start_address().as_u64() >> 12).expect("x86_64 has 64-bit numbers")
 }
 
+/// Of the requests that are refused, only this one is.
+const ONCE: u64 = 1 << 63;
+
 /// Requests for something that may be scarce.
 #[derive(Debug, Default)]
 struct Requests {
-    /// 0: all are granted; n: not each n-th.
+    /// 0: all are granted; n: not each n-th; with `ONCE`, not the n-th.
     every: AtomicU64,
     so_far: AtomicU64,
 }
@@ -373,6 +376,10 @@ impl Requests {
             Supply::Always => 0,
             Supply::Never => 1,
             Supply::ExceptEvery(every) => u64::from(every.max(1)),
+            Supply::Nth(number) => {
+                self.so_far.store(0, Ordering::Relaxed);
+                u64::from(number.max(1)) | ONCE
+            }
         };
         self.every.store(every, Ordering::Relaxed);
     }
@@ -380,6 +387,10 @@ impl Requests {
     /// Whether this one is granted.
     fn are_granted(&self) -> bool {
         let every = self.every.load(Ordering::Relaxed);
-        every == 0 || !(self.so_far.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(every)
+        if every == 0 {
+            return true;
+        }
+        let number = self.so_far.fetch_add(1, Ordering::Relaxed) + 1;
+        if every & ONCE == 0 { !number.is_multiple_of(every) } else { number != every & !ONCE }
     }
 }

@@ -326,6 +326,15 @@ pub unsafe trait Cpus {
         Some(1 << 31)
     }
 
+    /// Called between two steps of what a batch notes and what a flush reads, where another CPU may
+    /// see the first without the second. A kernel does nothing here; whoever tests one lets other
+    /// CPUs run.
+    ///
+    /// # Context
+    /// A table lock may be held; interrupts as the caller has them.
+    #[inline(always)]
+    fn between_flush_steps(&self) {}
+
     /// Counts an event. Not called per page.
     ///
     /// It is also called for requests that find nothing to do, so count on lines of this CPU's own.

@@ -130,12 +130,14 @@ fn flush_full<C: Cpus>(
     // too late for this flush. Where the caller knows what was changed, secondary TLBs are told of
     // that only, so such a flush does not make up for what others owe.
     let deferred = if changed.is_none() { mm.deferred_flushes() } else { None };
+    cpus.between_flush_steps();
     let tlb_gen = cpus.pinned(|here| {
         cpus.observe(TlbEvent::Requested { pages: None, tables });
         raise_and_flush(cpus, here, mm, changed, tables, |tlb_gen| FlushKind::Mm { mm, tlb_gen })
     });
     cpus.invalidate_secondary(mm.ctx_id(), changed);
     if let Some(deferred) = deferred {
+        cpus.between_flush_steps();
         mm.deferred_flushes_done(deferred);
     }
     Flushed::of_mm(mm.ctx_id(), tlb_gen)

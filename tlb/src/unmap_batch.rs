@@ -60,7 +60,9 @@ impl<C: Cpus> UnmapBatch<C> {
     #[doc(alias = "arch_tlbbatch_add_pending")]
     pub fn add_mm(&mut self, cpus: &C, mm: &MmContext<C::Bits>) {
         mm.raise_tlb_gen();
+        cpus.between_flush_steps();
         self.cpumask.insert_all(mm.cpumask());
+        cpus.between_flush_steps();
         mm.note_deferred_flush();
         self.pending = Pending::Something;
         // Last, because it may call the kernel.
@@ -97,6 +99,7 @@ impl<C: Cpus> UnmapBatch<C> {
             return None;
         }
         let flushed = flush_all_updated(cpus, &self.cpumask);
+        cpus.between_flush_steps();
         // The entries were cleared long ago, so nothing is cached again, and either order of CPUs
         // and secondary TLBs would do. This order is that of `flush_tlb_mm_range`. The receipt is
         // handed out after both.

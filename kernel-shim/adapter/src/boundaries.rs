@@ -38,6 +38,12 @@ pub(crate) fn counted(counted: &Snapshot, limits: &Limits) -> Boundaries {
         (B::SwappedIn, counted.swap_ins > 0),
         (B::GuardKept, counted.guards_kept > 0),
         (B::GuardMet, counted.guard_faults > 0),
+        (B::ProtectRetried, counted.protect_retries > 0),
+        (B::ForkRetried, counted.fork_retries > 0),
+        (B::FrameRefused, counted.frames_refused > 0),
+        (B::RunFreed, counted.runs_released > 0),
+        (B::ZeroBlock, counted.zero_blocks > 0),
+        (B::ZeroBlockReplaced, counted.zero_blocks_replaced > 0),
     ];
     let reached = reached.into_iter().filter(|(_, reached)| *reached);
     reached.fold(Boundaries::default(), |set, (boundary, _)| set.with(boundary))

@@ -7,7 +7,7 @@ use mmu_gather::Limits;
 use mmu_hosted::{
     HostedMachine, MachineFault, MostWork, Outcome, Pace, Run, Sequence, Supply, Telling, Verdict,
 };
-use mmu_kernel_shim::{Config, Misbehaviour};
+use mmu_kernel_shim::{Config, Discarding, Misbehaviour};
 
 use crate::kernel::ShimKernel;
 use crate::views::View;
@@ -50,7 +50,10 @@ impl Trial {
     /// Boots the kernel.
     pub(crate) fn boot(self, machine: &Arc<HostedMachine>) -> io::Result<ShimKernel> {
         let misbehaviour = self.misbehaviour;
-        ShimKernel::boot(machine, Config { limits: LIMITS, misbehaviour, ..Config::default() })
+        // The other variants of this kernel: without notes of used lines (machine.rs), and this.
+        let [_, writes_protected] = machine.options().variants;
+        let discarding = if writes_protected { Discarding::WriteProtectedFirst } else { Discarding::AtOnce };
+        ShimKernel::boot(machine, Config { limits: LIMITS, misbehaviour, discarding, ..Config::default() })
     }
 }
 

@@ -16,7 +16,8 @@ const KNOWN: PageTableFlags = PageTableFlags::PRESENT
     .union(PageTableFlags::WRITABLE)
     .union(PageTableFlags::USER_ACCESSIBLE)
     .union(PageTableFlags::ACCESSED)
-    .union(PageTableFlags::DIRTY);
+    .union(PageTableFlags::DIRTY)
+    .union(PageTableFlags::NO_EXECUTE);
 
 /// Bits 12 to 51: where a page is. Of a large page, bit 12 says how it is cached instead.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -71,14 +72,16 @@ pub(crate) fn find_wrong(
     leaf: &Leaf,
 ) -> Option<ViolationKind> {
     let Some(area) = area else { return Some(ViolationKind::EntryOutsideAreas) };
-    if has_stray_bits(leaf) {
+    if let Some(kind) = find_wrong_bits(area, leaf) {
+        return Some(kind);
+    }
+    if area.protection == Protection::Execute && leaf.rights.no_execute() {
         return Some(ViolationKind::StrayBits);
     }
     if allows_too_much(area, leaf) {
         return Some(ViolationKind::MoreThanAreaAllows);
     }
     let frames = kernel.frames();
-    let Some(meta) = frames.get(leaf.frame) else { return Some(ViolationKind::NoPageMapped) };
     let is_private = matches!(area.kind, AreaKind::Anon | AreaKind::FilePrivate(_));
     let is_writable = leaf.rights.writable();
     if shared.are_zeroes(leaf.frame) {
@@ -88,9 +91,11 @@ pub(crate) fn find_wrong(
         };
     }
     if shared.device == Some(leaf.frame) || area.kind == AreaKind::Pfn {
-        let belongs = shared.device == Some(leaf.frame) && area.kind == AreaKind::Pfn;
+        let belongs =
+            area.kind == AreaKind::Pfn && shared.is_of_device(leaf.frame, area.file_page(leaf.address));
         return (!belongs).then_some(ViolationKind::WrongPageMapped);
     }
+    let Some(meta) = frames.get(leaf.frame) else { return Some(ViolationKind::NoPageMapped) };
     let wanted = if leaf.size == PageSize::Size4KiB { FrameKind::Page } else { FrameKind::Block };
     if meta.kind() != wanted {
         return Some(ViolationKind::NoPageMapped);
@@ -113,21 +118,33 @@ pub(crate) fn find_wrong(
 }
 
 fn allows_too_much(area: Area, leaf: &Leaf) -> bool {
+    let is_executable = leaf.rights.user() && !leaf.rights.no_execute();
+    if is_executable && area.protection != Protection::Execute {
+        return true;
+    }
     match area.protection {
         Protection::Write => false,
-        Protection::Read => leaf.rights.writable(),
+        Protection::Read | Protection::Execute => leaf.rights.writable(),
         Protection::Nothing => leaf.rights.writable() || leaf.rights.user(),
     }
 }
 
-/// How a page is cached, whether it is global, what it may not be used for, what is the kernel's
-/// own: this kernel asks for nothing of the kind, and no call may leave any of it behind.
-fn has_stray_bits(leaf: &Leaf) -> bool {
-    match leaf.size {
-        PageSize::Size4KiB => leaf.bits & !ADDRESS & !KNOWN.bits() != 0,
+/// How a page is cached, its protection key, whether it is global, what it may not be used for,
+/// what is the kernel's own: an entry says of these what its area does, whatever call has made it.
+fn find_wrong_bits(area: Area, leaf: &Leaf) -> Option<ViolationKind> {
+    let attributes = area.attributes.bits();
+    let (known, wanted) = match leaf.size {
+        PageSize::Size4KiB => (ADDRESS | KNOWN.bits(), attributes),
         PageSize::Size2MiB | PageSize::Size1GiB => {
             let known = KNOWN.union(PageTableFlags::HUGE_PAGE).bits();
-            leaf.bits & !ADDRESS & !known != 0 || leaf.bits & PAT_OF_A_LARGE_PAGE != 0
+            let size = PageTableFlags::HUGE_PAGE.bits();
+            let pat = if attributes & size != 0 { PAT_OF_A_LARGE_PAGE } else { 0 };
+            (ADDRESS & !PAT_OF_A_LARGE_PAGE | known, attributes & !size | pat)
         }
+    };
+    let besides = leaf.bits & !known;
+    if besides & !wanted != 0 {
+        return Some(ViolationKind::StrayBits);
     }
+    (besides != wanted).then_some(ViolationKind::BitsLost)
 }

@@ -1,6 +1,7 @@
 //! The small kernel of this project as one client of the hosted machine.
 //!
 //! ```text
+//!  allocation   each request for memory refused in turn
 //!  judge        sequences on the small kernel; what is wrong with it on purpose
 //!      │
 //!      v
@@ -20,6 +21,7 @@
 //! alone: `kernel-shim/hosted/examples/stranger`.
 #![deny(unsafe_code)]
 
+mod allocation;
 mod boundaries;
 mod judge;
 mod kernel;
@@ -31,6 +33,7 @@ mod tables_against_frames;
 mod views;
 mod words;
 
+pub use allocation::{Case, Refusal, Refused, Wrong, refuse_each};
 pub use judge::{Trial, execute, execute_with, judge, judge_in, shrink, views};
 pub use kernel::ShimKernel;
 pub use machine::Hosted;

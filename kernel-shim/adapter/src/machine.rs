@@ -4,13 +4,13 @@
 use core::ops::Deref;
 use std::sync::Arc;
 
-use mmu_gather::pagetable::TableLock;
+use mmu_gather::pagetable::{PagingMode, TableLock};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
 };
 use mmu_hosted::mmu::Fault;
 use mmu_hosted::{Bits, GiveWay, HostedMachine};
-use mmu_kernel_shim::{Machine, Moment, Note, Seam, UserAccess};
+use mmu_kernel_shim::{Machine, Moment, Note, Place, Seam, UserAccess};
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
@@ -129,8 +129,22 @@ unsafe impl Machine for Hosted {
         self.0.pcid_support()
     }
 
+    fn paging_mode(&self) -> PagingMode {
+        self.0.paging_mode()
+    }
+
     fn cond_resched(&self) {
         self.0.cond_resched();
+    }
+
+    #[inline]
+    fn notes_used_lines(&self) -> bool {
+        !self.0.options().variants[0]
+    }
+
+    #[inline]
+    fn forbids_execution(&self) -> bool {
+        true
     }
 
     #[inline]
@@ -143,8 +157,29 @@ unsafe impl Machine for Hosted {
         self.0.note(words::note(note));
     }
 
+    #[inline]
+    fn unlocked() {
+        mmu_hosted::unlocked();
+    }
+
     fn moment(&self) -> Moment {
         Moment(self.0.moment().0)
+    }
+
+    fn zero_frames(&self, first: PhysFrame, count: u64) {
+        self.0.zero_frames(first, count);
+    }
+
+    fn copy_frame(&self, from: PhysFrame, to: PhysFrame) {
+        self.0.copy_frame(from, to);
+    }
+
+    fn write_to_disk(&self, frame: PhysFrame, place: Place) {
+        self.0.write_to_disk(frame, words::place(place));
+    }
+
+    fn read_from_disk(&self, place: Place, frame: PhysFrame) {
+        self.0.read_from_disk(words::place(place), frame);
     }
 
     fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {

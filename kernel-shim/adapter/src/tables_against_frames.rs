@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use mmu_gather::pagetable::Level::Pte;
 use mmu_gather::pagetable::{
-    Decoded, EntryValue, Lines, Marker, NonPresent, TableMemory, UsedLines, VirtRange,
+    Decoded, EntryValue, Level, Lines, Marker, NonPresent, PagingMode, TableMemory, UsedLines, VirtRange,
 };
 use mmu_gather::tlb::Cpus;
 use mmu_hosted::ViolationKind;
@@ -38,7 +38,8 @@ struct MappedPage {
 struct Mapped {
     pages: FxHashMap<PhysFrame, MappedPage>,
     tables: FxHashSet<PhysFrame>,
-    swapped: i64,
+    /// By place in swap: the entries that name it.
+    swapped: FxHashMap<u64, u32>,
     guards: i64,
     wrong: Option<(ViolationKind, PhysFrame, u64)>,
 }
@@ -55,10 +56,16 @@ pub(crate) fn compare_tables_with_frames(kernel: &HostedKernel, mms: &[Arc<Hoste
     let shared = kernel.shared_frames();
     let mut mapped = Mapped::default();
     for mm in mms {
-        let mut walk = Walk { kernel, shared, areas: Areas::of(mm), nr_tables: [0; 5], mapped: &mut mapped };
-        walk.look_through(mm.root(), TableLevel::Pml4, 0, Rights::ALL);
-        let [_, pte, pmd, pud, _] = walk.nr_tables;
-        if [pte, pmd, pud] != mm.nr_tables() {
+        let mut walk = Walk { kernel, shared, areas: Areas::of(mm), nr_tables: [0; 6], mapped: &mut mapped };
+        let space = mm.engine().space();
+        let (root, below_root) = match space.mode() {
+            PagingMode::FourLevel => (TableLevel::Pml4, 0),
+            PagingMode::FiveLevel => (TableLevel::Pml5, space.nr_tables(Level::P4d)),
+        };
+        walk.look_through(mm.root(), root, 0, Rights::ALL);
+        let [_, pte, pmd, pud, pml4, _] = walk.nr_tables;
+        let pml4 = if root == TableLevel::Pml4 { 0 } else { pml4 };
+        if [pte, pmd, pud] != mm.nr_tables() || pml4 != below_root {
             mapped.is_wrong(ViolationKind::TablesMiscounted, mm.root(), 0);
         }
     }
@@ -105,7 +112,10 @@ fn find_wrong_meanings(
     mapped: &Mapped,
 ) -> Option<(ViolationKind, PhysFrame, u64)> {
     let root = mms.first().map_or_else(|| kernel.init_root(), |mm| mm.root());
-    let agree = (mapped.swapped, mapped.guards) == (kernel.swap_slots(), kernel.guards());
+    let swapped: u32 = mapped.swapped.values().sum();
+    let agree = (i64::from(swapped), mapped.guards) == (kernel.swap_slots(), kernel.guards())
+        && mapped.swapped.len() as u64 == kernel.nr_swap_slots_in_use()
+        && mapped.swapped.iter().all(|(slot, entries)| kernel.entries_of_swap_slot(*slot) == *entries);
     (!agree).then_some((ViolationKind::MeaningsDisagree, root, 0))
 }
 
@@ -160,7 +170,7 @@ struct Walk<'a> {
     shared: SharedFrames,
     areas: Areas,
     /// By the number of their level, as the SDM has it: page tables at 1.
-    nr_tables: [u64; 5],
+    nr_tables: [u64; 6],
     mapped: &'a mut Mapped,
 }
 
@@ -207,7 +217,9 @@ impl Walk<'_> {
     /// What hardware does not look at is the kernel's own.
     fn look_at_meaning(&mut self, table: PhysFrame, entry: u64, address: u64) {
         match EntryValue::from_bits(entry).decode(Pte) {
-            Decoded::NonPresent(NonPresent::Swap { .. }) => self.mapped.swapped += 1,
+            Decoded::NonPresent(NonPresent::Swap { slot, .. }) => {
+                *self.mapped.swapped.entry(slot).or_default() += 1;
+            }
             Decoded::NonPresent(NonPresent::Marker(Marker::Guard)) => self.mapped.guards += 1,
             _ => {}
         }

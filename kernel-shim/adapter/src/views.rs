@@ -1,14 +1,14 @@
 //! What programs can see of a sequence: areas, the pages that hold what they wrote, and guards.
 //!
 //! Steps run one after the other here, so that nothing but the steps decides what is seen.
-//! Programs' pages have no content in this model; a page that a program wrote to is told from one
-//! that reads as zeroes, or as its file, by whose it is.
+//! What is in a page is checked as programs read it. Here, a page that a program wrote to is told
+//! from one that reads as zeroes, or as its file, by whose it is.
 
 use std::sync::Arc;
 
 use mmu_gather::pagetable::{Decoded, Marker, NonPresent, VirtRange};
 use mmu_hosted::MmId;
-use mmu_kernel_shim::{FrameKind, Vma};
+use mmu_kernel_shim::{AreaKind, FrameKind, Vma};
 use rustc_hash::FxHashSet;
 use x86_64::structures::paging::PhysFrame;
 
@@ -38,6 +38,10 @@ pub(crate) fn look(kernel: &HostedKernel, mms: &[Arc<HostedMm>]) -> View {
     for (number, mm) in (0..).zip(mms) {
         for vma in mm.vmas().iter() {
             view.areas.push((MmId(number), *vma));
+            if vma.area.kind == AreaKind::Pfn {
+                // Frames of a device hold nothing that a program wrote, in this model.
+                continue;
+            }
             look_at(kernel, mm, vma.range, &cached, |page, seen| match seen {
                 Seen::Written => view.written.push((MmId(number), page)),
                 Seen::Guard => view.guarded.push((MmId(number), page)),

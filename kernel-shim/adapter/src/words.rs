@@ -2,6 +2,7 @@
 
 use mmu_hosted as kit;
 use mmu_kernel_shim as shim;
+use x86_64::structures::paging::PageTableFlags;
 
 pub(crate) const fn seam(seam: shim::Seam) -> kit::Seam {
     match seam {
@@ -10,6 +11,8 @@ pub(crate) const fn seam(seam: shim::Seam) -> kit::Seam {
         shim::Seam::Lock => kit::Seam::Lock,
         shim::Seam::Free => kit::Seam::Free,
         shim::Seam::Allocate => kit::Seam::Allocate,
+        shim::Seam::Unlock => kit::Seam::Unlock,
+        shim::Seam::Step => kit::Seam::Step,
     }
 }
 
@@ -35,7 +38,46 @@ pub(crate) const fn note(note: shim::Note) -> kit::Note {
         shim::Note::Tlb { event, slot } => kit::Note::Tlb { event, slot },
         shim::Note::Gather(event) => kit::Note::Gather(event),
         shim::Note::MapLocked { root, most } => kit::Note::MapLocked { root, most: under_map_lock(most) },
+        shim::Note::BatchTaken => kit::Note::BatchTaken,
+        shim::Note::BatchRefused => kit::Note::BatchRefused,
+        shim::Note::RmapDelayed => kit::Note::RmapDelayed,
+        shim::Note::Areas(areas) => kit::Note::Areas(areas),
         shim::Note::MapUnlocked { root } => kit::Note::MapUnlocked { root },
+        shim::Note::Contents(change) => kit::Note::Contents(contents(change)),
+    }
+}
+
+const fn contents(change: shim::Contents) -> kit::Contents {
+    match change {
+        shim::Contents::Shown { root, range, shows } => {
+            kit::Contents::Shown { root, range, shows: shown(shows) }
+        }
+        shim::Contents::Gone { root, range } => kit::Contents::Gone { root, range },
+        shim::Contents::Discarding { root, range, began } => {
+            kit::Contents::Discarding { root, range, began: kit::Moment(began.0) }
+        }
+        shim::Contents::Discarded { root, range, began } => {
+            kit::Contents::Discarded { root, range, began: kit::Moment(began.0) }
+        }
+        shim::Contents::Moving { root, from, to } => kit::Contents::Moving { root, from, to },
+        shim::Contents::Moved { root, from, to } => kit::Contents::Moved { root, from, to },
+        shim::Contents::Forked { parent, child } => kit::Contents::Forked { parent, child },
+    }
+}
+
+const fn shown(shows: shim::Shows) -> kit::Shows {
+    match shows {
+        shim::Shows::Zeroes => kit::Shows::Zeroes,
+        shim::Shows::PrivateFile { file, first } => kit::Shows::PrivateFile { file, first },
+        shim::Shows::SharedFile { file, first } => kit::Shows::SharedFile { file, first },
+        shim::Shows::Anything => kit::Shows::Anything,
+    }
+}
+
+pub(crate) const fn place(place: shim::Place) -> kit::Place {
+    match place {
+        shim::Place::File { file, page } => kit::Place::File { file, page },
+        shim::Place::Swap { slot } => kit::Place::Swap { slot },
     }
 }
 
@@ -68,6 +110,7 @@ const fn rights(protection: shim::Protection) -> kit::Rights {
         shim::Protection::Nothing => kit::Rights::Nothing,
         shim::Protection::Read => kit::Rights::Read,
         shim::Protection::Write => kit::Rights::Write,
+        shim::Protection::Execute => kit::Rights::Execute,
     }
 }
 
@@ -76,6 +119,7 @@ pub(crate) const fn protection(rights: kit::Rights) -> shim::Protection {
         kit::Rights::Nothing => shim::Protection::Nothing,
         kit::Rights::Read => shim::Protection::Read,
         kit::Rights::Write => shim::Protection::Write,
+        kit::Rights::Execute => shim::Protection::Execute,
     }
 }
 
@@ -83,6 +127,7 @@ pub(crate) const fn access(access: shim::UserAccess) -> kit::UserAccess {
     match access {
         shim::UserAccess::Read => kit::UserAccess::Read,
         shim::UserAccess::Write => kit::UserAccess::Write,
+        shim::UserAccess::Fetch => kit::UserAccess::Fetch,
     }
 }
 
@@ -90,6 +135,7 @@ pub(crate) const fn access_of_program(access: kit::UserAccess) -> shim::UserAcce
     match access {
         kit::UserAccess::Read => shim::UserAccess::Read,
         kit::UserAccess::Write => shim::UserAccess::Write,
+        kit::UserAccess::Fetch => shim::UserAccess::Fetch,
     }
 }
 
@@ -98,21 +144,52 @@ pub(crate) const fn supply(supply: kit::Supply) -> shim::Supply {
         kit::Supply::Always => shim::Supply::Always,
         kit::Supply::Never => shim::Supply::Never,
         kit::Supply::ExceptEvery(every) => shim::Supply::ExceptEvery(every),
+        kit::Supply::Nth(number) => shim::Supply::Nth(number),
     }
 }
 
-pub(crate) const fn area(backing: kit::Backing, rights: kit::Rights) -> shim::Area {
+/// A new area at `start`. Where it lies decides what its entries say besides, so that sequences
+/// need no words for it.
+pub(crate) const fn area(start: u64, backing: kit::Backing, rights: kit::Rights) -> shim::Area {
     let kind = match backing {
-        kit::Backing::Anon | kit::Backing::Huge | kit::Backing::Clean | kit::Backing::Stack => {
-            shim::AreaKind::Anon
-        }
+        kit::Backing::Anon
+        | kit::Backing::Huge
+        | kit::Backing::Clean
+        | kit::Backing::Stack
+        | kit::Backing::Zeroes
+        | kit::Backing::Folios => shim::AreaKind::Anon,
         kit::Backing::Private => shim::AreaKind::FilePrivate(1),
         kit::Backing::Shared => shim::AreaKind::FileShared(2),
-        kit::Backing::Pfn => shim::AreaKind::Pfn,
+        kit::Backing::Pfn | kit::Backing::Giant => shim::AreaKind::Pfn,
     };
     let growth = match backing {
         kit::Backing::Stack => shim::Growth::Down,
         _ => shim::Growth::Fixed,
     };
-    shim::Area { kind, protection: protection(rights), growth, file_base: 0 }
+    let granule = match backing {
+        kit::Backing::Zeroes => shim::Granule::Block,
+        kit::Backing::Folios => shim::Granule::Folio,
+        _ => shim::Granule::Page,
+    };
+    shim::Area {
+        kind,
+        protection: protection(rights),
+        growth,
+        file_base: 0,
+        attributes: attributes_at(start),
+        granule,
+    }
+}
+
+/// In four areas of eight: one bit that decides how pages are cached, or a protection key and a bit
+/// that hardware does not look at.
+const fn attributes_at(start: u64) -> PageTableFlags {
+    match (start >> 12 ^ start >> 21 ^ start >> 30) & 0b111 {
+        1 => PageTableFlags::NO_CACHE,
+        // The PAT bit, in the last level.
+        3 => PageTableFlags::HUGE_PAGE,
+        5 => PageTableFlags::BIT_60.union(PageTableFlags::BIT_9),
+        6 => PageTableFlags::WRITE_THROUGH,
+        _ => PageTableFlags::empty(),
+    }
 }

@@ -16,14 +16,15 @@ use core::ptr;
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Once;
 
-use mmu_adapter::{HostedKernel, HostedMm, HostedStage, touch};
-use mmu_gather::pagetable::{EntryValue, Level, TableLock, TableMemory, TableView, VirtRange};
+use mmu_adapter::{Hosted, HostedKernel, HostedMm, HostedStage, touch};
+use mmu_gather::pagetable::{EntryValue, Level, TableMemory, TableView, VirtRange};
 use mmu_gather::tlb::CpuId;
 use mmu_gather::{Fate, MmuGather, Vma as EngineVma, VmaKind};
 use mmu_hosted::features::{Features, SettingDirty};
-use mmu_hosted::{GiveWay, HostedMachine, Options};
+use mmu_hosted::{HostedMachine, Options};
 use mmu_kernel_shim::{
-    Area, AreaKind, Config, EngineArea, FrameKind, Machine, PageContent, Protection, Stage, UserAccess, Vma,
+    Area, AreaKind, Config, EngineArea, FrameKind, Machine, PageContent, Protection, SeamLock, Stage,
+    UserAccess, Vma,
 };
 use x86_64::registers::rflags::RFlags;
 use x86_64::structures::paging::PageTableFlags;
@@ -41,7 +42,7 @@ type Gather<'a> = MmuGather<'a, 'a, HostedKernel>;
 struct Probe {
     machine: *const HostedMachine,
     /// The lock of the table, and the page's entry in it.
-    lock: *const TableLock<GiveWay>,
+    lock: *const SeamLock<Hosted>,
     entry: *const AtomicU64,
     /// The program writes before this instruction, counted from the first one that finds the table
     /// locked and the entry there.

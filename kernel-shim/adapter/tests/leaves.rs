@@ -20,7 +20,9 @@ const NR_PAGES: u64 = 6;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
+const NO_EXECUTE: u64 = 1 << 63;
 
 /// A kernel with one address space that has one area of `NR_PAGES` pages, which a program runs in.
 struct World {
@@ -31,11 +33,16 @@ struct World {
 
 impl World {
     fn new(backing: Backing, rights: Rights) -> Self {
+        Self::at(START, backing, rights)
+    }
+
+    /// As [`new`](Self::new), with the area at `start`; pages are still counted from [`START`].
+    fn at(start: u64, backing: Backing, rights: Rights) -> Self {
         let machine = Arc::new(HostedMachine::new(Options::new(1, NR_FRAMES, 1)).expect("a small machine"));
         let boot_shim = |machine: &Arc<HostedMachine>| ShimKernel::boot(machine, Config::default());
         let kernel = boot(&machine, boot_shim).expect("it has frames");
         let mm = kernel.new_mm().expect("it has frames");
-        let range = VirtRange::new(START, START + NR_PAGES * 4096).expect("a good range");
+        let range = VirtRange::new(start, start + NR_PAGES * 4096).expect("a good range");
         kernel.map(&mm, range, backing, rights).expect("nothing is there");
         kernel.switch_to(Some(&mm));
         Self { machine, kernel, mm }
@@ -114,6 +121,19 @@ fn an_entry_that_allows_more_than_its_area_is_told() {
 }
 
 #[test]
+fn an_entry_that_lets_programs_execute_what_is_no_code_is_told() {
+    for rights in [Rights::Read, Rights::Write] {
+        let world = World::new(Backing::Shared, rights);
+        let told = world.touch(0, UserAccess::Read).told_after(0, |entry| entry & !NO_EXECUTE);
+        assert_eq!(told, [ViolationKind::MoreThanAreaAllows], "{rights}");
+    }
+    for backing in [Backing::Anon, Backing::Private, Backing::Shared, Backing::Pfn] {
+        let world = World::new(backing, Rights::Execute);
+        assert_eq!(world.touch(0, UserAccess::Fetch).touch(1, UserAccess::Read).told(), [], "{backing}");
+    }
+}
+
+#[test]
 fn a_page_that_others_read_must_not_be_writable() {
     for backing in [Backing::Anon, Backing::Private] {
         let world = World::new(backing, Rights::Write);
@@ -138,18 +158,39 @@ fn a_table_or_a_frame_beyond_memory_is_no_page() {
         let table = world.entry(0, 2).load(Ordering::Relaxed);
         let frame = beyond.unwrap_or(frame_in(table).start_address().as_u64() >> 12);
         let told = world.told_after(0, |entry| leading_to(entry, frame));
-        assert_eq!(told, [ViolationKind::NoPageMapped], "{beyond:?}");
+        // Nor is what a program has written there.
+        assert_eq!(told.first(), Some(&ViolationKind::NoPageMapped), "{beyond:?}");
     }
 }
 
 #[test]
 fn a_bit_that_nobody_asked_for_is_told() {
-    // PAT, global, the kernel's own, protection keys, no execution.
+    // PAT, global, the kernel's own, protection keys; no execution, where code is.
     for bit in [7, 8, 9, 11, 52, 59, 63] {
-        let world = World::new(Backing::Anon, Rights::Write);
-        let told = world.touch(0, UserAccess::Write).told_after(0, |entry| entry | 1 << bit);
+        let world = World::new(Backing::Shared, Rights::Execute);
+        let told = world.touch(0, UserAccess::Fetch).told_after(0, |entry| entry | 1 << bit);
         assert_eq!(told, [ViolationKind::StrayBits], "bit {bit}");
     }
+}
+
+#[test]
+fn a_bit_that_an_area_asks_for_and_its_entry_has_not_is_told() {
+    // Where it begins decides what it asks for.
+    for (first, bit) in [(1, 4), (3, 7), (5, 9), (5, 60), (6, 3)] {
+        let world = World::at(START + (first << 12), Backing::Anon, Rights::Write);
+        world.touch(first, UserAccess::Write);
+        assert_eq!(world.told(), [], "bit {bit}");
+        let world = World::at(START + (first << 12), Backing::Anon, Rights::Write);
+        let told = world.touch(first, UserAccess::Write).told_after(first, |entry| entry & !(1 << bit));
+        assert_eq!(told, [ViolationKind::BitsLost], "bit {bit}");
+    }
+}
+
+#[test]
+fn an_entry_that_does_not_say_that_its_page_was_used_is_told() {
+    let world = World::new(Backing::Anon, Rights::Write);
+    let told = world.touch(0, UserAccess::Write).told_after(0, |entry| entry & !ACCESSED);
+    assert_eq!(told, [ViolationKind::AccessForgotten]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mmu_adapter::{HostedKernel, boot, touch};
 use mmu_gather::pagetable::VirtRange;
 use mmu_hosted::{FrameRole, HostedMachine, Options};
-use mmu_kernel_shim::{Area, AreaKind, Config, Growth, PageContent, Protection, UserAccess, Vma};
+use mmu_kernel_shim::{Area, AreaKind, Config, PageContent, UserAccess, Vma};
 
 const START: u64 = 0x7000_0000_0000;
 
@@ -33,7 +33,7 @@ fn what_the_machine_was_told_of_frames_is_what_the_kernel_keeps() {
     kernel.mmap(&mm, Vma { range: range(0, 1024), area: Area::anon() }).expect("nothing is there");
     kernel.populate(&mm, range(512, 1024), PageContent::AnonBlock).expect("it has frames");
     let file = AreaKind::FilePrivate(1);
-    let area = Area { kind: file, protection: Protection::Write, growth: Growth::Fixed, file_base: 0 };
+    let area = Area { kind: file, ..Area::anon() };
     kernel.mmap(&mm, Vma { range: range(1024, 1100), area }).expect("nothing is there");
     for page in [0, 3, 7, 1024, 1025] {
         touch(&kernel, &mm, START + page * 4096, UserAccess::Write);

@@ -77,3 +77,18 @@ fn the_line_of_tables_that_went_is_forgotten() {
     }
     assert_eq!(noted, [3, 2, 1, 1]);
 }
+
+#[test]
+fn a_kernel_that_runs_as_its_first_variant_notes_no_lines() {
+    let options = Options { variants: [true, false], ..Options::new(1, 8192, 1) };
+    let machine = Arc::new(HostedMachine::new(options).expect("a small machine"));
+    let kernel = boot(&machine, Config::default()).expect("it has frames");
+    let mm = kernel.new_mm().expect("it has frames");
+    kernel.switch_to(Some(&mm));
+    map(&kernel, &mm, range(0, 4096));
+    assert_eq!(touch(&kernel, &mm, START, UserAccess::Write), Touched::Reached);
+    // All of them may hold entries.
+    assert_eq!(nr_noted(&kernel, &mm, START, Level::Pte), 64);
+    kernel.munmap(&mm, range(0, 4096)).expect("no large page");
+    assert_eq!(mm.nr_tables(), [0, 0, 0]);
+}

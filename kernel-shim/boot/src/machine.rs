@@ -321,10 +321,15 @@ unsafe impl Machine for BareMachine {
             | Note::Protected { .. }
             | Note::Restricted { .. }
             | Note::Split { .. }
+            | Note::Contents(_)
             | Note::Tlb { .. }
             | Note::Gather(_)
             | Note::MapLocked { .. }
-            | Note::MapUnlocked { .. } => {}
+            | Note::MapUnlocked { .. }
+            | Note::BatchTaken
+            | Note::BatchRefused
+            | Note::RmapDelayed
+            | Note::Areas(_) => {}
         }
     }
 }

@@ -69,13 +69,32 @@ boundaries! {
     SwappedIn, "swapped in", "A program used a page that reclaim had taken.";
     GuardKept, "guard kept", "Pages were dropped around a guard, and it stayed.";
     GuardMet, "guard met", "A program was refused by a guard.";
+    ThreadMoved, "thread moved", "A call went on on another CPU than it had begun on.";
+    ProtectRetried, "mprotect tried again", "Hardware set a bit of an entry between the look of mprotect and its change.";
+    ForkRetried, "fork tried again", "Hardware set a bit of an entry between the look of fork and its change.";
+    FrameRefused, "page refused", "No frame for a program's page could be had.";
+    ManyCpus, "more than 64 CPUs", "A flush waited for a CPU beyond the 64th.";
+    SlotTaken, "PCID slot taken", "A CPU gave the PCID of an address space that had not exited to another.";
+    SlotTakenMidFlush, "PCID taken mid-flush", "It did so while another CPU waited for an answer.";
+    ExitBesideReclaim, "exit beside reclaim", "An address space exited while reclaim took pages from it.";
+    FifthLevel, "512 GiB table freed", "With five levels, a table of 512 GiB entries was unhooked.";
+    HighAddress, "address beyond four levels", "A program used an address that only five levels reach.";
+    GiantCleared, "1 GiB leaf cleared", "A 1 GiB leaf was cleared whole.";
+    GiantSplit, "1 GiB leaf split", "A 1 GiB leaf was split.";
+    ZeroBlock, "large page of zeroes", "A read was answered with the large page of zeroes.";
+    ZeroBlockReplaced, "zeroes replaced whole", "A write put a large page in the place of the one of zeroes.";
+    RunFreed, "run freed", "Pages that had been queued as one record were freed.";
+    ManyTables, "many tables unhooked", "One step unhooked more tables than the ceiling.";
+    LargeCeiling, "2 MiB pages past ceiling", "More 2 MiB pages than the ceiling were flushed for.";
+    GiantCeiling, "1 GiB pages past ceiling", "More 1 GiB pages than the ceiling were flushed for.";
+    AskedAgain, "deferred flush after retake", "A flush that reclaim owed was first seen after a table lock was taken again.";
 }
 
 /// A set of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Boundaries(u64);
+pub struct Boundaries(u128);
 
-const _: () = assert!(Boundary::ALL.len() <= 64);
+const _: () = assert!(Boundary::ALL.len() <= 128);
 
 impl Boundaries {
     /// The set with `boundary`.
@@ -108,17 +127,30 @@ impl fmt::Display for Boundary {
     }
 }
 
-/// Those that a machine notes as it goes.
+/// Those that a machine notes as it goes, by what the CPU does that comes there.
 #[derive(Debug, Default)]
-pub(crate) struct Reached(AtomicU64);
+pub(crate) struct Reached([[AtomicU64; 2]; Self::KINDS]);
 
 impl Reached {
-    pub(crate) fn note(&self, boundary: Boundary) {
-        self.0.fetch_or(Boundaries::default().with(boundary).0, Ordering::Relaxed);
+    /// So many things a CPU may do; the last is nothing in particular.
+    pub(crate) const KINDS: usize = 32;
+
+    pub(crate) fn note(&self, boundary: Boundary, doing: u8) {
+        let place = usize::from(doing).min(Self::KINDS - 1);
+        let number = boundary as usize;
+        self.0[place][number / 64].fetch_or(1 << (number % 64), Ordering::Relaxed);
     }
 
     pub(crate) fn so_far(&self) -> Boundaries {
-        Boundaries(self.0.load(Ordering::Relaxed))
+        self.by_what_is_done().fold(Boundaries::default(), Boundaries::or)
+    }
+
+    /// What was reached by each thing that a CPU may do.
+    pub(crate) fn by_what_is_done(&self) -> impl Iterator<Item = Boundaries> + '_ {
+        self.0.iter().map(|reached| {
+            let [low, high] = reached.each_ref().map(|word| u128::from(word.load(Ordering::Relaxed)));
+            Boundaries(high << 64 | low)
+        })
     }
 }
 
@@ -138,7 +170,8 @@ impl PcidOwners {
             _ if pcid == 0 => None,
             0 => None,
             same if same == root => Some(if keeps { Boundary::SlotKept } else { Boundary::SlotStale }),
-            _ => Some(Boundary::SlotReused),
+            GONE => Some(Boundary::SlotReused),
+            _ => Some(Boundary::SlotTaken),
         }
     }
 
@@ -171,7 +204,7 @@ mod tests {
         assert_eq!(owners.loads(0x5000, 3, false), None);
         assert_eq!(owners.loads(0x5000, 3, true), Some(Boundary::SlotKept));
         assert_eq!(owners.loads(0x5000, 3, false), Some(Boundary::SlotStale));
-        assert_eq!(owners.loads(0x6000, 3, false), Some(Boundary::SlotReused));
+        assert_eq!(owners.loads(0x6000, 3, false), Some(Boundary::SlotTaken));
         // The frame of a root that was freed may be the next one's root.
         owners.forget(0x6000);
         assert_eq!(owners.loads(0x6000, 3, false), Some(Boundary::SlotReused));

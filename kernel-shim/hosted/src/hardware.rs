@@ -10,6 +10,8 @@
 //! | `send_flush_interrupt`, `wait_for_answers`, `answered` | the same names |
 //! | `online_cpus`, `pcid_support`, `invalidate_secondary` | the same names |
 //! | `between_look_and_change` | `seam` with [`Seam::Entry`] |
+//! | `between_gather_steps`, `between_flush_steps` | `seam` with [`Seam::Step`] |
+//! | the drop of a guard of `Lock`, once the lock is free | [`unlocked`](crate::unlocked) |
 //! | `unmap_page` | `note` with [`Note::Cleared`], then `seam` |
 //! | `flush_others`, overridden | `call_cpus`, `wait_for_calls`; `answered` in the handler |
 //! | `allocate_batch` | `allocated`, then `lent` |
@@ -21,17 +23,19 @@
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use mmu_gather::pagetable::TableLock;
+use mmu_gather::pagetable::{PagingMode, TableLock};
 use mmu_gather::tlb::{
-    Answers, CachedTranslations, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan, PcidSupport,
+    Answers, CachedTranslations, CpuBits, CpuId, CpuSet, CtxId, EarlyAnswer, OnlineCpus, PageSpan,
+    PcidSupport,
 };
 use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
+use crate::awaited::Awaits;
 use crate::boundary::Boundary;
 use crate::checker::checked::Caches;
 use crate::checker::events::{Kept, What};
-use crate::machine::HostedMachine;
+use crate::machine::{HostedMachine, VirtualCpu};
 use crate::mmu::arch::LinearAddress;
 use crate::mmu::invalidate::Cr3Load;
 use crate::mutex::lock;
@@ -39,14 +43,15 @@ use crate::options::{MachineFault, Options};
 use crate::schedule::{self, GiveWay};
 use crate::vocabulary::{FrameRole, Moment, Note, Seam};
 
-/// Storage for a set of CPUs of this machine: `Cpus::Bits` of a kernel on it.
-pub type Bits = [AtomicU64; 1];
+/// Storage for a set of CPUs of this machine: `Cpus::Bits` of a kernel on it. One that says so
+/// (`Kernel::MOST_CPUS`) may have room for fewer.
+pub type Bits = [AtomicU64; Options::MOST_CPUS as usize / 64];
 
 impl HostedMachine {
     /// How many CPUs there are.
     #[must_use]
     pub fn nr_cpus(&self) -> u32 {
-        self.options.nr_cpus.clamp(1, 64)
+        self.options.nr_cpus.clamp(1, Options::MOST_CPUS)
     }
 
     /// Frames of physical memory, numbered from 0.
@@ -119,9 +124,13 @@ impl HostedMachine {
         }
     }
 
-    /// Runs `f` on the CPU it is called on: code of a CPU comes back as the same CPU.
+    /// Runs `f` on the CPU it is called on: what is in it does not go on on another one.
     pub fn pinned<R>(&self, f: impl FnOnce(CpuId) -> R) -> R {
-        f(self.current())
+        let cpu = self.cpu();
+        cpu.pinned.fetch_add(1, Ordering::Relaxed);
+        let result = f(cpu.id);
+        cpu.pinned.fetch_sub(1, Ordering::Relaxed);
+        result
     }
 
     /// Runs `f` with interrupts off on this CPU.
@@ -136,7 +145,7 @@ impl HostedMachine {
 
     /// Interrupts every CPU in `targets`, which runs the kernel's handler when its interrupts are
     /// on.
-    pub fn send_flush_interrupt(&self, targets: &CpuSet<Bits>) {
+    pub fn send_flush_interrupt<B: CpuBits>(&self, targets: &CpuSet<B>) {
         self.has_sent();
         for target in targets.iter() {
             let cpu = &self.cpus[target.index()];
@@ -144,8 +153,9 @@ impl HostedMachine {
                 continue;
             }
             if cpu.interrupts_off.load(Ordering::Relaxed) > 0 {
-                self.reached.note(Boundary::HeldOff);
+                self.note_reached(Boundary::HeldOff);
             }
+            self.judge_interrupt(target);
             cpu.was_sent.store(true, Ordering::Relaxed);
             cpu.is_interrupted.store(true, Ordering::Release);
             // A kernel that says whom it asks has said so.
@@ -156,7 +166,7 @@ impl HostedMachine {
     }
 
     /// Lets other CPUs run while this one waits for them.
-    pub fn wait_for_answers(&self, answers: Answers<'_, Bits>) {
+    pub fn wait_for_answers<B: CpuBits>(&self, answers: Answers<'_, B>) {
         self.begins_to_wait();
         // A CPU that has nothing else to do takes the interrupt at once.
         for target in answers.missing() {
@@ -164,9 +174,10 @@ impl HostedMachine {
                 self.on_cpu(target, || self.take_interrupt());
             }
         }
-        let missing = answers.missing().fold(0, |mask, target| mask | 1 << target.number());
-        self.cpu().awaits.store(missing, Ordering::Relaxed);
-        if missing != 0 {
+        if answers.missing().any(|target| target.number() >= 64) {
+            self.note_reached(Boundary::ManyCpus);
+        }
+        if self.cpu().awaits.set(answers.missing()) == Awaits::Somebody {
             schedule::wait();
         }
     }
@@ -178,9 +189,8 @@ impl HostedMachine {
     /// The handler is the same, [`Kernel::flush_interrupt`](crate::Kernel::flush_interrupt), and
     /// does what the kernel likes: carries out what it was called for, then tells
     /// [`answered`](Self::answered).
-    pub fn call_cpus(&self, targets: &CpuSet<Bits>) {
-        let called = targets.iter().fold(0, |mask, target| mask | 1 << target.number());
-        self.cpu().awaits.store(called, Ordering::Relaxed);
+    pub fn call_cpus<B: CpuBits>(&self, targets: &CpuSet<B>) {
+        let _ = self.cpu().awaits.set(targets.iter());
         self.send_flush_interrupt(targets);
     }
 
@@ -188,8 +198,8 @@ impl HostedMachine {
     /// before they have answered; interrupts are taken meanwhile if they are on.
     pub fn wait_for_calls(&self) {
         self.begins_to_wait();
-        let called = self.cpu().awaits.load(Ordering::Relaxed);
-        for cpu in self.cpus.iter().filter(|cpu| called >> cpu.id.number() & 1 != 0) {
+        let here = self.cpu();
+        for cpu in self.cpus.iter().filter(|cpu| here.awaits.contains(cpu.id)) {
             // One that has nothing else to do takes the interrupt at once.
             if !cpu.has_turns.load(Ordering::Relaxed) {
                 self.on_cpu(cpu.id, || self.take_interrupt());
@@ -201,11 +211,11 @@ impl HostedMachine {
     /// This CPU has answered a request of `initiator`.
     pub fn answered(&self, initiator: CpuId) {
         if self.cpu().waits.load(Ordering::Relaxed) {
-            self.reached.note(Boundary::Crossing);
+            self.note_reached(Boundary::Crossing);
         }
         self.cpu().was_sent.store(false, Ordering::Relaxed);
-        let answered = 1 << self.current().number();
-        self.cpus[initiator.index()].awaits.fetch_and(!answered, Ordering::Relaxed);
+        self.cpus[initiator.index()].awaits.remove(self.current());
+        self.cost_of_answer(initiator);
         let is_lost = self.cpu().flushes_nothing.load(Ordering::Relaxed);
         self.log(if is_lost { What::Lost(initiator) } else { What::Answered(initiator) });
     }
@@ -234,6 +244,7 @@ impl HostedMachine {
             self.log(What::Skipped(Some(address)));
             return;
         }
+        self.count_invlpg(address);
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             mmu.invlpg(LinearAddress::new(address), watch);
         }
@@ -246,8 +257,10 @@ impl HostedMachine {
     /// Where the instruction would trap: with PCIDs off, if `pcid` is not 0 or `cached` is `Keep`.
     pub fn load_cr3(&self, root: PhysFrame, pcid: Pcid, cached: CachedTranslations) {
         let keep = cached == CachedTranslations::Keep;
+        self.cost_of_load_begins();
         // Between the decision what to keep and the load.
         self.cross_between_steps();
+        self.judge_cr3(root, pcid.value(), cached);
         let mut is_switch = false;
         if let Some(Caches { mmu, watch }) = &mut *lock(&self.cpu().caches) {
             is_switch = mmu.cr3().0 != root;
@@ -278,7 +291,12 @@ impl HostedMachine {
             && let Some(boundary) =
                 self.cpu().pcid_owners.loads(root.start_address().as_u64(), pcid.value(), keep)
         {
-            self.reached.note(boundary);
+            self.note_reached(boundary);
+            // Another CPU may have asked this one to flush what it has of the other.
+            let waits = |cpu: &VirtualCpu| cpu.waits.load(Ordering::Relaxed);
+            if boundary == Boundary::SlotTaken && self.cpus.iter().any(waits) {
+                self.note_reached(Boundary::SlotTakenMidFlush);
+            }
         }
         self.log(What::LoadedCr3(root, pcid.value(), if keep { Kept::Yes } else { Kept::No }));
         self.check_stale();
@@ -298,8 +316,15 @@ impl HostedMachine {
         if self.nr_cpus() == 1 { OnlineCpus::One } else { OnlineCpus::Many }
     }
 
+    /// How many levels page tables have.
+    #[must_use]
+    pub const fn paging_mode(&self) -> PagingMode {
+        self.options.paging
+    }
+
     /// Whether PCIDs are on.
     pub fn pcid_support(&self) -> PcidSupport {
+        self.cost_of_load_begins();
         // A switch asks after it has announced itself and read the generation.
         self.cross_between_steps();
         self.options.pcid
@@ -311,7 +336,7 @@ impl HostedMachine {
         let turns = self.turns();
         self.cross_between_steps();
         if self.turns() != turns {
-            self.reached.note(Boundary::Preempted);
+            self.note_reached(Boundary::Preempted);
         }
     }
 
@@ -343,6 +368,7 @@ impl HostedMachine {
     pub unsafe fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<GiveWay>) {
         if self.checked.is_some() {
             self.cross(Seam::Lock);
+            self.cost_of_take(frame);
             self.ask_for_lock(frame, lock);
         }
     }

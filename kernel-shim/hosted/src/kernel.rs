@@ -8,6 +8,7 @@ use mmu_gather::tlb::{CpuId, CtxId};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::boundary::Boundaries;
+use crate::checker::cost::state::CostPromise;
 use crate::machine::HostedMachine;
 use crate::vocabulary::{Backing, Guarding, Rights, Supply, UserAccess};
 
@@ -31,6 +32,44 @@ pub enum Promises {
     ByTheKernel,
 }
 
+/// Where a thread may go on on another CPU, and another take its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preemption {
+    /// Nowhere: a call ends on the CPU that it began on.
+    Absent,
+    /// Wherever it is not [pinned](HostedMachine::pinned), has interrupts on and holds no table
+    /// lock: at any seam.
+    Full,
+}
+
+/// Whether a kernel keeps programs from executing what is no code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execution {
+    /// It does not: what may be read may be executed.
+    Anywhere,
+    /// It does, by bit 63 of entries: code is where [`Rights::Execute`] is, and nowhere else.
+    WhereAllowed,
+}
+
+/// What a kernel knows of page tables with five levels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FiveLevels {
+    /// Nothing.
+    Unknown,
+    /// It asks how many there are.
+    Known,
+}
+
+/// When an address space may exit that reclaim takes pages from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReclaimAndExit {
+    /// When reclaim has done with it.
+    OneAfterTheOther,
+    /// At any time: reclaim finds nothing more in it, and flushes for what it has taken when the
+    /// address space may be gone.
+    AtOnce,
+}
+
 /// A kernel that runs on a [`HostedMachine`].
 ///
 /// The first nine methods are required. The others are calls that a kernel may not have: steps that
@@ -42,6 +81,14 @@ pub enum Promises {
 /// lock that is held at a seam must be one of `spin`'s that gives way: `spin::mutex::SpinMutex<T,
 /// GiveWay>`. A lock of `std` would wait for ever.
 pub trait Kernel: Send + Sync + 'static {
+    /// Whether the kernel can run where page tables have five levels (CR4.LA57), which it asks for:
+    /// [`HostedMachine::paging_mode`]. If not, each machine it runs on has four.
+    const FIVE_LEVELS: FiveLevels = FiveLevels::Unknown;
+
+    /// The most CPUs that the kernel has room for. A machine that it runs on has no more, whatever
+    /// its sequence says.
+    const MOST_CPUS: u32 = 64;
+
     /// An address space: an `Arc`, say.
     type Mm: Clone + 'static;
 
@@ -96,6 +143,43 @@ pub trait Kernel: Send + Sync + 'static {
         Promises::ByTheRunner
     }
 
+    /// What the kernel promises of its costs: that no call does more than its size explains.
+    /// Nothing, unless it says so. The answer never changes.
+    ///
+    /// A kernel that promises has a [`ctx_id`](Self::ctx_id) and tells the notes that the bounds
+    /// are made of: see the README.
+    fn promises_cost(&self) -> Option<CostPromise> {
+        None
+    }
+
+    /// Where threads may move from one CPU to another. The answer never changes.
+    ///
+    /// A kernel that says [`Full`](Preemption::Full) has nothing of its own that belongs to one CPU
+    /// in use across a seam but in [`HostedMachine::pinned`] or with interrupts off; it holds no
+    /// lock of its own there either, but for one that a waiting thread sleeps for (a map lock).
+    /// When a thread arrives, [`switch_to`](Self::switch_to) or [`go_lazy`](Self::go_lazy) is
+    /// called on the CPU, as a scheduler would.
+    fn preemption(&self) -> Preemption {
+        Preemption::Absent
+    }
+
+    /// Whether it keeps programs from executing what is no code. The answer never changes.
+    fn execution(&self) -> Execution {
+        Execution::Anywhere
+    }
+
+    /// When an address space may exit that reclaim takes pages from. The answer never changes.
+    fn reclaim_and_exit(&self) -> ReclaimAndExit {
+        ReclaimAndExit::OneAfterTheOther
+    }
+
+    /// Whether it has areas with this backing. Those that it does not have are refused without
+    /// asking. A kernel without [`Backing::Giant`] is not asked for areas of more than 256 MiB
+    /// either, which would take it long if it goes through them page by page.
+    fn has(&self, backing: Backing) -> bool {
+        !matches!(backing, Backing::Giant | Backing::Zeroes | Backing::Folios)
+    }
+
     /// The name by which the engine knows the address space, for the device and for timelines.
     fn ctx_id(&self, _mm: &Self::Mm) -> Option<CtxId> {
         None
@@ -120,7 +204,8 @@ pub trait Kernel: Send + Sync + 'static {
         Err(NotDone::Missing)
     }
 
-    /// Fills `range`, which is mapped and whole 2 MiB pages long, with 2 MiB pages.
+    /// Fills `range`, which is mapped and whole 2 MiB pages long, with 2 MiB pages; or with 1 GiB
+    /// pages, if the backing is [`Backing::Giant`]: the range is whole 1 GiB pages long then.
     ///
     /// # Errors
     /// [`NotDone`].
@@ -201,6 +286,14 @@ pub trait Kernel: Send + Sync + 'static {
         Err(NotDone::Missing)
     }
 
+    /// Frames for programs' pages get scarce, or not.
+    ///
+    /// # Errors
+    /// [`NotDone`].
+    fn set_frame_supply(&self, _supply: Supply) -> Result<(), NotDone> {
+        Err(NotDone::Missing)
+    }
+
     /// Every address space has exited and every CPU has left: frees what the kernel kept for later,
     /// such as pages of files. What is in use after this and was not in use when it had booted was
     /// lost.
@@ -215,12 +308,22 @@ pub trait Kernel: Send + Sync + 'static {
         let roots: Vec<PhysFrame> = mms.iter().map(|mm| self.root(mm)).collect();
         machine.compare_caches_with_tables(&roots);
         machine.compare_tables_with_frames(&roots);
+        machine.compare_contents(|_| None);
     }
 
     /// The corners that the kernel knows it has been to, besides those that the machine sees.
     fn reached(&self) -> Boundaries {
         Boundaries::default()
     }
+
+    /// The names of what the kernel counts for each CPU: what it does seldom leads the fuzzer, and
+    /// what it never did is told. One that begins with `max_` is a high-water mark, no sum.
+    fn counters(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// What it has counted for this CPU so far, in the order of [`counters`](Self::counters).
+    fn counted(&self, _cpu: CpuId, _counts: &mut [u64]) {}
 
     /// How many frees the kernel noticed by itself of what was not in use.
     fn double_frees(&self) -> u64 {
@@ -245,6 +348,9 @@ pub fn boot<K: Kernel>(
     let kernel = Arc::new(make(machine)?);
     // The kernel may own the machine.
     let handler = Arc::downgrade(&kernel);
+    if kernel.execution() == Execution::WhereAllowed {
+        machine.note_execution_is_a_right();
+    }
     machine.set_flush_handler(Box::new(move || {
         // An interrupt that comes after the kernel has no mail.
         if let Some(kernel) = handler.upgrade() {

@@ -9,10 +9,14 @@
 //!  fuzz         what a kernel's own tests call
 //!      │
 //!      v
+//!  corpus       sequences that went somewhere new, and new ones made from them
+//!      │
+//!      v
 //!  sequence/    steps for every CPU: made up, written down, run on any kernel, made short
 //!      │
 //!      v
 //!  kernel       what this machine needs of a kernel: one trait
+//!  threads      what runs on a CPU, and may go on on another
 //!  adversary    at every seam other CPUs run, and any CPU speculates
 //!  checker/     what must never happen, looked for wherever it could
 //!      │
@@ -33,6 +37,7 @@
 #![deny(unsafe_code)]
 
 mod adversary;
+mod awaited;
 mod boundary;
 mod checker;
 mod device;
@@ -50,27 +55,35 @@ mod quiet;
 mod random;
 mod schedule;
 mod sequence;
+mod threads;
 mod trap;
 mod vocabulary;
 
 pub use boundary::{Boundaries, Boundary};
+pub use checker::cost::state::CostPromise;
 pub use checker::events::{Call, Detail, Event, Fill, Kept, What};
 pub use checker::kind::ViolationKind;
 pub use checker::violation::{Found, Violation};
+pub use fuzz::corpus::Corpus;
 pub use fuzz::{Failure, FuzzOptions, Report, fuzz, replay};
 pub use hardware::Bits;
-pub use kernel::{Kernel, NotDone, Promises, boot};
+pub use kernel::{Execution, FiveLevels, Kernel, NotDone, Preemption, Promises, ReclaimAndExit, boot};
 pub use machine::{FlushHandler, HostedMachine};
 pub use memory::Memory;
 pub use mmu::{arch, broadcast, features, invalidate, physical, structure_cache, tlb_cache, walk, watch};
-pub use options::{Adversary, Checking, Device, MachineFault, MostWork, Options, Telling};
+pub use options::{
+    Adversary, Checking, Cores, Device, Eagerness, MachineFault, MostWork, Options, Stores, Telling,
+};
 pub use program::Signal;
 pub use random::Choices;
 pub use schedule::{GiveWay, Schedule, give_way, is_scheduled};
+pub use sequence::quirks::{Quirk, Quirks};
 pub use sequence::{
-    Calls, Lost, MmId, NR_MMS, Op, Outcome, Pace, Run, Sequence, SequenceError, Step, Tally, Trial, Verdict,
-    execute, generate, judge, shrink, with_cpus_going_off,
+    Calls, Feature, Features, Lost, MmId, NR_MMS, Op, Outcome, Pace, Pairs, Run, Sequence, SequenceError,
+    Step, Tally, Trial, Verdict, execute, generate, judge, shrink, with_cpus_going_off,
 };
+pub use threads::unlocked;
 pub use vocabulary::{
-    Backing, Content, FrameRole, Guarding, Moment, Note, Rights, Seam, Supply, UnderMapLock, UserAccess,
+    Backing, Content, Contents, FrameRole, Guarding, Moment, Note, Place, Rights, Seam, Shows, Supply,
+    UnderMapLock, UserAccess,
 };

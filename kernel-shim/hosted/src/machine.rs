@@ -1,30 +1,38 @@
 //! The hosted machine: CPUs, interrupts and memory in an ordinary process.
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::{CpuId, PcidSupport};
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
 
-use crate::boundary::{Boundaries, PcidOwners, Reached};
+use crate::awaited::Awaited;
+use crate::boundary::{Boundaries, Boundary, PcidOwners, Reached};
 use crate::checker::checked::{Caches, Checked};
+use crate::checker::cost::state::Cost;
 use crate::checker::events::{Detail, Event, EventLog, What};
 use crate::checker::kind::ViolationKind;
 use crate::checker::ledger::Ledger;
-use crate::checker::per_cpu::{MapLocks, TableLocks, WorkDone};
+use crate::checker::per_cpu::{MapLocks, StepSoFar, TableLocks, ThreadHere, WorkDone};
 use crate::checker::violation::Found;
 use crate::device::SharedSpaces;
 use crate::memory::Memory;
 use crate::mmu::Mmu;
+use crate::mmu::arch::TableLevel;
 use crate::mutex::lock;
 use crate::options::{Checking, MachineFault, Options, Telling};
 use crate::random::Choices;
-use crate::schedule::{self, Schedule};
+use crate::schedule;
 use crate::vocabulary::FrameRole;
 
-/// A machine of up to 64 CPUs.
+/// For how many seams a table counts as new: it is linked after one or two, and its first entry is
+/// set a few later.
+const NEW_FOR_SEAMS: u32 = 6;
+
+/// A machine of up to 192 CPUs.
 pub struct HostedMachine {
     pub(crate) options: Options,
     pub(crate) memory: Memory,
@@ -37,8 +45,14 @@ pub struct HostedMachine {
     /// Addresses that something just happened at: where a speculating CPU is most likely to look.
     hot: [AtomicU64; 64],
     next_hot: AtomicU32,
+    /// For how many seams more a table counts as new, since one was given out.
+    new_table: AtomicU32,
     /// Corners that this machine has been to.
     pub(crate) reached: Reached,
+    /// Whether threads move from one CPU to another in the schedule that runs.
+    pub(crate) threads_move: AtomicBool,
+    /// Threads that have been moved, and whose CPU has not switched to them yet.
+    pub(crate) threads_on_their_way: AtomicU32,
     /// How often a CPU was chosen.
     turns: AtomicU64,
     /// The turn in which a CPU has sent flush interrupts, plus one, if it has not begun to wait.
@@ -47,8 +61,12 @@ pub struct HostedMachine {
     faults: AtomicU64,
     /// A CPU goes on at a seam unless these bits of a choice are all 0.
     pub(crate) calm: u64,
+    /// Whether the kernel keeps programs from executing what is no code.
+    execution_is_a_right: AtomicBool,
     /// The kernel's handler of the flush interrupt.
     flush_handler: OnceLock<FlushHandler>,
+    /// What the kernel has promised of its costs, and what is remembered of them.
+    pub(crate) cost: OnceLock<Cost>,
     /// What CPU 0 had in CR3 when the kernel had booted: the kernel's own root.
     kernel_root: OnceLock<PhysFrame>,
 }
@@ -66,26 +84,37 @@ pub(crate) struct VirtualCpu {
     /// A flush interrupt was sent to it since it last answered.
     pub(crate) was_sent: AtomicBool,
     pub(crate) interrupts_off: AtomicU32,
-    in_user_mode: AtomicBool,
+    pub(crate) in_user_mode: AtomicBool,
     /// The kernel on it may use addresses of the program, as far as it has told.
     pub(crate) is_active: AtomicBool,
     /// It is in a flush interrupt that the planted fault has spoilt: it answers, and flushes
     /// nothing.
     pub(crate) flushes_nothing: AtomicBool,
-    /// The CPUs that it waits for to answer: bit n is CPU n.
-    pub(crate) awaits: AtomicU64,
+    /// The CPUs that it waits for to answer.
+    pub(crate) awaits: Awaited,
     /// It has asked others to flush, and they have not all answered.
     pub(crate) waits: AtomicBool,
     pub(crate) pcid_owners: PcidOwners,
     pub(crate) table_locks: TableLocks,
     pub(crate) map_locks: MapLocks,
     pub(crate) work: WorkDone,
+    /// Seams that it has crossed.
+    pub(crate) seams: AtomicU64,
+    pub(crate) step: StepSoFar,
+    /// Which operation of a sequence it is at, as far as the runner has told.
+    pub(crate) doing: AtomicU8,
+    /// The kind of seam at which it last gave way, counted from 1.
+    pub(crate) last_seam: AtomicU8,
     /// At which seam from here it stays away for long; 0 for none.
     pub(crate) seams_to_preemption: AtomicU32,
     /// Whether it has a coroutine, which answers its mail when it is chosen.
     pub(crate) has_turns: AtomicBool,
     /// It is switched off: interrupts to it are lost.
     is_off: AtomicBool,
+    /// How often it is pinned, one inside the other.
+    pub(crate) pinned: AtomicU32,
+    /// The thread that runs here.
+    pub(crate) thread: ThreadHere,
 }
 
 impl HostedMachine {
@@ -98,22 +127,21 @@ impl HostedMachine {
         let checked = match options.checking {
             Checking::On => {
                 let log = EventLog::new(options.telling);
-                Some(Checked { ledger: Ledger::new(options.nr_frames), log })
+                Some(Checked { ledger: Ledger::new(options.nr_frames), log, contents: OnceLock::new() })
             }
             Checking::Off => None,
         };
-        let cr4 = match options.pcid {
-            PcidSupport::On => Cr4Flags::PCID | Cr4Flags::PAGE_GLOBAL,
-            PcidSupport::Off => Cr4Flags::PAGE_GLOBAL,
-        };
+        let mut cr4 = Cr4Flags::PAGE_GLOBAL;
+        cr4.set(Cr4Flags::PCID, options.pcid == PcidSupport::On);
+        cr4.set(Cr4Flags::L5_PAGING, options.paging == PagingMode::FiveLevel);
         let nothing = PhysFrame::containing_address(x86_64::PhysAddr::zero());
-        let cpus = (0..options.nr_cpus.clamp(1, 64)).map(|number| {
+        let cpus = (0..options.nr_cpus.clamp(1, Options::MOST_CPUS)).map(|number| {
             let caches = checked.as_ref().map(|checked| {
                 let mut watch = checked.ledger.watch();
                 if options.telling == Telling::All {
                     watch.remember_fills();
                 }
-                Caches { mmu: Mmu::new(options.features, cr4, nothing, &mut watch), watch }
+                Caches { mmu: Mmu::new(options.features_of(number), cr4, nothing, &mut watch), watch }
             });
             VirtualCpu {
                 id: CpuId::new(number),
@@ -124,15 +152,21 @@ impl HostedMachine {
                 in_user_mode: AtomicBool::new(false),
                 is_active: AtomicBool::new(false),
                 flushes_nothing: AtomicBool::new(false),
-                awaits: AtomicU64::new(0),
+                awaits: Awaited::nobody(),
                 waits: AtomicBool::new(false),
                 pcid_owners: PcidOwners::default(),
                 table_locks: TableLocks::default(),
                 map_locks: MapLocks::default(),
                 work: WorkDone::default(),
+                seams: AtomicU64::new(0),
+                step: StepSoFar::default(),
+                doing: AtomicU8::new(u8::MAX),
+                last_seam: AtomicU8::new(0),
                 seams_to_preemption: AtomicU32::new(0),
                 has_turns: AtomicBool::new(false),
                 is_off: AtomicBool::new(false),
+                pinned: AtomicU32::new(0),
+                thread: ThreadHere::beginning_on(number),
             }
         });
         Ok(Self {
@@ -145,14 +179,19 @@ impl HostedMachine {
             shared: SharedSpaces::default(),
             hot: [const { AtomicU64::new(0) }; 64],
             next_hot: AtomicU32::new(0),
+            new_table: AtomicU32::new(0),
             reached: Reached::default(),
+            threads_move: AtomicBool::new(false),
+            threads_on_their_way: AtomicU32::new(0),
             turns: AtomicU64::new(0),
             sent_in: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             // One CPU in two gives way, one in eight, or one in 32: short interleavings, or long
             // ones.
             calm: [0b1, 0b111, 0b1_1111][Choices::new(!options.seed).pick(3)],
+            execution_is_a_right: AtomicBool::new(false),
             flush_handler: OnceLock::new(),
+            cost: OnceLock::new(),
             kernel_root: OnceLock::new(),
         })
     }
@@ -251,6 +290,11 @@ impl HostedMachine {
         self.reached.so_far()
     }
 
+    /// This CPU is at a corner.
+    pub(crate) fn note_reached(&self, boundary: Boundary) {
+        self.reached.note(boundary, self.cpu().doing.load(Ordering::Relaxed));
+    }
+
     /// How often the fault of its options has happened so far: requests lost, or invalidations left
     /// out.
     #[must_use]
@@ -292,7 +336,13 @@ impl HostedMachine {
         result
     }
 
-    /// This thread is `cpu` from now on; for a schedule.
+    /// It is the turn of `cpu`.
+    pub(crate) fn begin_turn(&self, cpu: CpuId) {
+        self.turns.fetch_add(1, Ordering::Relaxed);
+        self.become_cpu(cpu);
+    }
+
+    /// This thread of the host is `cpu` from now on; for a schedule.
     pub(crate) fn become_cpu(&self, cpu: CpuId) -> u32 {
         self.current.swap(cpu.number(), Ordering::Relaxed)
     }
@@ -313,6 +363,14 @@ impl HostedMachine {
     pub(crate) fn mark(&self, what: What) {
         if let Some(checked) = &self.checked {
             checked.log.mark(self.current(), what);
+        }
+    }
+
+    /// Level of the tables that CR3 points to.
+    pub(crate) const fn root_level(&self) -> TableLevel {
+        match self.options.paging {
+            PagingMode::FourLevel => TableLevel::Pml4,
+            PagingMode::FiveLevel => TableLevel::Pml5,
         }
     }
 
@@ -337,21 +395,31 @@ impl HostedMachine {
         self.hot[self.choices.pick(self.hot.len())].load(Ordering::Relaxed)
     }
 
-    /// Runs what `schedule` holds until all of it is done.
-    pub fn run(self: &Arc<Self>, schedule: Schedule) {
-        for cpu in schedule.cpus() {
-            self.cpus[cpu.index()].has_turns.store(true, Ordering::Relaxed);
-        }
-        let machine = Arc::clone(self);
-        let on_return = move || machine.take_interrupt();
-        let becomes = |cpu| {
-            self.turns.fetch_add(1, Ordering::Relaxed);
-            self.become_cpu(cpu);
-        };
-        let is_done = |cpu: CpuId| self.cpus[cpu.index()].has_turns.store(false, Ordering::Relaxed);
-        let leaves = |cpu| self.settle_locks(cpu);
-        schedule.run(&self.choices, becomes, leaves, is_done, &on_return);
-        self.become_cpu(CpuId::new(0));
+    /// The kernel keeps programs from executing what is no code.
+    pub(crate) fn note_execution_is_a_right(&self) {
+        self.execution_is_a_right.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn execution_is_a_right(&self) -> bool {
+        self.execution_is_a_right.load(Ordering::Relaxed)
+    }
+
+    /// The last address at which something happened.
+    pub(crate) fn latest_address(&self) -> u64 {
+        let place = self.next_hot.load(Ordering::Relaxed).wrapping_sub(1) as usize % self.hot.len();
+        self.hot[place].load(Ordering::Relaxed)
+    }
+
+    /// A table was given out, and is about to be linked.
+    pub(crate) fn note_new_table(&self) {
+        self.new_table.store(NEW_FOR_SEAMS, Ordering::Relaxed);
+    }
+
+    /// Whether one was given out a few seams ago.
+    pub(crate) fn table_is_new(&self) -> bool {
+        let left = self.new_table.load(Ordering::Relaxed);
+        self.new_table.store(left.saturating_sub(1), Ordering::Relaxed);
+        left > 0
     }
 
     /// The kernel handles flush interrupts with `handler`. To be called once, before a second CPU
@@ -408,11 +476,7 @@ impl HostedMachine {
     #[must_use]
     pub fn missing_answers(&self) -> Vec<String> {
         let pairs = self.cpus.iter().flat_map(|cpu| {
-            let awaits = cpu.awaits.load(Ordering::Relaxed);
-            self.cpus
-                .iter()
-                .filter(move |other| awaits >> other.id.number() & 1 != 0)
-                .map(|other| (cpu.id, other))
+            self.cpus.iter().filter(|other| cpu.awaits.contains(other.id)).map(|other| (cpu.id, other))
         });
         let words = pairs.map(|(waits, other)| {
             let why = if other.is_off.load(Ordering::Relaxed) {
@@ -437,7 +501,8 @@ impl HostedMachine {
 
     /// The call that this CPU made has returned: it waits for nobody.
     pub(crate) fn call_returned(&self) {
-        self.cpu().awaits.store(0, Ordering::Relaxed);
+        self.cpu().awaits.clear();
+        self.cpu().step.begin();
     }
 
     /// Whether the planted fault keeps this CPU from flushing just now.

@@ -11,8 +11,8 @@ use x86_64::structures::paging::{PageTable, PhysFrame};
 use crate::mmu::physical::PhysicalMemory;
 
 /// `nr_frames` frames of 4096 zero bytes. Only page tables and batch pages are ever touched:
-/// programs' pages have metadata but no content, so a machine of many gigabytes needs few
-/// megabytes.
+/// what is in programs' pages is kept elsewhere (`checker/contents`), so a machine of many
+/// gigabytes needs few megabytes.
 #[derive(Debug)]
 pub struct Memory {
     _reservation: MmapMut,

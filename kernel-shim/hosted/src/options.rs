@@ -1,6 +1,7 @@
 //! How a hosted machine is made.
 
 use mmu_gather::Limits;
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::PcidSupport;
 
 use crate::mmu::features::{Capacity, Features};
@@ -8,7 +9,7 @@ use crate::mmu::features::{Capacity, Features};
 /// Everything that decides what a machine does, except the work that runs on it.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// How many CPUs; 1 to 64.
+    /// How many CPUs; 1 to 192.
     pub nr_cpus: u32,
     /// How many frames of 4 KiB.
     pub nr_frames: u64,
@@ -17,8 +18,19 @@ pub struct Options {
     pub seed: u64,
     /// Whether CR4.PCIDE is set.
     pub pcid: PcidSupport,
+    /// Whether CR4.LA57 is set: how many levels page tables have.
+    pub paging: PagingMode,
     /// What each CPU's MMU may do.
     pub features: Features,
+    /// Whether all CPUs have caches of the same size.
+    pub cores: Cores,
+    /// Where CPUs speculate.
+    pub eagerness: Eagerness,
+    /// When programs store.
+    pub stores: Stores,
+    /// Which of its other variants a kernel runs as, by their number: whatever the kernel makes of
+    /// it. The machine makes nothing of it.
+    pub variants: [bool; 2],
     /// Whether the software MMUs and the checker run.
     pub checking: Checking,
     /// What the machine does wrong, on purpose.
@@ -31,6 +43,36 @@ pub struct Options {
     pub telling: Telling,
     /// How much a CPU may do between two preemption points.
     pub most_work: MostWork,
+}
+
+/// Whether the CPUs of a machine have caches of the same size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cores {
+    /// They have.
+    Alike,
+    /// Every second one, from CPU 1 on, holds little. All else is the same, as it is on real
+    /// machines of the kind.
+    EverySecondSmall,
+}
+
+/// Where CPUs speculate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eagerness {
+    /// Near addresses that programs or the kernel name.
+    Nearby,
+    /// There; just below tables as soon as they are linked; before and behind what faults; and down
+    /// any path through the tables in CR3, wherever it leads.
+    Anywhere,
+}
+
+/// When programs store, besides where the work on the machine says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stores {
+    /// Not while anything else happens.
+    WhenTold,
+    /// Also while another CPU looks at an entry and changes it: through a translation that the
+    /// program's CPU has cached, writable and not dirty, so that a dirty flag is set.
+    AnyTime,
 }
 
 /// Whether the machine models translation caches and watches over them.
@@ -111,6 +153,10 @@ impl MostWork {
 }
 
 impl Options {
+    /// The most CPUs that a machine has: three words of a set. With sixteen, sequences take half as
+    /// long again.
+    pub const MOST_CPUS: u32 = 192;
+
     /// Frames at the bottom of memory that are not given out: frame 0, and the page of zeroes.
     pub const RESERVED_FRAMES: u64 = 2;
 
@@ -122,6 +168,11 @@ impl Options {
             nr_frames,
             seed,
             pcid: PcidSupport::On,
+            cores: Cores::Alike,
+            eagerness: Eagerness::Nearby,
+            stores: Stores::WhenTold,
+            variants: [false; 2],
+            paging: PagingMode::FourLevel,
             features: Features {
                 tlb_capacity: Capacity::AtMost(4096),
                 structure_capacity: Capacity::AtMost(1024),
@@ -133,6 +184,15 @@ impl Options {
             adversary: Adversary::Keeper,
             telling: Telling::Last,
             most_work: MostWork::promised_by(&Limits::DEFAULT),
+        }
+    }
+
+    /// What the MMU of this CPU may do.
+    #[must_use]
+    pub fn features_of(&self, cpu: u32) -> Features {
+        match self.cores {
+            Cores::EverySecondSmall if cpu % 2 == 1 => self.features.with_small_caches(),
+            Cores::Alike | Cores::EverySecondSmall => self.features,
         }
     }
 }

@@ -28,6 +28,8 @@ thread_local! {
     static TURNS: Cell<u64> = const { Cell::new(0) };
     /// Times of those that it gave way because a lock was taken.
     static TRIES: Cell<u64> = const { Cell::new(0) };
+    /// The coroutine that is about to give way may go on on another CPU.
+    static MAY_MOVE: Cell<bool> = const { Cell::new(false) };
     /// What a CPU panicked with that must not be unwound.
     static GIVEN_UP: Cell<Option<Box<dyn Any + Send>>> = const { Cell::new(None) };
     /// How many of the turns the size of a step can explain. Set while a schedule runs that says
@@ -44,6 +46,11 @@ const MOST_TRIES_OUTSIDE: u32 = 100_000;
 
 /// So many waits in a row, while no CPU does anything else, are a deadlock.
 const MOST_WAITS: u64 = 20_000_000;
+
+/// The next time that it gives way, the coroutine may go on on another CPU.
+pub(crate) fn may_move_now() {
+    MAY_MOVE.set(true);
+}
 
 /// As [`give_way`], for a CPU that waits for another.
 pub(crate) fn wait() {
@@ -157,6 +164,8 @@ struct Task {
     cpu: CpuId,
     coroutine: Coroutine<(), (), ()>,
     way_out: *const Way,
+    /// Whether it may go on on another CPU.
+    may_move: bool,
     /// What the coroutine uses by pointer, dropped after it.
     kept: Option<Arc<dyn Any>>,
 }
@@ -180,7 +189,7 @@ impl Schedule {
             WAY_OUT.set(way);
             work();
         });
-        self.tasks.push(Task { cpu, coroutine, way_out: ptr::null(), kept: None });
+        self.tasks.push(Task { cpu, coroutine, way_out: ptr::null(), may_move: false, kept: None });
     }
 
     /// As [`spawn`](Self::spawn), with something to work on that is given back even if the
@@ -209,8 +218,8 @@ impl Schedule {
     /// Runs until all are done.
     ///
     /// `becomes` is told which CPU runs from now on, `leaves` which ran until now; `is_done` which
-    /// has nothing left to do; `on_return` runs on a CPU whenever it is chosen again, and does not
-    /// give way.
+    /// has nothing left to do; `on_return` runs on a CPU whenever it is chosen again. `exchange`,
+    /// if there is one, is told which two CPUs go on with each other's work from now on.
     pub(crate) fn run(
         mut self,
         choices: &Choices,
@@ -218,17 +227,22 @@ impl Schedule {
         leaves: impl Fn(CpuId),
         is_done: impl Fn(CpuId),
         on_return: &(dyn Fn() + 'static),
+        exchange: Option<&dyn Fn(CpuId, CpuId)>,
     ) {
         step_done();
         TRIES_OUTSIDE.set(None);
         ON_RETURN.set(Some(ptr::from_ref(on_return)));
         while !self.tasks.is_empty() {
+            if let Some(exchange) = exchange {
+                self.exchange_some(choices, exchange);
+            }
             let place = choices.pick(self.tasks.len());
             let task = &mut self.tasks[place];
             becomes(task.cpu);
             WAY_OUT.set(task.way_out);
             let result = catch_unwind(AssertUnwindSafe(|| task.coroutine.resume(())));
             task.way_out = WAY_OUT.replace(ptr::null());
+            task.may_move = MAY_MOVE.replace(false);
             leaves(task.cpu);
             let result = result.unwrap_or_else(|panic| {
                 self.abandon();
@@ -252,7 +266,25 @@ impl Schedule {
     }
 }
 
+/// Once in so many turns two CPUs exchange their work, if both are where that is allowed.
+const EXCHANGE_EVERY: u64 = 24;
+
 impl Schedule {
+    fn exchange_some(&mut self, choices: &Choices, exchange: &dyn Fn(CpuId, CpuId)) {
+        if !choices.one_in(EXCHANGE_EVERY) {
+            return;
+        }
+        let movable = self.tasks.iter_mut().filter(|task| task.may_move);
+        let mut movable: Vec<&mut CpuId> = movable.map(|task| &mut task.cpu).collect();
+        if movable.len() < 2 {
+            return;
+        }
+        let one = movable.swap_remove(choices.pick(movable.len()));
+        let other = movable.swap_remove(choices.pick(movable.len()));
+        core::mem::swap(one, other);
+        exchange(*one, *other);
+    }
+
     /// Nothing of it runs any more.
     fn abandon(&mut self) {
         ON_RETURN.set(None);
@@ -337,7 +369,7 @@ mod tests {
                 });
             }
             expect_steps_within(1000);
-            schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {});
+            schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {}, None);
         }));
         let words = ended.expect_err("it ended");
         let words = words.downcast_ref::<String>().expect("words with a number");
@@ -354,7 +386,7 @@ mod tests {
             }
         });
         expect_steps_within(1000);
-        schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {});
+        schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {}, None);
         // A schedule that follows on this thread is not counted.
         assert_eq!(MOST_TURNS.get(), u64::MAX);
     }
@@ -377,7 +409,7 @@ mod tests {
                 }
                 panic!("an assertion of the kernel");
             });
-            schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {});
+            schedule.run(&Choices::new(1), |_| {}, |_| {}, |_| {}, &|| {}, None);
         }));
         ended.expect_err("it was given up");
         // As an address space does, say, that is dropped after the run.

@@ -10,10 +10,12 @@ use x86_64::structures::paging::PhysFrame;
 /// What a program tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserAccess {
-    /// Load, or fetch.
+    /// Load.
     Read,
     /// Store.
     Write,
+    /// Instruction fetch.
+    Fetch,
 }
 
 /// What a program may do in an area.
@@ -25,6 +27,9 @@ pub enum Rights {
     Read,
     /// Read and write.
     Write,
+    /// Read and execute. To a kernel that does not tell it from reading it is `Read`, and so are
+    /// its promises.
+    Execute,
 }
 
 /// What backs a new area.
@@ -45,6 +50,14 @@ pub enum Backing {
     Pfn,
     /// A stack.
     Stack,
+    /// Frames of a device that are not counted, in 1 GiB pages where it can be.
+    Giant,
+    /// The program's own memory, which it reads before it writes: reads find large pages of zeroes
+    /// where it can be.
+    Zeroes,
+    /// The program's own memory, in blocks of 16 small pages where it can be, each with one count
+    /// for all.
+    Folios,
 }
 
 /// What becomes of guard pages.
@@ -66,6 +79,8 @@ pub enum Supply {
     Never,
     /// Each time the number of requests so far is a multiple of this; 1 is every time.
     ExceptEvery(u32),
+    /// Once: the request with this number from now on, the next one being number 1.
+    Nth(u32),
 }
 
 /// A point in time, by the clock of the machine.
@@ -91,6 +106,10 @@ pub enum Seam {
     Free,
     /// A frame was allocated.
     Allocate,
+    /// A table lock was dropped.
+    Unlock,
+    /// Between two steps of what the engine does without a table lock.
+    Step,
 }
 
 /// The most that a call does while it holds the map lock of an address space, the least first. Each
@@ -247,10 +266,130 @@ pub enum Note {
         /// again.
         most: UnderMapLock,
     },
+    /// The kernel has given a gather a batch page.
+    BatchTaken,
+    /// The kernel had no batch page to give.
+    BatchRefused,
+    /// The kernel removes the reverse mapping of a page that was cleared after a flush, before the
+    /// lock of its table is dropped.
+    RmapDelayed,
+    /// The call that this CPU makes works on so many areas.
+    Areas(usize),
     /// This CPU is about to drop the map lock.
     MapUnlocked {
         /// The root table.
         root: PhysFrame,
+    },
+    /// What programs are to read changes. The first of these makes the checker look at what they
+    /// read, on machines of up to 4 GiB.
+    Contents(Contents),
+}
+
+/// How what programs are to read changes, but for what they write.
+///
+/// Each is said while the map lock is held, so that nobody can see it earlier or later than it is
+/// said. Where two are a pair, programs may find the one or the other between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// An area begins here, or a part of one.
+    Shown {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+        /// What is there until a program writes.
+        shows: Shows,
+    },
+    /// Every CPU has forgotten these addresses, and no area is there any more.
+    Gone {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+    },
+    /// A call begins that discards: until a program writes again, private pages of this range read
+    /// as if they had never been written to.
+    Discarding {
+        /// The root table.
+        root: PhysFrame,
+        /// The addresses.
+        range: VirtRange,
+        /// When: a moment of its own, by which its end is known.
+        began: Moment,
+    },
+    /// It is about to return.
+    Discarded {
+        /// As above.
+        root: PhysFrame,
+        /// As above.
+        range: VirtRange,
+        /// As above.
+        began: Moment,
+    },
+    /// Pages begin to move. Until they have moved, programs may find them at either place.
+    Moving {
+        /// The root table.
+        root: PhysFrame,
+        /// Where they are.
+        from: VirtRange,
+        /// The first address of where they go.
+        to: u64,
+    },
+    /// Every CPU has forgotten that they were at `from`.
+    Moved {
+        /// As above.
+        root: PhysFrame,
+        /// As above.
+        from: VirtRange,
+        /// As above.
+        to: u64,
+    },
+    /// The child has all that the parent has at this moment.
+    Forked {
+        /// The root table of the parent.
+        parent: PhysFrame,
+        /// That of the child, which has not run.
+        child: PhysFrame,
+    },
+}
+
+/// What an area shows where no program has written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shows {
+    /// Zeroes.
+    Zeroes,
+    /// A file. What is written is the program's own.
+    PrivateFile {
+        /// Which.
+        file: u32,
+        /// The page of it that is at the first address.
+        first: u64,
+    },
+    /// A file. What is written, all see who have it mapped.
+    SharedFile {
+        /// Which.
+        file: u32,
+        /// The page of it that is at the first address.
+        first: u64,
+    },
+    /// Something else: nobody looks.
+    Anything,
+}
+
+/// A place on a disk, of the size of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// A page of a file.
+    File {
+        /// Which file.
+        file: u32,
+        /// Which page of it.
+        page: u64,
+    },
+    /// A place for swap.
+    Swap {
+        /// Which.
+        slot: u64,
     },
 }
 
@@ -264,6 +403,9 @@ impl fmt::Display for Backing {
             Self::Shared => "shared",
             Self::Pfn => "pfn",
             Self::Stack => "stack",
+            Self::Giant => "giant",
+            Self::Zeroes => "zeroes",
+            Self::Folios => "folios",
         })
     }
 }
@@ -274,6 +416,7 @@ impl fmt::Display for Rights {
             Self::Nothing => "none",
             Self::Read => "read",
             Self::Write => "write",
+            Self::Execute => "execute",
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Sequences as text.
 
-use mmu_hosted::{Op, Sequence, generate, with_cpus_going_off};
+use mmu_hosted::{Op, Quirk, Quirks, Sequence, generate, with_cpus_going_off};
 
 const LENGTH: usize = 160;
 
@@ -20,19 +20,26 @@ fn a_text_that_is_none_is_refused_at_its_line() {
     for (at, bad) in [
         (0, "mmu-gather sequence 2"),
         (1, "cpus 0"),
-        (1, "cpus 65"),
+        (1, "cpus 193"),
         (2, "seed x"),
         (3, "mmu pcid intel"),
         (3, "mmu pcid intel keeper iommu"),
-        (4, "0 map m3 1000+1 anon write"),
+        (3, "mmu pcid intel keeper split-tlb both"),
+        (4, "0 map m8 1000+1 anon write"),
         (4, "0 map m0 1001+1 anon write"),
         (4, "0 map m0 1000+0 anon write"),
-        (4, "0 unmap m0 7ffffffff000+2"),
+        (4, "0 unmap m0 fffffffffff000+2"),
         (4, "0 unmap m0 1000+ffffffffffffffff"),
+        (3, "mmu pcid intel keeper frames=3"),
+        (4, "0 map m0 1000+1 giants write"),
+        (4, "0 exec m0"),
         (4, "0 lazy now"),
         (4, "0 leap"),
         (4, "0 preempt"),
         (4, "0 preempt soon"),
+        (4, "0 frames"),
+        (4, "0 frames nth-"),
+        (4, "0 frames nth-soon"),
         (4, "0 guard m0 1000+1"),
         (4, "0 guard m0 1000+1 away"),
         (4, "x lazy"),
@@ -89,4 +96,22 @@ fn going_off_and_coming_back_survive_as_bytes() {
     let again = Sequence::from_bytes(&sequence.to_bytes());
     let ops = |sequence: &Sequence| sequence.steps.iter().map(|step| step.op.number()).collect::<Vec<_>>();
     assert_eq!(ops(&again), ops(&sequence));
+}
+
+#[test]
+fn what_a_machine_is_besides_survives_its_text_and_its_bytes_and_need_not_be_said() {
+    let plain = Sequence { quirks: Quirks::default(), ..generate(1, 4, 20) };
+    let bytes = plain.to_bytes();
+    assert_eq!(Sequence::parse(&plain.to_string()).as_ref(), Ok(&plain));
+    for quirk in Quirk::ALL {
+        let quirks = Quirks::default().with(quirk).with(Quirk::SplitTlb);
+        let sequence = Sequence { quirks, ..plain.clone() };
+        let text = sequence.to_string();
+        assert_eq!(Sequence::parse(&text).as_ref(), Ok(&sequence), "{text}");
+        assert!(text.contains(quirk.word()), "{text}");
+        let with = sequence.to_bytes();
+        assert_eq!(Sequence::from_bytes(&with), Sequence { quirks, ..Sequence::from_bytes(&bytes) });
+        // What is said comes between the header and the steps, which stay as they are.
+        assert_eq!((&with[..10], &with[26..]), (&bytes[..10], &bytes[10..]));
+    }
 }

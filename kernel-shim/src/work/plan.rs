@@ -161,6 +161,7 @@ impl Line {
                 let protection = match words.next()? {
                     "w" => Protection::Write,
                     "r" => Protection::Read,
+                    "x" => Protection::Execute,
                     "-" => Protection::Nothing,
                     _ => return None,
                 };
@@ -170,7 +171,7 @@ impl Line {
                     Some("grows") => Growth::Down,
                     Some(_) => return None,
                 };
-                Self::Area(Vma { range, area: Area { kind, protection, growth, file_base: 0 } })
+                Self::Area(Vma { range, area: Area { kind, protection, growth, ..Area::anon() } })
             }
             "fill" => Self::Fill(range, PageContent::from_word(words.next()?)?),
             _ => return None,
@@ -206,7 +207,7 @@ mod tests {
             kind: AreaKind::FilePrivate(3),
             protection: Protection::Read,
             growth: Growth::Down,
-            file_base: 0,
+            ..Area::anon()
         };
         assert_eq!(Line::parse("area 1000-3000 r private:3 grows"), Some(Line::Area(Vma { range, area })));
         assert_eq!(

@@ -8,7 +8,7 @@ use crate::fault::{FaultError, UserAccess};
 use crate::kernel::Kernel;
 use crate::machine::Machine;
 use crate::mm::Mm;
-use crate::vma::{Area, AreaKind, Growth, Protection, Vma};
+use crate::vma::{Area, AreaKind, Protection, Vma};
 
 /// A running kernel, its CPUs, and programs that use memory.
 pub trait Stage: Sync {
@@ -49,5 +49,5 @@ pub const PROGRAM_FILE: u32 = u32::MAX;
 pub fn program_area() -> Vma {
     let range = VirtRange::of_entry(mmu_gather::pagetable::Level::Pte, PROGRAM_START);
     let kind = AreaKind::FileShared(PROGRAM_FILE);
-    Vma { range, area: Area { kind, protection: Protection::Read, growth: Growth::Fixed, file_base: 0 } }
+    Vma { range, area: Area { kind, protection: Protection::Read, ..Area::anon() } }
 }

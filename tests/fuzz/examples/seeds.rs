@@ -126,15 +126,15 @@ fn of_layout(layout: &Layout) -> Vec<Step> {
     (0..).zip(ops).map(|(number, op): (usize, Op)| Step { cpu: cpu_of(number), op }).collect()
 }
 
-fn cpu_of(number: usize) -> u8 {
-    u8::try_from(number % usize::from(CPUS)).unwrap_or(0)
+fn cpu_of(number: usize) -> u16 {
+    u16::try_from(number % usize::from(CPUS)).unwrap_or(0)
 }
 
 /// The calls of a log, each by the CPU of its thread, on the address space of its process.
 fn of_trace(trace: &Trace) -> Vec<Step> {
     let mut steps = Vec::new();
     // By thread: its CPU and its address space.
-    let mut threads: HashMap<u32, (u8, MmId)> = HashMap::new();
+    let mut threads: HashMap<u32, (u16, MmId)> = HashMap::new();
     for event in &trace.events {
         let known = threads.len();
         let (cpu, mm) = *threads.entry(event.thread).or_insert((cpu_of(known), MmId(0)));

@@ -19,9 +19,17 @@ const BELOW: &[(&str, &[&str])] = &[
     ("kernel-shim/adapter", &["gather", "kernel-shim", "kernel-shim/hosted"]),
     ("kernel-shim/boot", &["gather", "kernel-shim"]),
     ("kernel-shim/measured", &["gather"]),
+    ("kernel-shim/free-running", &["gather", "kernel-shim"]),
     (
         "kernel-shim/cli",
-        &["gather", "kernel-shim", "kernel-shim/hosted", "kernel-shim/adapter", "kernel-shim/measured"],
+        &[
+            "gather",
+            "kernel-shim",
+            "kernel-shim/hosted",
+            "kernel-shim/adapter",
+            "kernel-shim/measured",
+            "kernel-shim/free-running",
+        ],
     ),
     ("tests", &["gather", "kernel-shim/hosted"]),
     ("tests/linked", &["gather"]),

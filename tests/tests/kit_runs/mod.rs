@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::{fs, io};
 
 use mmu_gather::Limits;
+use mmu_gather::pagetable::PagingMode;
 use mmu_hosted::{
-    FuzzOptions, HostedMachine, Kernel, MostWork, Report, Trial, Verdict, ViolationKind, fuzz, generate,
-    replay,
+    FuzzOptions, HostedMachine, Kernel, MostWork, Options, Report, Trial, Verdict, ViolationKind, fuzz,
+    generate, replay,
 };
 
 /// Fuzzes a kernel in which nothing is wrong, and which has a preemption point wherever one is due
@@ -75,6 +76,8 @@ impl Finding {
 
 /// A machine on which one thread plays every CPU.
 pub(crate) fn quiet_machine(seed: u64) -> Arc<HostedMachine> {
-    let options = generate(seed, 4, 0).options();
+    // The models of these kernels know four levels, and never run out of memory.
+    let drawn = generate(seed, 4, 0).options();
+    let options = Options { paging: PagingMode::FourLevel, nr_frames: 24 << 10, ..drawn };
     Arc::new(HostedMachine::new(options).expect("memory"))
 }

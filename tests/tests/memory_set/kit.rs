@@ -27,7 +27,7 @@ impl<B> Layer<B> {
 pub(crate) fn flags(rights: Rights) -> PageTableFlags {
     match rights {
         Rights::Nothing => PageTableFlags::PRESENT,
-        Rights::Read => USER,
+        Rights::Read | Rights::Execute => USER,
         Rights::Write => USER | PageTableFlags::WRITABLE,
     }
 }

@@ -96,6 +96,7 @@ impl Planner {
         let rights = match protection(vma.prot) {
             Protection::Write => "w",
             Protection::Read => "r",
+            Protection::Execute => "x",
             Protection::Nothing => "-",
         };
         let backing = match self.files.area_kind(vma) {

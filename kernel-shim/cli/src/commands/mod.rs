@@ -12,6 +12,7 @@
 
 pub mod boot;
 mod capture;
+mod free_running;
 mod fuzz;
 mod options;
 mod outcome;
@@ -73,7 +74,8 @@ enum Command {
     Boot(BootArgs),
     /// To look for unknown bugs: runs random sequences of operations until one fails, and makes
     /// that one short.
-    #[command(after_help = "Example: teardown fuzz --time 60 --jobs 2 -o failure.sequence")]
+    #[command(after_help = "Examples: teardown fuzz --time 60 --jobs 2 -o failure.sequence\n          \
+                            teardown fuzz --free-running --time 60")]
     Fuzz(FuzzArgs),
     /// To understand a failure that `fuzz` saved: runs its sequence again, with the same verdict
     /// every time, and explains it.

@@ -1,9 +1,11 @@
 //! Random sequences against the checker, several at a time, and the shortest form of one that
 //! fails.
 //!
-//! The n-th sequence depends on the seed and on n alone. Where several sequences fail, the one with
-//! the lowest number is reported. So, time limits aside, the number of jobs does not change what is
-//! found. Runs with different seeds have no sequence in common.
+//! The n-th sequence depends on the seed, on n, and on what those of earlier rounds have found
+//! (`guide`). Where several sequences fail, the one with the lowest number is reported. So, time
+//! limits aside, the number of jobs does not change what is found. Runs with different seeds have
+//! no
+//! sequence in common that was made up.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
@@ -13,28 +15,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
+use crate::fuzz::coverage::Coverage;
+use crate::fuzz::folder::{CorpusFolder, Done, Unread};
+use crate::fuzz::guide::Guide;
 use crate::fuzz::job_watch::JobWatch;
-use mmu_adapter::{Trial, judge_in, shrink};
-use mmu_hosted::{Boundaries, Boundary, Choices, Op, Run, Sequence, Verdict, generate, with_cpus_going_off};
-
-/// How to fuzz.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct FuzzOptions {
-    /// Which sequences: the n-th is made from this and n, mixed.
-    pub seed: u64,
-    /// CPUs of each machine.
-    pub nr_cpus: u32,
-    /// Stops after so many operations, over all jobs; whole sequences are run.
-    pub most_ops: Option<u64>,
-    /// Stops after so long.
-    pub most_time: Option<Duration>,
-    /// Operations in one sequence.
-    pub length: usize,
-    /// Sequences run at the same time, each on a thread of its own.
-    pub jobs: usize,
-    /// What is wrong on purpose.
-    pub trial: Trial,
-}
+use crate::fuzz::options::FuzzOptions;
+use mmu_adapter::{judge_in, shrink};
+use mmu_hosted::{Run, Sequence, Verdict};
 
 /// What was done, and what was found.
 #[derive(Debug, Default)]
@@ -47,8 +34,26 @@ pub(crate) struct Fuzzed {
     pub faults: u64,
     /// What was covered.
     pub coverage: Coverage,
+    /// How many sequences are kept because they went somewhere new, and how many features they
+    /// have.
+    pub kept: (usize, usize),
+    /// The folder of the campaign, if it has one.
+    pub folder: Option<FolderReport>,
     /// The first failure, if there was one.
     pub failure: Option<FailedSequence>,
+}
+
+/// What is in the folder of a campaign.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FolderReport {
+    /// What all runs have done there with what is built in.
+    pub this_build: Done,
+    /// What runs of other builds have done there.
+    pub other_builds: Done,
+    /// Files that could not be read.
+    pub unread: Unread,
+    /// Why something could not be written, if anything could not.
+    pub not_written: Option<String>,
 }
 
 /// A sequence that fails.
@@ -64,60 +69,18 @@ pub(crate) struct FailedSequence {
     pub verdict: Verdict,
 }
 
-/// Which pairs of neighbouring operations were run, and how many sequences reached each boundary.
-#[derive(Clone, Debug)]
-pub(crate) struct Coverage {
-    pairs: [[bool; Op::WORDS.len()]; Op::WORDS.len()],
-    boundaries: [u64; Boundary::ALL.len()],
-}
-
-impl Default for Coverage {
-    fn default() -> Self {
-        Self { pairs: [[false; Op::WORDS.len()]; Op::WORDS.len()], boundaries: [0; Boundary::ALL.len()] }
-    }
-}
-
-impl Coverage {
-    fn add(&mut self, sequence: &Sequence, reached: Boundaries) {
-        for pair in sequence.steps.windows(2) {
-            if let [first, second] = pair {
-                self.pairs[first.op.number()][second.op.number()] = true;
-            }
-        }
-        for boundary in reached.iter() {
-            self.boundaries[boundary as usize] += 1;
-        }
-    }
-
-    /// How many pairs of operations were run, and how many there are.
-    #[must_use]
-    pub(crate) fn pairs(&self) -> (usize, usize) {
-        (self.pairs.iter().flatten().filter(|seen| **seen).count(), Op::WORDS.len() * Op::WORDS.len())
-    }
-
-    /// Every boundary, with the number of sequences that reached it.
-    pub(crate) fn boundaries(&self) -> impl Iterator<Item = (Boundary, u64)> + '_ {
-        Boundary::ALL.into_iter().zip(self.boundaries)
-    }
-
-    /// How many boundaries were reached, and how many there are.
-    #[must_use]
-    pub(crate) fn reached(&self) -> (usize, usize) {
-        (self.boundaries.iter().filter(|times| **times > 0).count(), Boundary::ALL.len())
-    }
-}
-
 /// What the jobs share.
 struct Campaign<'a, P> {
     options: &'a FuzzOptions,
+    guide: Guide,
     watch: JobWatch,
     start: Instant,
     /// Number of the next sequence.
     next: AtomicU64,
     /// Number of the first sequence that failed so far: later ones need not be run.
     failed: AtomicU64,
-    /// How many sequences there are to run, if that is limited.
-    sequences: Option<u64>,
+    /// The number before which it ends, if that is limited.
+    end: Option<u64>,
     state: Mutex<State<P>>,
 }
 
@@ -126,6 +89,10 @@ struct State<P> {
     /// As found, until it has been made short.
     failure: Option<FailedSequence>,
     progress: P,
+    /// When the folder was last told how far this has come.
+    saved: Duration,
+    /// Why it could not be.
+    not_saved: Option<io::Error>,
 }
 
 /// Seconds that a short sequence may take; most take a few hundredths of a second.
@@ -143,19 +110,28 @@ const PATIENCE_SHRINKING: u64 = 900;
 /// If the host refuses memory for a machine, or a thread.
 pub(crate) fn fuzz(
     options: &FuzzOptions,
+    folder: Option<CorpusFolder>,
     progress: impl FnMut(&Fuzzed, Duration) + Send,
     stuck: impl Fn(Fuzzed) + Sync,
 ) -> io::Result<Fuzzed> {
     let length = options.length.max(1) as u64;
     let jobs = options.jobs.max(1);
+    let guide = Guide::new(folder)?;
     let shared = Campaign {
         options,
         watch: JobWatch::new(jobs),
         start: Instant::now(),
-        next: AtomicU64::new(0),
+        next: AtomicU64::new(guide.first()),
         failed: AtomicU64::new(u64::MAX),
-        sequences: options.most_ops.map(|most| most.div_ceil(length)),
-        state: Mutex::new(State { fuzzed: Fuzzed::default(), failure: None, progress }),
+        end: options.most_ops.map(|most| guide.first().saturating_add(most.div_ceil(length))),
+        state: Mutex::new(State {
+            fuzzed: Fuzzed::default(),
+            failure: None,
+            progress,
+            saved: Duration::ZERO,
+            not_saved: None,
+        }),
+        guide,
     };
     let (done, is_done) = mpsc::channel();
     thread::scope(|scope| {
@@ -165,9 +141,39 @@ pub(crate) fn fuzz(
         drop(done);
         result
     })?;
-    let State { mut fuzzed, failure, .. } = shared.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    shared.save(&mut lock(&shared.state), Duration::ZERO);
+    let State { mut fuzzed, failure, not_saved, .. } =
+        shared.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     fuzzed.failure = failure;
+    fuzzed.kept = shared.guide.kept();
+    let (folder, not_kept) = shared.guide.into_folder();
+    if let Some(mut folder) = folder {
+        let (this_build, other_builds) = folder.in_all()?;
+        let not_written = not_kept.or(not_saved).map(|error| error.to_string());
+        let unread = folder.unread().clone();
+        fuzzed.folder = Some(FolderReport { this_build, other_builds, unread, not_written });
+    }
     Ok(fuzzed)
+}
+
+/// How often the folder is told how far this has come: what stops in between is done again.
+const SAVED_EVERY: Duration = Duration::from_secs(2);
+
+impl<P> Campaign<'_, P> {
+    /// Tells the folder how far this has come, unless it was told less than `every` ago.
+    fn save(&self, state: &mut State<P>, every: Duration) {
+        let now = self.start.elapsed();
+        let Some(folder) = self.guide.folder().filter(|_| now.saturating_sub(state.saved) >= every) else {
+            return;
+        };
+        let Fuzzed { sequences, ops, .. } = state.fuzzed;
+        // Numbers that were given out and are not done are left out by the next run.
+        let next = self.next.load(Ordering::Relaxed).min(self.end.unwrap_or(u64::MAX));
+        if let Err(error) = folder.save(Done { next, sequences, ops, seconds: now.as_secs_f64() }) {
+            state.not_saved.get_or_insert(error);
+        }
+        state.saved = now;
+    }
 }
 
 /// Runs all jobs to their end, and makes what failed short.
@@ -222,68 +228,45 @@ fn work<P: FnMut(&Fuzzed, Duration)>(shared: &Campaign<'_, P>, job: usize) -> io
     let options = shared.options;
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
-        let enough = shared.sequences.is_some_and(|most| number >= most)
+        let enough = shared.end.is_some_and(|end| number >= end)
             || options.most_time.is_some_and(|most| shared.start.elapsed() >= most)
             || number > shared.failed.load(Ordering::Relaxed);
         if enough {
             return Ok(());
         }
-        let sequence = sequence_of(options, number);
+        // Until the sequences that this one may be made from are done.
+        let is_over = || {
+            options.most_time.is_some_and(|most| shared.start.elapsed() >= most)
+                || number > shared.failed.load(Ordering::Relaxed)
+        };
+        let Some(sequence) = shared.guide.sequence(options, number, is_over) else { return Ok(()) };
         shared.watch.begin(job, number, &sequence);
-        let Run { verdict, reached, faults, .. } = judge_in(&sequence, options.trial)?;
+        let Run { verdict, reached, features, faults, .. } = judge_in(&sequence, options.trial)?;
         shared.watch.end(job);
         let mut state = lock(&shared.state);
-        let State { fuzzed, failure, progress } = &mut *state;
+        let State { fuzzed, failure, progress, .. } = &mut *state;
         fuzzed.sequences += 1;
         fuzzed.faults += faults;
         fuzzed.ops += sequence.steps.len() as u64;
-        fuzzed.coverage.add(&sequence, reached);
+        fuzzed.coverage.add(&sequence, reached, &features);
         progress(fuzzed, shared.start.elapsed());
         if !verdict.is_clean() {
             shared.failed.fetch_min(number, Ordering::Relaxed);
             if failure.as_ref().is_none_or(|first| number < first.number) {
-                *failure =
-                    Some(FailedSequence { number, shrunk: sequence.clone(), found: sequence, verdict });
+                *failure = Some(FailedSequence {
+                    number,
+                    shrunk: sequence.clone(),
+                    found: sequence.clone(),
+                    verdict,
+                });
             }
         }
+        shared.save(&mut state, SAVED_EVERY);
+        drop(state);
+        shared.guide.done(number, &sequence, features.all);
     }
-}
-
-/// The sequence with this number. In one of four, CPUs go off and come back.
-fn sequence_of(options: &FuzzOptions, number: u64) -> Sequence {
-    let sequence = generate(seed_of(options.seed, number), options.nr_cpus, options.length);
-    if number % 4 != 3 {
-        return sequence;
-    }
-    let mut sequence = with_cpus_going_off(sequence);
-    sequence.steps.truncate(options.length);
-    sequence
-}
-
-/// What the sequence with this number is made from.
-///
-/// The seed is mixed before the number is added. Otherwise runs with neighbouring seeds would share
-/// all sequences but one.
-fn seed_of(seed: u64, number: u64) -> u64 {
-    Choices::new(Choices::new(seed).bits().wrapping_add(number)).bits()
 }
 
 fn lock<P>(state: &Mutex<State<P>>) -> MutexGuard<'_, State<P>> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    /// Once, sequence n of seed s was made from s + n: a run with the next seed repeated all but
-    /// one.
-    #[test]
-    fn runs_with_different_seeds_have_no_sequence_in_common() {
-        let seeds = (0..40).chain([1 << 32, u64::MAX, u64::MAX - 1, 1_900_000]);
-        let all: Vec<_> = seeds.flat_map(|seed| (0..5000).map(move |number| seed_of(seed, number))).collect();
-        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
-    }
 }

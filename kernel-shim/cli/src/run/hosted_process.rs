@@ -90,7 +90,7 @@ impl Builder<'_> {
             protection: protection(vma.prot),
             growth: if vma.kind == VmaKind::Stack { Growth::Down } else { Growth::Fixed },
             // Each mapping of a file begins at a place of its own: the layout does not say where.
-            file_base: 0,
+            ..Area::anon()
         };
         let map = self.kernel.mmap(&process.mm, Vma { range, area });
         map.map_err(|source| self.kernel_error(vma.start, vma.end, source))?;

@@ -43,6 +43,7 @@ pub(crate) fn explanation(timeline: &Timeline) -> Vec<Sentence> {
     };
     let explainer = Explainer { focus, rows: &timeline.rows[..=focus.row] };
     let mut told = vec![explainer.finding()];
+    told.extend(focus.violation.because.clone().map(|because| Sentence::new(format!("Here {because}."))));
     if is_of_an_entry(focus.violation.kind) {
         told.extend(explainer.tell_mapping());
         told.extend(explainer.tell_last_change());

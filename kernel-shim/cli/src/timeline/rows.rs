@@ -103,6 +103,12 @@ pub(crate) const fn is_of_an_entry(kind: ViolationKind) -> bool {
             | ViolationKind::WrongPageMapped
             | ViolationKind::NoPageMapped
             | ViolationKind::StrayBits
+            | ViolationKind::BitsLost
+            | ViolationKind::AccessForgotten
+            | ViolationKind::ContentOfAnother
+            | ViolationKind::ContentLeft
+            | ViolationKind::ContentLost
+            | ViolationKind::ContentOfElsewhere
             | ViolationKind::PageLeftByDiscard
     )
 }

@@ -143,6 +143,7 @@ impl TraceSpace {
                         Backing::File { offset } => (offset >> 12).wrapping_sub(range.start() >> 12),
                         Backing::Anonymous => 0,
                     },
+                    ..Area::anon()
                 };
                 if *placement == Placement::Replace {
                     self.munmap(kernel, range)?;

@@ -14,7 +14,7 @@ fn flags(rights: Rights) -> PageTableFlags {
     let user = PageTableFlags::PRESENT | PageTableFlags::USER_ACCESSIBLE;
     match rights {
         Rights::Nothing => PageTableFlags::PRESENT,
-        Rights::Read => user,
+        Rights::Read | Rights::Execute => user,
         Rights::Write => user | PageTableFlags::WRITABLE,
     }
 }

@@ -13,7 +13,7 @@ const USER: PageTableFlags = PageTableFlags::PRESENT.union(PageTableFlags::USER_
 fn flags(rights: Rights) -> PageTableFlags {
     match rights {
         Rights::Nothing => PageTableFlags::PRESENT,
-        Rights::Read => USER,
+        Rights::Read | Rights::Execute => USER,
         Rights::Write => USER | PageTableFlags::WRITABLE,
     }
 }

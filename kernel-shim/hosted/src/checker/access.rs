@@ -2,10 +2,12 @@
 
 use core::cell::Cell;
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::CpuId;
 use x86_64::PhysAddr;
 use x86_64::structures::paging::PhysFrame;
 
+use crate::boundary::Boundary;
 use crate::checker::checked::{Caches, Checked};
 use crate::checker::events::{Detail, Fill, What};
 use crate::checker::kind::ViolationKind;
@@ -50,7 +52,8 @@ impl PhysicalMemory for WatchedMemory<'_> {
 }
 
 impl HostedMachine {
-    /// The program on this CPU uses an address. The frame it reaches, or the fault it takes.
+    /// The program on this CPU uses an address, or the kernel in its name (`copy_to_user`), with no
+    /// more rights. The frame it reaches, or the fault it takes.
     ///
     /// # Errors
     /// The fault; nothing was reached.
@@ -61,12 +64,13 @@ impl HostedMachine {
         let kind = match access {
             UserAccess::Read => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
+            UserAccess::Fetch => AccessKind::Execute,
         };
-        let result = match &mut *lock(&self.cpu().caches) {
+        let (root, result) = match &mut *lock(&self.cpu().caches) {
             Some(Caches { mmu, watch }) => {
                 let result = mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch);
                 log_fills(checked, self.current(), address, watch.take_fills(), Fill::Access);
-                result
+                (mmu.cr3().0, result)
             }
             None => return Ok(None),
         };
@@ -84,10 +88,14 @@ impl HostedMachine {
         if checked.ledger.is_unknown(frame) {
             self.report(checked, unknown, here, address, frame, None);
         }
+        if address >= PagingMode::FourLevel.user_end() {
+            self.note_reached(Boundary::HighAddress);
+        }
         self.log(What::Accessed(address, frame));
         if access == UserAccess::Write {
             checked.ledger.note_written(frame);
         }
+        self.check_content(checked, root, (address, frame), access);
         if checked.ledger.when_freed(frame).is_some() {
             let kind = if reached.source.was_cached() {
                 ViolationKind::PageReachableAfterFree

@@ -17,6 +17,7 @@ use crate::mutex::lock;
 /// The bits of an entry that the comparison looks at.
 const WRITABLE: u64 = 1 << 1;
 const DIRTY: u64 = 1 << 6;
+const NO_EXECUTE: u64 = 1 << 63;
 /// The bit that hardware sets in each root's own copy of the kernel half.
 const ACCESSED: u64 = 1 << 5;
 
@@ -52,8 +53,8 @@ impl HostedMachine {
     /// Whether page tables say what the entry says, or more.
     pub(crate) fn agrees(&self, root: PhysFrame, entry: &CachedEntry) -> bool {
         let address = entry.address.as_u64();
-        let (mut table, mut level) = (root, TableLevel::Pml4);
-        let mut upper_rights = WRITABLE;
+        let (mut table, mut level) = (root, self.root_level());
+        let (mut upper_rights, mut forbidden) = (WRITABLE, 0);
         loop {
             match entry.held.as_a {
                 Use::Root => return true,
@@ -66,6 +67,7 @@ impl HostedMachine {
                 Meaning::NotPresent | Meaning::Reserved => return false,
                 Meaning::Table(next) => {
                     upper_rights &= bits;
+                    forbidden |= bits & NO_EXECUTE;
                     let Some(below) = level.below() else { return false };
                     (table, level) = (PhysFrame::containing_address(next), below);
                 }
@@ -75,6 +77,7 @@ impl HostedMachine {
                     return matches!(entry.held.as_a, Use::Page(_))
                         && page.as_u64() + inside == entry.frame.start_address().as_u64()
                         && (!entry.rights.writable() || upper_rights & bits & WRITABLE != 0)
+                        && (entry.rights.no_execute() || (forbidden | bits) & NO_EXECUTE == 0)
                         && (!entry.dirty || bits & DIRTY != 0);
                 }
             }
@@ -84,7 +87,7 @@ impl HostedMachine {
     /// No entry below these roots leads to a frame that is free.
     pub fn compare_tables_with_frames(&self, roots: &[PhysFrame]) {
         let Some(checked) = &self.checked else { return };
-        let below = |root: &PhysFrame| self.find_free_below(checked, *root, TableLevel::Pml4, 0);
+        let below = |root: &PhysFrame| self.find_free_below(checked, *root, self.root_level(), 0);
         let wrong = roots.iter().find_map(below);
         if let Some((frame, address)) = wrong {
             self.report(checked, ViolationKind::FreePageMapped, self.current(), address, frame, None);
@@ -102,7 +105,7 @@ impl HostedMachine {
             return Some((table, start));
         }
         // The upper half is the kernel's, and the same in every address space.
-        let nr_entries = if level == TableLevel::Pml4 { USER_ENTRIES } else { 512 };
+        let nr_entries = if level == self.root_level() { USER_ENTRIES } else { 512 };
         self.entries_of(table).take(nr_entries).enumerate().find_map(|(index, entry)| {
             let address = start + ((index as u64) << level.entry_shift());
             match decode(entry, level, self.options.features.physical_bits) {

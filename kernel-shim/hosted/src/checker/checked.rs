@@ -1,5 +1,8 @@
 //! All that the checker keeps of one machine.
 
+use std::sync::{Mutex, OnceLock};
+
+use crate::checker::contents::Kept;
 use crate::checker::events::{Detail, EventLog};
 use crate::checker::kind::ViolationKind;
 use crate::checker::ledger::{CpuWatch, Ledger};
@@ -11,6 +14,8 @@ use crate::mmu::Mmu;
 pub(crate) struct Checked {
     pub(crate) ledger: Ledger,
     pub(crate) log: EventLog,
+    /// Once the kernel has told of an area.
+    pub(crate) contents: OnceLock<Mutex<Kept>>,
 }
 
 impl Checked {

@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::{CtxId, PageSpan};
 use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
@@ -29,7 +30,10 @@ impl HostedMachine {
         // What INVLPG does to paths is the least that it may do: an invalidation of a span drops
         // what leads there.
         let features = Features { invlpg_uppers: InvlpgUppers::LeadingToAddress, ..self.options.features };
-        let mmu = Mmu::new(features, Cr4Flags::empty(), root, &mut watch);
+        // As many levels as the CPUs have, whose tables it walks.
+        let mut cr4 = Cr4Flags::empty();
+        cr4.set(Cr4Flags::L5_PAGING, self.options.paging == PagingMode::FiveLevel);
+        let mmu = Mmu::new(features, cr4, root, &mut watch);
         lock(&self.shared.0).push(Shared { ctx_id, root, caches: Caches { mmu, watch } });
     }
 
@@ -41,19 +45,25 @@ impl HostedMachine {
         let checked = self.checked.as_ref()?;
         let memory = WatchedMemory::new(&self.memory, &checked.ledger);
         let kind = match access {
-            UserAccess::Read => AccessKind::Read,
+            // It has no code.
+            UserAccess::Read | UserAccess::Fetch => AccessKind::Read,
             UserAccess::Write => AccessKind::Write,
         };
-        let result = {
+        let (root, result) = {
             let mut spaces = lock(&self.shared.0);
-            let Caches { mmu, watch } = &mut spaces.iter_mut().find(|shared| shared.ctx_id == ctx_id)?.caches;
-            mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch)
+            let shared = spaces.iter_mut().find(|shared| shared.ctx_id == ctx_id)?;
+            let Caches { mmu, watch } = &mut shared.caches;
+            let result = mmu.access(LinearAddress::new(address), kind, AccessMode::User, &memory, watch);
+            (shared.root, result)
         };
         let reached = result.ok().map(|reached| PhysFrame::containing_address(reached.address));
         if access == UserAccess::Write
             && let Some(frame) = reached
         {
             checked.ledger.note_written(frame);
+        }
+        if let Some(frame) = reached {
+            self.check_content(checked, root, (address, frame), access);
         }
         let page = reached.filter(|frame| checked.ledger.when_freed(*frame).is_some());
         if let Some(frame) = memory.freed_table.get().or(page) {

@@ -200,6 +200,16 @@ impl EventLog {
         about
     }
 
+    /// The last few events of `cpu`, oldest first.
+    pub(crate) fn last_of(&self, cpu: CpuId) -> Vec<Event> {
+        let events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let is_told = |event: &&Event| event.cpu == cpu && !matches!(event.what, What::Detail(_));
+        let mut last: Vec<Event> =
+            events.kept.iter().rev().filter(is_told).take(3 * MOST_OF_A_SORT).copied().collect();
+        last.reverse();
+        last
+    }
+
     /// The last events that explain how `cpu` came to reach `frame` at `address`, oldest first.
     ///
     /// All that happened to the frame and to the address; of what the CPU itself did, the last few

@@ -51,8 +51,20 @@ pub enum ViolationKind {
     /// An entry maps for a program what is no page of a program: a table, a batch page, a frame
     /// that the machine does not have.
     NoPageMapped,
+    /// A program reads what a program of another address space has written.
+    ContentOfAnother,
+    /// A program reads what was in a frame when it was given out.
+    ContentLeft,
+    /// A program reads zeroes, or a page of a file, where it has written.
+    ContentLost,
+    /// A program reads what it has written before, or elsewhere.
+    ContentOfElsewhere,
     /// An entry has bits set that nobody has asked for.
     StrayBits,
+    /// An entry does not say what its area asks for, of how a page is cached, say.
+    BitsLost,
+    /// A page was used, and its entry does not say so any more.
+    AccessForgotten,
     /// A call that discards pages returned and has left one.
     PageLeftByDiscard,
     /// An address space has more or fewer tables than it counts.
@@ -90,6 +102,24 @@ pub enum ViolationKind {
     WriteLost,
     /// A program can write to a page of a file, unseen, that nothing maps any more.
     WritableThoughUnmapped,
+    /// A call flushed everything, or a CPU did, and pages were enough.
+    WholeFlushForPages,
+    /// A flush was asked for, or made, and nothing had changed since the last.
+    FlushedInVain,
+    /// More pages were invalidated than had changed.
+    TooManyPagesFlushed,
+    /// A call flushed more often than its size explains.
+    TooManyFlushes,
+    /// A CPU was interrupted that need not have been.
+    AskedInVain,
+    /// A switch gave up what was cached, and could have kept it.
+    PcidNotKept,
+    /// A call took more batch pages than its size explains.
+    TooManyBatchPages,
+    /// A call took the lock of a table more often than its size explains.
+    TooManyLocks,
+    /// A CPU did more under a map lock than its call explains.
+    TooMuchUnderMapLock,
 }
 
 impl ViolationKind {
@@ -98,6 +128,22 @@ impl ViolationKind {
         matches!(
             self,
             Self::PageReachableAfterFree | Self::TableReachableAfterFree | Self::DeviceReachesAfterFree
+        )
+    }
+
+    /// Whether it is about what a call did, not about an address and a frame.
+    pub(crate) const fn is_of_a_call(self) -> bool {
+        matches!(
+            self,
+            Self::WholeFlushForPages
+                | Self::FlushedInVain
+                | Self::TooManyPagesFlushed
+                | Self::TooManyFlushes
+                | Self::AskedInVain
+                | Self::PcidNotKept
+                | Self::TooManyBatchPages
+                | Self::TooManyLocks
+                | Self::TooMuchUnderMapLock
         )
     }
 
@@ -133,8 +179,15 @@ impl ViolationKind {
             | Self::MoreThanAreaAllows
             | Self::WrongPageMapped
             | Self::NoPageMapped
-            | Self::StrayBits => {
+            | Self::StrayBits
+            | Self::BitsLost => {
                 "What page tables say is what areas say, or less: every entry is checked against the area it is in."
+            }
+            Self::ContentOfAnother | Self::ContentLeft | Self::ContentLost | Self::ContentOfElsewhere => {
+                "A program reads what it has written last, or what its area shows: a page is filled before it is mapped, and copied, moved or swapped as a whole."
+            }
+            Self::AccessForgotten => {
+                "A page keeps its accessed bit when its entry moves, is split, or changes its rights."
             }
             Self::SharedPageWritable | Self::OwnedThoughCached => {
                 "A page that others use, too, is copied before a program may write to it, and nobody else can still use it then."
@@ -179,6 +232,17 @@ impl ViolationKind {
             Self::WritableThoughUnmapped => {
                 "Rule G3: a dirty page of a file is flushed for before its table's lock is dropped."
             }
+            Self::WholeFlushForPages
+            | Self::FlushedInVain
+            | Self::TooManyPagesFlushed
+            | Self::TooManyFlushes
+            | Self::AskedInVain
+            | Self::PcidNotKept
+            | Self::TooManyBatchPages
+            | Self::TooManyLocks
+            | Self::TooMuchUnderMapLock => {
+                "What a call costs is explained by its size, or by what else goes on: the kernel has promised it (`Kernel::promises_cost`)."
+            }
         }
     }
 }
@@ -221,7 +285,13 @@ impl fmt::Display for ViolationKind {
             }
             Self::WrongPageMapped => "an entry maps a page that its area does not show",
             Self::NoPageMapped => "an entry maps for a program what is no page of a program",
+            Self::ContentOfAnother => "a program reads what another has written",
+            Self::ContentLeft => "a program reads what was left in a page that it was given",
+            Self::ContentLost => "a program reads a page as if it had not written to it",
+            Self::ContentOfElsewhere => "a program reads what it has written before, or elsewhere",
+            Self::AccessForgotten => "a page was used, and its entry does not say so any more",
             Self::StrayBits => "an entry has bits set that nobody has asked for",
+            Self::BitsLost => "an entry has lost bits that its area asks for",
             Self::PageLeftByDiscard => "a call that discards has returned and has left a page",
             Self::TablesMiscounted => "an address space has more or fewer tables than it counts",
             Self::ReferencesDisagree => "a page has more or fewer references than users",
@@ -250,6 +320,15 @@ impl fmt::Display for ViolationKind {
             Self::WritableThoughUnmapped => {
                 "a program can write to a page of a file that nothing maps any more"
             }
+            Self::WholeFlushForPages => "a whole address space was flushed where pages were enough",
+            Self::FlushedInVain => "a flush was made for which nothing had changed",
+            Self::TooManyPagesFlushed => "more pages were invalidated than had changed",
+            Self::TooManyFlushes => "a call flushed more often than its size explains",
+            Self::AskedInVain => "a CPU was interrupted that need not have been",
+            Self::PcidNotKept => "a switch gave up what was cached, and could have kept it",
+            Self::TooManyBatchPages => "a call took more batch pages than its size explains",
+            Self::TooManyLocks => "a call took the lock of a table more often than its size explains",
+            Self::TooMuchUnderMapLock => "a CPU did more under a map lock than its call explains",
         })
     }
 }

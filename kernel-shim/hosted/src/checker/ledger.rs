@@ -24,6 +24,9 @@ use crate::vocabulary::{FrameRole, Moment};
 /// How many violations of one kind are told in full; the others are counted.
 const TOLD: usize = 2;
 
+/// Frames that are looked through together.
+const GROUP: usize = 64;
+
 /// What a frame is in use for: nothing; a page; a table; whatever the kernel has taken before it
 /// had booted; a page that is lent to a gather, if the kernel tells.
 const FREE: u8 = 0;
@@ -36,10 +39,12 @@ const LENT: u8 = 4;
 #[derive(Debug)]
 pub(crate) struct Ledger {
     /// By frame: 0 if it was never freed or is in use again, else the step at which it was freed,
-    /// plus one, and in the low 8 bits by which CPU.
+    /// plus one, and in the low 16 bits by which CPU.
     freed_at: Box<[AtomicU64]>,
     /// By frame: what it is in use for, as the kernel has told.
     in_use: Box<[AtomicU8]>,
+    /// By group of frames: whether any of them was ever told to be in use. Few are.
+    in_use_once: Box<[AtomicBool]>,
     double_frees: AtomicU64,
     holders: Arc<Holders>,
     /// By frame: whether a program wrote to it since it was given out.
@@ -63,8 +68,8 @@ pub(crate) struct Holders {
 }
 
 impl Holders {
-    fn new(nr_frames: u64) -> Self {
-        let zeroes = |count: u64| (0..count).map(|_| AtomicU32::new(0)).collect();
+    fn new(nr_frames: usize) -> Self {
+        let zeroes = |count: usize| (0..count).map(|_| AtomicU32::new(0)).collect();
         Self {
             pages: zeroes(nr_frames),
             blocks: zeroes((nr_frames >> 9) + 1),
@@ -77,7 +82,9 @@ impl Holders {
         let number = number(first);
         match held.as_a {
             Use::Page(PageSize::Size2MiB) => self.blocks.get(number >> 9),
-            Use::Page(PageSize::Size1GiB) => Some(&self.gigabytes),
+            // One that maps no memory of this machine, as of a device, does not matter when frames
+            // are freed.
+            Use::Page(PageSize::Size1GiB) => (number < self.pages.len()).then_some(&self.gigabytes),
             Use::Page(PageSize::Size4KiB) | Use::Table(_) | Use::Root => self.pages.get(number),
         }
     }
@@ -96,13 +103,17 @@ impl Ledger {
     /// The ledger of a machine of `nr_frames`.
     #[must_use]
     pub(crate) fn new(nr_frames: u64) -> Self {
+        let nr_frames = index(nr_frames);
+        let numbers = || (0..nr_frames).map(|_| AtomicU64::new(0)).collect();
+        let flags = |count: usize| (0..count).map(|_| AtomicBool::new(false)).collect();
         Self {
-            freed_at: (0..nr_frames).map(|_| AtomicU64::new(0)).collect(),
+            freed_at: numbers(),
             in_use: (0..nr_frames).map(|_| AtomicU8::new(FREE)).collect(),
+            in_use_once: flags(nr_frames.div_ceil(GROUP)),
             double_frees: AtomicU64::new(0),
             holders: Arc::new(Holders::new(nr_frames)),
-            written: (0..nr_frames).map(|_| AtomicBool::new(false)).collect(),
-            mapped_at: (0..nr_frames).map(|_| AtomicU64::new(0)).collect(),
+            written: flags(nr_frames),
+            mapped_at: numbers(),
             tells_of_mapping: AtomicBool::new(false),
             found: Mutex::new(Found::default()),
         }
@@ -130,6 +141,8 @@ impl Ledger {
             }
             if let Some(in_use) = self.in_use.get(number) {
                 was_in_use |= in_use.swap(used, Ordering::Relaxed) != FREE;
+                // `lend` changes what was told of here before.
+                self.in_use_once[number / GROUP].store(true, Ordering::Relaxed);
             }
             if let Some(written) = self.written.get(number) {
                 written.store(false, Ordering::Relaxed);
@@ -142,7 +155,7 @@ impl Ledger {
     /// The frame is free from now on, since `step`. Whether any cache may still name it.
     #[must_use]
     pub(crate) fn freed(&self, frame: PhysFrame, role: FrameRole, step: u64, by: CpuId) -> bool {
-        let mark = (step + 1) << 8 | u64::from(by.number() & 0xff);
+        let mark = (step + 1) << 16 | u64::from(by.number() & 0xffff);
         for number in frames_of(frame, role) {
             if self.in_use.get(number).is_some_and(|in_use| in_use.swap(FREE, Ordering::Relaxed) == FREE) {
                 self.double_frees.fetch_add(1, Ordering::Relaxed);
@@ -168,7 +181,7 @@ impl Ledger {
 
     /// What is in use now stays in use: the kernel has booted.
     pub(crate) fn note_booted(&self) {
-        for in_use in self.in_use.iter().filter(|in_use| in_use.load(Ordering::Relaxed) != FREE) {
+        for (_, in_use) in self.told_of().filter(|(_, in_use)| in_use.load(Ordering::Relaxed) != FREE) {
             in_use.store(SINCE_BOOT, Ordering::Relaxed);
         }
     }
@@ -180,7 +193,7 @@ impl Ledger {
 
     /// The frames that were given out since the kernel had booted, and not freed; with what for.
     pub(crate) fn not_freed(&self) -> impl Iterator<Item = (PhysFrame, FrameRole)> + '_ {
-        self.in_use.iter().enumerate().filter_map(|(number, in_use)| {
+        self.told_of().filter_map(|(number, in_use)| {
             let role = match in_use.load(Ordering::Relaxed) {
                 PAGE | LENT => FrameRole::Page,
                 TABLE => FrameRole::Table,
@@ -190,9 +203,21 @@ impl Ledger {
         })
     }
 
+    /// The frames that were ever told to be in use, and others near them; by number.
+    fn told_of(&self) -> impl Iterator<Item = (usize, &AtomicU8)> {
+        let groups = self.in_use.chunks(GROUP).zip(&self.in_use_once).enumerate();
+        let used = groups.filter(|(_, (_, once))| once.load(Ordering::Relaxed));
+        used.flat_map(|(group, (frames, _))| (group * GROUP..).zip(frames))
+    }
+
     /// A moment that is later than everything so far.
     pub(crate) fn moment(&self) -> Moment {
         Moment(self.holders.clock.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// The moment of what happens now.
+    pub(crate) fn now(&self) -> Moment {
+        Moment(self.holders.clock.load(Ordering::Relaxed))
     }
 
     /// A program wrote to the frame.
@@ -226,6 +251,12 @@ impl Ledger {
         }
     }
 
+    /// Whether the frame was mapped last at this moment or later.
+    pub(crate) fn was_mapped_since(&self, frame: PhysFrame, moment: Moment) -> bool {
+        let mapped_at = self.mapped_at.get(number(frame));
+        mapped_at.is_some_and(|mapped_at| mapped_at.load(Ordering::Relaxed) >= moment.0)
+    }
+
     /// Whether whatever maps the frame has done so since before this moment. Never, if the kernel
     /// does not say when frames are mapped.
     pub(crate) fn was_mapped_before(&self, frame: PhysFrame, moment: Moment) -> bool {
@@ -238,8 +269,8 @@ impl Ledger {
     #[must_use]
     pub(crate) fn when_freed(&self, frame: PhysFrame) -> Option<(u64, CpuId)> {
         let mark = self.freed_at.get(number(frame))?.load(Ordering::Relaxed);
-        let cpu = CpuId::new((mark & 0xff) as u32);
-        (mark != 0).then(|| ((mark >> 8) - 1, cpu))
+        let cpu = CpuId::new((mark & 0xffff) as u32);
+        (mark != 0).then(|| ((mark >> 16) - 1, cpu))
     }
 
     /// Whether the kernel has never told of this frame, which it may give out.

@@ -9,6 +9,8 @@
 //!                           which locks are held                         table_locks, map_locks
 //!                           how much was done since a preemption point   preemption
 //!        at every return    what the call has promised                   promises
+//!        at every access    that a program reads what was written        contents
+//!        at every call      whether its size explains what it costs      cost
 //!        when a page changes hands            pages
 //!        at sync points     caches against page tables                   caches_against_tables
 //!                           page tables against frames                   at_rest
@@ -22,7 +24,9 @@
 //! | `ledger::CpuWatch` | one CPU's caches: what there names a free frame (*stale*) |
 //! | `per_cpu` | one CPU: locks it holds, work since its last preemption point |
 //! | `events::EventLog` | the machine: the last events, or all |
-//! | `checked::Checked` | one machine: its ledger and its log |
+//! | `contents::Kept` | what each page holds, and what each program is to read |
+//! | `cost::state::Cost` | a machine whose kernel promises bounds: its calls, spaces, PCIDs |
+//! | `checked::Checked` | one machine: its ledger, its log, its contents |
 //!
 //! To *check* is to look for one kind of violation and report it; the functions that do are methods
 //! of the machine, which calls them as it goes. To *compare* is to hold all of one thing against
@@ -33,6 +37,9 @@ pub(crate) mod access;
 mod at_rest;
 mod caches_against_tables;
 pub(crate) mod checked;
+mod contents;
+mod corners;
+pub(crate) mod cost;
 mod device;
 pub(crate) mod events;
 pub(crate) mod kind;

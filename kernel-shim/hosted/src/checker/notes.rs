@@ -3,6 +3,7 @@
 use core::sync::atomic::Ordering;
 
 use mmu_gather::GatherEvent;
+use mmu_gather::pagetable::Level;
 use mmu_gather::tlb::{CpuId, Laziness, TlbEvent};
 use x86_64::structures::paging::PhysFrame;
 
@@ -29,6 +30,7 @@ impl HostedMachine {
         entry: Option<CachedEntry>,
     ) {
         checked.report(kind, || Violation {
+            because: None,
             kind,
             cpu,
             address,
@@ -39,26 +41,34 @@ impl HostedMachine {
         });
     }
 
+    /// As [`report`](Self::report), of this CPU, with what explains it.
+    pub(crate) fn report_because(
+        &self,
+        checked: &Checked,
+        kind: ViolationKind,
+        (address, frame): (u64, PhysFrame),
+        because: Option<String>,
+    ) {
+        let cpu = self.current();
+        checked.report(kind, || Violation {
+            kind,
+            cpu,
+            address,
+            frame,
+            because,
+            freed: checked.ledger.when_freed(frame),
+            entry: None,
+            story: checked.log.explaining(cpu, frame, address),
+        });
+    }
+
     pub(crate) fn check_note(&self, checked: &Checked, note: Note) {
         if matches!(note, Note::Unmapped { .. } | Note::Discarded { .. } | Note::Protected { .. }) {
             self.note_last_flush();
         }
+        self.note_cost(checked, note);
         match note {
-            Note::Allocated(frame, role) => {
-                self.log(What::Allocated(frame, role));
-                if checked.ledger.is_cached(frame, role) {
-                    self.reached.note(Boundary::ReusedWhileCached);
-                }
-                let is_lent = checked.ledger.is_lent(frame);
-                if checked.ledger.allocated(frame, role) {
-                    let kind =
-                        if is_lent { ViolationKind::LentPageGivenOut } else { ViolationKind::GivenOutTwice };
-                    self.report(checked, kind, self.current(), 0, frame, None);
-                }
-                if role == FrameRole::Table {
-                    self.note_own_table(frame);
-                }
-            }
+            Note::Allocated(frame, role) => self.check_given_out(checked, frame, role),
             Note::Freed(frame, role) => {
                 self.check_free_outside_locks(checked, frame);
                 self.check_free_outside_map_locks(checked, frame);
@@ -88,6 +98,7 @@ impl HostedMachine {
             }
             Note::Mapped { root, address, frame } => {
                 checked.ledger.note_mapped(frame);
+                self.note_newly_mapped(root, address);
                 self.log_detail(Detail::Mapped(root, address, frame));
             }
             Note::OwnedAlone { root, address, frame } => {
@@ -95,11 +106,14 @@ impl HostedMachine {
             }
             Note::Runs(laziness) => {
                 self.cpu().is_active.store(laziness == Laziness::Active, Ordering::Relaxed);
+                self.check_stale();
             }
             Note::Cleared { address, level, frame } => {
                 self.count_leaf(checked, frame);
-                if level != mmu_gather::pagetable::Level::Pte {
-                    self.reached.note(Boundary::LargeCleared);
+                match level {
+                    Level::Pte => {}
+                    Level::Pmd => self.note_reached(Boundary::LargeCleared),
+                    Level::Pud | Level::P4d | Level::Pgd => self.note_reached(Boundary::GiantCleared),
                 }
                 self.log_detail(Detail::Cleared(address, level, frame));
             }
@@ -107,23 +121,50 @@ impl HostedMachine {
                 self.count_leaf(checked, frame);
                 self.log_detail(Detail::Restricted(address, level));
             }
-            Note::Split { frame, .. } => self.count_split(checked, frame),
+            Note::Split { frame, level, .. } => {
+                if level == Level::Pud {
+                    self.note_reached(Boundary::GiantSplit);
+                }
+                self.count_split(checked, frame);
+            }
             Note::Asked(target) => self.asks(checked, target),
             Note::Tlb { event, slot } => {
                 if matches!(event, TlbEvent::IpisSent(_)) {
                     self.has_answers();
                 }
+                self.reach_by_tlb(event);
                 self.log_detail(Detail::Tlb(event, slot));
             }
             Note::Gather(event) => {
                 if event == GatherEvent::DirtyFlush {
                     self.announce_dirty_flush();
                 }
+                self.reach_by_gather(event);
                 self.note_early_free(event);
                 self.log_detail(Detail::Gather(event));
             }
             Note::MapLocked { root, most } => self.map_locked(root, most),
             Note::MapUnlocked { root } => self.map_unlocked(root),
+            Note::Contents(change) => self.note_contents(checked, change),
+            Note::BatchTaken | Note::BatchRefused | Note::RmapDelayed | Note::Areas(_) => {}
+        }
+    }
+
+    /// A frame is in use from now on.
+    fn check_given_out(&self, checked: &Checked, frame: PhysFrame, role: FrameRole) {
+        self.log(What::Allocated(frame, role));
+        self.note_given_out(frame, role);
+        if checked.ledger.is_cached(frame, role) {
+            self.note_reached(Boundary::ReusedWhileCached);
+        }
+        let is_lent = checked.ledger.is_lent(frame);
+        if checked.ledger.allocated(frame, role) {
+            let kind = if is_lent { ViolationKind::LentPageGivenOut } else { ViolationKind::GivenOutTwice };
+            self.report(checked, kind, self.current(), 0, frame, None);
+        }
+        if role == FrameRole::Table {
+            self.note_new_table();
+            self.note_own_table(frame);
         }
     }
 
@@ -163,7 +204,7 @@ impl HostedMachine {
                 }
             }
             if !stale.is_empty() {
-                self.reached.note(Boundary::FreedWhileCached);
+                self.note_reached(Boundary::FreedWhileCached);
             }
             watch.mark_stale(stale);
             drop(caches);
@@ -211,8 +252,8 @@ impl HostedMachine {
         }
     }
 
-    /// This CPU enters user mode, or has loaded CR3: a stale entry that it can use from now on is a
-    /// violation.
+    /// This CPU enters user mode, or the kernel on it may use addresses of the program from now on,
+    /// or it has loaded CR3: a stale entry that it can use from now on is a violation.
     pub(crate) fn check_stale(&self) {
         let Some(checked) = &self.checked else { return };
         let here = self.current();
@@ -223,7 +264,7 @@ impl HostedMachine {
             return;
         }
         let pcid = mmu.cr3().1;
-        let user = self.is_in_user_mode(here);
+        let user = self.may_use_addresses(here);
         let usable = watch
             .stale()
             .filter(|(_, held)| held.tag == Tag::Global || held.tag == Tag::Pcid(pcid))

@@ -58,7 +58,7 @@ impl HostedMachine {
         range: VirtRange,
         since: Moment,
     ) {
-        if let Some((address, frame)) = self.find_older(checked, root, TableLevel::Pml4, range, since) {
+        if let Some((address, frame)) = self.find_older(checked, root, self.root_level(), range, since) {
             self.report(checked, ViolationKind::PageLeftByDiscard, self.current(), address, frame, None);
         }
     }

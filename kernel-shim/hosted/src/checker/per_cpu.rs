@@ -1,7 +1,8 @@
-//! What is remembered of each CPU, for the rules about locks and preemption points.
+//! What is remembered of each CPU: the thread that runs there, and what the rules about locks and
+//! preemption points ask for.
 #![expect(unsafe_code, reason = "looks at locks by pointer")]
 
-use core::sync::atomic::{AtomicBool, AtomicU32};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Mutex;
 
 use mmu_gather::pagetable::TableLock;
@@ -49,10 +50,47 @@ pub(crate) struct MapLocks {
     pub(crate) frees_early: AtomicBool,
 }
 
+/// What a CPU did in the step that it takes, for the corners that are told of it.
+#[derive(Debug, Default)]
+pub(crate) struct StepSoFar {
+    /// A gather was full, and flushed with no lock held.
+    pub(crate) was_forced: AtomicBool,
+    /// Tables unhooked.
+    pub(crate) unhooked: AtomicU32,
+}
+
+impl StepSoFar {
+    pub(crate) fn begin(&self) {
+        self.was_forced.store(false, Ordering::Relaxed);
+        self.unhooked.store(0, Ordering::Relaxed);
+    }
+}
+
 /// What one CPU did since its last preemption point.
 #[derive(Debug, Default)]
 pub(crate) struct WorkDone {
     pub(crate) leaves: AtomicU32,
     pub(crate) splits: AtomicU32,
     pub(crate) freed: AtomicU32,
+}
+
+/// The thread that runs on a CPU.
+#[derive(Debug)]
+pub(crate) struct ThreadHere {
+    /// The number of the CPU that it began on.
+    pub(crate) number: AtomicU32,
+    /// It comes from another CPU, and has not run here yet.
+    pub(crate) arrives: AtomicBool,
+    /// It ran a program when it was taken from its CPU.
+    pub(crate) was_in_user_mode: AtomicBool,
+}
+
+impl ThreadHere {
+    pub(crate) const fn beginning_on(number: u32) -> Self {
+        Self {
+            number: AtomicU32::new(number),
+            arrives: AtomicBool::new(false),
+            was_in_user_mode: AtomicBool::new(false),
+        }
+    }
 }

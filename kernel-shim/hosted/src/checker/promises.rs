@@ -57,7 +57,7 @@ impl Promise {
         }
     }
 
-    fn is_broken_by(&self, entry: &CachedEntry) -> bool {
+    fn is_broken_by(&self, entry: &CachedEntry, execution_is_a_right: bool) -> bool {
         let start = entry.address.as_u64();
         let is_inside = matches!(entry.held.as_a, Use::Page(_))
             && start < self.range.end()
@@ -67,8 +67,12 @@ impl Promise {
                 Promised::Gone => true,
                 Promised::AtMost(Rights::Nothing) => entry.rights.user(),
                 Promised::Discarded(since) | Promised::New(since) => entry.at < since,
-                Promised::AtMost(Rights::Read) => entry.rights.user() && entry.rights.writable(),
-                Promised::AtMost(Rights::Write) => false,
+                Promised::AtMost(most) => {
+                    let writes = entry.rights.writable() && most != Rights::Write;
+                    let executes =
+                        !entry.rights.no_execute() && most != Rights::Execute && execution_is_a_right;
+                    entry.rights.user() && (writes || executes)
+                }
             }
     }
 }
@@ -81,8 +85,21 @@ impl HostedMachine {
         }
     }
 
+    /// Whether the page is there again, by a mapping that came after the call had begun: reclaim
+    /// takes a clean page whole, and puts it back if a program was faster to write to it. A discard
+    /// that found the entry empty in between comes before that write.
+    fn was_put_back(&self, checked: &Checked, promise: &Promise, entry: &CachedEntry) -> bool {
+        match promise.what {
+            Promised::Discarded(since) => {
+                checked.ledger.was_mapped_since(entry.frame, since) && self.agrees(promise.root, entry)
+            }
+            Promised::Gone | Promised::New(_) | Promised::AtMost(_) => false,
+        }
+    }
+
     /// A call is about to return: looks for a CPU on which a program can still do what it must not.
     pub(crate) fn check_promise(&self, checked: &Checked, promise: Promise) {
+        let execution_is_a_right = self.execution_is_a_right();
         for cpu in &self.cpus {
             let id = cpu.id;
             let is_caller = id == self.current() && promise.caller == Laziness::Active;
@@ -95,13 +112,16 @@ impl HostedMachine {
                 continue;
             }
             let range = promise.range;
+            let is_broken_by = |entry: &CachedEntry| {
+                promise.is_broken_by(entry, execution_is_a_right)
+                    && !self.was_put_back(checked, &promise, entry)
+            };
             // Few pages are looked up one by one; for many, all entries are scanned.
             let is_empty = range.nr_pages() <= 16
                 && (range.start()..range.end())
                     .step_by(4096)
-                    .all(|address| mmu.lookup(LinearAddress::new(address)).is_none());
-            let found =
-                if is_empty { None } else { mmu.usable_entries().find(|entry| promise.is_broken_by(entry)) };
+                    .all(|address| !mmu.has_page(LinearAddress::new(address)));
+            let found = if is_empty { None } else { mmu.usable_entries().find(|entry| is_broken_by(entry)) };
             drop(caches);
             if let Some(entry) = found {
                 let address = entry.address.as_u64().max(range.start());

@@ -36,10 +36,17 @@ impl HostedMachine {
         if asked.is_empty() {
             return;
         }
-        for wanted in asked.iter_mut().filter(|wanted| !wanted.is_held && wanted.is_locked()) {
-            wanted.is_held = !self.is_held_by_another(cpu, wanted.table);
+        let mut holds_any = false;
+        for wanted in asked.iter_mut() {
+            if !wanted.is_held && wanted.is_locked() {
+                wanted.is_held = !self.is_held_by_another(cpu, wanted.table);
+            }
+            holds_any |= wanted.is_held;
         }
-        asked.retain(|wanted| !wanted.is_held || wanted.is_locked());
+        // Most turns end with no lock held.
+        if holds_any {
+            asked.retain(|wanted| !wanted.is_held || wanted.is_locked());
+        }
         if !asked.iter().any(|wanted| wanted.is_held) {
             mine.flushes_dirty_pages.store(false, Ordering::Relaxed);
         }
@@ -87,7 +94,7 @@ impl HostedMachine {
         words
     }
 
-    fn table_locked_here(&self) -> Option<PhysFrame> {
+    pub(crate) fn table_locked_here(&self) -> Option<PhysFrame> {
         self.settle_locks(self.current());
         let asked = lock(&self.cpu().table_locks.asked);
         asked.iter().find(|wanted| wanted.is_held).map(|held| held.table)

@@ -23,6 +23,8 @@ pub struct Violation {
     pub frame: PhysFrame,
     /// When it was freed, if it was: the step, and the CPU that freed it.
     pub freed: Option<(u64, CpuId)>,
+    /// What is wrong with it, where the kind does not say it all.
+    pub because: Option<String>,
     /// The cached entry that reaches it, if it is still known.
     pub entry: Option<CachedEntry>,
     /// The last events that matter.
@@ -52,7 +54,14 @@ pub struct Found {
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "violation: {}", self.kind)?;
+        if let (true, Some(because)) = (self.kind.is_of_a_call(), &self.because) {
+            writeln!(f, "  {}: {because}", self.cpu)?;
+            return self.story.iter().try_for_each(|event| writeln!(f, "    {event}"));
+        }
         writeln!(f, "  {} address {:#x} frame {:#x}", self.cpu, self.address, self.frame.start_address())?;
+        if let Some(because) = &self.because {
+            writeln!(f, "  {because}")?;
+        }
         match self.freed {
             Some((event, cpu)) => writeln!(f, "  freed at event {event} by {cpu}")?,
             None => match self.last_freed() {
@@ -87,7 +96,16 @@ mod tests {
 
     fn violation(kind: ViolationKind) -> Violation {
         let frame = PhysFrame::containing_address(PhysAddr::new(0x6000));
-        Violation { kind, cpu: CpuId::new(1), address: 0, frame, freed: None, entry: None, story: Vec::new() }
+        Violation {
+            kind,
+            cpu: CpuId::new(1),
+            address: 0,
+            frame,
+            freed: None,
+            because: None,
+            entry: None,
+            story: Vec::new(),
+        }
     }
 
     #[test]

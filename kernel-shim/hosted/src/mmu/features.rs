@@ -20,6 +20,8 @@ pub struct Features {
     pub large_pages: LargePages,
     /// Which of several entries for one address is used.
     pub coexisting: Coexisting,
+    /// Whether instruction fetches have translations of their own.
+    pub tlbs: Tlbs,
     /// Most TLB entries held, over all PCIDs and globals.
     pub tlb_capacity: Capacity,
     /// Most paging-structure-cache entries held, over all PCIDs and levels.
@@ -40,6 +42,7 @@ impl Features {
         faults: Faults::FromCache,
         large_pages: LargePages::Whole,
         coexisting: Coexisting::SmallestFirst,
+        tlbs: Tlbs::Unified,
         tlb_capacity: Capacity::Unlimited,
         structure_capacity: Capacity::Unlimited,
         physical_bits: 46,
@@ -54,6 +57,17 @@ impl Features {
         invlpgb_count_max: 7,
         ..Self::INTEL
     };
+
+    /// The same with the caches of a small core, which hold fewer entries than a program of a few
+    /// pages uses; where they hold less already, they stay.
+    #[must_use]
+    pub fn with_small_caches(self) -> Self {
+        Self {
+            tlb_capacity: self.tlb_capacity.or_less(12),
+            structure_capacity: self.structure_capacity.or_less(4),
+            ..self
+        }
+    }
 }
 
 /// What INVLPG drops from the paging-structure caches of the current PCID.
@@ -130,6 +144,22 @@ pub enum Coexisting {
     LargestFirst,
 }
 
+/// Whether loads and stores find their translations where instruction fetches do.
+///
+/// What drops a translation drops it on both sides; what fills one side leaves the other as it is.
+/// So one address may have two translations on one CPU, an old one and a new one.
+///
+/// # Source
+/// Intel SDM vol. 3A 4.10.2 (a processor may have several TLBs, for data and for instructions),
+/// 4.10.4.4 (until it is invalidated, each access may use the old translation or the new one).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tlbs {
+    /// They do.
+    Unified,
+    /// Each side has its own.
+    Split,
+}
+
 /// How many entries one cache holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Capacity {
@@ -137,4 +167,14 @@ pub enum Capacity {
     Unlimited,
     /// At most so many; 0 means that nothing is cached.
     AtMost(usize),
+}
+
+impl Capacity {
+    /// The same, and no more than `most`.
+    fn or_less(self, most: usize) -> Self {
+        match self {
+            Self::Unlimited => Self::AtMost(most),
+            Self::AtMost(count) => Self::AtMost(count.min(most)),
+        }
+    }
 }

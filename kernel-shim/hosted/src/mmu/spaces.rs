@@ -12,11 +12,22 @@ use crate::mmu::tlb_cache::{Clash, Inserted, TlbCache, TlbEntry};
 use crate::mmu::watch::{CachedEntry, FrameWatch, Held, Tag, Use};
 use crate::vocabulary::Moment;
 
+/// Which of the TLBs of a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// That of loads and stores; of everything, where there is one.
+    Data,
+    /// That of instruction fetches, where there are two.
+    Fetch,
+}
+
 /// Everything cached under one tag.
 #[derive(Debug)]
 pub(crate) struct Space {
     tag: Tag,
     tlb: TlbCache,
+    /// What instruction fetches use, where that is not the same: [`Side::Fetch`].
+    fetch: TlbCache,
     structures: StructureCache,
     named: NamedFrames,
     /// Addresses that were seen to be served by more than one page size, and may still be.
@@ -28,6 +39,7 @@ impl Space {
         Self {
             tag,
             tlb: TlbCache::default(),
+            fetch: TlbCache::default(),
             structures: StructureCache::default(),
             named: NamedFrames::default(),
             mixed: Vec::new(),
@@ -38,7 +50,8 @@ impl Space {
     /// the larger and the smaller page.
     pub(crate) fn mixed(&mut self) -> Option<(LinearAddress, TlbEntry, TlbEntry)> {
         while let Some(address) = self.mixed.pop() {
-            if let Some((large, small)) = self.tlb.mixed_at(address) {
+            let mixed = self.tlb.mixed_at(address).or_else(|| self.fetch.mixed_at(address));
+            if let Some((large, small)) = mixed {
                 return Some((address, large, small));
             }
         }
@@ -47,10 +60,11 @@ impl Space {
 
     /// A page of `size` was cached for `address`.
     #[inline]
-    fn look_for_a_mix(&mut self, address: LinearAddress, size: PageSize) {
+    fn look_for_a_mix(&mut self, side: Side, address: LinearAddress, size: PageSize) {
+        let tlb = self.tlb(side);
         let mixed = match size {
-            PageSize::Size4KiB => self.tlb.mixed_at(address).map(|_| address),
-            PageSize::Size2MiB | PageSize::Size1GiB => self.tlb.mixed_in(address, size),
+            PageSize::Size4KiB => tlb.mixed_at(address).map(|_| address),
+            PageSize::Size2MiB | PageSize::Size1GiB => tlb.mixed_in(address, size),
         };
         // One is enough to be told; the rest of the same page would be told again and again.
         if let Some(mixed) = mixed
@@ -64,8 +78,25 @@ impl Space {
         self.tag
     }
 
-    pub(crate) fn tlb(&self) -> &TlbCache {
-        &self.tlb
+    #[inline]
+    pub(crate) fn tlb(&self, side: Side) -> &TlbCache {
+        match side {
+            Side::Data => &self.tlb,
+            Side::Fetch => &self.fetch,
+        }
+    }
+
+    #[inline]
+    fn tlb_mut(&mut self, side: Side) -> &mut TlbCache {
+        match side {
+            Side::Data => &mut self.tlb,
+            Side::Fetch => &mut self.fetch,
+        }
+    }
+
+    /// Number of translations, on both sides.
+    fn tlb_len(&self) -> usize {
+        self.tlb.len() + self.fetch.len()
     }
 
     pub(crate) fn structures(&self) -> &StructureCache {
@@ -79,8 +110,9 @@ impl Space {
 
     #[inline]
     pub(crate) fn drop_page<W: FrameWatch>(&mut self, address: LinearAddress, watch: &mut W) {
-        let Self { tag, tlb, named, .. } = self;
+        let Self { tag, tlb, fetch, named, .. } = self;
         tlb.drop_page(address, |entry| release_page(*tag, named, entry, watch));
+        fetch.drop_page(address, |entry| release_page(*tag, named, entry, watch));
     }
 
     #[inline]
@@ -91,12 +123,17 @@ impl Space {
 
     #[inline]
     pub(crate) fn drop_pages<W: FrameWatch>(&mut self, watch: &mut W) {
-        let Self { tag, tlb, named, structures, .. } = self;
+        let Self { tag, tlb, fetch, named, structures, .. } = self;
+        let both = [tlb, fetch];
         if structures.is_empty() {
             named.clear();
-            tlb.drop_all(|entry| watch.release(first_frame(entry.start()), page(*tag, entry)));
+            for tlb in both {
+                tlb.drop_all(|entry| watch.release(first_frame(entry.start()), page(*tag, entry)));
+            }
         } else {
-            tlb.drop_all(|entry| release_page(*tag, named, entry, watch));
+            for tlb in both {
+                tlb.drop_all(|entry| release_page(*tag, named, entry, watch));
+            }
         }
     }
 
@@ -113,7 +150,7 @@ impl Space {
 
     /// Everything in this space, in the form for people.
     pub(crate) fn entries(&self) -> impl Iterator<Item = CachedEntry> + '_ {
-        let pages = self.tlb.iter().map(|(address, entry, at)| CachedEntry {
+        let pages = self.tlb.iter().chain(self.fetch.iter()).map(|(address, entry, at)| CachedEntry {
             held: page(self.tag, entry),
             address,
             span_shift: entry.size().shift(),
@@ -270,7 +307,7 @@ impl Spaces {
     }
 
     pub(crate) fn tlb_len(&self) -> usize {
-        self.spaces.iter().map(|space| space.tlb.len()).sum()
+        self.spaces.iter().map(Space::tlb_len).sum()
     }
 
     pub(crate) fn structures_len(&self) -> usize {
@@ -281,22 +318,22 @@ impl Spaces {
     #[inline]
     pub(crate) fn insert_page<W: FrameWatch>(
         &mut self,
-        index: SpaceIndex,
+        (index, side): (SpaceIndex, Side),
         address: LinearAddress,
         entry: TlbEntry,
         clash: Clash,
         watch: &mut W,
     ) {
         if let Capacity::AtMost(most) = self.tlb_capacity
-            && self.at(index).tlb.get(address, entry.size()).is_none()
+            && self.at(index).tlb(side).get(address, entry.size()).is_none()
             && !self.make_room(most, Self::tlb_len, Self::drop_nth_page, watch)
         {
             return;
         }
         let space = self.at_mut(index);
-        match space.tlb.insert(address, entry, clash, watch.now()) {
+        match space.tlb_mut(side).insert(address, entry, clash, watch.now()) {
             Inserted::Kept => return,
-            Inserted::Added => space.look_for_a_mix(address, entry.origin()),
+            Inserted::Added => space.look_for_a_mix(side, address, entry.origin()),
             Inserted::Replaced(old) => release_page(space.tag, &mut space.named, old, watch),
         }
         space.named.add(entry.start(), entry.size());
@@ -328,12 +365,14 @@ impl Spaces {
     /// Drops the `place`th TLB entry of all.
     pub(crate) fn drop_nth_page<W: FrameWatch>(&mut self, mut place: usize, watch: &mut W) {
         for space in &mut self.spaces {
-            let here = space.tlb.len();
-            if place >= here {
-                place -= here;
-            } else if let Some(entry) = space.tlb.drop_nth(place) {
-                release_page(space.tag, &mut space.named, entry, watch);
-                return;
+            for side in [Side::Data, Side::Fetch] {
+                let here = space.tlb(side).len();
+                if place >= here {
+                    place -= here;
+                } else if let Some(entry) = space.tlb_mut(side).drop_nth(place) {
+                    release_page(space.tag, &mut space.named, entry, watch);
+                    return;
+                }
             }
         }
     }

@@ -5,10 +5,11 @@ use x86_64::registers::control::Cr4Flags;
 use x86_64::structures::paging::PhysFrame;
 
 use crate::mmu::access::{AccessKind, AccessMode};
-use crate::mmu::arch::{LinearAddress, PageSize, PagingMode, Rights};
+use crate::mmu::arch::{LinearAddress, Meaning, PageSize, PagingMode, Rights, decode};
 use crate::mmu::broadcast::{Broadcast, Issuer};
-use crate::mmu::features::{Coexisting, Features};
-use crate::mmu::spaces::{Space, SpaceIndex, Spaces};
+use crate::mmu::features::{Coexisting, Features, Tlbs};
+use crate::mmu::physical::PhysicalMemory;
+use crate::mmu::spaces::{Side, Space, SpaceIndex, Spaces};
 use crate::mmu::tlb_cache::TlbEntry;
 use crate::mmu::watch::{CachedEntry, FrameWatch, Held, Reach, Tag, Use};
 use crate::vocabulary::Moment;
@@ -50,12 +51,40 @@ impl Mmu {
         Self { features, mode, cr4, root, pcid: PCID_ZERO, current, spaces, epoch: 0, broadcasts: Vec::new() }
     }
 
-    /// The TLB entry that an access to `address` would use now.
+    /// The TLB entry that a load or a store at `address` would use now.
     #[must_use]
     #[inline]
     pub fn lookup(&self, address: LinearAddress) -> Option<(Tag, TlbEntry)> {
+        self.lookup_on(Side::Data, address)
+    }
+
+    /// The TLB entry that an access of this kind to `address` would use now.
+    #[must_use]
+    #[inline]
+    pub fn lookup_for(&self, address: LinearAddress, kind: AccessKind) -> Option<(Tag, TlbEntry)> {
+        self.lookup_on(self.side_of(kind), address)
+    }
+
+    /// Whether an access of any kind to `address` would be served by a TLB now.
+    #[must_use]
+    pub fn has_page(&self, address: LinearAddress) -> bool {
+        self.lookup(address).is_some()
+            || self.features.tlbs == Tlbs::Split && self.lookup_on(Side::Fetch, address).is_some()
+    }
+
+    /// Where accesses of this kind find their translations.
+    #[inline]
+    pub(crate) fn side_of(&self, kind: AccessKind) -> Side {
+        match (self.features.tlbs, kind) {
+            (Tlbs::Split, AccessKind::Execute) => Side::Fetch,
+            (Tlbs::Split, AccessKind::Read | AccessKind::Write) | (Tlbs::Unified, _) => Side::Data,
+        }
+    }
+
+    #[inline]
+    fn lookup_on(&self, side: Side, address: LinearAddress) -> Option<(Tag, TlbEntry)> {
         let (own, global) = (self.spaces.at(self.current), self.spaces.at(SpaceIndex::GLOBAL));
-        let find = |size, space: &Space| space.tlb().get(address, size).map(|entry| (space.tag(), entry));
+        let find = |size, space: &Space| space.tlb(side).get(address, size).map(|entry| (space.tag(), entry));
         match self.features.coexisting {
             Coexisting::SmallestFirst => {
                 PageSize::ALL.into_iter().find_map(|size| find(size, own).or_else(|| find(size, global)))
@@ -77,6 +106,51 @@ impl Mmu {
     #[must_use]
     pub fn cr3(&self) -> (PhysFrame, Pcid) {
         (self.root, self.pcid)
+    }
+
+    /// Pages that stores may go to under the loaded PCID, and through whose translations none has
+    /// gone: of a few translations, from the `place`th on.
+    #[must_use]
+    pub fn clean_pages(&self, place: u64) -> [Option<LinearAddress>; 8] {
+        let mut few = self.spaces.at(self.current).tlb(Side::Data).some_from(place);
+        core::array::from_fn(|_| {
+            let (address, entry) = few.next()?;
+            (entry.rights().writable() && !entry.dirty()).then_some(address)
+        })
+    }
+
+    /// A table that the next walk could read, and the part of the address that leads to it: picks
+    /// one entry that is present on each level, from CR3 down, as `pick` says of how many there
+    /// are; down to a page, or to a table that is empty.
+    ///
+    /// What programs have used plays no part in it.
+    pub fn somewhere<M: PhysicalMemory>(
+        &self,
+        memory: &M,
+        mut pick: impl FnMut(u64) -> u64,
+    ) -> LinearAddress {
+        let (mut table, mut level, mut address) = (self.root.start_address(), self.mode.root(), 0);
+        loop {
+            // The upper half is the kernel's.
+            let entries = if level == self.mode.root() { 256 } else { 512 };
+            let meaning = |index: u64| {
+                let entry = memory.read(table + 8 * (index % entries));
+                decode(entry, level, self.features.physical_bits)
+            };
+            let leads = |index: &u64| matches!(meaning(*index), Meaning::Table(_) | Meaning::Page(..));
+            let first = pick(entries);
+            let next = (first..first + entries).find(leads).unwrap_or(first);
+            // Entries lie side by side: the first of them is not the only one to be found.
+            let beside = next + pick(16);
+            let index = if leads(&beside) { beside } else { next };
+            let meaning = meaning(index);
+            let index = index % entries;
+            address |= index << level.entry_shift();
+            match (meaning, level.below()) {
+                (Meaning::Table(next), Some(below)) => (table, level) = (next, below),
+                _ => return LinearAddress::new(address),
+            }
+        }
     }
 
     /// CR4, as far as it is modelled.

@@ -234,6 +234,20 @@ impl TlbCache {
             .map(|(number, Cached { entry, at })| (address_of(*number, entry.size()), *entry, *at))
     }
 
+    /// Every entry of one page size, in turn from the `place`th on, with the first address it
+    /// serves.
+    pub fn some_from(&self, place: u64) -> impl Iterator<Item = (LinearAddress, TlbEntry)> + '_ {
+        let entries = self.by_size.iter().find(|entries| !entries.is_empty());
+        entries.into_iter().flat_map(move |entries| {
+            let len = entries.len();
+            let first = usize::try_from(place % len as u64).unwrap_or(0);
+            (0..len).filter_map(move |offset| {
+                let (number, cached) = entries.get_index((first + offset) % len)?;
+                Some((address_of(*number, cached.entry.size()), cached.entry))
+            })
+        })
+    }
+
     /// Whether `address` is served by more than one page size: how large, and how small.
     ///
     /// Software must not let that happen: which of the two is used, one access at a time, is the

@@ -75,7 +75,7 @@ impl Mmu {
         if !address.is_canonical(self.mode) {
             return Err(Fault::NonCanonical(address));
         }
-        if let Some((tag, entry)) = self.lookup(address) {
+        if let Some((tag, entry)) = self.lookup_for(address, kind) {
             if !self.permits(entry.rights(), kind, mode) {
                 let code = PageFaultErrorCode::PROTECTION_VIOLATION | access_code(kind, mode);
                 self.drop_faulting(address, watch);

@@ -75,8 +75,10 @@ enum Purpose {
 /// How far down a speculative walk goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
-    /// To the page: fills the TLB, and the structure caches on the way.
+    /// To the page: fills the TLB of loads and stores, and the structure caches on the way.
     Page,
+    /// To the page: fills the TLB of instruction fetches, which may be the same.
+    Fetch,
     /// Until an entry of a table at this level is in the structure caches ([`TableLevel::Pd`]: a
     /// PDE), or a page is met.
     Structure(TableLevel),
@@ -239,7 +241,7 @@ impl Mmu {
             }
             Purpose::Access(AccessKind::Write, _) => (ACCESSED | DIRTY, Clash::TakeNew),
             Purpose::Access(..) => (ACCESSED, Clash::TakeNew),
-            Purpose::Speculation(Depth::Page) => (ACCESSED, Clash::KeepOld),
+            Purpose::Speculation(Depth::Page | Depth::Fetch) => (ACCESSED, Clash::KeepOld),
             Purpose::Speculation(Depth::Structure(_)) => return Step::Speculated(Speculation::Nothing),
         };
         if leaf & flags != flags && memory.fetch_or(walk.entry_address(), flags, leaf).is_err() {
@@ -253,7 +255,12 @@ impl Mmu {
         }
         let is_global = entry.global() && self.cr4.contains(Cr4Flags::PAGE_GLOBAL);
         let space = if is_global { SpaceIndex::GLOBAL } else { self.current };
-        self.spaces.insert_page(space, walk.address, entry, clash, watch);
+        let side = self.side_of(match walk.purpose {
+            Purpose::Access(kind, _) => kind,
+            Purpose::Speculation(Depth::Fetch) => AccessKind::Execute,
+            Purpose::Speculation(_) => AccessKind::Read,
+        });
+        self.spaces.insert_page((space, side), walk.address, entry, clash, watch);
         match walk.purpose {
             Purpose::Access(..) => {
                 let address = entry.translate(walk.address);

@@ -1,5 +1,6 @@
 //! CPUs that go off and come back in a sequence that was made up without.
 
+use crate::memory::index;
 use crate::random::Choices;
 use crate::sequence::op::{Op, Step};
 use crate::sequence::text::Sequence;
@@ -15,26 +16,29 @@ pub fn with_cpus_going_off(sequence: Sequence) -> Sequence {
         return sequence;
     }
     let choices = Choices::new(!sequence.seed);
-    let mut are_off = 0u64;
+    let mut are_off = vec![false; index(others) + 1];
     let mut steps = Vec::with_capacity(sequence.steps.len() * 5 / 4);
-    let mut switch = |steps: &mut Vec<Step>, cpu: u8| {
-        let bit = 1 << cpu;
-        let op = if are_off & bit == 0 { Op::Offline } else { Op::Online };
-        are_off ^= bit;
+    let switch = |steps: &mut Vec<Step>, are_off: &mut [bool], cpu: u16| {
+        let is_off = &mut are_off[usize::from(cpu)];
+        let op = if *is_off { Op::Online } else { Op::Offline };
+        *is_off = !*is_off;
         steps.push(Step { cpu, op });
-        are_off
     };
-    let mut off_now = 0;
     for step in sequence.steps {
         if choices.one_in(SWITCH_EVERY) {
-            // The first stays: at most 64 CPUs there are.
-            off_now = switch(&mut steps, 1 + choices.below(others).to_le_bytes()[0]);
+            // The first stays.
+            switch(&mut steps, &mut are_off, 1 + low(choices.below(others)));
         }
         // Steps on CPUs that are off are lost; few shall be.
-        if off_now >> (step.cpu % 64) & 1 != 0 && !choices.one_in(3) {
-            off_now = switch(&mut steps, step.cpu);
+        if are_off.get(usize::from(step.cpu)).is_some_and(|is_off| *is_off) && !choices.one_in(3) {
+            switch(&mut steps, &mut are_off, step.cpu);
         }
         steps.push(step);
     }
     Sequence { steps, ..sequence }
+}
+
+/// The number of a CPU. There are at most 192.
+fn low(number: u64) -> u16 {
+    u16::try_from(number).unwrap_or(0)
 }

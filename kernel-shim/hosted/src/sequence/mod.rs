@@ -3,6 +3,7 @@
 //! ```text
 //!  in    a seed            generate ─┐
 //!                          hotplug ──┤
+//!        others            mutate ───┤
 //!        bytes             bytes ────┼─> text: a Sequence, steps of op
 //!        text              text ─────┘        │
 //!                                             v
@@ -18,10 +19,13 @@
 
 mod bytes;
 mod calls;
+mod features;
 mod generate;
 mod hotplug;
+mod mutate;
 mod op;
 mod places;
+pub(crate) mod quirks;
 mod shrink;
 mod steps;
 mod text;
@@ -30,8 +34,10 @@ mod verdict;
 mod world;
 
 pub use calls::{Calls, Tally};
+pub use features::{Feature, Features, Pairs};
 pub use generate::generate;
 pub use hotplug::with_cpus_going_off;
+pub(crate) use mutate::{Rare, mutate};
 pub use op::{MmId, NR_MMS, Op, Step};
 pub use shrink::shrink;
 pub(crate) use shrink::without_lacking;

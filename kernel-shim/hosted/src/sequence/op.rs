@@ -11,12 +11,16 @@
 
 use core::fmt;
 
-use mmu_gather::pagetable::VirtRange;
+use mmu_gather::pagetable::{PagingMode, VirtRange};
 
 use crate::vocabulary::{Backing, Guarding, Rights, Supply, UserAccess};
 
-/// How many address spaces a sequence has.
-pub const NR_MMS: u8 = 3;
+/// Pages of the stack of a new program.
+pub(crate) const STACK_PAGES: u64 = 16;
+
+/// How many address spaces a sequence can have: more than a CPU has PCIDs for. Most sequences use
+/// the first three.
+pub const NR_MMS: u8 = 8;
 
 /// One of the address spaces of a sequence: `0..NR_MMS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,7 +47,7 @@ pub enum Op {
     Exit(MmId),
     /// Reclaim takes the pages away, and goes on with the same addresses of the second.
     Reclaim(MmId, MmId, VirtRange),
-    /// The program on the CPU reads or writes at the start of each page.
+    /// The program on the CPU reads, writes or fetches an instruction at the start of each page.
     Touch(VirtRange, UserAccess),
     /// The CPU runs programs of this address space.
     Switch(MmId),
@@ -67,13 +71,18 @@ pub enum Op {
     Offline,
     /// The CPU is switched on again.
     Online,
+    /// Frames for programs' pages get scarce, or not.
+    Frames(Supply),
+    /// execve(2): the CPU goes on in a new address space, whose stack moves down by this many
+    /// pages; what was there before exits.
+    Exec(MmId, u64),
 }
 
 /// One line of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// The CPU, modulo those the machine has.
-    pub cpu: u8,
+    pub cpu: u16,
     /// What it does.
     pub op: Op,
 }
@@ -98,6 +107,7 @@ impl Op {
             | Self::MoveStack(mm, ..)
             | Self::Fork(mm, _)
             | Self::Exit(mm)
+            | Self::Exec(mm, _)
             | Self::Reclaim(mm, ..)
             | Self::Switch(mm) => Some(mm),
             _ => None,
@@ -118,8 +128,34 @@ impl Op {
         }
     }
 
+    /// The end of the addresses it names; 0 if it names none.
+    pub(crate) fn end(self) -> u64 {
+        match self {
+            Self::Map(_, range, ..)
+            | Self::Unmap(_, range)
+            | Self::Discard(_, range)
+            | Self::Guard(_, range, _)
+            | Self::Protect(_, range, _)
+            | Self::MoveStack(_, range, _)
+            | Self::Reclaim(_, _, range)
+            | Self::Touch(range, _) => range.end(),
+            Self::Remap(_, range, to) => range.end().max(to.saturating_add(range.len_bytes())),
+            _ => 0,
+        }
+    }
+
     /// How many pages it names.
     pub(crate) const fn nr_pages(self) -> u64 {
+        match self.range() {
+            Some(range) => range.nr_pages(),
+            None if matches!(self, Self::Exec(..)) => 2 * STACK_PAGES,
+            None => 0,
+        }
+    }
+
+    /// The addresses that it names first, if it names any.
+    #[must_use]
+    pub const fn range(self) -> Option<VirtRange> {
         match self {
             Self::Map(_, range, ..)
             | Self::Unmap(_, range)
@@ -129,24 +165,26 @@ impl Op {
             | Self::Remap(_, range, _)
             | Self::MoveStack(_, range, _)
             | Self::Reclaim(_, _, range)
-            | Self::Touch(range, _) => range.nr_pages(),
+            | Self::Touch(range, _) => Some(range),
             Self::Fork(..)
+            | Self::Exec(..)
             | Self::Exit(_)
             | Self::Switch(_)
             | Self::Lazy
             | Self::Wake
             | Self::Batches(_)
             | Self::Tables(_)
+            | Self::Frames(_)
             | Self::Preempt(_)
             | Self::Sync
             | Self::Offline
-            | Self::Online => 0,
+            | Self::Online => None,
         }
     }
 
     /// The words of all operations. New ones come last: saved bytes name operations by their
     /// number.
-    pub const WORDS: [&'static str; 20] = [
+    pub const WORDS: [&'static str; 22] = [
         "map",
         "unmap",
         "discard",
@@ -167,6 +205,8 @@ impl Op {
         "guard",
         "offline",
         "online",
+        "frames",
+        "exec",
     ];
 
     /// Which operation it is, as an index of [`WORDS`](Self::WORDS).
@@ -193,6 +233,8 @@ impl Op {
             Self::Guard(..) => 17,
             Self::Offline => 18,
             Self::Online => 19,
+            Self::Frames(..) => 20,
+            Self::Exec(..) => 21,
         }
     }
 }
@@ -219,6 +261,7 @@ impl fmt::Display for Scarcity {
             Supply::Always => f.write_str("always"),
             Supply::Never => f.write_str("never"),
             Supply::ExceptEvery(every) => write!(f, "{every}"),
+            Supply::Nth(number) => write!(f, "nth-{number}"),
         }
     }
 }
@@ -237,8 +280,12 @@ impl fmt::Display for Step {
             Op::Reclaim(first, second, range) => write!(f, " {first} {second} {}", Pages(range)),
             Op::Touch(range, UserAccess::Read) => write!(f, " {} read", Pages(range)),
             Op::Touch(range, UserAccess::Write) => write!(f, " {} write", Pages(range)),
-            Op::Batches(supply) | Op::Tables(supply) => write!(f, " {}", Scarcity(supply)),
+            Op::Touch(range, UserAccess::Fetch) => write!(f, " {} fetch", Pages(range)),
+            Op::Batches(supply) | Op::Tables(supply) | Op::Frames(supply) => {
+                write!(f, " {}", Scarcity(supply))
+            }
             Op::Preempt(seams) => write!(f, " {seams}"),
+            Op::Exec(mm, pages) => write!(f, " {mm} {pages}"),
             Op::Guard(mm, range, guarding) => write!(f, " {mm} {} {guarding}", Pages(range)),
             Op::Lazy | Op::Wake | Op::Sync | Op::Offline | Op::Online => Ok(()),
         }
@@ -272,7 +319,12 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
                 Some("shared") => Backing::Shared,
                 Some("pfn") => Backing::Pfn,
                 Some("stack") => Backing::Stack,
-                _ => return Err("anon, huge, clean, private, shared, pfn or stack"),
+                Some("giant") => Backing::Giant,
+                Some("zeroes") => Backing::Zeroes,
+                Some("folios") => Backing::Folios,
+                _ => {
+                    return Err("anon, huge, clean, private, shared, pfn, stack, giant, zeroes or folios");
+                }
             };
             Op::Map(mm, range, backing, rights(words.next())?)
         }
@@ -282,18 +334,19 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         "remap" => Op::Remap(mm(words.next())?, range(words.next())?, address(words.next())?),
         "movestack" => {
             let (mm, range) = (mm(words.next())?, range(words.next())?);
-            let pages = words.next().and_then(|word| word.parse().ok()).ok_or("a number of pages")?;
-            Op::MoveStack(mm, range, pages)
+            Op::MoveStack(mm, range, pages(words.next())?)
         }
         "fork" => Op::Fork(mm(words.next())?, mm(words.next())?),
         "exit" => Op::Exit(mm(words.next())?),
+        "exec" => Op::Exec(mm(words.next())?, pages(words.next())?),
         "reclaim" => Op::Reclaim(mm(words.next())?, mm(words.next())?, range(words.next())?),
         "touch" => {
             let range = range(words.next())?;
             match words.next() {
                 Some("read") => Op::Touch(range, UserAccess::Read),
                 Some("write") => Op::Touch(range, UserAccess::Write),
-                _ => return Err("read or write"),
+                Some("fetch") => Op::Touch(range, UserAccess::Fetch),
+                _ => return Err("read, write or fetch"),
             }
         }
         "switch" => Op::Switch(mm(words.next())?),
@@ -301,6 +354,7 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         "wake" => Op::Wake,
         "batches" => Op::Batches(supply(words.next())?),
         "tables" => Op::Tables(supply(words.next())?),
+        "frames" => Op::Frames(supply(words.next())?),
         "sync" => Op::Sync,
         "offline" => Op::Offline,
         "online" => Op::Online,
@@ -318,7 +372,7 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
         }
         _ => {
             return Err(
-                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, reclaim, touch, switch, lazy, wake, batches, tables, sync, preempt, offline or online",
+                "an operation: map, unmap, discard, guard, protect, remap, movestack, fork, exit, exec, reclaim, touch, switch, lazy, wake, batches, tables, frames, sync, preempt, offline or online",
             );
         }
     })
@@ -326,7 +380,11 @@ fn parse_op<'a>(word: &str, words: &mut impl Iterator<Item = &'a str>) -> Result
 
 fn mm(word: Option<&str>) -> Result<MmId, &'static str> {
     let number = word.and_then(|word| word.strip_prefix('m')).and_then(|number| number.parse().ok());
-    number.filter(|number| *number < NR_MMS).map(MmId).ok_or("an address space: m0, m1 or m2")
+    number.filter(|number| *number < NR_MMS).map(MmId).ok_or("an address space: m0 to m7")
+}
+
+fn pages(word: Option<&str>) -> Result<u64, &'static str> {
+    word.and_then(|word| word.parse().ok()).ok_or("a number of pages")
 }
 
 fn address(word: Option<&str>) -> Result<u64, &'static str> {
@@ -340,7 +398,10 @@ fn range(word: Option<&str>) -> Result<VirtRange, &'static str> {
     let start = address(Some(start))?;
     let pages: u64 = pages.parse().map_err(|_| EXPECTED)?;
     let end = pages.checked_mul(4096).and_then(|bytes| start.checked_add(bytes)).ok_or(EXPECTED)?;
-    VirtRange::new(start, end).ok().filter(|range| range.end() <= 1 << 47).ok_or(EXPECTED)
+    VirtRange::new(start, end)
+        .ok()
+        .filter(|range| range.end() <= PagingMode::FiveLevel.user_end())
+        .ok_or(EXPECTED)
 }
 
 fn rights(word: Option<&str>) -> Result<Rights, &'static str> {
@@ -348,15 +409,21 @@ fn rights(word: Option<&str>) -> Result<Rights, &'static str> {
         Some("none") => Ok(Rights::Nothing),
         Some("read") => Ok(Rights::Read),
         Some("write") => Ok(Rights::Write),
-        _ => Err("none, read or write"),
+        Some("execute") => Ok(Rights::Execute),
+        _ => Err("none, read, write or execute"),
     }
 }
 
 fn supply(word: Option<&str>) -> Result<Supply, &'static str> {
-    match word {
-        Some("always") => Ok(Supply::Always),
-        Some("never") => Ok(Supply::Never),
-        Some(number) => number.parse().map(Supply::ExceptEvery).map_err(|_| "always, never or a number"),
-        None => Err("always, never or a number"),
-    }
+    const EXPECTED: &str = "always, never, a number, or nth- and a number";
+    let word = word.ok_or(EXPECTED)?;
+    let number = |digits: &str| digits.parse().map_err(|_| EXPECTED);
+    Ok(match word {
+        "always" => Supply::Always,
+        "never" => Supply::Never,
+        _ => match word.strip_prefix("nth-") {
+            Some(digits) => Supply::Nth(number(digits)?),
+            None => Supply::ExceptEvery(number(word)?),
+        },
+    })
 }

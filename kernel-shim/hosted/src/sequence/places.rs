@@ -14,5 +14,14 @@ pub(crate) const PLACES: [u64; 7] = [
     (1 << 47) - 0x40_0000,
 ];
 
+/// Places that there are with page tables of five levels: around the end of what four levels reach,
+/// and where a table of the fourth level begins and ends.
+pub(crate) const HIGH_PLACES: [u64; 4] = [
+    (1 << 47) - 0x10_0000,
+    (1 << 48) - 0x10_0000,
+    (1 << 48) + Level::Pmd.table_span() - 0x10_0000,
+    (1 << 56) - 0x40_0000,
+];
+
 /// Pages of one touch, each of which may fault.
 pub(crate) const MOST_TOUCHED: u64 = 64;

@@ -3,10 +3,15 @@
 use std::io;
 use std::sync::Arc;
 
+use mmu_gather::pagetable::PagingMode;
+
 use crate::kernel::Kernel;
 use crate::machine::HostedMachine;
+use crate::mmu::features::SettingDirty;
+use crate::options::Device;
 use crate::sequence::calls::Calls;
-use crate::sequence::text::Sequence;
+use crate::sequence::quirks::Quirk;
+use crate::sequence::text::{NR_FRAMES, Sequence};
 use crate::sequence::trial::Trial;
 use crate::sequence::verdict::{Verdict, judge};
 
@@ -15,6 +20,7 @@ use crate::sequence::verdict::{Verdict, judge};
 const SEEDS_TRIED: u64 = 6;
 
 /// Leaves steps out while the same sort of failure stays: halves first, single ones at the end.
+/// Then what the machine need not be, and the steps that only that machine needed.
 ///
 /// # Errors
 /// If the host refuses memory for the machine.
@@ -25,15 +31,29 @@ pub fn shrink<K: Kernel>(
     make: impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
 ) -> io::Result<(Sequence, Verdict)> {
     let sort = verdict.sort();
-    let mut best = (sequence.clone(), verdict);
-    let mut chunk = best.0.steps.len().div_ceil(2);
+    let half = sequence.steps.len().div_ceil(2);
+    let mut best = without_steps((sequence.clone(), verdict), half, trial, &sort, &make)?;
+    while let Some(plainer) = on_a_plainer_machine(&best.0, trial, &sort, &make)? {
+        best = without_steps(plainer, 1, trial, &sort, &make)?;
+    }
+    Ok(best)
+}
+
+/// Leaves steps out, `chunk` at a time at first, until no single one can go.
+fn without_steps<K: Kernel>(
+    mut best: (Sequence, Verdict),
+    mut chunk: usize,
+    trial: Trial,
+    sort: &str,
+    make: &impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
+) -> io::Result<(Sequence, Verdict)> {
     loop {
         let mut shorter = false;
         let mut at = 0;
         while at < best.0.steps.len() {
             let mut candidate = best.0.clone();
             candidate.steps.drain(at..(at + chunk).min(best.0.steps.len()));
-            match fails_like(&candidate, trial, &sort, SEEDS_TRIED, &make)? {
+            match fails_like(&candidate, trial, sort, SEEDS_TRIED, make)? {
                 Some(found) => {
                     best = found;
                     shorter = true;
@@ -49,6 +69,49 @@ pub fn shrink<K: Kernel>(
         }
     }
 }
+
+/// Leaves out what the machine need not be while the same sort of failure stays, so that what is
+/// left has to do with it; `None` if nothing can go.
+///
+/// Each may have changed the seed, and with that which steps are needed.
+fn on_a_plainer_machine<K: Kernel>(
+    sequence: &Sequence,
+    trial: Trial,
+    sort: &str,
+    make: &impl Fn(&Arc<HostedMachine>) -> io::Result<K>,
+) -> io::Result<Option<(Sequence, Verdict)>> {
+    let mut found = None;
+    let nr_plainings = PLAINER.len() + Quirk::ALL.len();
+    for number in 0..nr_plainings {
+        let best = found.as_ref().map_or(sequence, |(best, _): &(Sequence, Verdict)| best);
+        let mut candidate = best.clone();
+        match PLAINER.get(number) {
+            Some(make_plainer) => make_plainer(&mut candidate),
+            None => candidate.quirks = best.quirks.without(Quirk::ALL[number - PLAINER.len()]),
+        }
+        if candidate == *best {
+            continue;
+        }
+        if let Some(plainer) = fails_like(&candidate, trial, sort, SEEDS_TRIED, make)? {
+            found = Some(plainer);
+        }
+    }
+    Ok(found)
+}
+
+/// What takes a word from the header. With four levels, there is nothing where only five levels
+/// reach: a sequence that goes there keeps its five.
+const PLAINER: [fn(&mut Sequence); 4] = [
+    |sequence| sequence.nr_frames = NR_FRAMES,
+    |sequence| {
+        let end = PagingMode::FourLevel.user_end();
+        if sequence.steps.iter().all(|step| step.op.end() <= end) {
+            sequence.paging = PagingMode::FourLevel;
+        }
+    },
+    |sequence| sequence.device = Device::Absent,
+    |sequence| sequence.dirty = SettingDirty::Checked,
+];
 
 /// How many seeds are tried for a sequence without the steps that the kernel skips: all of its
 /// interleaving changes.

@@ -2,11 +2,13 @@
 
 use core::fmt;
 
+use mmu_gather::pagetable::PagingMode;
 use mmu_gather::tlb::PcidSupport;
 
 use crate::mmu::features::{Features, InvlpgUppers, SettingDirty};
 use crate::options::{Adversary, Device, Options};
 use crate::sequence::op::{Step, parse_step};
+use crate::sequence::quirks::Quirks;
 
 /// Steps for a machine of so many CPUs, and the seed that decides how they interleave.
 ///
@@ -14,7 +16,7 @@ use crate::sequence::op::{Step, parse_step};
 /// does the same every time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequence {
-    /// CPUs, 1 to 64.
+    /// CPUs, 1 to 192.
     pub nr_cpus: u32,
     /// Decides the schedule and the speculation.
     pub seed: u64,
@@ -28,12 +30,21 @@ pub struct Sequence {
     pub dirty: SettingDirty,
     /// Whether a device shares address spaces.
     pub device: Device,
+    /// What else the machine is.
+    pub quirks: Quirks,
+    /// How many levels page tables have, if the kernel can do with either.
+    pub paging: PagingMode,
+    /// Frames of the machine.
+    pub nr_frames: u64,
     /// The steps.
     pub steps: Vec<Step>,
 }
 
-/// Frames of the machine a sequence runs on: few, so that they are used again soon.
-const NR_FRAMES: u64 = 24 << 10;
+/// Frames of most machines: few, so that they are used again soon.
+pub(crate) const NR_FRAMES: u64 = 24 << 10;
+
+/// The fewest frames of a machine: enough to boot, and for one address space to be made.
+const FEWEST_FRAMES: u64 = 64;
 
 /// What the comment begins with that names the kernel.
 pub(crate) const KERNEL: &str = "# kernel ";
@@ -68,14 +79,15 @@ impl Sequence {
     /// The machine it runs on.
     #[must_use]
     pub fn options(&self) -> Options {
-        let base = Options::new(self.nr_cpus, NR_FRAMES, self.seed);
-        Options {
+        let base = Options::new(self.nr_cpus, self.nr_frames, self.seed);
+        self.quirks.apply(Options {
             pcid: self.pcid,
+            paging: self.paging,
             features: Features { invlpg_uppers: self.uppers, dirty: self.dirty, ..base.features },
             device: self.device,
             adversary: self.adversary,
             ..base
-        }
+        })
     }
 
     /// The kernel whose failure [`fuzz`](crate::fuzz()) has saved as this text, if it was `fuzz`:
@@ -100,7 +112,7 @@ impl Sequence {
         if first != HEADER {
             return Err(SequenceError { line, expected: HEADER });
         }
-        let expected = "cpus and a number from 1 to 64";
+        let expected = "cpus and a number from 1 to 192";
         let cpus = next(expected)?;
         let mut sequence = Self {
             nr_cpus: number(cpus, "cpus", expected)?,
@@ -110,12 +122,15 @@ impl Sequence {
             adversary: Adversary::Keeper,
             dirty: SettingDirty::Checked,
             device: Device::Absent,
+            quirks: Quirks::default(),
+            paging: PagingMode::FourLevel,
+            nr_frames: NR_FRAMES,
             steps: Vec::new(),
         };
-        if !(1..=64).contains(&sequence.nr_cpus) {
+        if !(1..=Options::MOST_CPUS).contains(&sequence.nr_cpus) {
             return Err(SequenceError { line: cpus.1, expected });
         }
-        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then late-dirty, device, or nothing";
+        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then late-dirty, device, la57, frames=N, the words of quirks, or nothing";
         let (mmu, line) = next(expected)?;
         let words: Vec<&str> = mmu.split_ascii_whitespace().collect();
         let ["mmu", pcid, uppers, adversary, ref others @ ..] = words[..] else {
@@ -131,7 +146,15 @@ impl Sequence {
             match *word {
                 "late-dirty" => sequence.dirty = SettingDirty::Unchecked,
                 "device" => sequence.device = Device::Present,
-                _ => return Err(SequenceError { line, expected }),
+                "la57" => sequence.paging = PagingMode::FiveLevel,
+                word => {
+                    if let Some(frames) = frames_in(word) {
+                        sequence.nr_frames = frames;
+                    } else {
+                        let quirks = sequence.quirks.with_word(word);
+                        sequence.quirks = quirks.ok_or(SequenceError { line, expected })?;
+                    }
+                }
             }
         }
         loop {
@@ -143,6 +166,11 @@ impl Sequence {
             sequence.steps.push(step);
         }
     }
+}
+
+fn frames_in(word: &str) -> Option<u64> {
+    let number = word.strip_prefix("frames=")?.parse().ok();
+    number.filter(|frames| (FEWEST_FRAMES..=NR_FRAMES).contains(frames))
 }
 
 fn number<T: core::str::FromStr>(
@@ -172,7 +200,12 @@ impl fmt::Display for Sequence {
         let adversary = if self.adversary == Adversary::Keeper { "keeper" } else { "forgetter" };
         let dirty = if self.dirty == SettingDirty::Unchecked { " late-dirty" } else { "" };
         let device = if self.device == Device::Present { " device" } else { "" };
-        writeln!(f, "mmu {pcid} {uppers} {adversary}{dirty}{device}")?;
+        let paging = if self.paging == PagingMode::FiveLevel { " la57" } else { "" };
+        write!(f, "mmu {pcid} {uppers} {adversary}{dirty}{device}{paging}")?;
+        if self.nr_frames != NR_FRAMES {
+            write!(f, " frames={}", self.nr_frames)?;
+        }
+        writeln!(f, "{}", self.quirks)?;
         for step in &self.steps {
             writeln!(f, "{step}")?;
         }

@@ -11,6 +11,7 @@ use crate::checker::violation::Found;
 use crate::kernel::Kernel;
 use crate::machine::HostedMachine;
 use crate::options::Telling;
+use crate::sequence::features::Features;
 use crate::sequence::text::Sequence;
 use crate::sequence::trial::{Outcome, Trial};
 use crate::sequence::world::{World, machine_of};
@@ -32,6 +33,8 @@ pub struct Run {
     pub verdict: Verdict,
     /// The corners it has been to.
     pub reached: Boundaries,
+    /// What it has done, in small pieces.
+    pub features: Features,
     /// How often what was wrong on purpose has happened.
     pub faults: u64,
     /// The violations found, also by a run that then gave up.
@@ -75,7 +78,7 @@ pub fn judge<K: Kernel>(
     trial: Trial,
     make: impl FnOnce(&Arc<HostedMachine>) -> io::Result<K>,
 ) -> io::Result<Run> {
-    let machine = machine_of(sequence, trial)?;
+    let machine = machine_of::<K>(sequence, trial)?;
     let mut world = None;
     let ended = catch_unwind(AssertUnwindSafe(|| {
         let world = world.insert(World::new(sequence, trial, Arc::clone(&machine), make)?);
@@ -99,10 +102,13 @@ pub fn judge<K: Kernel>(
     };
     let events = if trial.telling == Telling::All { machine.events() } else { Vec::new() };
     // What was given up may hold a lock that the kernel asks for here.
-    let counted =
-        catch_unwind(AssertUnwindSafe(|| world.as_ref().map(|world| (world.reached(), world.faults()))));
-    let (reached, faults) =
-        counted.ok().flatten().unwrap_or_else(|| (machine.reached(), machine.nr_faults()));
+    let counted = catch_unwind(AssertUnwindSafe(|| {
+        world.as_ref().map(|world| (world.reached(), world.faults(), world.features()))
+    }));
+    let (reached, faults, features) = counted
+        .ok()
+        .flatten()
+        .unwrap_or_else(|| (machine.reached(), machine.nr_faults(), Features::default()));
     let _gives_its_memory_back = catch_unwind(AssertUnwindSafe(|| drop(world)));
-    Ok(Run { verdict, reached, faults, found: machine.violations(), events })
+    Ok(Run { verdict, reached, features, faults, found: machine.violations(), events })
 }

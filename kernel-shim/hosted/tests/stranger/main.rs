@@ -214,7 +214,7 @@ fn process_with(mistake: Mistake, name: &str) -> (ExitStatus, String) {
     const INSIDE: &str = "MMU_HOSTED_INSIDE";
     let inside = format!("{mistake:?}");
     if std::env::var(INSIDE).is_ok_and(|mistake| mistake == inside) {
-        let patience = if mistake == Mistake::LockOfStd { 1 } else { 120 };
+        let patience = if mistake == Mistake::LockOfStd { 1 } else { 20 };
         let options = FuzzOptions { patience: Duration::from_secs(patience), ..options() };
         let report = fuzz(&options, made_with(mistake)).expect("memory");
         panic!("it came back: {report}");
@@ -235,7 +235,8 @@ fn a_lock_of_std_ends_the_process_with_the_sequence() {
     assert!(told.contains("Cpus::wait_for_answers is not overridden"), "{told}");
 }
 
-/// Ten seconds, where the engine alone would wait for two minutes.
+/// Ten seconds, or twenty if others had a turn since the interrupt was sent, where the engine alone
+/// would wait for two minutes.
 #[test]
 fn a_wait_for_answers_that_is_left_out_ends_the_process_and_is_named() {
     let (status, told) = process_with(
@@ -243,7 +244,10 @@ fn a_wait_for_answers_that_is_left_out_ends_the_process_and_is_named() {
         "a_wait_for_answers_that_is_left_out_ends_the_process_and_is_named",
     );
     assert_eq!(status.code(), Some(101), "{told}");
-    assert!(told.contains("is Cpus::wait_for_answers overridden with the machine's"), "{told}");
+    assert!(
+        told.contains("Cpus::wait_for_answers") && told.contains("overridden with the machine's"),
+        "{told}"
+    );
 }
 
 #[cfg(target_os = "linux")]

@@ -2,13 +2,13 @@
 
 use mmu_hosted::Choices;
 use mmu_hosted::arch::{LinearAddress, PageSize, TableLevel};
-use mmu_hosted::features::{Capacity, Coexisting, Features, LargePages};
-use mmu_hosted::invalidate::Cr3Load;
+use mmu_hosted::features::{Capacity, Coexisting, Features, LargePages, Tlbs};
+use mmu_hosted::invalidate::{Cr3Load, Invpcid};
 use mmu_hosted::mmu::{AccessKind, AccessMode, Source, Start};
 use mmu_hosted::walk::{Depth, Speculation};
 use mmu_hosted::watch::{Tag, Use};
 
-use crate::rig::{A, D, G, P, PCID_OFF, PCID_ON, PS, PWU, Rig, U, VA, W, XD, after, la57, pcid};
+use crate::rig::{A, D, G, P, PCID_OFF, PCID_ON, PS, PWU, Rig, U, VA, W, XD, after, frame, la57, pcid};
 
 #[test]
 fn any_present_path_may_be_cached_at_any_time() {
@@ -414,4 +414,123 @@ fn a_mapping_may_be_added_without_a_flush() {
     rig.speculate(VA, Depth::Page);
     rig.ram.poke(leaf, (7 << 12) | PWU);
     assert_eq!(rig.read(VA), 7);
+}
+
+const SPLIT: Features = Features { tlbs: Tlbs::Split, ..Features::INTEL };
+
+/// What loads and what fetches at `VA` come to.
+fn both_sides(rig: &mut Rig) -> [u64; 2] {
+    [AccessKind::Read, AccessKind::Execute]
+        .map(|kind| rig.user(VA, kind).expect("it goes through").address.as_u64() >> 12)
+}
+
+#[test]
+fn one_cpu_may_have_two_translations_of_one_page_at_once() {
+    let mut rig = Rig::new(SPLIT, PCID_ON);
+    let leaf = rig.map_page(VA, 7, PWU);
+    rig.read(VA);
+    rig.ram.poke(leaf, (8 << 12) | PWU);
+    // The instruction side walks, and leaves the data side as it is.
+    assert_eq!(both_sides(&mut rig), [7, 8]);
+    assert_eq!(both_sides(&mut rig), [7, 8], "both are served by the TLBs");
+    assert!(
+        rig.mmu.entries_reaching(frame(7)).count() == 1 && rig.mmu.entries_reaching(frame(8)).count() == 1
+    );
+    // A unified TLB has one answer.
+    let mut rig = Rig::intel();
+    let leaf = rig.map_page(VA, 7, PWU);
+    rig.read(VA);
+    rig.ram.poke(leaf, (8 << 12) | PWU);
+    assert_eq!(both_sides(&mut rig), [7, 7]);
+}
+
+#[test]
+fn speculation_fills_the_side_that_speculates_only() {
+    for (depth, kind, other) in [
+        (Depth::Fetch, AccessKind::Execute, AccessKind::Read),
+        (Depth::Page, AccessKind::Read, AccessKind::Execute),
+    ] {
+        let mut rig = Rig::new(SPLIT, PCID_ON);
+        rig.map_page(VA, 7, PWU);
+        assert_eq!(rig.speculate(VA, depth), Speculation::Page);
+        assert!(rig.mmu.lookup_for(VA, kind).is_some() && rig.mmu.lookup_for(VA, other).is_none());
+    }
+    let mut rig = Rig::intel();
+    rig.map_page(VA, 7, PWU);
+    assert_eq!(rig.speculate(VA, Depth::Fetch), Speculation::Page);
+    assert!(rig.in_tlb(VA), "there is one TLB for all");
+}
+
+#[test]
+fn every_invalidation_and_every_fault_drops_both_sides() {
+    let ways: [fn(&mut Rig); 5] = [
+        |rig| rig.invlpg(VA),
+        |rig| rig.load(rig.mmu.cr3().0, 0, Cr3Load::Flush),
+        |rig| rig.mmu.invpcid(Invpcid::Address(pcid(0), VA), &mut rig.counts).expect("PCIDs are on"),
+        |rig| rig.mmu.forget_everything(&mut rig.counts),
+        // The page is read-only: a store faults.
+        |rig| {
+            rig.fault(VA, AccessKind::Write);
+        },
+    ];
+    for (number, way) in ways.into_iter().enumerate() {
+        let mut rig = Rig::new(SPLIT, PCID_ON);
+        rig.map_page(VA, 7, P | U);
+        assert_eq!(both_sides(&mut rig), [7, 7]);
+        assert_eq!(rig.mmu.tlb_len(), 2);
+        way(&mut rig);
+        assert_eq!(rig.mmu.tlb_len(), 0, "way {number}");
+    }
+}
+
+#[test]
+fn a_bound_on_translations_is_for_both_sides_together() {
+    let mut rig = Rig::new(Features { tlb_capacity: Capacity::AtMost(3), ..SPLIT }, PCID_ON);
+    for page in 0..8 {
+        rig.map_page(after(VA, page << 12), 0x10 + page, PWU);
+        for kind in [AccessKind::Read, AccessKind::Execute] {
+            rig.user(after(VA, page << 12), kind).expect("it goes through");
+            assert!(rig.mmu.tlb_len() <= 3);
+        }
+    }
+    rig.mmu.forget_one(|count| count - 1 - 3, &mut rig.counts);
+    assert_eq!(rig.mmu.tlb_len(), 2);
+}
+
+#[test]
+fn small_caches_are_never_larger_than_what_was_there() {
+    let small = Features::INTEL.with_small_caches();
+    assert_eq!((small.tlb_capacity, small.structure_capacity), (Capacity::AtMost(12), Capacity::AtMost(4)));
+    let none = Features { tlb_capacity: Capacity::AtMost(0), ..Features::INTEL }.with_small_caches();
+    assert_eq!((none.tlb_capacity, none.structure_capacity), (Capacity::AtMost(0), Capacity::AtMost(4)));
+}
+
+#[test]
+fn speculation_may_go_down_any_path_whether_a_program_has_been_there_or_not() {
+    let mut rig = Rig::intel();
+    let places = [0, 0x5000, 1 << 21, 1 << 30, 1 << 39].map(|bytes| after(VA, bytes));
+    for (number, place) in places.into_iter().enumerate() {
+        rig.map_page(place, 0x20 + number as u64, PWU);
+    }
+    let choices = Choices::new(1);
+    let mut seen = [false; 5];
+    for _ in 0..200 {
+        let address = rig.mmu.somewhere(&rig.ram, |count| choices.below(count));
+        let place = places.iter().position(|place| *place == address);
+        seen[place.expect("the path is there")] = true;
+        assert_eq!(rig.speculate(address, Depth::Page), Speculation::Page);
+    }
+    assert_eq!(seen, [true; 5]);
+}
+
+#[test]
+fn a_path_that_ends_in_an_empty_table_leads_to_it() {
+    let rig = Rig::intel();
+    // A table of 4 KiB entries is linked, and nothing is in it yet.
+    rig.slot(TableLevel::Pt, VA);
+    let address = rig.mmu.somewhere(&rig.ram, |count| count - 1);
+    assert_eq!(address.as_u64() >> 21, VA.as_u64() >> 21);
+    let mut rig = rig;
+    assert_eq!(rig.speculate(address, Depth::Page), Speculation::Nothing);
+    assert_eq!(rig.deepest(VA), Some(TableLevel::Pd), "the empty table is cached all the same");
 }

@@ -1,5 +1,7 @@
 //! What a kernel's own tests call: many sequences, and one that was saved.
 
+pub(crate) mod corpus;
+
 use core::any::type_name;
 use core::fmt;
 use core::time::Duration;
@@ -11,6 +13,7 @@ use std::sync::Arc;
 use crate::boundary::{Boundaries, Boundary};
 use crate::checker::events::Event;
 use crate::checker::violation::Found;
+use crate::fuzz::corpus::Corpus;
 use crate::kernel::Kernel;
 use crate::machine::HostedMachine;
 use crate::options::Telling;
@@ -120,13 +123,16 @@ fn fuzz_watched<K: Kernel>(
     watched: &Watched,
 ) -> io::Result<Report> {
     let mut report = Report::default();
+    let mut corpus = Corpus::new();
     for number in 0..options.sequences {
         let seed = Choices::new(Choices::new(options.seed).bits().wrapping_add(number)).bits();
-        let mut sequence = generate(seed, options.nr_cpus, options.length);
-        // In one of four CPUs go off, too, if the kernel can do that.
-        if number % 4 == 3 && !report.calls.are_missing(Op::Offline) {
-            sequence = with_cpus_going_off(sequence);
-        }
+        let goes_off = number % 4 == 3 && !report.calls.are_missing(Op::Offline);
+        let changed = corpus.next(&Choices::new(!seed), options.nr_cpus, options.length);
+        let sequence = changed.unwrap_or_else(|| {
+            let sequence = generate(seed, options.nr_cpus, options.length);
+            // In one of four CPUs go off, too, if the kernel can do that.
+            if goes_off { with_cpus_going_off(sequence) } else { sequence }
+        });
         watched.begin(&sequence);
         let made = |machine: &Arc<HostedMachine>| {
             watched.begins_on(machine);
@@ -134,6 +140,7 @@ fn fuzz_watched<K: Kernel>(
         };
         let run = judge(&sequence, options.trial, made)?;
         report.add(&sequence, &run);
+        let _new = corpus.add(&sequence, &run.features.all);
         if !run.verdict.is_clean() {
             // The panic, if it was one, has been printed, and is once more below.
             let short = quietly(|| {

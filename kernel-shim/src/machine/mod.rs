@@ -1,8 +1,10 @@
 //! What a machine supplies to this kernel.
 #![expect(unsafe_code, reason = "a machine is believed about its memory and its CPUs")]
 
+mod contents;
+
 use mmu_gather::GatherEvent;
-use mmu_gather::pagetable::{Level, TableLock, VirtRange};
+use mmu_gather::pagetable::{Level, PagingMode, TableLock, VirtRange};
 use mmu_gather::tlb::{
     Answers, CachedTranslations, CpuBits, CpuId, CpuSet, CtxId, EarlyAnswer, Laziness, OnlineCpus, PageSpan,
     PcidSupport, Slot, TlbEvent,
@@ -12,6 +14,8 @@ use x86_64::instructions::tlb::Pcid;
 use x86_64::structures::paging::{PageTable, PhysFrame};
 
 use crate::vma::Protection;
+
+pub use contents::{Contents, Moment, Place, Shows};
 
 /// CPUs, interrupts and physical memory.
 ///
@@ -104,12 +108,37 @@ pub unsafe trait Machine: Sync {
         PcidSupport::Off
     }
 
+    /// How many levels page tables have on every CPU.
+    fn paging_mode(&self) -> PagingMode {
+        PagingMode::FourLevel
+    }
+
     /// A preemption point.
     fn cond_resched(&self) {}
+
+    /// Whether the kernel notes the used lines of its tables
+    /// ([`TableMemory::used_lines`](mmu_gather::pagetable::TableMemory::used_lines)). The answer
+    /// never changes.
+    #[inline]
+    fn notes_used_lines(&self) -> bool {
+        true
+    }
+
+    /// Whether entries of areas that programs may not execute say so. It takes IA32_EFER.NXE, and
+    /// areas that name what is code. The answer never changes.
+    #[inline]
+    fn forbids_execution(&self) -> bool {
+        false
+    }
 
     /// A moment at which something else may happen on other CPUs. The hosted machine lets it.
     #[inline]
     fn seam(&self, _seam: Seam) {}
+
+    /// This CPU has dropped a table lock. A [`Seam::Unlock`], without a machine at hand: a lock is
+    /// a byte, and does not know which it belongs to.
+    #[inline]
+    fn unlocked() {}
 
     /// Something a checker wants to know.
     #[inline]
@@ -125,15 +154,35 @@ pub unsafe trait Machine: Sync {
     fn about_to_lock(&self, _frame: PhysFrame, _lock: &TableLock<Self::Relax>) {
         self.seam(Seam::Lock);
     }
-}
 
-/// A point in time, for a checker that has a clock.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Moment(pub u64);
+    /// Fills `count` frames from `first` on, which nobody else uses, with zeroes.
+    fn zero_frames(&self, first: PhysFrame, count: u64) {
+        for number in 0..count {
+            // SAFETY: the machine's contract makes the 4096 bytes writable, and nobody else uses
+            // them.
+            unsafe { self.frame_to_pointer(first + number).write_bytes(0, 1) };
+        }
+    }
 
-impl Moment {
-    /// Before everything.
-    pub const START: Self = Self(0);
+    /// Copies what is in frame `from` to `to`, which nobody else uses.
+    fn copy_frame(&self, from: PhysFrame, to: PhysFrame) {
+        let (from, to) = (self.frame_to_pointer(from), self.frame_to_pointer(to));
+        // SAFETY: the machine's contract makes both readable and writable for 4096 bytes, and two
+        // frames do not overlap.
+        unsafe { from.copy_to_nonoverlapping(to, 1) };
+    }
+
+    /// Writes what is in `frame` to a disk.
+    ///
+    /// A machine without one, which this is unless overridden, loses it.
+    fn write_to_disk(&self, _frame: PhysFrame, _place: Place) {}
+
+    /// Reads what is at a place of a disk into `frame`, which nobody else uses.
+    ///
+    /// A machine without a disk, which this is unless overridden, reads zeroes.
+    fn read_from_disk(&self, _place: Place, frame: PhysFrame) {
+        self.zero_frames(frame, 1);
+    }
 }
 
 /// The moments at which a machine may interleave other CPUs.
@@ -149,6 +198,11 @@ pub enum Seam {
     Free,
     /// A frame was allocated.
     Allocate,
+    /// A table lock was dropped.
+    Unlock,
+    /// Between two steps of what the engine does without a table lock: the count of open gathers,
+    /// and what is owed to others.
+    Step,
 }
 
 /// The most that a call does while it holds the map lock of an address space, the least first. Each
@@ -303,11 +357,22 @@ pub enum Note {
         /// again.
         most: UnderMapLock,
     },
+    /// The kernel has given a gather a batch page.
+    BatchTaken,
+    /// The kernel had no batch page to give.
+    BatchRefused,
+    /// The kernel removes the reverse mapping of a page that was cleared after a flush, before the
+    /// lock of its table is dropped.
+    RmapDelayed,
+    /// The call that this CPU makes works on so many areas.
+    Areas(usize),
     /// This CPU is about to drop the map lock.
     MapUnlocked {
         /// The root table.
         root: PhysFrame,
     },
+    /// What programs are to read changes.
+    Contents(Contents),
 }
 
 // SAFETY: every method passes on to the machine behind the `Arc`, whose contract it is.
@@ -389,13 +454,32 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
         (**self).pcid_support()
     }
 
+    fn paging_mode(&self) -> PagingMode {
+        (**self).paging_mode()
+    }
+
     fn cond_resched(&self) {
         (**self).cond_resched();
     }
 
     #[inline]
+    fn notes_used_lines(&self) -> bool {
+        (**self).notes_used_lines()
+    }
+
+    #[inline]
+    fn forbids_execution(&self) -> bool {
+        (**self).forbids_execution()
+    }
+
+    #[inline]
     fn seam(&self, seam: Seam) {
         (**self).seam(seam);
+    }
+
+    #[inline]
+    fn unlocked() {
+        M::unlocked();
     }
 
     #[inline]
@@ -410,5 +494,21 @@ unsafe impl<M: Machine + Send> Machine for alloc::sync::Arc<M> {
     #[inline]
     fn about_to_lock(&self, frame: PhysFrame, lock: &TableLock<Self::Relax>) {
         (**self).about_to_lock(frame, lock);
+    }
+
+    fn zero_frames(&self, first: PhysFrame, count: u64) {
+        (**self).zero_frames(first, count);
+    }
+
+    fn copy_frame(&self, from: PhysFrame, to: PhysFrame) {
+        (**self).copy_frame(from, to);
+    }
+
+    fn write_to_disk(&self, frame: PhysFrame, place: Place) {
+        (**self).write_to_disk(frame, place);
+    }
+
+    fn read_from_disk(&self, place: Place, frame: PhysFrame) {
+        (**self).read_from_disk(place, frame);
     }
 }
