@@ -6,10 +6,10 @@
 //! done.
 //!
 //! ```text
-//!  fuzz         what a kernel's own tests call
+//!  fuzz/        what a kernel's own tests call
 //!      │
 //!      v
-//!  corpus       sequences that went somewhere new, and new ones made from them
+//!  fuzz/corpus  sequences that went somewhere new, and new ones made from them
 //!      │
 //!      v
 //!  sequence/    steps for every CPU: made up, written down, run on any kernel, made short

@@ -60,7 +60,7 @@
 //! account of which names are dead, and takes slots over in turn.
 //!
 //! ```text
-//!  bounds   the right column, as pure functions
+//!  bounds   what excuses more, as pure functions
 //!     │
 //!     v
 //!  state    what is remembered of calls, address spaces and CPUs
