@@ -7,13 +7,16 @@
 //! calls open on the address space. What the engine says of itself excuses nothing: a flush
 //! "because another gather is open" needs another call.
 //!
-//! Of each: the bound; and what excuses more.
+//! Calls are counted by CPU, and CPUs are bits of one word: nothing is judged in sequences whose
+//! threads move from CPU to CPU, nor on more than 64 CPUs.
+//!
+//! Of each: the bound, and what excuses more.
 //!
 //! - **a flush**: something was changed since the last one of this call. More: another call on
-//!   the address space, or a flush that reclaim owed there, since this one began; the end of an
-//!   exit; a call on the same address space that may have cleared it; runs that found no room.
+//!   the address space, reclaim at work there, or a flush that it owed, since this one began; the
+//!   end of an exit; runs that found no room.
 //! - **a flush of everything**: more pages from the first changed to the last than the ceiling,
-//!   in steps of the smallest leaf. More: the same; the call is an exit.
+//!   in steps of the smallest leaf. More: as for a flush; the call is an exit.
 //! - **a flush of pages**: from the first page changed to the last, in steps of the smallest leaf
 //!   changed. More: tables went: all of the call's range. Pages that move: as many as the call's
 //!   range has, anywhere, because no note tells them one by one.
@@ -25,9 +28,9 @@
 //! - **a CPU asked, no tables freed**: it runs programs of the address space; once for each
 //!   flush. More: it switches, or has since the flush began.
 //! - **a CPU asked, tables freed**: it has loaded the address space since it last left the
-//!   cpumask. More: as for a flush.
+//!   cpumask. More: as above.
 //! - **a CPU asked by reclaim**: it is on, and another. More: it has changed since reclaim began.
-//! - **never asked**: a CPU that is off; the CPU itself. More: as for a flush.
+//! - **never asked**: a CPU that is off; the CPU itself. More: as above.
 //! - **what a CPU does about a flush**: INVLPGs of the pages of that flush, each once, if that is
 //!   the only generation it has missed. More: it missed others; another came meanwhile; reclaim's
 //!   batch.
