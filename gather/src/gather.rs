@@ -101,8 +101,7 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
         // A `const` block, because the type is generic; sizes of other types are `const_assert`s.
         const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
         mm.open_gather();
-        kernel.between_gather_steps();
-        Self {
+        let gather = Self {
             kernel,
             mm,
             state: State {
@@ -117,7 +116,10 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
             },
             limits: Limits::DEFAULT.usable_in(mode),
             waiting: Waiting::new(),
-        }
+        };
+        // The gather is closed should this unwind.
+        kernel.between_gather_steps();
+        gather
     }
 
     /// The same gather, holding no more than `limits` allow. To be called before anything is

@@ -17,6 +17,16 @@ impl PaperKernel {
         self.log.once(at, act);
     }
 
+    /// After `steps` more steps of gathers, the hook between steps unwinds, once.
+    pub fn unwind_after_steps(&self, steps: u32) {
+        self.steps_to_unwinding.set(Some(steps));
+    }
+
+    /// Nothing unwinds between steps any more. Whether it was still to come.
+    pub fn steps_go_on(&self) -> bool {
+        self.steps_to_unwinding.take().is_some()
+    }
+
     /// Everything noted since the last call.
     pub fn take_events(&self) -> Vec<Noted> {
         self.log.take()

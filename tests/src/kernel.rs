@@ -43,6 +43,8 @@ pub struct PaperKernel {
     pub(crate) log: Log<Self>,
     pub(crate) locks_asked: RefCell<Vec<PhysFrame>>,
     pub(crate) dirty_flush: Cell<bool>,
+    /// After so many steps of gathers the kernel's own hook unwinds, once.
+    pub(crate) steps_to_unwinding: Cell<Option<u32>>,
     pub(crate) violations: RefCell<Vec<Violation>>,
 }
 
@@ -72,6 +74,7 @@ impl PaperKernel {
             log: Log::new(),
             locks_asked: RefCell::new(Vec::new()),
             dirty_flush: Cell::new(false),
+            steps_to_unwinding: Cell::new(None),
             violations: RefCell::new(Vec::new()),
         }
     }

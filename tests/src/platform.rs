@@ -197,6 +197,13 @@ impl Pages for PaperKernel {
         self.ledger().split(leaf.frame);
     }
 
+    fn between_gather_steps(&self) {
+        match self.steps_to_unwinding.take() {
+            Some(0) => std::panic::resume_unwind(Box::new("the kernel's own")),
+            left => self.steps_to_unwinding.set(left.map(|left| left - 1)),
+        }
+    }
+
     fn cond_resched(&self) {
         self.check_no_lock_is_held("cond_resched");
         self.note(Event::Resched);

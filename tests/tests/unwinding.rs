@@ -212,3 +212,32 @@ fn a_gather_that_is_used_again_after_its_freeing_unwound_frees_nothing_twice() {
         }
     }
 }
+
+/// Each time one step later, until a call comes to its end.
+#[test]
+fn a_gather_whose_kernel_unwinds_between_steps_is_closed_and_the_next_call_makes_up_for_it() {
+    for nr_pages in [1, 2, 40] {
+        let mut steps = 0;
+        loop {
+            let (kernel, pages) = kernel_in_use(nr_pages);
+            let (mm, vma) = (kernel.mm(0), area(pages.start(), pages.end(), Backing::Anonymous));
+            kernel.unwind_after_steps(steps);
+            let call = AssertUnwindSafe(|| kernel.zap(mm, &vma, pages).free());
+            let ended = catch_unwind(call).is_ok();
+            assert_eq!(kernel.steps_go_on(), ended);
+            assert_eq!(mm.open_gathers(), 0, "{nr_pages} pages, step {steps}");
+            kernel.zap(mm, &vma, pages).free();
+            for address in (pages.start()..pages.end()).step_by(4096) {
+                let used = kernel.touch(CPU[1], address, Access::Write);
+                assert_eq!(used, Err(Fault::NotPresent), "{nr_pages} pages, step {steps}, {address:#x}");
+            }
+            assert!(!mm.context().has_deferred_flushes());
+            assert_eq!(kernel.take_violations(), []);
+            if ended {
+                break;
+            }
+            steps += 1;
+        }
+        assert!(steps >= 4, "{nr_pages} pages: only {steps} steps");
+    }
+}

@@ -113,7 +113,8 @@ pub const SINGLE_PAGE_FLUSH_CEILING: u64 = 33;
 ///   is told nothing;
 /// - contexts of this machine are flushed with this machine. There is one; where a process has
 ///   several of one type (a simulator), whoever holds two keeps their contexts apart;
-/// - `invlpg` and `load_cr3` drop what the instructions of the same names must drop (SDM 4.10.4.1).
+/// - `invlpg` and `load_cr3` drop what the instructions of the same names must drop (SDM 4.10.4.1);
+/// - `between_flush_steps` does not unwind: what a batch has half noted would never be flushed for.
 ///
 /// # Example
 /// A machine of one CPU, in an ordinary process:
@@ -328,7 +329,7 @@ pub unsafe trait Cpus {
 
     /// Called between two steps of what a batch notes and what a flush reads, where another CPU may
     /// see the first without the second. A kernel does nothing here; whoever tests one lets other
-    /// CPUs run.
+    /// CPUs run. It must not unwind.
     ///
     /// # Context
     /// A table lock may be held; interrupts as the caller has them.
