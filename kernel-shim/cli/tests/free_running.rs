@@ -90,6 +90,8 @@ fn what_a_free_run_cannot_do_is_refused() {
         (&["--free-running", "--ops", "5"][..], "--ops"),
         (&["--free-running", "--jobs", "2"], "--jobs"),
         (&["--free-running", "--length", "9"], "--length"),
+        (&["--free-running", "--corpus", "somewhere"], "--corpus"),
+        (&["--free-running", "--unguided"], "--unguided"),
         (&["--free-running", "--cpus", "1"], "2 to 8"),
         (&["--free-running", "--cpus", "9"], "2 to 8"),
         (&["--interrupts", "polled", "--ops", "160"], "--free-running"),

@@ -58,8 +58,7 @@ pub(crate) struct FuzzArgs {
         default_value_if("free_running", "true", "failure.free-running")
     )]
     output: PathBuf,
-    /// Folder that the campaign is kept in, and gone on with: sequences that went somewhere new,
-    /// and
+    /// Folder that the campaign is kept in, and gone on with: sequences that went somewhere new, and
     /// how much was done. Processes with different seeds may share it.
     #[arg(long, value_name = "DIR", conflicts_with = "fault")]
     corpus: Option<PathBuf>,
@@ -72,7 +71,7 @@ pub(crate) struct FuzzArgs {
     /// CPUs are threads that really run beside each other: for bugs that only real cores show, such
     /// as missing fences. No run is like another. A failure is saved with the last events of each
     /// CPU.
-    #[arg(long, conflicts_with_all = ["ops", "jobs", "length"])]
+    #[arg(long, conflicts_with_all = ["ops", "jobs", "length", "corpus", "unguided"])]
     free_running: bool,
     /// How interrupts reach a CPU, with --free-running [default: alternating].
     #[arg(long, value_enum)]

@@ -71,19 +71,19 @@ pub(crate) fn kept(fuzzed: &Fuzzed) -> Vec<String> {
         return Vec::new();
     };
     let mut lines = vec![format!(
-        "in this corpus: {}, {}, over {} hours; {} kept, with {}",
+        "in this corpus: {}, {}, over {}; {} kept, with {}",
         counted(this_build.sequences, "sequence", "sequences"),
         counted(this_build.ops, "operation", "operations"),
-        hours(*this_build),
+        duration(*this_build),
         counted(fuzzed.kept.0 as u64, "sequence", "sequences"),
         counted(fuzzed.kept.1 as u64, "feature", "features"),
     )];
     if other_builds.sequences > 0 {
         lines.push(format!(
-            "and with other builds of the engine or the checker: {}, {}, over {} hours",
+            "and with other builds of the engine or the checker: {}, {}, over {}",
             counted(other_builds.sequences, "sequence", "sequences"),
             counted(other_builds.ops, "operation", "operations"),
-            hours(*other_builds),
+            duration(*other_builds),
         ));
     }
     if let Unread { files: files @ 1.., first: Some(first) } = unread {
@@ -97,8 +97,12 @@ pub(crate) fn kept(fuzzed: &Fuzzed) -> Vec<String> {
     lines
 }
 
-fn hours(Done { seconds, .. }: Done) -> String {
-    format!("{:.2}", seconds / 3600.0)
+fn duration(Done { seconds, .. }: Done) -> String {
+    match seconds {
+        ..100.0 => format!("{seconds:.1} seconds"),
+        ..6000.0 => format!("{:.1} minutes", seconds / 60.0),
+        _ => format!("{:.2} hours", seconds / 3600.0),
+    }
 }
 
 fn pairs_json(pairs: &Pairs, all: &Pairs) -> Value {

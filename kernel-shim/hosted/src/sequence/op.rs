@@ -130,17 +130,10 @@ impl Op {
 
     /// The end of the addresses it names; 0 if it names none.
     pub(crate) fn end(self) -> u64 {
+        let end = self.range().map_or(0, VirtRange::end);
         match self {
-            Self::Map(_, range, ..)
-            | Self::Unmap(_, range)
-            | Self::Discard(_, range)
-            | Self::Guard(_, range, _)
-            | Self::Protect(_, range, _)
-            | Self::MoveStack(_, range, _)
-            | Self::Reclaim(_, _, range)
-            | Self::Touch(range, _) => range.end(),
-            Self::Remap(_, range, to) => range.end().max(to.saturating_add(range.len_bytes())),
-            _ => 0,
+            Self::Remap(_, range, to) => end.max(to.saturating_add(range.len_bytes())),
+            _ => end,
         }
     }
 

@@ -19,6 +19,12 @@ macro_rules! quirks {
             /// All of them. New ones come last: saved bytes name them by their number.
             pub const ALL: [Self; [$($word),*].len()] = [$(Self::$name),*];
 
+            /// What stands in the line of a sequence that says what its machine is.
+            pub(crate) const MMU_LINE: &'static str = concat!(
+                "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then, if at all, late-dirty, device, la57, frames=N",
+                $(", ", $word),*
+            );
+
             /// The word in the text of a sequence.
             #[must_use]
             pub const fn word(self) -> &'static str {

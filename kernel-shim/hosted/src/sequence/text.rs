@@ -8,7 +8,7 @@ use mmu_gather::tlb::PcidSupport;
 use crate::mmu::features::{Features, InvlpgUppers, SettingDirty};
 use crate::options::{Adversary, Device, Options};
 use crate::sequence::op::{Step, parse_step};
-use crate::sequence::quirks::Quirks;
+use crate::sequence::quirks::{Quirk, Quirks};
 
 /// Steps for a machine of so many CPUs, and the seed that decides how they interleave.
 ///
@@ -130,7 +130,7 @@ impl Sequence {
         if !(1..=Options::MOST_CPUS).contains(&sequence.nr_cpus) {
             return Err(SequenceError { line: cpus.1, expected });
         }
-        let expected = "mmu, then pcid or nopcid, intel or amd, keeper or forgetter; then late-dirty, device, la57, frames=N, the words of quirks, or nothing";
+        let expected = Quirk::MMU_LINE;
         let (mmu, line) = next(expected)?;
         let words: Vec<&str> = mmu.split_ascii_whitespace().collect();
         let ["mmu", pcid, uppers, adversary, ref others @ ..] = words[..] else {
