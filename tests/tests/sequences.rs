@@ -158,6 +158,19 @@ fn a_saved_reproducer_tells_the_same_story_three_times_and_nothing_without_its_f
     }
 }
 
+/// Sequences of which the checker once said what was not so.
+const ACCUSED: [(&str, &str); 1] =
+    [("owed-beside-discard", include_str!("../reproducers/owed-beside-discard.sequence"))];
+
+#[test]
+fn a_sequence_that_was_accused_wrongly_is_clean() {
+    for (name, text) in ACCUSED {
+        let sequence = Sequence::parse(text).unwrap_or_else(|error| panic!("{name}:{error}"));
+        let run = judge(&sequence).expect("memory");
+        assert!(run.verdict.is_clean(), "{name}: {}", told(&run));
+    }
+}
+
 #[test]
 fn many_short_calls_in_a_row_are_not_one_long_one() {
     let bytes: Vec<u8> =

@@ -58,8 +58,8 @@ pub(crate) struct FuzzArgs {
         default_value_if("free_running", "true", "failure.free-running")
     )]
     output: PathBuf,
-    /// Folder that the campaign is kept in, and gone on with: sequences that went somewhere new, and
-    /// how much was done. Processes with different seeds may share it.
+    /// Folder that the campaign is kept in, and gone on with: sequences that went somewhere new,
+    /// and how much was done. Processes with different seeds may share it.
     #[arg(long, value_name = "DIR", conflicts_with = "fault")]
     corpus: Option<PathBuf>,
     /// Makes every sequence up, and none from those that went somewhere new.

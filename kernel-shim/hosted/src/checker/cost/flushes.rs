@@ -111,10 +111,12 @@ impl HostedMachine {
         call.changed = Changed::NOTHING;
         call.unhooked = 0;
         if span.is_none() {
-            // Reclaim may be between raising the generation and saying that it owes a flush.
-            if space.reclaims == 0 {
+            // Reclaim may be between raising the generation and saying that it owes a flush. And
+            // what it owes may have grown since this call has read what it makes up for.
+            if space.reclaims == 0 && !call.owed_grew {
                 space.made_up = space.owed;
             }
+            call.owed_grew = false;
             call.met_another = space.calls > 1;
             call.saw_owed = space.owes();
         }
@@ -208,7 +210,9 @@ fn deferred(
     space.note_raised(generation, Scope::Deferred);
     space.owed += 1;
     for call in cpus.iter_mut().filter_map(|cpu| cpu.call.as_mut()) {
-        call.saw_owed |= call.spaces.contains(&space.ctx);
+        let is_there = call.spaces.contains(&space.ctx);
+        call.saw_owed |= is_there;
+        call.owed_grew |= is_there;
     }
     let may_have_loaded = |cpu: &Cpu| cpu.switches || cpu.loads || cpu.member_of.contains(&space.ctx);
     let numbers = (0u32..).zip(&*cpus).filter(|(_, cpu)| may_have_loaded(cpu));

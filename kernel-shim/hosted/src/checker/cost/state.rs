@@ -148,6 +148,8 @@ pub(crate) struct Call {
     pub(crate) met_any: bool,
     /// Reclaim owed a flush there since then.
     pub(crate) saw_owed: bool,
+    /// Reclaim has come to owe more since this call began, or flushed everything.
+    pub(crate) owed_grew: bool,
     /// CPUs that may have had an address space loaded when reclaim cleared a page of it.
     pub(crate) batch: u64,
     /// The turn in which the first of them was noted.
@@ -227,6 +229,7 @@ impl Call {
             met_another: false,
             met_any: false,
             saw_owed: false,
+            owed_grew: false,
             batch: 0,
             batch_since: 0,
             tables: Vec::new(),
