@@ -25,10 +25,7 @@ const STATES: [(&str, &str); 15] = [
         "0 map m0 40000000+1024 clean write\n0 switch m0\n1 switch m0\n1 touch 40000000+2 read\n\
          1 touch 40200000+1 read",
     ),
-    (
-        "folios",
-        "0 map m0 40000000+64 folios write\n0 switch m0\n1 switch m0\n1 touch 40000000+40 write",
-    ),
+    ("folios", "0 map m0 40000000+64 folios write\n0 switch m0\n1 switch m0\n1 touch 40000000+40 write"),
     (
         "a shared file",
         "0 map m0 40000000+60 shared write\n0 switch m0\n1 switch m0\n1 touch 40000000+40 write\n\

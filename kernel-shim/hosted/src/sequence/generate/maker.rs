@@ -35,6 +35,8 @@ pub(super) enum Manner {
         mostly: Backing,
         /// Whether gathers find no batch pages: they flush every few pages.
         scarce: bool,
+        /// So many meet a flush that reclaim owes.
+        owed: u64,
     },
 }
 
@@ -94,6 +96,13 @@ impl Maker<'_> {
             && self.choices.below(64) < forks
         {
             self.part(place);
+            return self.step();
+        }
+        if let Manner::Focus { place, owed, mostly, .. } = self.manner
+            && owed > 0
+            && self.choices.below(64) < owed
+        {
+            self.owed(place, mostly);
             return self.step();
         }
         let cpu = self.cpu();

@@ -53,6 +53,7 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     let choices = Choices::new(seed);
     // What is rare is chosen apart: whatever is added to it leaves the other sequences alone.
     let rare = Choices::new(seed.rotate_left(32) ^ 0x7265_6163);
+    let owing = Choices::new(seed.rotate_left(16) ^ 0x6f77_6564);
     let paging = if rare.one_in(8) { PagingMode::FiveLevel } else { PagingMode::FourLevel };
     let places = Places(paging);
     let manner = match choices.below(256) {
@@ -77,6 +78,7 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
                 _ => Backing::Anon,
             },
             scarce: choices.one_in(8),
+            owed: if owing.one_in(8) { 8 } else { 0 },
         },
     };
     let manner = match rare.below(512) {
