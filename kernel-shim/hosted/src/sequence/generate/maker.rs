@@ -98,11 +98,11 @@ impl Maker<'_> {
             self.part(place);
             return self.step();
         }
-        if let Manner::Focus { place, owed, mostly, .. } = self.manner
+        if let Manner::Focus { place, owed, .. } = self.manner
             && owed > 0
             && self.choices.below(64) < owed
         {
-            self.owed(place, mostly);
+            self.owed(place);
             return self.step();
         }
         let cpu = self.cpu();

@@ -54,21 +54,22 @@ impl Maker<'_> {
     /// Reclaim is held up between its note that it owes a flush and the flush. Others look at what
     /// it has emptied, one of them perhaps while a third makes up for a part of what is owed; and a
     /// program still has all of it cached.
-    pub(super) fn owed(&mut self, base: u64, mostly: Backing) {
+    pub(super) fn owed(&mut self, base: u64) {
         let (mm, nr_cpus) = (MmId(u8::from(self.choices.one_in(4))), u64::from(self.nr_cpus));
         let whole = self.places.cut(base, FOCUS_PAGES);
-        let is_large = mostly == Backing::Clean;
-        let (backing, whole) = if is_large { (mostly, self.large(whole)) } else { (Backing::Anon, whole) };
+        let is_large = self.choices.one_in(2);
+        let (backing, whole) =
+            if is_large { (Backing::Clean, self.large(whole)) } else { (Backing::Anon, whole) };
         let first = self.choices.below(nr_cpus);
         let [program, reclaimer, asker, other] = [0, 1, 2, 3].map(|by| small((first + by) % nr_cpus));
-        if self.choices.one_in(2) {
+        if is_large || self.choices.one_in(2) {
             self.then(asker, Op::Map(mm, whole, backing, Rights::Write));
         }
         self.then(program, Op::Switch(mm));
         let used = if is_large { UserAccess::Read } else { UserAccess::Write };
         let touched = if is_large { self.places.cut(whole.start(), 1) } else { whole };
         self.then(program, Op::Touch(touched, used));
-        let taken = if self.choices.one_in(2) { whole } else { self.part_of(whole, FOCUS_PAGES) };
+        let taken = if is_large || self.choices.one_in(2) { whole } else { self.part_of(whole, FOCUS_PAGES) };
         self.held_up(reclaimer, 32, Op::Reclaim(mm, self.mm(), taken));
         if self.choices.one_in(2) {
             let part = self.part_of(whole, 1);
