@@ -40,6 +40,7 @@ fn options_that_do_not_go_together_are_refused() {
         ["--workload", "layout", "--cpus", "2"],
         ["--fault", "skip-remote-flush", "--cpus", "1"],
         ["--fault", "free-before-flush", "--cpus", "1"],
+        ["--fault", "free-before-flush", "--workload", "rivals"],
         ["--memory", "32M", "--cpus", "2"],
     ] {
         assert!(matches!(boot(&args(&words)), Err(BootError::Usage(_))), "{words:?}");
@@ -81,6 +82,17 @@ fn a_flush_that_a_cpu_skips_is_seen_in_memory() {
         for word in ["cpu ", "address 0x", "read ", "expected ", "frame 0x", "freed at step "] {
             assert!(story.contains(word), "{fault}: no {word:?} in {story}");
         }
+    }
+}
+
+#[test]
+fn rivals_see_a_flush_that_a_cpu_skips() {
+    for fault in ["skip-local-flush", "skip-remote-flush"] {
+        let words = ["--workload", "rivals", "--cpus", "2", "--fault", fault];
+        let Some(report) = booted(&words) else { return };
+        assert_eq!((report.ending, report.report.violations), ("violation", 1), "{fault}: {report:?}");
+        let story = &report.report.told_violations[0];
+        assert!(story.contains("a program read a frame that was freed"), "{fault}: {story}");
     }
 }
 

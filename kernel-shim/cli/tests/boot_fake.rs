@@ -31,7 +31,10 @@ fn emulator(folder: &TempDir, does: &str) -> PathBuf {
 fn boot(qemu: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_teardown"));
     // Any file will do for an image: it is the emulator who looks into it.
-    command.args(["boot", "--workload", "lazy", "--image", file!(), "--qemu"]).arg(qemu).args(more);
+    command.args(["boot", "--image", file!(), "--qemu"]).arg(qemu).args(more);
+    if !more.contains(&"--workload") {
+        command.args(["--workload", "lazy"]);
+    }
     command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
     command
 }
@@ -74,6 +77,22 @@ fn a_run_of_which_anything_is_missing_is_not_called_clean() {
         let lines: Vec<_> = lines.iter().map(String::as_str).collect();
         let output = boot(&emulator(&folder, &printed(&lines, "exit 33")), &[]).output().expect("it starts");
         assert!(refused(&output).contains(said), "{output:?}");
+    }
+}
+
+#[test]
+fn each_part_of_a_whole_workload_must_have_run() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let parts = ["threads", "churn", "lazy", "rivals", "measure"];
+    for missing in parts {
+        let mut lines = GOOD.map(str::to_owned).to_vec();
+        let phases = parts.iter().filter(|part| **part != missing);
+        lines.splice(2..3, phases.map(|part| GOOD[2].replace("lazy", part)));
+        let lines: Vec<_> = lines.iter().map(String::as_str).collect();
+        let qemu = emulator(&folder, &printed(&lines, "exit 33"));
+        let more = ["--workload", "short", "--fault", "skip-remote-flush"];
+        let output = boot(&qemu, &more).output().expect("it starts");
+        assert!(refused(&output).contains(&format!("did not run its part `{missing}`")), "{output:?}");
     }
 }
 

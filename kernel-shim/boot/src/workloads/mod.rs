@@ -1,7 +1,7 @@
 //! What the small kernel is put to.
 //!
 //! ```text
-//!   command line ──► select ──► phases ──► threads, churn, lazy, measure, stage: one file a part
+//!   command line ──► select ──► phases ──► threads, churn, lazy, rivals, ...: one file a part
 //!                                               │
 //!                                               ├──► program: processes that check their memory
 //!                                               └──► meeting: where CPUs wait for each other
@@ -16,6 +16,7 @@ pub(crate) mod measure;
 pub(crate) mod meeting;
 pub(crate) mod phases;
 pub(crate) mod program;
+pub(crate) mod rivals;
 pub(crate) mod select;
 pub(crate) mod stage;
 pub(crate) mod threads;

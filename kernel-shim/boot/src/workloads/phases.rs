@@ -12,7 +12,7 @@ use crate::cpu::watchdog;
 use crate::machine::{PlantedFault, Shootdowns};
 use crate::println;
 use crate::workloads::program::BareKernel;
-use crate::workloads::{churn, lazy, measure, stage, threads};
+use crate::workloads::{churn, lazy, measure, rivals, stage, threads};
 
 /// How long the parts are.
 #[derive(Debug, Clone, Copy)]
@@ -21,15 +21,21 @@ pub(crate) struct Length {
     churn_processes: u64,
     churn_pages: u64,
     lazy_rounds: u64,
+    rivals_rounds: u64,
 }
 
 impl Length {
     /// More than 100,000 pages, 1,000 shootdowns and 100 exits.
-    pub(crate) const FULL: Self =
-        Self { threads_rounds: 300, churn_processes: 400, churn_pages: 300, lazy_rounds: 60 };
+    pub(crate) const FULL: Self = Self {
+        threads_rounds: 300,
+        churn_processes: 400,
+        churn_pages: 300,
+        lazy_rounds: 60,
+        rivals_rounds: 500,
+    };
     /// A few seconds.
     pub(crate) const SHORT: Self =
-        Self { threads_rounds: 60, churn_processes: 40, churn_pages: 96, lazy_rounds: 8 };
+        Self { threads_rounds: 60, churn_processes: 40, churn_pages: 96, lazy_rounds: 8, rivals_rounds: 200 };
 }
 
 /// A kernel, and what was done with it so far.
@@ -70,6 +76,10 @@ impl<'a> Phases<'a> {
 
     pub(crate) fn lazy(self, length: Length) -> Self {
         self.run_part("lazy", |kernel, _| error_text(lazy::run_lazy(kernel, length.lazy_rounds)))
+    }
+
+    pub(crate) fn rivals(self, length: Length) -> Self {
+        self.run_part("rivals", |kernel, _| error_text(rivals::run_rivals(kernel, length.rivals_rounds)))
     }
 
     pub(crate) fn measure(self) -> Self {

@@ -15,7 +15,7 @@ use crate::workloads::program;
 /// Keys that the command line may hold.
 const KNOWN_OPTIONS: [&str; 3] = ["workload", "watchdog", "fault"];
 const KNOWN_WORKLOADS: &str =
-    "full, short, threads, churn, lazy, drill, measure, layout, self-test, hang, panic, overflow";
+    "full, short, threads, churn, lazy, rivals, drill, measure, layout, self-test, hang, panic, overflow";
 const KNOWN_FAULTS: &str = "none, skip-local-flush, skip-remote-flush, free-before-flush";
 
 /// Runs the workload that `options` names; without a name, the self-test. `module` is what was
@@ -39,15 +39,28 @@ pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>)
         }
         // The drill comes first, and is left out where a fault is planted: its programs check
         // nothing.
-        "full" => {
-            |phases| phases.drill().threads(Length::FULL).churn(Length::FULL).lazy(Length::FULL).measure()
-        }
-        "short" => {
-            |phases| phases.drill().threads(Length::SHORT).churn(Length::SHORT).lazy(Length::SHORT).measure()
-        }
+        "full" => |phases| {
+            phases
+                .drill()
+                .threads(Length::FULL)
+                .churn(Length::FULL)
+                .lazy(Length::FULL)
+                .rivals(Length::FULL)
+                .measure()
+        },
+        "short" => |phases| {
+            phases
+                .drill()
+                .threads(Length::SHORT)
+                .churn(Length::SHORT)
+                .lazy(Length::SHORT)
+                .rivals(Length::SHORT)
+                .measure()
+        },
         "threads" => |phases| phases.threads(Length::FULL),
         "churn" => |phases| phases.churn(Length::FULL),
         "lazy" => |phases| phases.lazy(Length::FULL),
+        "rivals" => |phases| phases.rivals(Length::FULL),
         "drill" => |phases| phases.drill(),
         "measure" => |phases| phases.measure(),
         "layout" => |phases| phases.layout(),
