@@ -41,6 +41,7 @@ fn options_that_do_not_go_together_are_refused() {
         ["--fault", "skip-remote-flush", "--cpus", "1"],
         ["--fault", "free-before-flush", "--cpus", "1"],
         ["--fault", "free-before-flush", "--workload", "rivals"],
+        ["--fault", "free-before-flush", "--workload", "swap"],
         ["--memory", "32M", "--cpus", "2"],
     ] {
         assert!(matches!(boot(&args(&words)), Err(BootError::Usage(_))), "{words:?}");
@@ -86,13 +87,18 @@ fn a_flush_that_a_cpu_skips_is_seen_in_memory() {
 }
 
 #[test]
-fn rivals_see_a_flush_that_a_cpu_skips() {
-    for fault in ["skip-local-flush", "skip-remote-flush"] {
-        let words = ["--workload", "rivals", "--cpus", "2", "--fault", fault];
+fn rivals_and_swap_see_a_flush_that_a_cpu_skips() {
+    for (workload, fault) in [
+        ("rivals", "skip-local-flush"),
+        ("rivals", "skip-remote-flush"),
+        ("swap", "skip-local-flush"),
+        ("swap", "skip-remote-flush"),
+    ] {
+        let words = ["--workload", workload, "--cpus", "2", "--fault", fault];
         let Some(report) = booted(&words) else { return };
-        assert_eq!((report.ending, report.report.violations), ("violation", 1), "{fault}: {report:?}");
+        assert_eq!((report.ending, report.report.violations), ("violation", 1), "{words:?}: {report:?}");
         let story = &report.report.told_violations[0];
-        assert!(story.contains("a program read a frame that was freed"), "{fault}: {story}");
+        assert!(story.contains("a program read a frame that was freed"), "{words:?}: {story}");
     }
 }
 

@@ -83,7 +83,7 @@ fn a_run_of_which_anything_is_missing_is_not_called_clean() {
 #[test]
 fn each_part_of_a_whole_workload_must_have_run() {
     let folder = tempfile::tempdir().expect("a folder");
-    let parts = ["threads", "churn", "lazy", "rivals", "measure"];
+    let parts = ["threads", "churn", "lazy", "rivals", "swap", "measure"];
     for missing in parts {
         let mut lines = GOOD.map(str::to_owned).to_vec();
         let phases = parts.iter().filter(|part| **part != missing);

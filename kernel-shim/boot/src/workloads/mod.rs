@@ -19,4 +19,5 @@ pub(crate) mod program;
 pub(crate) mod rivals;
 pub(crate) mod select;
 pub(crate) mod stage;
+pub(crate) mod swap;
 pub(crate) mod threads;

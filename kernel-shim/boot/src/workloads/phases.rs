@@ -12,7 +12,7 @@ use crate::cpu::watchdog;
 use crate::machine::{PlantedFault, Shootdowns};
 use crate::println;
 use crate::workloads::program::BareKernel;
-use crate::workloads::{churn, lazy, measure, rivals, stage, threads};
+use crate::workloads::{churn, lazy, measure, rivals, stage, swap, threads};
 
 /// How long the parts are.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +22,7 @@ pub(crate) struct Length {
     churn_pages: u64,
     lazy_rounds: u64,
     rivals_rounds: u64,
+    swap_rounds: u64,
 }
 
 impl Length {
@@ -32,10 +33,17 @@ impl Length {
         churn_pages: 300,
         lazy_rounds: 60,
         rivals_rounds: 500,
+        swap_rounds: 32,
     };
     /// A few seconds.
-    pub(crate) const SHORT: Self =
-        Self { threads_rounds: 60, churn_processes: 40, churn_pages: 96, lazy_rounds: 8, rivals_rounds: 200 };
+    pub(crate) const SHORT: Self = Self {
+        threads_rounds: 60,
+        churn_processes: 40,
+        churn_pages: 96,
+        lazy_rounds: 8,
+        rivals_rounds: 200,
+        swap_rounds: 16,
+    };
 }
 
 /// A kernel, and what was done with it so far.
@@ -80,6 +88,10 @@ impl<'a> Phases<'a> {
 
     pub(crate) fn rivals(self, length: Length) -> Self {
         self.run_part("rivals", |kernel, _| error_text(rivals::run_rivals(kernel, length.rivals_rounds)))
+    }
+
+    pub(crate) fn swap(self, length: Length) -> Self {
+        self.run_part("swap", |kernel, _| error_text(swap::run_swap(kernel, length.swap_rounds)))
     }
 
     pub(crate) fn measure(self) -> Self {

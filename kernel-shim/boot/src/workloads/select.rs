@@ -14,8 +14,7 @@ use crate::workloads::program;
 
 /// Keys that the command line may hold.
 const KNOWN_OPTIONS: [&str; 3] = ["workload", "watchdog", "fault"];
-const KNOWN_WORKLOADS: &str =
-    "full, short, threads, churn, lazy, rivals, drill, measure, layout, self-test, hang, panic, overflow";
+const KNOWN_WORKLOADS: &str = "full, short, threads, churn, lazy, rivals, swap, drill, measure, layout, self-test, hang, panic, overflow";
 const KNOWN_FAULTS: &str = "none, skip-local-flush, skip-remote-flush, free-before-flush";
 
 /// Runs the workload that `options` names; without a name, the self-test. `module` is what was
@@ -46,6 +45,7 @@ pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>)
                 .churn(Length::FULL)
                 .lazy(Length::FULL)
                 .rivals(Length::FULL)
+                .swap(Length::FULL)
                 .measure()
         },
         "short" => |phases| {
@@ -55,12 +55,14 @@ pub(crate) fn run_workload(options: &Options<'_>, module: Option<&'static [u8]>)
                 .churn(Length::SHORT)
                 .lazy(Length::SHORT)
                 .rivals(Length::SHORT)
+                .swap(Length::SHORT)
                 .measure()
         },
         "threads" => |phases| phases.threads(Length::FULL),
         "churn" => |phases| phases.churn(Length::FULL),
         "lazy" => |phases| phases.lazy(Length::FULL),
         "rivals" => |phases| phases.rivals(Length::FULL),
+        "swap" => |phases| phases.swap(Length::FULL),
         "drill" => |phases| phases.drill(),
         "measure" => |phases| phases.measure(),
         "layout" => |phases| phases.layout(),

@@ -7,8 +7,8 @@ use clap::ValueEnum;
 /// What the image runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Workload {
-    /// drill, threads, churn, lazy, rivals and measure, one after the other: more than 100,000 pages, 1,000
-    /// shootdowns and 100 exits on four CPUs.
+    /// drill, threads, churn, lazy, rivals, swap and measure, one after the other: more than 100,000
+    /// pages, 1,000 shootdowns and 100 exits on four CPUs.
     Full,
     /// The parts of full, in a few seconds.
     Short,
@@ -20,6 +20,8 @@ pub enum Workload {
     Lazy,
     /// CPUs drop pages of one address space at the same time, and then all read them.
     Rivals,
+    /// CPUs go round address spaces of their own and a shared one, and check what they read.
+    Swap,
     /// A fixed sequence of calls, whose counters are compared with those of the hosted machine.
     Drill,
     /// Measures instructions, flushes and interrupts, in emulated cycles.
@@ -39,12 +41,15 @@ impl Workload {
     /// anything.
     pub(crate) const fn phases(self, fault: Option<BootFault>) -> &'static [&'static str] {
         match (self, fault) {
-            (Self::Full | Self::Short, None) => &["drill", "threads", "churn", "lazy", "rivals", "measure"],
-            (Self::Full | Self::Short, Some(_)) => &["threads", "churn", "lazy", "rivals", "measure"],
+            (Self::Full | Self::Short, None) => {
+                &["drill", "threads", "churn", "lazy", "rivals", "swap", "measure"]
+            }
+            (Self::Full | Self::Short, Some(_)) => &["threads", "churn", "lazy", "rivals", "swap", "measure"],
             (Self::Threads, _) => &["threads"],
             (Self::Churn, _) => &["churn"],
             (Self::Lazy, _) => &["lazy"],
             (Self::Rivals, _) => &["rivals"],
+            (Self::Swap, _) => &["swap"],
             (Self::Drill, _) => &["drill"],
             (Self::Measure, _) => &["measure"],
             (Self::Layout, _) => &["layout"],
@@ -78,7 +83,7 @@ impl BootFault {
     pub(crate) const fn shows_in(self, workload: Workload) -> bool {
         match workload {
             Workload::Full | Workload::Short | Workload::Threads => true,
-            Workload::Rivals => matches!(self, Self::SkipLocalFlush | Self::SkipRemoteFlush),
+            Workload::Rivals | Workload::Swap => matches!(self, Self::SkipLocalFlush | Self::SkipRemoteFlush),
             Workload::Lazy => matches!(self, Self::SkipRemoteFlush),
             _ => false,
         }

@@ -45,7 +45,7 @@ pub struct BootArgs {
     #[arg(long, value_enum)]
     pub workload: Option<Workload>,
     /// Plants a fault, which the image must notice. Faults show in --workload full, short and
-    /// threads, skip-remote-flush in lazy and rivals too, skip-local-flush in rivals too; all but
+    /// threads, the skipped flushes in rivals and swap too, skip-remote-flush in lazy too; all but
     /// skip-local-flush need two CPUs.
     #[arg(long, value_enum)]
     pub fault: Option<BootFault>,
@@ -185,7 +185,7 @@ impl BootArgs {
         if self.fault.is_some_and(|fault| !fault.shows_in(self.workload())) {
             return Err(BootError::Usage(
                 "no program in this workload would notice the fault: faults show in --workload full, short and threads, \
-                 skip-remote-flush in lazy and rivals too, skip-local-flush in rivals too",
+                 the skipped flushes in rivals and swap too, skip-remote-flush in lazy too",
             ));
         }
         match (self.workload(), &self.layout) {
