@@ -7,7 +7,7 @@ use mmu_hosted::Op;
 
 /// What a state is called, and the steps that make it. The program on the second CPU has used what
 /// is there.
-const STATES: [(&str, &str); 14] = [
+const STATES: [(&str, &str); 15] = [
     ("nothing", "0 lazy"),
     ("small pages", "0 map m0 40000000+80 anon write\n0 switch m0\n1 switch m0\n1 touch 40000000+60 write"),
     (
@@ -25,6 +25,7 @@ const STATES: [(&str, &str); 14] = [
         "0 map m0 40000000+1024 clean write\n0 switch m0\n1 switch m0\n1 touch 40000000+2 read\n\
          1 touch 40200000+1 read",
     ),
+    ("folios", "0 map m0 40000000+64 folios write\n0 switch m0\n1 switch m0\n1 touch 40000000+40 write"),
     (
         "a shared file",
         "0 map m0 40000000+60 shared write\n0 switch m0\n1 switch m0\n1 touch 40000000+40 write\n\

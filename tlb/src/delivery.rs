@@ -145,6 +145,7 @@ pub unsafe fn flush_interrupt<C: Cpus>(cpus: &C, cpu: CpuId) {
         }
         // SAFETY: passed on to our caller.
         unsafe { flush_tlb_func(cpus, cpu, request) };
+        cpus.between_flush_steps();
         theirs.answer(cpu);
         cpus.answered(initiator);
     });

@@ -167,6 +167,7 @@ pub(crate) unsafe fn flush_tlb_func_inlined<C: Cpus>(
         (LoadedMm::Init | LoadedMm::Offline, None) => (LoadedIs::Init, TlbGen::START),
         _ => (LoadedIs::Other, TlbGen::START),
     };
+    cpus.between_flush_steps();
     let situation = Situation { loaded: loaded_is, laziness: state.laziness(), local_gen, mm_gen };
     let event = match plan(wanted, situation) {
         Action::Nothing(_) => TlbEvent::AlreadyCurrent,
@@ -194,6 +195,7 @@ pub(crate) unsafe fn flush_tlb_func_inlined<C: Cpus>(
             for page in span.pages() {
                 cpus.invlpg(page);
             }
+            cpus.between_flush_steps();
             // INVARIANT: T2, every change between local_gen and raise_to lies in the pages just
             // invalidated.
             state.set_slot(asid, mm.ctx_id(), raise_to);

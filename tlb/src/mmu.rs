@@ -327,12 +327,13 @@ pub unsafe trait Cpus {
         Some(1 << 31)
     }
 
-    /// Called between two steps of what a batch notes and what a flush reads, where another CPU may
-    /// see the first without the second. A kernel does nothing here; whoever tests one lets other
-    /// CPUs run. It must not unwind.
+    /// Called between two steps of a flush, of a batch or of a switch, where another CPU may see the
+    /// first without the second. A kernel does nothing here; whoever tests one lets other CPUs run.
+    /// It must not unwind.
     ///
     /// # Context
-    /// A table lock may be held; interrupts as the caller has them.
+    /// A table lock may be held; interrupts as the caller has them: off in a switch, and where a
+    /// CPU carries out what was asked of it. It takes no interrupt then, and no mail.
     #[inline(always)]
     fn between_flush_steps(&self) {}
 

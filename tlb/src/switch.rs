@@ -76,11 +76,13 @@ pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmConte
         return;
     }
     state.set_loaded(&LoadedMm::Switching); // S2
+    cpus.between_flush_steps();
     next.cpumask().set(cpu); // S3; no write, hence no barrier, if the bit is there already
     // ORDERING: pairs with the fence in MmContext::raise_tlb_gen; one of the two must see the
     // other: S4 the new generation, or the flusher this CPU in the cpumask and SWITCHING (rule T4).
     fence(Ordering::SeqCst);
     let tlb_gen = next.tlb_gen(); // S4
+    cpus.between_flush_steps();
     let support = cpus.pcid_support();
     let (asid, slot_is) = state.choose_new_asid(next.ctx_id(), tlb_gen, support);
     let cached = match slot_is {
@@ -95,7 +97,9 @@ pub unsafe fn switch_mm<C: Cpus>(cpus: &C, cpu: CpuId, next: Option<Pin<&MmConte
     // SAFETY: our caller answers for `next`'s root; `Keep` comes only with PCIDs on, for a slot
     // whose generation is the one just read (T2: nothing older is cached under its PCID).
     unsafe { cpus.load_cr3(next.root(), asid.pcid(support), cached) }; // S6
+    cpus.between_flush_steps();
     state.set_loaded_asid(asid);
+    cpus.between_flush_steps();
     state.set_loaded(&LoadedMm::Mm(next)); // S7
 }
 
@@ -106,6 +110,7 @@ fn catch_up<C: Cpus>(cpus: &C, cpu: CpuId, mm: &MmContext<C::Bits>) {
     // other: L3 the new generation, or the flusher is_lazy = false.
     fence(Ordering::SeqCst);
     let tlb_gen = mm.tlb_gen(); // L3
+    cpus.between_flush_steps();
     let asid = state.loaded_asid();
     if state.slot(asid).tlb_gen != tlb_gen {
         flush_context(cpus, state, mm, asid, tlb_gen); // L4
@@ -124,6 +129,7 @@ pub(crate) fn flush_context<C: Cpus>(
 ) {
     // SAFETY: `mm` is loaded already: its root maps the kernel and lives. Flushing is always legal.
     unsafe { cpus.load_cr3(mm.root(), asid.pcid(cpus.pcid_support()), CachedTranslations::Flush) };
+    cpus.between_flush_steps();
     // INVARIANT: T2, all of the context was dropped after `raise_to` had been read.
     state.set_slot(asid, mm.ctx_id(), raise_to);
 }
@@ -140,6 +146,7 @@ fn load_init<C: Cpus>(cpus: &C, cpu: CpuId) {
     };
     // SAFETY: the kernel's own root maps the kernel and is never freed.
     unsafe { cpus.load_cr3(cpus.init_root(), KERNEL_PCID, cached) };
+    cpus.between_flush_steps();
     state.set_loaded(&LoadedMm::Init);
 }
 

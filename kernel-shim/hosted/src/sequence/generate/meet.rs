@@ -46,10 +46,77 @@ impl Maker<'_> {
         if self.choices.one_in(2) {
             self.then(third, Op::Sync);
         }
-        self.then(third, Op::Preempt(1 + u32::from(small(self.choices.below(24)))));
         let op = self.meeting(loser, shared);
-        self.then(third, op);
+        self.held_up(third, 24, op);
         self.then(other, Op::Touch(shared, UserAccess::Write));
+    }
+
+    /// Reclaim is held up between its note that it owes a flush and the flush. Others look at what
+    /// it has emptied, one of them perhaps while a third makes up for a part of what is owed; and a
+    /// program still has all of it cached.
+    pub(super) fn owed(&mut self, base: u64) {
+        let (mm, nr_cpus) = (MmId(u8::from(self.choices.one_in(4))), u64::from(self.nr_cpus));
+        let whole = self.places.cut(base, FOCUS_PAGES);
+        let is_large = self.choices.one_in(2);
+        let (backing, whole) =
+            if is_large { (Backing::Clean, self.large(whole)) } else { (Backing::Anon, whole) };
+        let first = self.choices.below(nr_cpus);
+        let [program, reclaimer, asker, other] = [0, 1, 2, 3].map(|by| small((first + by) % nr_cpus));
+        if is_large || self.choices.one_in(2) {
+            self.then(asker, Op::Map(mm, whole, backing, Rights::Write));
+        }
+        self.then(program, Op::Switch(mm));
+        let used = if is_large { UserAccess::Read } else { UserAccess::Write };
+        let touched = if is_large { self.places.cut(whole.start(), 1) } else { whole };
+        self.then(program, Op::Touch(touched, used));
+        let taken = if is_large || self.choices.one_in(2) { whole } else { self.part_of(whole, FOCUS_PAGES) };
+        self.held_up(reclaimer, 32, Op::Reclaim(mm, self.mm(), taken));
+        if self.choices.one_in(2) {
+            let part = self.part_of(whole, 1);
+            self.held_up(other, 16, Op::Discard(mm, part));
+        }
+        let part = if is_large { whole } else { self.part_of(whole, FOCUS_PAGES) };
+        let op = match self.choices.below(8) {
+            0..5 => Op::Discard(mm, part),
+            5 => Op::Unmap(mm, part),
+            _ => Op::Remap(mm, part, whole.end()),
+        };
+        self.then(asker, op);
+        self.then(program, Op::Touch(touched, used));
+    }
+
+    /// A call that takes rights away before it drops pages is held up in between. Another drops the
+    /// same pages meanwhile, and a program may still write through what its CPU has cached. The
+    /// pages are of a file, and clean: the write is lost, or it is not.
+    pub(super) fn rights_go(&mut self, base: u64) {
+        let (mm, nr_cpus) = (MmId(0), u64::from(self.nr_cpus));
+        let whole = self.places.cut(base, if self.choices.one_in(3) { 2 * FOCUS_PAGES } else { 2 });
+        let first = self.choices.below(nr_cpus);
+        let [program, one, other] = [0, 1, 2].map(|by| small((first + by) % nr_cpus));
+        if self.choices.one_in(4) {
+            self.then(one, Op::Map(mm, whole, Backing::Shared, Rights::Write));
+        }
+        self.then(program, Op::Switch(mm));
+        self.then(program, Op::Discard(mm, whole));
+        self.then(program, Op::Touch(whole, UserAccess::Read));
+        self.held_up(one, 8 << self.choices.below(4), Op::Discard(mm, whole));
+        if self.choices.one_in(3) {
+            self.then(other, Op::Discard(mm, whole));
+        } else {
+            // One page is dropped in a way of its own.
+            for page in 0..2 {
+                let part = self.places.cut(base + page * 4096, 1);
+                self.then(other, Op::Discard(mm, part));
+            }
+        }
+        self.then(program, Op::Touch(whole, UserAccess::Read));
+        self.then(program, Op::Sync);
+    }
+
+    /// A call that is preempted after one of its first `most` seams.
+    fn held_up(&mut self, cpu: u16, most: u64, op: Op) {
+        self.then(cpu, Op::Preempt(1 + u32::from(small(self.choices.below(most)))));
+        self.then(cpu, op);
     }
 
     /// What meets another call on `range`: on all of it, on a half, or on what lies behind.
