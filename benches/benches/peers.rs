@@ -5,7 +5,8 @@
 //! - `--test` runs every row once on small sizes, `--quick` takes fewer rounds;
 //! - `--variants` adds what the same costs under other conditions;
 //! - `--engine W1,W5` has only the floors and the engine, on these workloads;
-//! - `--calls` has only the calls of few pages, and the kinds of entries;
+//! - `--calls` has only the calls of few pages, and the kinds of entries; `--calls 2,8` only calls of
+//!   so many pages; with `--write` these tables alone are written;
 //! - `--write` takes all rows and puts them into README.md, here and of the project.
 
 use core::time::Duration;
@@ -53,8 +54,21 @@ fn main() -> io::Result<()> {
         (Size::for_this_machine(), 21, Duration::from_secs(25))
     };
     if has("--calls") {
+        let sizes = std::env::args().skip_while(|argument| argument != "--calls").nth(1);
+        let sizes = sizes.filter(|sizes| !sizes.starts_with("--"));
         let memory = Memory::new();
-        Small::measured(&Sampler::new(&memory), size, rounds, patience).print();
+        let sampler = Sampler::new(&memory);
+        match sizes {
+            Some(sizes) => calls_of(&sampler, &sizes, size, rounds, patience / 4),
+            None => {
+                let small = Small::measured(&sampler, size, rounds, patience);
+                small.print();
+                if has("--write") {
+                    small.write(&Page::here("README.md"))?;
+                    Page::here("../README.md").write("calls", &small.calls.nanoseconds(&IN_SHORT_CALLS))?;
+                }
+            }
+        }
         return Ok(());
     }
     let variants = has("--variants") || has("--test") || has("--write");
@@ -184,6 +198,33 @@ fn linux_rows(size: Size, rounds: u32) -> Vec<(&'static str, Vec<String>)> {
         }
     };
     Way::ALL.map(|way| (way.name(), shapes.iter().map(|shape| cell(way, shape)).collect())).into()
+}
+
+/// Calls of so many pages, by hand and the engine's, and the ratio of the two.
+fn calls_of(sampler: &Sampler<'_>, sizes: &str, size: Size, rounds: u32, patience: Duration) {
+    println!(
+        "Least and median ns for a call, and the median of the ratios round by round to the same by hand\n"
+    );
+    for pages in sizes.split(',').filter_map(|pages| pages.parse::<usize>().ok()) {
+        for workload in [Workload::Calls(pages), Workload::CallsWithTable(pages)] {
+            let rows = [
+                Entry::Protocol,
+                Entry::Engine(Path::Munmap, Counts::Batched),
+                Entry::Engine(Path::Discard, Counts::Batched),
+            ];
+            let rows: Vec<Entry> = rows.into_iter().filter(|entry| entry.applies_to(workload)).collect();
+            let series = measure(sampler, &workload.shape(size), &rows, rounds, patience);
+            let column: Column = rows.iter().copied().zip(series).collect();
+            let calls = Calls::of(&[workload], vec![column]);
+            let table = if rows.len() == 3 { "stays" } else { "goes" };
+            for (entry, series) in &calls.columns[0] {
+                let ratio = row(&calls.columns[0], Entry::Protocol).and_then(|floor| series.ratio_to(floor));
+                let cells = [series.min(), series.median(), ratio];
+                let cells = cells.map(|number| number.map_or_else(|| "-".into(), three_digits));
+                println!("| {pages}, table {table} | {} | {} |", entry.name(), cells.join(" | "));
+            }
+        }
+    }
 }
 
 /// What programs ask for most: calls of few pages; and what is in the entries.

@@ -1,5 +1,5 @@
 //! What a gather must flush, and what it may assume before it has: decided here for the gather and
-//! for the path of one page (one_page.rs) alike.
+//! for the path of one table (one_table.rs) alike.
 
 use mmu_pagetable::StaleWrites;
 use mmu_tlb::{FreedTables, PageSpan};

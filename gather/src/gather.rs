@@ -249,11 +249,11 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
         unmap(&mut self)?;
         let mm = self.mm;
         let receipt = close_after(mm, || self.last_flush());
-        let waiting = self.waiting.take();
+        let held = self.waiting.release();
         let (kernel, free_chunk) = (self.kernel, self.limits.free_chunk);
         // Closed, and nothing waits in it: `drop` would have nothing left to do.
         mem::forget(self);
-        Ok(FlushedGather { kernel, free_chunk, waiting, receipt })
+        Ok(FlushedGather { kernel, free_chunk, held, receipt })
     }
 
     /// Notes that reclaim may have cleared entries here and not flushed yet; the next flush makes

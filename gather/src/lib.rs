@@ -47,8 +47,8 @@
 //! an [`MmOf::with_own_flush`].
 //!
 //! What is provided by default is correct, and slow: without
-//! [`allocate_batch`](Pages::allocate_batch) a gather flushes every seven pages, and every table
-//! alone.
+//! [`allocate_batch`](Pages::allocate_batch) a gather flushes every seven pages, and every
+//! second table.
 //!
 //! [`TableMemory`]: pagetable::TableMemory
 //! [`Cpus`]: tlb::Cpus
@@ -191,7 +191,7 @@ mod levels;
 mod limits;
 mod mm;
 mod move_tables;
-mod one_page;
+mod one_table;
 mod open_gather;
 mod platform;
 mod queue;

@@ -350,7 +350,7 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
         let owes_flush = OwesFlush(self.mm.context());
         loop {
             let (done, room) = self.waiting.pages.fill_batch(&self.limits, |spare| {
-                zap_entries(kernel, vma, &part, next, spare, leaves, clear)
+                zap_entries(kernel, vma.area, &part, next, spare, leaves, clear)
             });
             next = done.next;
             visit.leaves += done.leaves;
