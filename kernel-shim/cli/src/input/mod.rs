@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  FILE.layout ─▶ layout ◀── live_process ◀─ /proc/PID/smaps, and pagemap ◀─ /proc/PID/pagemap
-//!  FILE.strace ─▶ strace
+//!  FILE.strace ─▶ lines (bounded) ─▶ strace
 //!  tests/layouts, tests/traces ─▶ bundled    (text that is compiled in)
 //! ```
 //!
@@ -12,6 +12,7 @@
 
 pub mod bundled;
 pub mod layout;
+mod lines;
 pub mod live_process;
 mod pagemap;
 pub mod strace;
