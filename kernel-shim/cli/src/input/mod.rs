@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  FILE.layout ─▶ layout ◀── live_process ◀─ /proc/PID/smaps, and pagemap ◀─ /proc/PID/pagemap
+//!  /proc/PID/maps, smaps ─▶ maps ─▶ layout
 //!  FILE.strace ─▶ lines (bounded) ─▶ strace
 //!  tests/layouts, tests/traces ─▶ bundled    (text that is compiled in)
 //! ```
@@ -14,5 +15,6 @@ pub mod bundled;
 pub mod layout;
 mod lines;
 pub mod live_process;
+pub mod maps;
 mod pagemap;
 pub mod strace;

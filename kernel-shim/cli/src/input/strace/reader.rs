@@ -25,6 +25,10 @@ use crate::input::strace::names::{is_dropped_call, is_exit, is_memory_call};
 /// Memory calls of one log: each takes about 200 bytes.
 const MOST_EVENTS: usize = 8 << 20;
 
+/// Lines after which a text must have shown that it is a log: one in a hundred is a call. Without
+/// this, random bytes are read for ever.
+const JUDGED_LINES: usize = 20_000;
+
 impl Trace {
     /// Reads a log; `source` is the name errors carry, usually the file's.
     ///
@@ -56,6 +60,9 @@ impl Trace {
             let Some(line) = line else { break };
             reader.line = lines.number;
             reader.read(&line).map_err(|problem| at_line(lines.number, problem))?;
+            if lines.number == JUDGED_LINES && !reader.is_log() {
+                return Err(at_line(1, TraceProblem::expected("a log of strace", &line)));
+            }
         }
         let trace = reader.finish().map_err(|(line, problem)| at_line(line, problem))?;
         if trace.events.is_empty() { Err(at_line(lines.number, TraceProblem::Nothing)) } else { Ok(trace) }
@@ -108,6 +115,13 @@ enum CutBy {
 const UNNUMBERED: u32 = 0;
 
 impl Reader {
+    /// Whether some of the lines so far were calls.
+    fn is_log(&self) -> bool {
+        let Trace { nr_other, nr_failed, nr_unfinished, .. } = self.trace;
+        let nr_calls = self.trace.events.len() as u64 + nr_other + nr_failed + nr_unfinished;
+        nr_calls >= self.line as u64 / 100
+    }
+
     fn read(&mut self, text: &str) -> Result<(), TraceProblem> {
         let text = plain(text);
         let Parsed { thread: number, line, is_behind_output, .. } = lex::line(&text);
