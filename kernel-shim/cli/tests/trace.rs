@@ -42,7 +42,7 @@ fn every_bundled_log_replays_without_a_violation_or_a_leak() {
 
 #[test]
 fn every_planted_fault_is_found_and_told() {
-    for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
+    for fault in ["skip-flush", "free-before-flush", "drop-ipi", "local-flush-only"] {
         let output = teardown(&["trace", &log("redis-bgsave"), "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
         let text = stdout(&output);

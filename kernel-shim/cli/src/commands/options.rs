@@ -64,6 +64,9 @@ pub(crate) enum Fault {
     FreeBeforeFlush,
     /// One flush request in four is lost, but acknowledged; needs two CPUs.
     DropIpi,
+    /// Each flush is of the CPU that makes the call: what others are asked for is acknowledged, and
+    /// not done; needs two CPUs. It is what a kernel does that was written for one CPU.
+    LocalFlushOnly,
 }
 
 impl MachineArgs {
@@ -133,12 +136,13 @@ impl Fault {
     /// Refuses a fault that cannot happen on so many CPUs: a run without a violation would make the
     /// checker look blind.
     pub(crate) fn check(fault: Option<Self>, nr_cpus: u32) -> Result<(), CommandError> {
-        if fault == Some(Self::DropIpi) && nr_cpus < 2 {
-            return Err(
-                "--fault drop-ipi: one CPU alone sends no flush requests; use --cpus 2 or more".to_owned()
-            );
+        match fault {
+            Some(fault @ (Self::DropIpi | Self::LocalFlushOnly)) if nr_cpus < 2 => Err(format!(
+                "--fault {}: one CPU alone sends no flush requests; use --cpus 2 or more",
+                fault.word()
+            )),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Refuses to call a run clean in which the planted fault never happened. Says so on stderr
@@ -166,6 +170,7 @@ impl Fault {
             None => Trial::default(),
             Some(Self::SkipFlush) => Trial { fault: MachineFault::SkipFlush, ..Trial::default() },
             Some(Self::DropIpi) => Trial { fault: MachineFault::DropIpi, ..Trial::default() },
+            Some(Self::LocalFlushOnly) => Trial { fault: MachineFault::LocalFlushOnly, ..Trial::default() },
             Some(Self::FreeBeforeFlush) => {
                 Trial { misbehaviour: Misbehaviour::FreeBeforeFlush, ..Trial::default() }
             }

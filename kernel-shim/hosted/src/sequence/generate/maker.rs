@@ -37,6 +37,8 @@ pub(super) enum Manner {
         scarce: bool,
         /// So many meet a flush that reclaim owes.
         owed: u64,
+        /// So many meet a call that takes rights away before it drops pages.
+        rights_go: u64,
     },
 }
 
@@ -98,12 +100,18 @@ impl Maker<'_> {
             self.part(place);
             return self.step();
         }
-        if let Manner::Focus { place, owed, .. } = self.manner
-            && owed > 0
-            && self.choices.below(64) < owed
+        if let Manner::Focus { place, owed, rights_go, .. } = self.manner
+            && owed + rights_go > 0
         {
-            self.owed(place);
-            return self.step();
+            let number = self.choices.below(64);
+            if number < owed {
+                self.owed(place);
+                return self.step();
+            }
+            if number < owed + rights_go {
+                self.rights_go(place);
+                return self.step();
+            }
         }
         let cpu = self.cpu();
         if self.choices.one_in(SYNC_EVERY) {

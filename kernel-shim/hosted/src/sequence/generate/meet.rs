@@ -85,6 +85,34 @@ impl Maker<'_> {
         self.then(program, Op::Touch(touched, used));
     }
 
+    /// A call that takes rights away before it drops pages is held up in between. Another drops the
+    /// same pages meanwhile, and a program may still write through what its CPU has cached. The
+    /// pages are of a file, and clean: the write is lost, or it is not.
+    pub(super) fn rights_go(&mut self, base: u64) {
+        let (mm, nr_cpus) = (MmId(0), u64::from(self.nr_cpus));
+        let whole = self.places.cut(base, if self.choices.one_in(3) { 2 * FOCUS_PAGES } else { 2 });
+        let first = self.choices.below(nr_cpus);
+        let [program, one, other] = [0, 1, 2].map(|by| small((first + by) % nr_cpus));
+        if self.choices.one_in(4) {
+            self.then(one, Op::Map(mm, whole, Backing::Shared, Rights::Write));
+        }
+        self.then(program, Op::Switch(mm));
+        self.then(program, Op::Discard(mm, whole));
+        self.then(program, Op::Touch(whole, UserAccess::Read));
+        self.held_up(one, 8 << self.choices.below(4), Op::Discard(mm, whole));
+        if self.choices.one_in(3) {
+            self.then(other, Op::Discard(mm, whole));
+        } else {
+            // One page is dropped in a way of its own.
+            for page in 0..2 {
+                let part = self.places.cut(base + page * 4096, 1);
+                self.then(other, Op::Discard(mm, part));
+            }
+        }
+        self.then(program, Op::Touch(whole, UserAccess::Read));
+        self.then(program, Op::Sync);
+    }
+
     /// A call that is preempted after one of its first `most` seams.
     fn held_up(&mut self, cpu: u16, most: u64, op: Op) {
         self.then(cpu, Op::Preempt(1 + u32::from(small(self.choices.below(most)))));

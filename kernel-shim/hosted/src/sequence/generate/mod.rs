@@ -35,7 +35,7 @@ use crate::random::Choices;
 use crate::sequence::bytes::FRAMES;
 use crate::sequence::generate::maker::{Maker, Manner, Places};
 use crate::sequence::op::{NR_MMS, Op, Step};
-use crate::sequence::quirks::Quirks;
+use crate::sequence::quirks::{Quirk, Quirks};
 use crate::sequence::text::Sequence;
 use crate::vocabulary::{Backing, Rights, UserAccess};
 
@@ -54,6 +54,7 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     // What is rare is chosen apart: whatever is added to it leaves the other sequences alone.
     let rare = Choices::new(seed.rotate_left(32) ^ 0x7265_6163);
     let owing = Choices::new(seed.rotate_left(16) ^ 0x6f77_6564);
+    let rights_go = owing.one_in(12);
     let paging = if rare.one_in(8) { PagingMode::FiveLevel } else { PagingMode::FourLevel };
     let places = Places(paging);
     let manner = match choices.below(256) {
@@ -79,6 +80,7 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
             },
             scarce: choices.one_in(8),
             owed: if owing.one_in(8) { 8 } else { 0 },
+            rights_go: if rights_go { 24 } else { 0 },
         },
     };
     let manner = match rare.below(512) {
@@ -88,6 +90,7 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
         12 if nr_cpus >= ENOUGH_CPUS => Manner::Crowd,
         _ => manner,
     };
+    let has_scenes_of_rights = matches!(manner, Manner::Focus { rights_go: 1.., .. });
     let nr_cpus = if manner == Manner::Crowd { 65 + low(rare.below(66)) } else { nr_cpus };
     let has_many = manner == Manner::Lives || rare.one_in(16);
     // Few are soon used again, and run out.
@@ -102,7 +105,11 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
     }
     // By choices of their own: the rest is what it is without.
     let others = Choices::new(!seed);
-    let quirks = Quirks::draw(&others);
+    let quirks = match Quirks::draw(&others) {
+        // The kernel that does so, on a machine where it may go wrong.
+        quirks if has_scenes_of_rights => quirks.with(Quirk::Variant2).with(Quirk::Stores),
+        quirks => quirks,
+    };
     let steps = (0..nr_steps).map(|_| with_code(maker.step(), &others)).collect();
     Sequence {
         nr_cpus,
@@ -110,7 +117,11 @@ pub fn generate(seed: u64, nr_cpus: u32, nr_steps: usize) -> Sequence {
         pcid: if choices.one_in(4) { PcidSupport::Off } else { PcidSupport::On },
         uppers: if choices.one_in(3) { InvlpgUppers::LeadingToAddress } else { InvlpgUppers::All },
         adversary: if choices.one_in(8) { Adversary::Forgetter } else { Adversary::Keeper },
-        dirty: if choices.one_in(2) { SettingDirty::Unchecked } else { SettingDirty::Checked },
+        dirty: if choices.one_in(2) || has_scenes_of_rights {
+            SettingDirty::Unchecked
+        } else {
+            SettingDirty::Checked
+        },
         device: if choices.one_in(4) { Device::Present } else { Device::Absent },
         paging,
         nr_frames,
