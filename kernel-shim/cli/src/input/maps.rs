@@ -514,7 +514,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
             (format!("{good}Rss: 99999999999999999999 kB\n"), "x.maps:2: expected a number of kB"),
             ("hello\n".to_owned(), "x.maps:1: expected an area of a process"),
             (
-                format!("{good}7e0000000000-7ec000000000 rw-p 0 00:00 0\nRss: 137438953472 kB\n")
+                format!("{good}7e0000000000-7ec000000000 rw-p 0 00:00 0\nRss: 536870912 kB\n")
                     .replace("7f0000000000-7f0000001000", "1000-2000"),
                 "x.maps:2: expected at most 33554432 pages in all (128 GiB)",
             ),
