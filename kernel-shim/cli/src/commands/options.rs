@@ -12,7 +12,7 @@ use mmu_kernel_shim::Misbehaviour;
 use crate::commands::outcome::{CommandError, CommandVerdict};
 use crate::output::escape::label;
 use crate::output::progress::progress_bar;
-use crate::output::report::Report;
+use crate::output::report::{LayoutReport, LogReport, Report};
 use crate::output::words::counted;
 use crate::run::pass::RunOptions;
 
@@ -116,6 +116,13 @@ impl MachineArgs {
             Format::Json => report.write_json(out),
         };
         written.map_err(|error| format!("cannot write the report: {error}"))?;
+        let log_of = |layout: &&LayoutReport| layout.log.as_ref().is_some_and(LogReport::is_mostly_left_out);
+        if let Some(layout) = report.layouts.iter().find(log_of).filter(|_| report.is_clean()) {
+            let name = label(&layout.name);
+            return Err(format!(
+                "{name}: most of its calls were not understood, so that there is no verdict"
+            ));
+        }
         Ok(if report.is_clean() { CommandVerdict::Good } else { CommandVerdict::Violation })
     }
 }
