@@ -27,6 +27,7 @@ use crate::levels::context::TlbContext;
 use crate::limits::Limits;
 use crate::mm::MmOf;
 use crate::open_gather::OpenGather;
+use crate::overlap::reach::{Counted, InTable};
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 use crate::queue::batch::NewBatch;
 use crate::queue::freed_pages::{FreedPages, Which};
@@ -59,7 +60,7 @@ struct Locked<'k, 'm, K: Platform + 'k>
 where
     K::Lock: 'k,
 {
-    open: OpenGather<'m, K::Context>,
+    open: OpenGather<'m, K::Context, InTable<'m>>,
     table: LockedTable<'k, GuardOf<'k, K>>,
     clear: ProgramsMayRun,
 }
@@ -75,7 +76,7 @@ where
 pub(crate) struct Cleared<'k, 'm, K: Platform> {
     kernel: &'k K,
     mm: &'m MmOf<K::Context>,
-    open: OpenGather<'m, K::Context>,
+    open: OpenGather<'m, K::Context, InTable<'m>>,
     range: VirtRange,
     /// How many words the slots on the stack have.
     nr_few: u32,
@@ -125,7 +126,7 @@ impl<'k, 'm, K: Platform> OneTable<'k, 'm, K> {
     #[inline(always)]
     pub(crate) fn clear_few(self, few: &mut Slots) -> Option<Cleared<'k, 'm, K>> {
         let Self { kernel, mm, area, range, table } = self;
-        let Locked { open, table, clear } = Locked::take(kernel, mm, table)?;
+        let Locked { open, table, clear } = Locked::take(kernel, mm, table, range.start())?;
         let entries = entries(&table, range);
         let (nr_few, leaves, rmaps, mut to_flush);
         if let [entry] = entries
@@ -147,7 +148,7 @@ impl<'k, 'm, K: Platform> OneTable<'k, 'm, K> {
         }
         let mut receipt = None;
         if rmaps == DelayedRmaps::Queued {
-            receipt = flush_dirty_pages(kernel, mm, to_flush, written(few, nr_few));
+            receipt = flush_dirty_pages(kernel, mm, open.reach(), to_flush, written(few, nr_few));
             to_flush = None;
         }
         drop(table);
@@ -161,7 +162,7 @@ impl<'k, 'm, K: Platform> OneTable<'k, 'm, K> {
     #[inline(always)]
     pub(crate) fn clear_many(self) -> Option<Cleared<'k, 'm, K>> {
         let Self { kernel, mm, area, range, table } = self;
-        let Locked { open, table, clear } = Locked::take(kernel, mm, table)?;
+        let Locked { open, table, clear } = Locked::take(kernel, mm, table, range.start())?;
         let entries = entries(&table, range);
         let page = if are_plain(entries, clear) { kernel.allocate_batch() } else { None };
         let Some(page) = page else {
@@ -177,7 +178,7 @@ impl<'k, 'm, K: Platform> OneTable<'k, 'm, K> {
         unsafe { batch.filled(unused) };
         let (mut to_flush, mut receipt) = (Some(range), None);
         if rmaps == DelayedRmaps::Queued {
-            receipt = flush_dirty_pages(kernel, mm, to_flush, batch.words());
+            receipt = flush_dirty_pages(kernel, mm, open.reach(), to_flush, batch.words());
             to_flush = None;
         }
         kernel.between_look_and_change();
@@ -196,12 +197,15 @@ impl<'k, 'm, K: Platform> OneTable<'k, 'm, K> {
 impl<'k, 'm, K: Platform> Locked<'k, 'm, K> {
     /// Takes the lock of `table`; `None` if a flush is owed, for which a gather makes up.
     #[inline(always)]
-    fn take(kernel: &'k K, mm: &'m MmOf<K::Context>, table: TableView<'k>) -> Option<Self> {
-        let open = OpenGather::new(mm);
+    fn take(kernel: &'k K, mm: &'m MmOf<K::Context>, table: TableView<'k>, address: u64) -> Option<Self> {
+        // INVARIANT: G6, the stripe of the table is enough where the table is unhooked, too. Whoever
+        // finds the entry empty that has led to it looks into the same 2 MiB, or everywhere.
+        let open = OpenGather::new(mm, InTable::of(&mm.gathers(), address));
         kernel.between_gather_steps();
         let table = table.lock(kernel);
         // Before the look at what is owed: a gather that unwinds notes that, and then closes.
-        let stale = stale_writes(mm, DeferredFlushes::NotSeen, StaleWrites::Impossible);
+        let others = open.reach().has_others(&mm.gathers());
+        let stale = stale_writes(others, DeferredFlushes::NotSeen, StaleWrites::Impossible);
         kernel.between_gather_steps();
         if mm.context().has_deferred_flushes() {
             drop(table);
@@ -248,7 +252,7 @@ impl<'k, K: Platform> Cleared<'k, '_, K> {
             Some(_) => (Some(span_with_table(to_flush, range.start())), FreedTables::Yes),
         };
         let own = if span.is_none() { Scope::Nothing } else { Scope::Range };
-        let scope = scope_of_the_last(kernel, mm, own);
+        let scope = scope_of_the_last(kernel, mm, open.reach(), own);
         if scope != Scope::Nothing {
             receipt = Some(flush(kernel, mm, scope, span, tables));
         }
@@ -305,13 +309,14 @@ fn zap_one_by_one<K: Platform>(
 fn flush_dirty_pages<K: Platform>(
     kernel: &K,
     mm: &MmOf<K::Context>,
+    reach: InTable<'_>,
     cleared: Option<VirtRange>,
     words: &[BatchWord],
 ) -> Option<Covered> {
     flush_dirty(
         kernel,
         || {
-            let scope = scope_before_the_last(mm, Scope::Range);
+            let scope = scope_before_the_last(mm, reach, Scope::Range);
             cleared.map(|range| flush(kernel, mm, scope, Some(span_of(range)), FreedTables::No))
         },
         |receipt| {

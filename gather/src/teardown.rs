@@ -246,9 +246,16 @@ unsafe fn zap_by_gather<'k, K: Platform>(
     vma: &Vma<K::Area>,
     range: Option<VirtRange>,
 ) -> Result<FlushedGather<'k, K>, CutLeaf> {
-    // SAFETY: passed on to our caller.
-    let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
-    gather.flush_after(|gather| range.map_or(Ok(()), |range| gather.zap_vma_range(vma, range)))
+    // SAFETY: passed on to our caller. If there is no range, nothing is looked at.
+    let gather = unsafe {
+        match range {
+            Some(range) => MmuGather::new_within(kernel, mm, range),
+            None => MmuGather::new(kernel, mm),
+        }
+    };
+    gather
+        .with_limits(limits)
+        .flush_after(|gather| range.map_or(Ok(()), |range| gather.zap_vma_range(vma, range)))
 }
 
 /// Unmaps everything, after the last program has left the address space.
