@@ -247,12 +247,7 @@ unsafe fn zap_by_gather<'k, K: Platform>(
     range: Option<VirtRange>,
 ) -> Result<FlushedGather<'k, K>, CutLeaf> {
     // SAFETY: passed on to our caller. If there is no range, nothing is looked at.
-    let gather = unsafe {
-        match range {
-            Some(range) => MmuGather::new_within(kernel, mm, range),
-            None => MmuGather::new(kernel, mm),
-        }
-    };
+    let gather = unsafe { MmuGather::new_within(kernel, mm, range.unwrap_or(vma.range)) };
     gather
         .with_limits(limits)
         .flush_after(|gather| range.map_or(Ok(()), |range| gather.zap_vma_range(vma, range)))
