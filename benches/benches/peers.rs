@@ -5,8 +5,8 @@
 //! - `--test` runs every row once on small sizes, `--quick` takes fewer rounds;
 //! - `--variants` adds what the same costs under other conditions;
 //! - `--engine W1,W5` has only the floors and the engine, on these workloads;
-//! - `--calls` has only the calls of few pages, and the kinds of entries; `--calls 2,8` only calls of
-//!   so many pages; with `--write` these tables alone are written;
+//! - `--calls` has only the calls of few pages, and the kinds of entries; `--calls 2,8` only calls
+//!   of so many pages; with `--write` these tables alone are written;
 //! - `--write` takes all rows and puts them into README.md, here and of the project.
 
 use core::time::Duration;

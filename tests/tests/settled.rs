@@ -71,7 +71,7 @@ fn a_line_is_settled_exactly_if_each_of_its_entries_is() {
                     let mut line = [with(*other, PageTableFlags::HUGE_PAGE | PageTableFlags::NO_EXECUTE); 8];
                     line[place] = with(*one, PageTableFlags::USER_ACCESSIBLE | PageTableFlags::BIT_9);
                     let settled = EntryValue::are_settled_if_accessed(line.into_iter(), stale);
-                    // Where writes may be stale, a line is taken for settled by its dirty bits alone.
+                    // Where writes may be stale, its dirty bits alone settle a line.
                     let each =
                         stale == StaleWrites::Impossible && line.iter().all(|value| value.is_settled(stale));
                     assert_eq!(settled, each, "{line:?}, {stale:?}");

@@ -11,10 +11,8 @@ use static_assertions::const_assert_eq;
 use crate::limits::Limits;
 use crate::platform::{BatchPage, GatherEvent, Pages};
 use crate::queue::freed_pages::{FreedPages, Which};
-use crate::queue::held::{Held, Slots};
 use crate::queue::release::Release;
 use crate::queue::spare::{Room, SpareSlots, lend_spare};
-use crate::queue::table_batch::TableQueue;
 use crate::queue::word::{BatchWord, DelayedRmaps, Runs};
 
 /// One batch page. Linux: struct mmu_gather_batch.
@@ -25,6 +23,9 @@ pub(crate) struct Batch {
 
 const_assert_eq!(size_of::<Batch>(), 4096);
 const_assert_eq!(align_of::<Batch>(), 8);
+
+/// Slots on the stack, of which the first so many are written.
+pub(crate) type Slots = [MaybeUninit<BatchWord>; Limits::BUNDLE_SLOTS];
 
 /// Slots on the stack that nothing was written to.
 pub(crate) const NO_WORDS: Slots = [const { MaybeUninit::uninit() }; Limits::BUNDLE_SLOTS];
@@ -233,7 +234,7 @@ impl PageQueue {
     /// `mem::replace` would be slower: it loads sixteen bytes at a time what was stored eight at a
     /// time just before, and the CPU cannot forward such stores to the load but waits for them.
     #[inline]
-    pub(crate) fn release(&mut self, tables: &mut TableQueue) -> Held {
+    pub(crate) fn release(&mut self) -> (Slots, u32, Runs, Option<NonNull<Batch>>) {
         let mut few = NO_WORDS;
         for (slot, word) in few.iter_mut().zip(&self.bundle) {
             slot.write(*word);
@@ -241,9 +242,7 @@ impl PageQueue {
         let nr_few = u32::try_from(self.bundle.len()).unwrap_or(0);
         self.bundle.clear();
         (self.active, self.batch_pages) = (None, 0);
-        let (table, table_batch) = tables.release();
-        let table = table.map(BatchWord::page);
-        Held { few, nr_few, runs: self.runs, first: self.first.take(), table, table_batch }
+        (few, nr_few, self.runs, self.first.take())
     }
 
     /// Hands everything to the kernel, chunk by chunk with a preemption point after each; returns

@@ -3,22 +3,17 @@
 #![expect(unsafe_code, reason = "slots on the stack are read as far as they were written")]
 
 use core::fmt;
-use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 use core::slice;
 
 use static_assertions::{assert_not_impl_any, const_assert};
 
-use crate::limits::Limits;
 use crate::platform::GatherEvent;
-use crate::queue::batch::{Batch, free_chain, free_slots, give_back_chain};
+use crate::queue::batch::{Batch, Slots, free_chain, free_slots, give_back_chain};
 use crate::queue::release::Release;
 use crate::queue::table_batch::{TableBatch, TableQueue, release_tables};
-use crate::queue::waiting::Covered;
+use crate::queue::waiting::{Covered, Waiting};
 use crate::queue::word::{BatchWord, Runs};
-
-/// Slots on the stack, of which the first so many are written.
-pub(crate) type Slots = [MaybeUninit<BatchWord>; Limits::BUNDLE_SLOTS];
 
 /// Pages and tables that have been flushed for, or nothing.
 ///
@@ -109,6 +104,17 @@ pub(crate) fn written(slots: &Slots, nr: u32) -> &[BatchWord] {
     let nr = (nr as usize).min(slots.len());
     // SAFETY: written by the invariant, and inside the array.
     unsafe { slice::from_raw_parts(slots.as_ptr().cast(), nr) }
+}
+
+impl Waiting {
+    /// Moves everything that waits out of here, to be freed later; what stays behind is empty.
+    /// Everything has been flushed for.
+    #[inline]
+    pub(crate) fn release(&mut self) -> Held {
+        let (few, nr_few, runs, first) = self.pages.release();
+        let (table, table_batch) = self.tables.release();
+        Held { few, nr_few, runs, first, table: table.map(BatchWord::page), table_batch }
+    }
 }
 
 impl fmt::Debug for Held {

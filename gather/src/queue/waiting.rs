@@ -7,7 +7,6 @@ use static_assertions::assert_not_impl_any;
 
 use crate::platform::GatherEvent;
 use crate::queue::batch::PageQueue;
-use crate::queue::held::Held;
 use crate::queue::release::Release;
 use crate::queue::table_batch::TableQueue;
 
@@ -58,13 +57,6 @@ impl Waiting {
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         self.pages.is_empty() && self.tables.is_empty()
-    }
-
-    /// Moves everything that waits out of here, to be freed later; what stays behind is empty.
-    /// Everything has been flushed for.
-    #[inline]
-    pub(crate) fn release(&mut self) -> Held {
-        self.pages.release(&mut self.tables)
     }
 
     /// Hands everything to the kernel: the one way from waiting to free.

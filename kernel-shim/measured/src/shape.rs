@@ -188,8 +188,8 @@ impl Workload {
         }
     }
 
-    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7, calls
-    /// and kinds have no other size than their own.
+    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7,
+    /// calls and kinds have no other size than their own.
     #[must_use]
     pub fn of_leaves(self, leaves: u64) -> Option<Shape> {
         // W6 samples its frames from 64 times as many.
