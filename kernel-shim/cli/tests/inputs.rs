@@ -3,10 +3,11 @@
 
 mod common;
 
+use core::time::Duration;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::{assert_clean, json, stderr, stdout, teardown};
 use mmu_cli::input::bundled::{LAYOUTS, TRACES};
@@ -142,7 +143,7 @@ impl Random {
             let line_end =
                 bytes[at..].iter().position(|&byte| byte == b'\n').map_or(bytes.len(), |end| at + end + 1);
             match self.below(7) {
-                0 if !bytes.is_empty() => bytes[at] = self.below(256) as u8,
+                0 if !bytes.is_empty() => bytes[at] = self.below(256).to_le_bytes()[0],
                 1 => bytes.truncate(at),
                 2 => drop(bytes.drain(line_start..line_end)),
                 3 => {

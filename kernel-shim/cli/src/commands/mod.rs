@@ -2,7 +2,7 @@
 //! code.
 //!
 //! ```text
-//!  command line ─▶ mod.rs ─▶ run, capture, convert, trace, boot, fuzz, replay, sweep ─▶ report, exit code
+//!  command line ─▶ mod.rs ─▶ run, capture, convert, trace, .. ─▶ report, exit code
 //!                              ├── options  (flags of several commands)
 //!                              └── outcome  (how a command ends)
 //! ```

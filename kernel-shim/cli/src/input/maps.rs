@@ -54,7 +54,7 @@ pub fn parse_maps(source: &str, name: &str, text: &str) -> Result<ReadLayout, La
             if let Some(area) = areas.last_mut().filter(|_| !in_kernel) {
                 area.field(field).map_err(|problem| at_line(number, problem))?;
             }
-        } else if !line.is_empty() && line.trim_matches('.') != "" {
+        } else if !line.is_empty() && !line.trim_matches('.').is_empty() {
             nr_skipped += 1;
             first_skipped = if first_skipped == 0 { number } else { first_skipped };
         }
@@ -90,7 +90,7 @@ pub fn parse_maps(source: &str, name: &str, text: &str) -> Result<ReadLayout, La
         remarks.push(format!(
             "{source}: which pages are there was assumed: of {} the first {} MiB, where a program may use them",
             counted(nr_unknown, "area", "areas"),
-            ASSUMED_PAGES * PAGE_BYTES >> 20
+            (ASSUMED_PAGES * PAGE_BYTES) >> 20
         ));
     }
     if nr_unknown < layout.vmas.len() as u64 {

@@ -96,7 +96,7 @@ pub enum LayoutProblem {
         previous_end: u64,
     },
     /// More pages than the memory of a simulated machine is meant for.
-    #[error("expected at most {MOST_PAGES} pages in all ({} GiB), found more", MOST_PAGES * PAGE_BYTES >> 30)]
+    #[error("expected at most {MOST_PAGES} pages in all ({} GiB), found more", (MOST_PAGES * PAGE_BYTES) >> 30)]
     TooManyPages,
     /// Pages of a kind that the area cannot have.
     #[error("expected pages that an area of kind `{kind}` can have ({can}), found `{found}`")]

@@ -1,5 +1,5 @@
-//! Which process each thread of a log belongs to, also where the log does not hold its start: it was
-//! recorded without `clone` and `execve` (`-e trace=%memory`), from a process that ran already
+//! Which process each thread of a log belongs to, also where the log does not hold its start: it
+//! was recorded without `clone` and `execve` (`-e trace=%memory`), from a process that ran already
 //! (`-p`), or from inside a container.
 //!
 //! A thread that appears is, in this order:
