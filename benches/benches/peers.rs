@@ -5,7 +5,8 @@
 //! - `--test` runs every row once on small sizes, `--quick` takes fewer rounds;
 //! - `--variants` adds what the same costs under other conditions;
 //! - `--engine W1,W5` has only the floors and the engine, on these workloads;
-//! - `--calls` has only the calls of few pages;
+//! - `--calls` has only the calls of few pages, and the kinds of entries; `--calls 2,8` only calls
+//!   of so many pages; with `--write` these tables alone are written;
 //! - `--write` takes all rows and puts them into README.md, here and of the project.
 
 use core::time::Duration;
@@ -20,7 +21,7 @@ use mmu_benches::rounds::{Series, measure};
 use mmu_gather::tlb::OnlineCpus;
 use mmu_measured::machine::Machine;
 use mmu_measured::memory::Memory;
-use mmu_measured::shape::{Shape, Size, Workload};
+use mmu_measured::shape::{Kind, Shape, Size, Workload};
 
 /// The rows of the tables in README.md, and of the one there about what counting costs.
 const ROWS: [Entry; 5] = [
@@ -53,9 +54,21 @@ fn main() -> io::Result<()> {
         (Size::for_this_machine(), 21, Duration::from_secs(25))
     };
     if has("--calls") {
+        let sizes = std::env::args().skip_while(|argument| argument != "--calls").nth(1);
+        let sizes = sizes.filter(|sizes| !sizes.starts_with("--"));
         let memory = Memory::new();
-        let calls = Calls::measured(&Sampler::new(&memory), size, rounds, patience / 4);
-        println!("{}\n{}", calls.nanoseconds(&Entry::CALLS), calls.ratios());
+        let sampler = Sampler::new(&memory);
+        match sizes {
+            Some(sizes) => calls_of(&sampler, &sizes, size, rounds, patience / 4),
+            None => {
+                let small = Small::measured(&sampler, size, rounds, patience);
+                small.print();
+                if has("--write") {
+                    small.write(&Page::here("README.md"))?;
+                    Page::here("../README.md").write("calls", &small.calls.nanoseconds(&IN_SHORT_CALLS))?;
+                }
+            }
+        }
         return Ok(());
     }
     let variants = has("--variants") || has("--test") || has("--write");
@@ -72,7 +85,7 @@ fn main() -> io::Result<()> {
         eprintln!("{} {} leaves, {} rounds", workload.name(), shape.nr_leaves(), series[0].0.len());
         rows.into_iter().zip(series).collect::<Column>()
     });
-    let calls = Calls::measured(&sampler, size, rounds, patience / 4);
+    let small = Small::measured(&sampler, size, rounds, patience);
     let flushes = flush_table(&memory, size, rounds.min(5));
 
     let rows: Vec<Entry> =
@@ -92,11 +105,7 @@ fn main() -> io::Result<()> {
     println!("Median ns for each leaf, by how frames are counted\n\n{counting}");
     println!("Median of the ratios to the plain floor, round by round\n\n{to_plain}");
     println!("Median of the ratios to the exchange floor, round by round\n\n{to_exchange}");
-    println!(
-        "Median ns for a call of so many pages, in a table that stays\n\n{}",
-        calls.nanoseconds(&Entry::CALLS)
-    );
-    println!("Median of the ratios to the same by hand, round by round\n\n{}", calls.ratios());
+    small.print();
     println!(
         "Median ns for each leaf, one other CPU to interrupt at 1 us; interrupts for each 1000 leaves\n\n{flushes}"
     );
@@ -106,12 +115,11 @@ fn main() -> io::Result<()> {
         page.write("counting", &counting)?;
         page.write("ratios to the plain floor", &to_plain)?;
         page.write("ratios to the exchange floor", &to_exchange)?;
-        page.write("calls", &calls.nanoseconds(&Entry::CALLS))?;
-        page.write("calls, ratios", &calls.ratios())?;
+        small.write(&page)?;
         page.write("interrupts", &flushes)?;
         let page = Page::here("../README.md");
         page.write("nanoseconds", &in_short(&measured))?;
-        page.write("calls", &calls.nanoseconds(&IN_SHORT_CALLS))?;
+        page.write("calls", &small.calls.nanoseconds(&IN_SHORT_CALLS))?;
     }
     Ok(())
 }
@@ -192,6 +200,99 @@ fn linux_rows(size: Size, rounds: u32) -> Vec<(&'static str, Vec<String>)> {
     Way::ALL.map(|way| (way.name(), shapes.iter().map(|shape| cell(way, shape)).collect())).into()
 }
 
+/// Calls of so many pages, by hand and the engine's, and the ratio of the two.
+fn calls_of(sampler: &Sampler<'_>, sizes: &str, size: Size, rounds: u32, patience: Duration) {
+    println!(
+        "Least and median ns for a call, and the median of the ratios round by round to the same by hand\n"
+    );
+    for pages in sizes.split(',').filter_map(|pages| pages.parse::<usize>().ok()) {
+        for workload in [Workload::Calls(pages), Workload::CallsWithTable(pages)] {
+            let rows = [
+                Entry::Protocol,
+                Entry::Engine(Path::Munmap, Counts::Batched),
+                Entry::Engine(Path::Discard, Counts::Batched),
+            ];
+            let rows: Vec<Entry> = rows.into_iter().filter(|entry| entry.applies_to(workload)).collect();
+            let series = measure(sampler, &workload.shape(size), &rows, rounds, patience);
+            let column: Column = rows.iter().copied().zip(series).collect();
+            let calls = Calls::of(&[workload], vec![column]);
+            let table = if rows.len() == 3 { "stays" } else { "goes" };
+            for (entry, series) in &calls.columns[0] {
+                let ratio = row(&calls.columns[0], Entry::Protocol).and_then(|floor| series.ratio_to(floor));
+                let cells = [series.min(), series.median(), ratio];
+                let cells = cells.map(|number| number.map_or_else(|| "-".into(), three_digits));
+                println!("| {pages}, table {table} | {} | {} |", entry.name(), cells.join(" | "));
+            }
+        }
+    }
+}
+
+/// What programs ask for most: calls of few pages; and what is in the entries.
+struct Small {
+    calls: Calls,
+    with_table: Calls,
+    kinds: Vec<Column>,
+}
+
+impl Small {
+    fn measured(sampler: &Sampler<'_>, size: Size, rounds: u32, patience: Duration) -> Self {
+        let columns = |workloads: &[Workload], rows: &[Entry]| {
+            let column = |workload: &Workload| {
+                let series = measure(sampler, &workload.shape(size), rows, rounds, patience / 4);
+                rows.iter().copied().zip(series).collect()
+            };
+            workloads.iter().map(column).collect()
+        };
+        Self {
+            calls: Calls::of(&Workload::CALLS, columns(&Workload::CALLS, &Entry::CALLS)),
+            with_table: Calls::of(
+                &Workload::CALLS_WITH_TABLE,
+                columns(&Workload::CALLS_WITH_TABLE, &Entry::CALLS_WITH_TABLE),
+            ),
+            kinds: columns(&Kind::ALL.map(Workload::Kinds), &Entry::KINDS),
+        }
+    }
+
+    /// The tables, with the names of their places in README.md.
+    fn tables(&self) -> [(&'static str, &'static str, String); 5] {
+        let kinds = Kind::ALL.map(|kind| kind.name().to_owned());
+        let kinds = cells(&kinds, &Entry::KINDS, &self.kinds, &|series, _| series.median());
+        [
+            (
+                "calls",
+                "Median ns for a call of so many pages, in a table that stays",
+                self.calls.nanoseconds(&Entry::CALLS),
+            ),
+            (
+                "calls, ratios",
+                "Median of the ratios to the same by hand, round by round",
+                self.calls.ratios(&Entry::CALLS),
+            ),
+            (
+                "calls with table",
+                "Median ns for a munmap of so many pages, whose table goes",
+                self.with_table.nanoseconds(&Entry::CALLS_WITH_TABLE),
+            ),
+            (
+                "calls with table, ratios",
+                "Median of the ratios to the same by hand, round by round",
+                self.with_table.ratios(&Entry::CALLS_WITH_TABLE),
+            ),
+            ("kinds", "Median ns for each leaf of 64 MiB, by what is in the entries", kinds),
+        ]
+    }
+
+    fn print(&self) {
+        for (_, title, table) in self.tables() {
+            println!("{title}\n\n{table}");
+        }
+    }
+
+    fn write(&self, page: &Page) -> io::Result<()> {
+        self.tables().into_iter().try_for_each(|(name, _, table)| page.write(name, &table))
+    }
+}
+
 /// What calls of few pages cost: nanoseconds a call, by the number of pages.
 struct Calls {
     pages: Vec<String>,
@@ -199,19 +300,20 @@ struct Calls {
 }
 
 impl Calls {
-    fn measured(sampler: &Sampler<'_>, size: Size, rounds: u32, patience: Duration) -> Self {
-        let mut this = Self { pages: Vec::new(), columns: Vec::new() };
-        for workload in Workload::CALLS {
-            let shape = workload.shape(size);
-            let series = measure(sampler, &shape, &Entry::CALLS, rounds, patience);
-            let pages = shape.leaves.len() / shape.areas.len();
-            this.pages.push(pages.to_string());
-            #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
-            let pages = pages as f64;
-            let a_call = |series: Series| Series(series.0.iter().map(|a_page| a_page * pages).collect());
-            this.columns.push(Entry::CALLS.into_iter().zip(series.into_iter().map(a_call)).collect());
-        }
-        this
+    /// `columns` are of nanoseconds a page.
+    fn of(workloads: &[Workload], columns: Vec<Column>) -> Self {
+        let pages_of = |workload: &Workload| match workload {
+            Workload::Calls(pages) | Workload::CallsWithTable(pages) => *pages,
+            _ => 1,
+        };
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+        let a_call = |(workload, column): (&Workload, Column)| {
+            let pages = pages_of(workload) as f64;
+            let times = |series: Series| Series(series.0.iter().map(|a_page| a_page * pages).collect());
+            column.into_iter().map(|(entry, series)| (entry, times(series))).collect()
+        };
+        let pages = workloads.iter().map(|workload| pages_of(workload).to_string()).collect();
+        Self { pages, columns: workloads.iter().zip(columns).map(a_call).collect() }
     }
 
     fn nanoseconds(&self, rows: &[Entry]) -> String {
@@ -219,8 +321,8 @@ impl Calls {
     }
 
     /// To the same protocol written out by hand.
-    fn ratios(&self) -> String {
-        cells(&self.pages, &Entry::CALLS, &self.columns, &|series, column| {
+    fn ratios(&self, rows: &[Entry]) -> String {
+        cells(&self.pages, rows, &self.columns, &|series, column| {
             series.ratio_to(row(column, Entry::Protocol)?)
         })
     }

@@ -42,7 +42,12 @@ pub fn munmap<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: 
 pub fn munmap_each<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>, limits: &Limits) {
     if space.shape.is_one_by_one() {
         for area in &space.shape.areas {
-            let bounds = Bounds::between(Some(area.start()), Some(area.end()));
+            let up_to = if space.shape.tables_go_one_by_one() {
+                VirtRange::of_entry(Level::Pmd, area.start())
+            } else {
+                *area
+            };
+            let bounds = Bounds::between(Some(up_to.start()), Some(up_to.end()));
             unmap_one(machine, space, limits, *area, bounds);
         }
         return;

@@ -75,22 +75,24 @@ struct Shared(AtomicU64);
 /// One call at a time, with everything that the protocol asks of a CPU that is not alone: it counts
 /// itself in, goes down from the root, locks the table, clears the entries, raises the generation,
 /// looks who has the space loaded, invalidates the pages here, frees them, counts itself out.
-/// Written out for this one case: four levels, areas inside one table that stays, pages that
-/// programs have written to. The frames wait in `frames` meanwhile.
+/// Written out for this one case: four levels, areas inside one table, pages that programs have
+/// written to. The frames wait in `frames` meanwhile. Where the table goes, it is unhooked under
+/// the lock of the one above, counted, and freed last; otherwise it stays.
 #[inline(never)]
 pub fn unmap_one_by_one<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>) {
     let mut frames = Vec::with_capacity(512);
-    let [gathers, generation, loaded] = [const { Shared(AtomicU64::new(0)) }; 3];
-    let [gathers, generation, loaded] = black_box([&gathers.0, &generation.0, &loaded.0]);
+    let [gathers, generation, loaded, tables] = [const { Shared(AtomicU64::new(0)) }; 4];
+    let [gathers, generation, loaded, tables] = black_box([&gathers.0, &generation.0, &loaded.0, &tables.0]);
+    let tables_go = space.shape.tables_go_one_by_one();
     let memory = machine.memory();
     let root = space.mm.space().root().start_address().as_u64();
     for area in &space.shape.areas {
         gathers.fetch_add(1, Ordering::Relaxed);
-        let mut table = root;
+        let (mut above, mut table) = (root, root);
         for shift in [39, 30, 21] {
             let link = entry(table, index_of(area.start(), shift));
             // SAFETY: an entry of a table that no one else uses while a floor runs.
-            table = unsafe { link.read() } & ADDRESS;
+            (above, table) = (table, unsafe { link.read() } & ADDRESS);
         }
         let first = index_of(area.start(), 12);
         let end = first + index_of(area.end() - area.start(), 12);
@@ -98,6 +100,13 @@ pub fn unmap_one_by_one<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>
         frames.clear();
         take(Stretch { table, first, end }, Clear::Plain, &mut frames);
         drop(locked);
+        if tables_go {
+            let locked = memory.frame(above).lock().lock();
+            // SAFETY: as above.
+            unsafe { entry(above, index_of(area.start(), 21)).write(0) };
+            drop(locked);
+            tables.fetch_sub(1, Ordering::Relaxed);
+        }
         black_box(generation.fetch_add(1, Ordering::SeqCst));
         if loaded.load(Ordering::SeqCst) != 0 {
             return;
@@ -108,6 +117,9 @@ pub fn unmap_one_by_one<C: Counting>(machine: &Machine<'_, C>, space: &Space<'_>
             chain = release_one(memory, *frame, chain);
         }
         memory.free_chain(chain);
+        if tables_go {
+            memory.free_table(table);
+        }
         gathers.fetch_sub(1, Ordering::Release);
     }
 }

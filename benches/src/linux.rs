@@ -42,7 +42,9 @@ impl Way {
     pub const fn applies_to(self, workload: Workload) -> bool {
         match workload {
             Workload::W6Shuffled => false,
-            Workload::W7OnePage | Workload::Calls(_) => !matches!(self, Self::Exit),
+            Workload::W7OnePage | Workload::Calls(_) | Workload::CallsWithTable(_) => {
+                !matches!(self, Self::Exit)
+            }
             _ => true,
         }
     }

@@ -1,5 +1,5 @@
 //! What a gather must flush, and what it may assume before it has: decided here for the gather and
-//! for the path of one page (one_page.rs) alike.
+//! for the path of one table (one_table.rs) alike.
 
 use mmu_pagetable::StaleWrites;
 use mmu_tlb::{FreedTables, PageSpan};
@@ -8,6 +8,7 @@ use crate::levels::context::TlbContext;
 use crate::levels::context::sealed::Sealed;
 use crate::levels::flush_tlb::FlushTlb;
 use crate::mm::MmOf;
+use crate::overlap::reach::Counted;
 use crate::platform::{GatherEvent, Platform};
 use crate::queue::waiting::Covered;
 use crate::state::DeferredFlushes;
@@ -28,19 +29,21 @@ pub(crate) enum Scope {
 /// Rights are taken away and flushed for by another gather that is still open (rule G6), by this
 /// one (`own`), or by reclaim, whose flushes are noted (`deferred`). If there is none of these,
 /// whoever wrote to the entry before its lock was taken here has flushed.
+///
+/// `others` says whether a gather is open that may have changed an entry of this table. The stripe
+/// of the table and the gathers of everywhere are enough: rights are taken away by gathers that
+/// reach everywhere, and any other that changed an entry here is counted in the stripe.
 #[inline(always)]
-pub(crate) fn stale_writes<C: TlbContext>(
-    mm: &MmOf<C>,
-    deferred: DeferredFlushes,
-    own: StaleWrites,
-) -> StaleWrites {
-    if mm.has_other_gathers() || deferred == DeferredFlushes::Seen { StaleWrites::Possible } else { own }
+pub(crate) const fn stale_writes(others: bool, deferred: DeferredFlushes, own: StaleWrites) -> StaleWrites {
+    if others || matches!(deferred, DeferredFlushes::Seen) { StaleWrites::Possible } else { own }
 }
 
 /// The scope of a flush before the last one of a gather; `own` is what its own entries need.
+///
+/// The counts that `reach` asks are enough, as for the last flush.
 #[inline(always)]
-pub(crate) fn scope_before_the_last<C: TlbContext>(mm: &MmOf<C>, own: Scope) -> Scope {
-    if own != Scope::Nothing && mm.has_other_gathers() { Scope::WholeMm } else { own }
+pub(crate) fn scope_before_the_last<C: TlbContext>(mm: &MmOf<C>, reach: impl Counted, own: Scope) -> Scope {
+    if own == Scope::Range && reach.has_others(&mm.gathers()) { Scope::WholeMm } else { own }
 }
 
 /// The scope of the last flush of a gather; `own` is what its own entries need.
@@ -49,9 +52,19 @@ pub(crate) fn scope_before_the_last<C: TlbContext>(mm: &MmOf<C>, own: Scope) -> 
 /// nothing: an entry that it found empty may have been cleared by the other, which has not flushed
 /// yet (rule G6). So it is where a flush is owed: the other may have unwound and closed since this
 /// one looked.
+///
+/// The counts that `reach` asks are enough: the other cleared an entry of a table that this one
+/// looked into, or something larger, which only gathers of everywhere do. Where it is open the
+/// whole address space is flushed, not the stripe alone: what the other has cleared may be more
+/// than this one was asked for, and a stripe is no range.
 #[inline(always)]
-pub(crate) fn scope_of_the_last<K: Platform>(kernel: &K, mm: &MmOf<K::Context>, own: Scope) -> Scope {
-    if mm.has_other_gathers() {
+pub(crate) fn scope_of_the_last<K: Platform>(
+    kernel: &K,
+    mm: &MmOf<K::Context>,
+    reach: impl Counted,
+    own: Scope,
+) -> Scope {
+    if reach.has_others(&mm.gathers()) {
         kernel.observe_gather(GatherEvent::NestedFlush);
         return Scope::WholeMm;
     }

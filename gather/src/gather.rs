@@ -4,7 +4,7 @@
 use core::convert::Infallible;
 use core::{fmt, mem};
 
-use mmu_pagetable::{StaleWrites, TableView};
+use mmu_pagetable::{StaleWrites, TableView, VirtRange};
 
 use crate::flush_policy::{Scope, flush, scope_before_the_last, scope_of_the_last};
 use crate::flushed_gather::FlushedGather;
@@ -12,6 +12,7 @@ use crate::levels::context::TlbContext;
 use crate::limits::{GatherMode, Limits};
 use crate::mm::MmOf;
 use crate::open_gather::{OpenGather, close_after};
+use crate::overlap::reach::{Counted, Reach};
 use crate::platform::{GatherEvent, Platform};
 use crate::queue::waiting::{Covered, Waiting};
 use crate::range::FlushRange;
@@ -76,7 +77,23 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     #[must_use]
     #[inline]
     pub unsafe fn new(kernel: &'k K, mm: &'m MmOf<K::Context>) -> Self {
-        Self::begin(kernel, mm, GatherMode::Shared)
+        Self::begin(kernel, mm, GatherMode::Shared, Reach::Everywhere)
+    }
+
+    /// As [`new`](Self::new), for a gather that is to clear leaves of `range` alone, as a write to a
+    /// page that is copied does.
+    ///
+    /// If `range` lies in one last-level table, or in two, a gather that is open on other tables
+    /// makes neither of the two flush more (rule G6). If it is larger, this is [`new`](Self::new).
+    ///
+    /// # Safety
+    /// - As for [`new`](Self::new);
+    /// - the gather is told of nothing but leaves of `range` that were cleared: it unhooks no table,
+    ///   moves no page, and takes no rights away.
+    #[must_use]
+    #[inline]
+    pub unsafe fn new_within(kernel: &'k K, mm: &'m MmOf<K::Context>, range: VirtRange) -> Self {
+        Self::begin(kernel, mm, GatherMode::Shared, Reach::of(range))
     }
 
     /// Begins to tear down all of `mm`: the last program has left it, and nobody can come back.
@@ -93,19 +110,20 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     #[must_use]
     #[inline]
     pub unsafe fn new_fullmm(kernel: &'k K, mm: &'m MmOf<K::Context>) -> Self {
-        Self::begin(kernel, mm, GatherMode::FullMm)
+        Self::begin(kernel, mm, GatherMode::FullMm, Reach::Everywhere)
     }
 
     #[inline]
-    fn begin(kernel: &'k K, mm: &'m MmOf<K::Context>, mode: GatherMode) -> Self {
+    fn begin(kernel: &'k K, mm: &'m MmOf<K::Context>, mode: GatherMode, reach: Reach) -> Self {
         // A `const` block, because the type is generic; sizes of other types are `const_assert`s.
         const { assert!(size_of::<Self>() <= 256, "a gather lives on a kernel stack") };
-        mm.open_gather();
+        reach.open(&mm.gathers());
         let gather = Self {
             kernel,
             mm,
             state: State {
                 mode,
+                reach,
                 pfn_maps: PfnMaps::NotSeen,
                 range: FlushRange::empty(),
                 deferred: DeferredFlushes::NotSeen,
@@ -146,9 +164,10 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     /// # Source
     /// Linux: tlb_flush_mmu_tlbonly, include/asm-generic/tlb.h.
     #[doc(alias = "tlb_flush_mmu_tlbonly")]
+    #[inline(never)]
     pub fn flush_tlb_only(&mut self) {
         if !self.state.range.is_empty() {
-            self.flush_scope(scope_before_the_last(self.mm, self.own_scope()));
+            self.flush_scope(scope_before_the_last(self.mm, self.state.reach, self.own_scope()));
         }
     }
 
@@ -192,9 +211,10 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     /// Completes the unmapping: when this returns, no CPU can use any address that was unmapped.
     /// Frees nothing yet.
     ///
-    /// If another gather was open on the address space meanwhile, all of it is flushed, tables
-    /// included: entries that this one found empty may have been cleared by the other, which has
-    /// not flushed yet (rule G6).
+    /// If another gather was open on the same tables meanwhile, the whole address space is flushed,
+    /// tables included: entries that this one found empty may have been cleared by the other, which
+    /// has not flushed yet (rule G6). A gather begun by [`new`](Self::new) may look into any table;
+    /// [`zap_page_range`](crate::zap_page_range) of at most 2 MiB looks into two.
     ///
     /// # Context
     /// The map lock is still held; it may be dropped as soon as this returns.
@@ -247,13 +267,13 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
         unmap: impl FnOnce(&mut Self) -> Result<(), E>,
     ) -> Result<FlushedGather<'k, K>, E> {
         unmap(&mut self)?;
-        let mm = self.mm;
-        let receipt = close_after(mm, || self.last_flush());
-        let waiting = self.waiting.take();
+        let (mm, reach) = (self.mm, self.state.reach);
+        let receipt = close_after(mm, reach, || self.last_flush());
+        let held = self.waiting.release();
         let (kernel, free_chunk) = (self.kernel, self.limits.free_chunk);
         // Closed, and nothing waits in it: `drop` would have nothing left to do.
         mem::forget(self);
-        Ok(FlushedGather { kernel, free_chunk, waiting, receipt })
+        Ok(FlushedGather { kernel, free_chunk, held, receipt })
     }
 
     /// Notes that reclaim may have cleared entries here and not flushed yet; the next flush makes
@@ -306,7 +326,7 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
     pub(crate) fn flush_for_all_gathers(&mut self) {
         let nothing = self.state.range.is_empty() && self.state.deferred == DeferredFlushes::NotSeen;
         let own = if nothing { Scope::Nothing } else { self.own_scope() };
-        let scope = scope_of_the_last(self.kernel, self.mm, own);
+        let scope = scope_of_the_last(self.kernel, self.mm, self.state.reach, own);
         if scope != Scope::Nothing {
             self.flush_scope(scope);
         }
@@ -367,7 +387,7 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
 
 impl<K: Platform> Drop for MmuGather<'_, '_, K> {
     fn drop(&mut self) {
-        let open = OpenGather::taken_over(self.mm);
+        let open = OpenGather::taken_over(self.mm, self.state.reach);
         if self.state.phase == Phase::InKernel {
             // What waits leaks. Dropping `open` leaves the flush to whoever looks next.
             return;

@@ -47,8 +47,8 @@
 //! an [`MmOf::with_own_flush`].
 //!
 //! What is provided by default is correct, and slow: without
-//! [`allocate_batch`](Pages::allocate_batch) a gather flushes every seven pages, and every table
-//! alone.
+//! [`allocate_batch`](Pages::allocate_batch) a gather flushes every seven pages, and every
+//! second table.
 //!
 //! [`TableMemory`]: pagetable::TableMemory
 //! [`Cpus`]: tlb::Cpus
@@ -172,8 +172,8 @@
 //! - **G5** Everything queued is released exactly once; an unfinished gather finishes itself when
 //!   dropped. (If a call of the kernel's own unwinds in the middle of a flush or of freeing, what
 //!   waits leaks, and whoever looks next makes up for the flush.)
-//! - **G6** If another gather ran on the same mm meanwhile, finish flushes the whole mm, tables
-//!   included.
+//! - **G6** If another gather ran on the same tables meanwhile, finish flushes the whole mm, tables
+//!   included. (Which tables: `overlap/mod.rs`.)
 //! - **G7** The work between two preemption points is bounded, whatever the range.
 #![no_std]
 #![deny(unsafe_code)]
@@ -191,8 +191,9 @@ mod levels;
 mod limits;
 mod mm;
 mod move_tables;
-mod one_page;
+mod one_table;
 mod open_gather;
+mod overlap;
 mod platform;
 mod queue;
 mod range;

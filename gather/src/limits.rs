@@ -48,7 +48,8 @@ pub struct Limits {
     /// 9690 slots: "below 10 000 pages a flush is safe without a preemption point". Linux:
     /// MAX_GATHER_BATCH_COUNT.
     pub batch_pages: u16,
-    /// Slots used of the 511 in a batch page of tables: 1 to 511. Linux: MAX_TABLE_BATCH.
+    /// Tables that wait at the most, in a batch page of 511 slots, which is taken for the second: 1
+    /// to 511. Linux: MAX_TABLE_BATCH.
     pub table_slots: u16,
     /// Pages handed to [`free_pages`](crate::Pages::free_pages) at a time, between two preemption
     /// points, unless a single run is longer; at least 1. Linux: MAX_NR_FOLIOS_PER_FREE.
@@ -155,6 +156,19 @@ impl Limits {
     #[inline]
     pub const fn with_free_chunk(self, free_chunk: u16) -> Self {
         Self { free_chunk, ..self }
+    }
+
+    /// Whether so many pages can wait in the slots on the stack.
+    #[inline(always)]
+    pub(crate) const fn are_few(&self, nr_pages: u64) -> bool {
+        nr_pages <= 1 || nr_pages < Self::BUNDLE_SLOTS as u64 && nr_pages < self.bundle_slots as u64
+    }
+
+    /// Whether so many pages are not [few](Self::are_few), and can wait in one batch page.
+    #[inline(always)]
+    pub(crate) const fn fit_into_batch(&self, nr_pages: u64) -> bool {
+        let fit = nr_pages < Self::BATCH_SLOTS as u64 && nr_pages < self.batch_slots as u64;
+        fit && self.batch_pages > 0 && !self.are_few(nr_pages)
     }
 
     /// These limits, without what a gather in `mode` has no use for.

@@ -3,16 +3,12 @@
 
 use core::pin::Pin;
 
-#[cfg(not(mmu_loom))]
-use core::sync::atomic::{AtomicU64, Ordering};
-#[cfg(mmu_loom)]
-use loom::sync::atomic::{AtomicU64, Ordering};
-
 use mmu_pagetable::{AddressSpace, PagingMode, TableMemory};
 use mmu_tlb::{CpuBits, CtxIds, MmContext};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::levels::context::{OwnContext, TlbContext};
+use crate::overlap::counts::{Count, OpenGathers, Stripes};
 
 /// An address space that the engine flushes; `B` is the storage of a set of CPUs. What it can do is
 /// at [`MmOf`].
@@ -30,10 +26,11 @@ pub type Mm<B> = MmOf<MmContext<B>>;
 pub struct MmOf<C: TlbContext> {
     space: AddressSpace,
     context: C,
-    /// Gathers begun and not yet flushed. Linux: tlb_flush_pending. It has 64 bits, because a
-    /// gather that is forgotten (`mem::forget`) counts for ever: no number of them makes the count
-    /// wrap.
-    open_gathers: AtomicU64,
+    /// Gathers begun and not yet flushed that may look anywhere. Beside `space`, which every call
+    /// reads, because calls for few pages read this, and do not write it.
+    open_everywhere: Count,
+    /// Gathers begun and not yet flushed that look into few tables.
+    open_in_tables: Stripes,
 }
 
 impl<B: CpuBits> MmOf<MmContext<B>> {
@@ -105,7 +102,8 @@ impl<B: CpuBits> MmOf<MmContext<B>> {
     unsafe fn of_space(ids: &CtxIds, space: AddressSpace) -> Self {
         // SAFETY: passed on to our caller.
         let context = unsafe { MmContext::new(ids, space.root()) };
-        Self { space, context, open_gathers: AtomicU64::new(0) }
+        let (open_everywhere, open_in_tables) = OpenGathers::none();
+        Self { space, context, open_everywhere, open_in_tables }
     }
 
     /// The TLB context, as [`switch_mm`](mmu_tlb::switch_mm) takes it.
@@ -128,7 +126,8 @@ impl<T> MmOf<OwnContext<T>> {
     /// - there is no second `MmOf` of that root.
     #[must_use]
     pub unsafe fn with_own_flush(space: AddressSpace, key: T) -> Self {
-        Self { space, context: OwnContext::new(key), open_gathers: AtomicU64::new(0) }
+        let (open_everywhere, open_in_tables) = OpenGathers::none();
+        Self { space, context: OwnContext::new(key), open_everywhere, open_in_tables }
     }
 }
 
@@ -147,7 +146,8 @@ impl<C: TlbContext> MmOf<C> {
         &self.context
     }
 
-    /// Gathers begun on this address space and not yet flushed.
+    /// Gathers begun on this address space and not yet flushed, in any part of it. (One that looks
+    /// into two tables may count twice.)
     ///
     /// Whoever finds an entry empty or write-protected under its table lock, while this is not
     /// zero, cannot conclude that no CPU uses the old translation. Linux: mm_tlb_flush_pending.
@@ -155,28 +155,12 @@ impl<C: TlbContext> MmOf<C> {
     #[must_use]
     #[inline]
     pub fn open_gathers(&self) -> u64 {
-        // ORDERING: acquire, pairs with `close_gather`: its flush comes before what follows here.
-        self.open_gathers.load(Ordering::Acquire)
+        self.gathers().sum()
     }
 
-    /// Whether a gather is open besides that of the caller, which is counted too.
-    #[inline]
-    pub(crate) fn has_other_gathers(&self) -> bool {
-        self.open_gathers() > 1
-    }
-
-    #[inline]
-    pub(crate) fn open_gather(&self) {
-        // ORDERING: the unlock of a table lock that this gather takes makes the count visible to
-        // whoever takes that lock next: a gather that passes over an entry which this one cleared
-        // sees the count, too (rule G6).
-        self.open_gathers.fetch_add(1, Ordering::AcqRel);
-    }
-
-    #[inline]
-    pub(crate) fn close_gather(&self) {
-        // ORDERING: release, so that the count goes down after the flush. Pairs with the load in
-        // `open_gathers`: whoever sees this gather closed finds its flush completed.
-        self.open_gathers.fetch_sub(1, Ordering::AcqRel);
+    /// The counts of gathers that are open.
+    #[inline(always)]
+    pub(crate) const fn gathers(&self) -> OpenGathers<'_> {
+        OpenGathers { everywhere: &self.open_everywhere, stripes: &self.open_in_tables }
     }
 }

@@ -135,7 +135,7 @@ pub trait Pages {
 
     /// A page for a batch, at once or not at all. `None` is no error: the gather flushes sooner
     /// then. Unless overridden there is never one: a gather then flushes every seven pages, and
-    /// every table alone.
+    /// every second table.
     ///
     /// # Context
     /// A table lock is held: it must not sleep, nor wait for another CPU (Linux: GFP_NOWAIT).

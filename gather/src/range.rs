@@ -59,13 +59,21 @@ impl FlushRange {
         if self.is_empty() {
             return None;
         }
-        let smallest = Level::ALL.into_iter().find(|level| self.cleared_levels & (1 << *level as u8) != 0)?;
+        Some(self.span_of_some())
+    }
+
+    /// As [`span`](Self::span), where something was cleared.
+    #[inline]
+    pub(crate) fn span_of_some(&self) -> PageSpan {
+        let is_cleared = |level: &Level| self.cleared_levels & (1 << *level as u8) != 0;
+        // One is; if none were, single pages would be right for all of them.
+        let smallest = Level::ALL.into_iter().find(is_cleared).unwrap_or(Level::Pte);
         let stride = smallest.entry_span();
-        Some(PageSpan {
+        PageSpan {
             start: self.start & !(stride - 1),
             end: (self.end + (stride - 1)) & !(stride - 1),
             stride_shift: smallest.entry_shift(),
-        })
+        }
     }
 
     /// Everything noted so far has been flushed.

@@ -4,12 +4,15 @@ use mmu_pagetable::StaleWrites;
 
 use crate::cut_leaf::CutLeaf;
 use crate::limits::GatherMode;
+use crate::overlap::reach::Reach;
 use crate::queue::waiting::Covered;
 use crate::range::FlushRange;
 
 /// What a gather knows until it flushes.
 pub(crate) struct State {
     pub(crate) mode: GatherMode,
+    /// Where it is counted as open.
+    pub(crate) reach: Reach,
     pub(crate) pfn_maps: PfnMaps,
     pub(crate) range: FlushRange,
     /// Whether flushes that others owe were seen under a table lock. If so, the next flush is of

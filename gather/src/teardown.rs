@@ -8,8 +8,9 @@ use crate::flushed_gather::FlushedGather;
 use crate::gather::MmuGather;
 use crate::limits::Limits;
 use crate::mm::MmOf;
-use crate::one_page::OnePage;
+use crate::one_table::{OneTable, TableGoes};
 use crate::platform::{Platform, Vma};
+use crate::queue::batch::NO_WORDS;
 
 /// Unmaps `vmas`, which have been detached, and the tables that only they used: the second half of
 /// munmap.
@@ -72,15 +73,73 @@ where
     I: IntoIterator<Item = Vma<K::Area>> + Clone,
 {
     let mut areas = vmas.clone().into_iter();
-    if let (Some(only), None) = (areas.next(), areas.next())
+    let (Some(only), None) = (areas.next(), areas.next()) else {
         // SAFETY: passed on to our caller.
-        && let Some(page) = unsafe { OnePage::find(kernel, mm, &only, only.range) }
-        && page.table_stays(bounds)
-        && let Some(cleared) = page.clear()
+        return unsafe { unmap_by_gather(kernel, mm, limits, vmas, bounds, unlink) };
+    };
+    let mut few = NO_WORDS;
+    if limits.are_few(only.range.nr_pages())
+        // SAFETY: passed on to our caller.
+        && let Some(pages) = unsafe { OneTable::find(kernel, mm, &only, only.range) }
+        && let Some(goes) = pages.fate_of_table(bounds)
+        && let Some(cleared) = pages.clear_few(&mut few)
     {
-        unlink();
-        return Ok(cleared.flush());
+        // SAFETY: passed on to our caller; all leaves are gone.
+        return Ok(unsafe { cleared.finish(limits, &few, goes, unlink) });
     }
+    // SAFETY: passed on to our caller.
+    unsafe { unmap_one_area(kernel, mm, limits, &only, vmas, bounds, unlink) }
+}
+
+/// [`unmap_region`] of one area with more pages than few. Kept out of line, as the gather is below,
+/// so that for those few everything stays in registers.
+///
+/// # Safety
+/// As for [`unmap_region`]; `only` is what `vmas` has.
+#[inline(never)]
+unsafe fn unmap_one_area<'k, K, I>(
+    kernel: &'k K,
+    mm: &MmOf<K::Context>,
+    limits: &Limits,
+    only: &Vma<K::Area>,
+    vmas: I,
+    bounds: Bounds,
+    unlink: impl FnOnce(),
+) -> Result<FlushedGather<'k, K>, CutLeaf>
+where
+    K: Platform,
+    I: IntoIterator<Item = Vma<K::Area>> + Clone,
+{
+    if limits.fit_into_batch(only.range.nr_pages())
+        // SAFETY: passed on to our caller.
+        && let Some(pages) = unsafe { OneTable::find(kernel, mm, only, only.range) }
+        && let Some(goes) = pages.fate_of_table(bounds)
+        && let Some(cleared) = pages.clear_many()
+    {
+        // SAFETY: passed on to our caller; all leaves are gone.
+        return Ok(unsafe { cleared.finish(limits, &NO_WORDS, goes, unlink) });
+    }
+    // SAFETY: passed on to our caller.
+    unsafe { unmap_by_gather(kernel, mm, limits, vmas, bounds, unlink) }
+}
+
+/// [`unmap_region`] with a gather.
+///
+/// # Safety
+/// As for [`unmap_region`].
+#[inline(never)]
+unsafe fn unmap_by_gather<'k, K, I>(
+    kernel: &'k K,
+    mm: &MmOf<K::Context>,
+    limits: &Limits,
+    vmas: I,
+    bounds: Bounds,
+    unlink: impl FnOnce(),
+) -> Result<FlushedGather<'k, K>, CutLeaf>
+where
+    K: Platform,
+    I: IntoIterator<Item = Vma<K::Area>> + Clone,
+{
     // SAFETY: passed on to our caller.
     let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
     gather.flush_after(|gather| {
@@ -135,19 +194,63 @@ pub unsafe fn zap_page_range<'k, K: Platform>(
     vma: &Vma<K::Area>,
     range: VirtRange,
 ) -> Result<FlushedGather<'k, K>, CutLeaf> {
-    if let Some(range) = range.intersect(vma.range)
+    let range = range.intersect(vma.range);
+    let mut few = NO_WORDS;
+    if let Some(range) = range
+        && limits.are_few(range.nr_pages())
         // SAFETY: passed on to our caller.
-        && let Some(page) = unsafe { OnePage::find(kernel, mm, vma, range) }
-        && let Some(cleared) = page.clear()
+        && let Some(pages) = unsafe { OneTable::find(kernel, mm, vma, range) }
+        && let Some(cleared) = pages.clear_few(&mut few)
     {
-        return Ok(cleared.flush());
+        // SAFETY: no table goes.
+        return Ok(unsafe { cleared.finish(limits, &few, TableGoes::No, || {}) });
     }
     // SAFETY: passed on to our caller.
-    let gather = unsafe { MmuGather::new(kernel, mm) }.with_limits(limits);
-    gather.flush_after(|gather| match range.intersect(vma.range) {
-        Some(range) => gather.zap_vma_range(vma, range),
-        None => Ok(()),
-    })
+    unsafe { zap_more(kernel, mm, limits, vma, range) }
+}
+
+/// [`zap_page_range`] of more pages than few; see [`unmap_one_area`].
+///
+/// # Safety
+/// As for [`zap_page_range`].
+#[inline(never)]
+unsafe fn zap_more<'k, K: Platform>(
+    kernel: &'k K,
+    mm: &MmOf<K::Context>,
+    limits: &Limits,
+    vma: &Vma<K::Area>,
+    range: Option<VirtRange>,
+) -> Result<FlushedGather<'k, K>, CutLeaf> {
+    if let Some(range) = range
+        && limits.fit_into_batch(range.nr_pages())
+        // SAFETY: passed on to our caller.
+        && let Some(pages) = unsafe { OneTable::find(kernel, mm, vma, range) }
+        && let Some(cleared) = pages.clear_many()
+    {
+        // SAFETY: no table goes.
+        return Ok(unsafe { cleared.finish(limits, &NO_WORDS, TableGoes::No, || {}) });
+    }
+    // SAFETY: passed on to our caller.
+    unsafe { zap_by_gather(kernel, mm, limits, vma, range) }
+}
+
+/// [`zap_page_range`] with a gather.
+///
+/// # Safety
+/// As for [`zap_page_range`].
+#[inline(never)]
+unsafe fn zap_by_gather<'k, K: Platform>(
+    kernel: &'k K,
+    mm: &MmOf<K::Context>,
+    limits: &Limits,
+    vma: &Vma<K::Area>,
+    range: Option<VirtRange>,
+) -> Result<FlushedGather<'k, K>, CutLeaf> {
+    // SAFETY: passed on to our caller. If there is no range, nothing is looked at.
+    let gather = unsafe { MmuGather::new_within(kernel, mm, range.unwrap_or(vma.range)) };
+    gather
+        .with_limits(limits)
+        .flush_after(|gather| range.map_or(Ok(()), |range| gather.zap_vma_range(vma, range)))
 }
 
 /// Unmaps everything, after the last program has left the address space.

@@ -15,6 +15,7 @@ use crate::flush_policy::{flush_dirty, stale_writes};
 use crate::gather::MmuGather;
 use crate::limits::{GatherMode, Limits};
 use crate::open_gather::OwesFlush;
+use crate::overlap::reach::Counted;
 use crate::platform::{GatherEvent, Platform, Vma, VmaKind};
 use crate::queue::spare::Room;
 use crate::queue::word::DelayedRmaps;
@@ -276,7 +277,9 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
         let kernel = self.kernel;
         let locked = view.lock(kernel);
         // Before the look at what is owed: a gather that unwinds notes that, and then closes.
-        let others = stale_writes(self.mm, self.state.deferred, self.state.rights);
+        // Nobody looks at it where no program runs.
+        let others = self.state.mode == GatherMode::Shared && self.has_others_in(leaves.level(), range);
+        let others = stale_writes(others, self.state.deferred, self.state.rights);
         kernel.between_gather_steps();
         // An empty entry may have been cleared by reclaim, whose flush is still to come.
         self.note_deferred_flushes();
@@ -314,6 +317,18 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
 
     /// Whether large leaves are unmapped whole, and freed [`Limits::EXIT_LARGE_LEAVES`] at a time:
     /// in a dying address space, where a flush costs next to nothing.
+    /// Whether another gather is open that may have changed an entry of `range`, which one table of
+    /// `level` covers.
+    #[inline(never)]
+    fn has_others_in(&self, level: Level, range: VirtRange) -> bool {
+        let (reach, gathers) = (self.state.reach, self.mm.gathers());
+        if level == Level::Pte {
+            reach.has_others_in_table(&gathers, range.start())
+        } else {
+            reach.has_others(&gathers)
+        }
+    }
+
     fn unmaps_whole_leaves(&self) -> bool {
         self.state.mode == GatherMode::FullMm
     }
@@ -350,7 +365,7 @@ impl<'k, K: Platform> MmuGather<'k, '_, K> {
         let owes_flush = OwesFlush(self.mm.context());
         loop {
             let (done, room) = self.waiting.pages.fill_batch(&self.limits, |spare| {
-                zap_entries(kernel, vma, &part, next, spare, leaves, clear)
+                zap_entries(kernel, vma.area, &part, next, spare, leaves, clear)
             });
             next = done.next;
             visit.leaves += done.leaves;

@@ -192,7 +192,11 @@ impl AddressSpace {
             // The usual case: one PMD table leads to all tables that may go, and stays.
             // SAFETY: by our caller's promise nobody else frees tables in this range.
             if let Some(view) = unsafe { self.pmd_table(memory, range.start()) } {
-                self.unhook_last_level(memory, view, range, bounds, &mut sink);
+                if range.len_bytes() == Level::Pte.table_span() {
+                    self.unhook_one(memory, view, range, &mut sink);
+                } else {
+                    self.unhook_last_level(memory, view, range, bounds, &mut sink);
+                }
             }
             return;
         }
@@ -243,6 +247,32 @@ impl AddressSpace {
                 );
             }
         }
+    }
+
+    /// Unhooks the last-level table that the entry for `span` of `view`, a PMD table, leads to, if
+    /// it leads to one.
+    #[inline]
+    fn unhook_one<M: TableMemory>(
+        &self,
+        memory: &M,
+        view: TableView<'_>,
+        span: VirtRange,
+        sink: &mut impl FnMut(UnhookedTable),
+    ) {
+        const LEVEL: Level = Level::Pmd;
+        let index = LEVEL.index(span.start());
+        let entry = view.table().entry(index);
+        // Large leaves, and kept entries in their place, stay.
+        let Some(frame) = entry.load().as_table(LEVEL) else { return };
+        let locked = view.lock(memory);
+        // SAFETY: the parent's lock is held; by `unhook_tables`'s contract nobody else unhooks
+        // here, and the leaves below are gone.
+        let old = unsafe { entry.unhook() };
+        locked.forget_empty_lines(&(index..index + 1));
+        drop(locked);
+        debug_assert!(old.as_table(LEVEL) == Some(frame), "P2: {view:?} changed at {span}");
+        self.count_unhooked(Level::Pte, 1);
+        give(memory, UnhookedTable { frame, level: Level::Pte, span, root: self.root() }, sink);
     }
 
     /// Unhooks the last-level tables that `range` of `view`, a PMD table, leads to; up to

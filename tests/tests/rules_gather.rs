@@ -225,7 +225,7 @@ fn g5_everything_queued_is_released_exactly_once_an_unfinished_gather_finishes_i
 }
 
 #[test]
-fn g6_if_another_gather_ran_on_the_same_mm_meanwhile_finish_flushes_the_whole_mm_tables_included() {
+fn g6_if_another_gather_ran_on_the_same_tables_meanwhile_finish_flushes_the_whole_mm_tables_included() {
     let kernel = PaperKernel::new(Options::default());
     let mm = kernel.new_mm();
     let vma = area(GIB, GIB + 4 * PAGE, Backing::Anonymous);
@@ -285,6 +285,68 @@ fn g7_the_work_between_two_preemption_points_is_bounded_whatever_the_range() {
         assert!(freed <= 513, "{freed} slots freed");
         assert!(tables <= 511, "{tables} tables freed");
         assert!(locks <= 2, "{locks} locks taken");
+    }
+}
+
+/// Who clears `first` has not flushed yet when another call looks at `second`.
+#[test]
+fn g6_calls_of_few_pages_flush_all_where_another_is_open_on_their_tables_and_their_own_elsewhere() {
+    const EDGE: u64 = GIB + 2 * MIB;
+    let (one, few) = (range(GIB, GIB + PAGE), range(GIB, GIB + 9 * PAGE));
+    let two_tables = range(EDGE - 4 * PAGE, EDGE + 4 * PAGE);
+    let (last, next) = (range(EDGE - 4 * PAGE, EDGE - 3 * PAGE), range(EDGE, EDGE + PAGE));
+    let far = range(EDGE + 2 * MIB, EDGE + 2 * MIB + 9 * PAGE);
+    let all = range(GIB, GIB + 16 * MIB);
+    let cases = [
+        (one, one, true),
+        (one, few, true),
+        (few, one, true),
+        (few, few, true),
+        (one, range(GIB + 8 * PAGE, GIB + 9 * PAGE), true),
+        (two_tables, last, true),
+        (two_tables, next, true),
+        (next, two_tables, true),
+        (last, two_tables, true),
+        (one, all, true),
+        (far, all, true),
+        (all, one, true),
+        (all, far, true),
+        (one, next, false),
+        (next, one, false),
+        (few, far, false),
+        (far, few, false),
+        (two_tables, far, false),
+        (far, two_tables, false),
+    ];
+    for (first, second, all_is_flushed) in cases {
+        let kernel = PaperKernel::new(Options::default());
+        let mm = kernel.new_mm();
+        let vma = area(GIB, GIB + 16 * MIB, Backing::Anonymous);
+        kernel.map_range(mm, vma.range);
+        kernel.run(CPU[1], mm);
+        for page in [first.start(), second.start()] {
+            kernel.touch(CPU[1], page, Access::Write).expect("mapped");
+        }
+        kernel.once(
+            |event| matches!(event, Event::Gather(GatherEvent::LockDropped { .. })),
+            move |kernel| {
+                let mm = kernel.mm(0);
+                kernel.zap(mm, &vma, second).free();
+                let of_second = kernel.touch(CPU[1], second.start(), Access::Write);
+                assert_eq!(of_second, Err(Fault::NotPresent), "{second} beside {first}");
+                let nested = kernel.count(|event| *event == Event::Gather(GatherEvent::NestedFlush));
+                assert_eq!(nested, usize::from(all_is_flushed), "{second} beside {first}");
+                if all_is_flushed {
+                    assert_eq!(kernel.cached(CPU[1], first.start()), None, "{second} beside {first}");
+                } else {
+                    assert!(kernel.cached(CPU[1], first.start()).is_some(), "no more than its own");
+                }
+            },
+        );
+        kernel.zap(mm, &vma, first).free();
+        assert_eq!(kernel.nr_hooks_waiting(), 0);
+        assert_eq!(kernel.touch(CPU[1], first.start(), Access::Write), Err(Fault::NotPresent));
+        assert_eq!(mm.open_gathers(), 0);
     }
 }
 

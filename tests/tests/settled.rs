@@ -60,6 +60,27 @@ fn the_bits_that_settle_a_line_settle_each_of_its_entries() {
     }
 }
 
+#[test]
+fn a_line_is_settled_exactly_if_each_of_its_entries_is() {
+    let accessed: Vec<EntryValue> = all_flags().filter(|flags| flags.contains(A)).map(leaf).collect();
+    for stale in [StaleWrites::Impossible, StaleWrites::Possible] {
+        for one in &accessed {
+            for other in &accessed {
+                for place in 0..8 {
+                    // Bits beside those that decide: PAT, NX, user, and the address.
+                    let mut line = [with(*other, PageTableFlags::HUGE_PAGE | PageTableFlags::NO_EXECUTE); 8];
+                    line[place] = with(*one, PageTableFlags::USER_ACCESSIBLE | PageTableFlags::BIT_9);
+                    let settled = EntryValue::are_settled_if_accessed(line.into_iter(), stale);
+                    // Where writes may be stale, its dirty bits alone settle a line.
+                    let each =
+                        stale == StaleWrites::Impossible && line.iter().all(|value| value.is_settled(stale));
+                    assert_eq!(settled, each, "{line:?}, {stale:?}");
+                }
+            }
+        }
+    }
+}
+
 const ROUNDS: usize = 40;
 /// So many that clearing them takes about as long as a thread waits for a core on a busy machine.
 const TABLES: usize = 64;

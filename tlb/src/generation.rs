@@ -105,15 +105,16 @@ impl TlbGen {
 ///
 /// Linux: mm_context_t and mm_cpumask.
 ///
-/// Aligned to a cache line, so that CPUs that flush different address spaces write no line in
-/// common.
+/// Two cache lines, aligned to one, so that CPUs that flush different address spaces write no line
+/// in common. The generation, which every flush writes, has a line to itself: threads of one program
+/// that unmap at the same time read the rest from copies of their own.
 #[doc(alias = "mm_context_t")]
 #[derive(Debug)]
 #[repr(align(64))]
 pub struct MmContext<B: CpuBits> {
     ctx_id: CtxId,
     root: PhysFrame,
-    tlb_gen: AtomicU64,
+    tlb_gen: OwnLine,
     cpumask: CpuSet<B>,
     /// Reclaim's deferred flushes: how many were asked for (low half), and up to which of them the
     /// flush is done (high half).
@@ -123,6 +124,11 @@ pub struct MmContext<B: CpuBits> {
     place: core::sync::atomic::AtomicUsize,
     _stays_where_it_is: PhantomPinned,
 }
+
+/// A number in a cache line of its own.
+#[derive(Debug)]
+#[repr(align(64))]
+struct OwnLine(AtomicU64);
 
 #[cfg(not(mmu_loom))]
 static_assertions::const_assert_eq!(align_of::<MmContext<[AtomicU64; 1]>>(), 64);
@@ -141,7 +147,7 @@ impl<B: CpuBits> MmContext<B> {
         Self {
             ctx_id: ids.allocate(),
             root,
-            tlb_gen: AtomicU64::new(TlbGen::START.0),
+            tlb_gen: OwnLine(AtomicU64::new(TlbGen::START.0)),
             cpumask: CpuSet::empty(),
             deferred: AtomicU64::new(0),
             #[cfg(debug_assertions)]
@@ -184,7 +190,7 @@ impl<B: CpuBits> MmContext<B> {
     pub fn tlb_gen(&self) -> TlbGen {
         // ORDERING: acquire, pairs with `raise_tlb_gen`: whoever sees a generation sees the page
         // tables as they were when it was raised, and fills its TLB from those or newer ones.
-        TlbGen(self.tlb_gen.load(Ordering::Acquire))
+        TlbGen(self.tlb_gen.0.load(Ordering::Acquire))
     }
 
     /// The CPUs that may have this address space in CR3. A CPU that has it loaded is always a
@@ -209,7 +215,7 @@ impl<B: CpuBits> MmContext<B> {
         // comes first. The fence behind it pairs with the fences of `switch_mm` and of the lazy
         // exit in switch.rs; one of the two must see the other: they the new generation, or we (in
         // the reads that follow) them as CPUs to tell.
-        TlbGen(fetch_add_fenced(&self.tlb_gen, 1) + 1)
+        TlbGen(fetch_add_fenced(&self.tlb_gen.0, 1) + 1)
     }
 
     /// Notes that reclaim cleared entries here and has raised the generation, and that nobody was

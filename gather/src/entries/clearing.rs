@@ -6,9 +6,9 @@ use x86_64::structures::paging::PageTableFlags;
 
 /// A way to clear entries.
 pub(crate) trait Clear: Copy {
-    /// A leaf that has all of these bits can be cleared with a plain store. (Others may allow it,
-    /// too: [`take`](Self::take) decides.)
-    const ENOUGH: PageTableFlags;
+    /// Whether all of `values` have `leaf_bits`, and are leaves that plain stores can clear:
+    /// [`take`](Self::take) of each would store plainly.
+    fn can_store(self, values: impl Iterator<Item = EntryValue> + Clone, leaf_bits: PageTableFlags) -> bool;
     /// Clears one entry, which held `seen` just now, and returns what it held.
     ///
     /// # Safety
@@ -16,6 +16,17 @@ pub(crate) trait Clear: Copy {
     /// - the page is flushed for before it is freed;
     /// - what the implementor says of programs is true.
     unsafe fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue;
+}
+
+/// The bits that all of `values` have.
+#[inline(always)]
+fn bits_of_all(values: impl Iterator<Item = EntryValue>) -> u64 {
+    values.fold(u64::MAX, |all, value| all & value.bits())
+}
+
+#[inline(always)]
+const fn have(bits: u64, wanted: PageTableFlags) -> bool {
+    bits & wanted.bits() == wanted.bits()
 }
 
 /// No program runs in the address space any more, so nobody writes through an entry: plain stores
@@ -29,7 +40,10 @@ pub(crate) struct NoProgramRuns;
 pub(crate) struct ProgramsMayRun(pub(crate) StaleWrites);
 
 impl Clear for NoProgramRuns {
-    const ENOUGH: PageTableFlags = PageTableFlags::PRESENT;
+    #[inline(always)]
+    fn can_store(self, values: impl Iterator<Item = EntryValue> + Clone, leaf_bits: PageTableFlags) -> bool {
+        have(bits_of_all(values), leaf_bits)
+    }
 
     #[inline(always)]
     unsafe fn take(self, entry: &Entry, _seen: EntryValue) -> EntryValue {
@@ -39,7 +53,15 @@ impl Clear for NoProgramRuns {
 }
 
 impl Clear for ProgramsMayRun {
-    const ENOUGH: PageTableFlags = EntryValue::SETTLED;
+    #[inline(always)]
+    fn can_store(self, values: impl Iterator<Item = EntryValue> + Clone, leaf_bits: PageTableFlags) -> bool {
+        let all = bits_of_all(values.clone());
+        // Most often all are written to. If not, and some are read-only, each is looked at.
+        have(all, leaf_bits | EntryValue::SETTLED)
+            || have(all, leaf_bits | PageTableFlags::ACCESSED)
+                && !have(all, PageTableFlags::WRITABLE)
+                && EntryValue::are_settled_if_accessed(values, self.0)
+    }
 
     #[inline(always)]
     unsafe fn take(self, entry: &Entry, seen: EntryValue) -> EntryValue {

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! In: part of a table whose lock is held. Out: what was cleared, so that the caller notes it for
-//! the flush before the lock drops. The walk over tables (zap.rs) uses it, and the path of one page
-//! (one_page.rs).
+//! the flush before the lock drops. The walk over tables (zap.rs) uses it, and the path of one
+//! table (one_table.rs).
 
 pub(crate) mod clearing;
 pub(crate) mod leaf_size;

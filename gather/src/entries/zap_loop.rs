@@ -7,14 +7,14 @@
 //! into it.
 #![expect(unsafe_code, reason = "takes entries out, of tables whose lock it is shown")]
 
-use mmu_pagetable::{Decoded, Entry, EntryValue, Level, LockedTable};
+use mmu_pagetable::{Decoded, Entry, EntryValue, Level};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::entries::clearing::Clear;
 use crate::entries::leaf_size::{Leaves, Small};
 use crate::entries::part::TablePart;
 use crate::entries::progress::{Kept, Progress, Stop};
-use crate::platform::{Disposition, Fate, Platform, UnmappedLeaf, Vma};
+use crate::platform::{Disposition, Fate, Platform, UnmappedLeaf};
 use crate::queue::spare::{LINE, SpareSlots, WordSink};
 use crate::queue::word::{BatchWord, DelayedRmaps};
 
@@ -26,14 +26,14 @@ use crate::queue::word::{BatchWord, DelayedRmaps};
 #[inline(never)]
 pub(crate) fn zap_entries<K: Platform>(
     kernel: &K,
-    vma: &Vma<K::Area>,
+    area: K::Area,
     part: &TablePart<'_>,
     first: usize,
     spare: &mut SpareSlots<'_>,
     leaves: impl Leaves,
     clear: impl Clear,
 ) -> Progress {
-    let zap_loop = ZapLoop { kernel, area: vma.area, start: part.start, leaves, clear };
+    let zap_loop = ZapLoop { kernel, area, start: part.start, leaves, clear };
     let mut done = Progress::at(first);
     while done.next < part.end {
         // INVARIANT: P4, the entries of unused lines, which are passed over, are empty.
@@ -46,24 +46,38 @@ pub(crate) fn zap_entries<K: Platform>(
     done
 }
 
-/// Clears the entry for the page at `address`; returns the word in which the page waits, if it is
-/// to be freed.
+/// Whether all of `entries` of a last-level table are leaves that plain stores can clear.
+#[inline(always)]
+pub(crate) fn are_plain(entries: &[Entry], clear: impl Clear) -> bool {
+    clear.can_store(entries.iter().map(Entry::load), Small::BITS)
+}
+
+/// Clears all of `entries`, the first of which maps `start`, and which [are plain](are_plain);
+/// `spare` has a slot for each. It looks at nothing twice.
 ///
 /// # Context
-/// As for [`zap_entries`].
+/// The lock of the table is held, since before they were found to be plain; the caller notes them
+/// for the flush before it drops.
 #[inline(always)]
-pub(crate) fn zap_one<K: Platform>(
+pub(crate) fn zap_plain<K: Platform>(
     kernel: &K,
     area: K::Area,
-    locked: &LockedTable<'_, impl Sized>,
-    address: u64,
+    entries: &[Entry],
+    start: u64,
+    spare: &mut SpareSlots<'_>,
     clear: impl Clear,
-) -> (Progress, Option<BatchWord>) {
-    let zap_loop = ZapLoop { kernel, area, start: address, leaves: Small, clear };
-    let (mut done, mut word) = (Progress::at(0), None);
-    let entry = locked.view().table().entry(Level::Pte.index(address));
-    zap_loop.zap_entry(entry, &mut word, &mut done);
-    (done, word)
+) -> DelayedRmaps {
+    let zap_loop = ZapLoop { kernel, area, start, leaves: Small, clear };
+    let mut done = Progress::at(0);
+    kernel.between_look_and_change();
+    spare.push_each(entries.iter().enumerate().map(|(index, entry)| {
+        let value = entry.load();
+        // SAFETY: the lock is held since before the values were read, all of which are settled. The
+        // caller notes what was cleared before the lock drops.
+        unsafe { entry.clear_settled() };
+        zap_loop.tell_of_leaf(value, index, &mut done)
+    }));
+    done.rmaps
 }
 
 #[inline(always)]
@@ -135,8 +149,7 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
     /// Whether all entries of the line are leaves that plain stores can clear.
     #[inline(always)]
     fn has_only_plain_leaves(&self, line: &[Entry; LINE]) -> bool {
-        let enough = L::BITS.union(C::ENOUGH).bits();
-        line.iter().fold(u64::MAX, |all, entry| all & entry.load().bits()) & enough == enough
+        self.clear.can_store(line.iter().map(Entry::load), L::BITS)
     }
 
     /// Clears lines from the first on, while their entries are leaves that plain stores can clear,
@@ -148,7 +161,6 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
         spare: &mut SpareSlots<'_>,
         done: &mut Progress,
     ) -> usize {
-        let enough = L::BITS.union(C::ENOUGH).bits();
         let mut lines = lines.iter();
         let mut here = done.next;
         // The words of a line of which the kernel keeps some pages.
@@ -156,14 +168,14 @@ impl<K: Platform, L: Leaves, C: Clear> ZapLoop<'_, K, L, C> {
         let mut taken = spare.push_lines(|| {
             let line = lines.as_slice().first()?;
             let values = line.each_ref().map(Entry::load);
-            if values.iter().fold(u64::MAX, |all, value| all & value.bits()) & enough != enough {
+            if !self.clear.can_store(values.iter().copied(), L::BITS) {
                 return None;
             }
             lines.next();
             self.kernel.between_look_and_change();
             for entry in line {
                 // SAFETY: by the invariant the lock is held since before the values were read. All
-                // have the bits of `C::ENOUGH`: they are settled, or no program runs here. The
+                // are settled, or no program runs here. The
                 // caller notes what was cleared before the lock drops.
                 unsafe { entry.clear_settled() };
             }

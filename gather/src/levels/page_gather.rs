@@ -212,12 +212,12 @@ impl<'k, 'c, K: Release + FlushTlb> PageGather<'k, 'c, K> {
     #[must_use = "drop the locks, then free"]
     pub fn flush(mut self) -> FlushedGather<'k, K> {
         self.flush_tlb_only();
-        let waiting = self.waiting.take();
-        let receipt = if waiting.is_empty() { None } else { self.receipt.take() };
+        let receipt = if self.waiting.is_empty() { None } else { self.receipt.take() };
+        let held = self.waiting.release();
         let (kernel, free_chunk) = (self.kernel, self.limits.free_chunk);
         // Nothing waits in it any more: `drop` would have nothing left to do.
         mem::forget(self);
-        FlushedGather { kernel, waiting, free_chunk, receipt }
+        FlushedGather { kernel, held, free_chunk, receipt }
     }
 
     /// Makes room for a page or run, if the caller went on though the gather was full.

@@ -1,8 +1,9 @@
 //! Pages waiting for a flush: eight slots on the stack, then pages of 510 slots, chained.
 #![expect(unsafe_code, reason = "batch pages are linked by pointer")]
 
-use core::fmt;
+use core::mem::MaybeUninit;
 use core::ptr::NonNull;
+use core::{fmt, mem};
 
 use arrayvec::ArrayVec;
 use static_assertions::const_assert_eq;
@@ -15,13 +16,19 @@ use crate::queue::spare::{Room, SpareSlots, lend_spare};
 use crate::queue::word::{BatchWord, DelayedRmaps, Runs};
 
 /// One batch page. Linux: struct mmu_gather_batch.
-struct Batch {
+pub(crate) struct Batch {
     next: Option<NonNull<Batch>>,
     slots: ArrayVec<BatchWord, { Limits::BATCH_SLOTS }>,
 }
 
 const_assert_eq!(size_of::<Batch>(), 4096);
 const_assert_eq!(align_of::<Batch>(), 8);
+
+/// Slots on the stack, of which the first so many are written.
+pub(crate) type Slots = [MaybeUninit<BatchWord>; Limits::BUNDLE_SLOTS];
+
+/// Slots on the stack that nothing was written to.
+pub(crate) const NO_WORDS: Slots = [const { MaybeUninit::uninit() }; Limits::BUNDLE_SLOTS];
 
 /// The queue. Batch pages are kept and used again after a flush;
 /// [`give_back`](Self::give_back) returns them.
@@ -38,6 +45,65 @@ pub(crate) struct PageQueue {
     active: Option<NonNull<Batch>>,
 }
 
+/// A batch page just lent, with nothing in it. It goes back if a call of the kernel unwinds.
+pub(crate) struct NewBatch<'k, K: Release> {
+    kernel: &'k K,
+    page: NonNull<Batch>,
+}
+
+impl<'k, K: Release> NewBatch<'k, K> {
+    #[inline(always)]
+    pub(crate) fn made_of(kernel: &'k K, page: BatchPage) -> Self {
+        kernel.observe_gather(GatherEvent::BatchTaken);
+        let page = page.into_inner().cast::<Batch>();
+        // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a
+        // `Batch` has that size and alignment (asserted above).
+        unsafe { page.write(Batch { next: None, slots: ArrayVec::new_const() }) };
+        Self { kernel, page }
+    }
+
+    /// Lends the slots to be filled.
+    #[inline(always)]
+    pub(crate) fn lend(&mut self) -> SpareSlots<'_> {
+        // SAFETY: the page is ours alone, and `&mut self` is the only way to it.
+        SpareSlots::new(unsafe { self.page.as_mut() }.slots.spare_capacity_mut())
+    }
+
+    /// Notes that all slots but the last `unused` are filled.
+    ///
+    /// # Safety
+    /// That many were [left](SpareSlots::left) of what [`lend`](Self::lend) lent, which was once.
+    #[inline(always)]
+    pub(crate) unsafe fn filled(&mut self, unused: usize) {
+        // SAFETY: as in `lend`.
+        let batch = unsafe { self.page.as_mut() };
+        // SAFETY: by the invariant of `SpareSlots` they are written.
+        unsafe { batch.slots.set_len(Limits::BATCH_SLOTS - unused) };
+    }
+
+    /// What was stored.
+    pub(crate) fn words(&self) -> &[BatchWord] {
+        // SAFETY: the page is ours alone.
+        &unsafe { self.page.as_ref() }.slots
+    }
+
+    /// The page, for the queue that returns it.
+    #[inline(always)]
+    pub(crate) fn keep(self) -> NonNull<Batch> {
+        let page = self.page;
+        mem::forget(self);
+        page
+    }
+}
+
+impl<K: Release> Drop for NewBatch<'_, K> {
+    #[cold]
+    fn drop(&mut self) {
+        // SAFETY: this is the page that `allocate_batch` lent; nobody knows it from here on.
+        self.kernel.free_batch(unsafe { BatchPage::new(self.page.cast()) });
+    }
+}
+
 impl PageQueue {
     #[inline]
     pub(crate) fn new() -> Self {
@@ -49,14 +115,6 @@ impl PageQueue {
             first: None,
             active: None,
         }
-    }
-
-    /// A queue of one page, or of none.
-    #[inline(always)]
-    pub(crate) fn of_page(page: Option<BatchWord>) -> Self {
-        let mut queue = Self::new();
-        queue.bundle.extend(page);
-        queue
     }
 
     /// Lets `store` fill the batch in use with single pages; returns whether room is left. There
@@ -138,11 +196,7 @@ impl PageQueue {
             kernel.observe_gather(GatherEvent::BatchRefused);
             return Room::Full;
         };
-        kernel.observe_gather(GatherEvent::BatchTaken);
-        let new = page.into_inner().cast::<Batch>();
-        // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of `BatchPage::new`); a
-        // `Batch` has that size and alignment (asserted above).
-        unsafe { new.write(Batch { next: None, slots: ArrayVec::new_const() }) };
+        let new = NewBatch::made_of(kernel, page).keep();
         match self.active {
             None => self.first = Some(new),
             Some(mut active) => {
@@ -174,53 +228,32 @@ impl PageQueue {
         }
     }
 
-    /// Hands everything to the kernel, chunk by chunk with a preemption point after each; returns
-    /// how many slots that were.
-    pub(crate) fn free_all<K: Release>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
-        let mut slots = self.free_bundle(kernel, free_chunk);
-        let mut next = self.first;
-        while let Some(mut batch) = next {
-            // SAFETY: by the invariant the page is ours alone.
-            let batch = unsafe { batch.as_mut() };
-            if batch.slots.is_empty() {
-                break;
-            }
-            slots += free_slots(kernel, free_chunk, &batch.slots, self.runs);
-            batch.slots.clear();
-            next = batch.next;
-        }
-        self.active = None;
-        self.runs = Runs::Absent;
-        slots
-    }
-
-    /// As [`free_all`](Self::free_all), if there is no batch page.
-    #[inline]
-    pub(crate) fn free_bundle<K: Release>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
-        let slots = free_slots(kernel, free_chunk, &self.bundle, self.runs);
-        self.bundle.clear();
-        slots
-    }
-
-    /// Moves the queue out of here, field by field and word by word; what stays behind is empty.
+    /// Moves the queue out of here, word by word, into what is freed later; what stays behind is
+    /// empty. Everything has been flushed for.
     ///
     /// `mem::replace` would be slower: it loads sixteen bytes at a time what was stored eight at a
     /// time just before, and the CPU cannot forward such stores to the load but waits for them.
     #[inline]
-    pub(crate) fn take(&mut self) -> Self {
-        let mut bundle = ArrayVec::new();
-        for word in &self.bundle {
-            bundle.push(*word);
+    pub(crate) fn release(&mut self) -> (Slots, u32, Runs, Option<NonNull<Batch>>) {
+        let mut few = NO_WORDS;
+        for (slot, word) in few.iter_mut().zip(&self.bundle) {
+            slot.write(*word);
         }
+        let nr_few = u32::try_from(self.bundle.len()).unwrap_or(0);
         self.bundle.clear();
-        Self {
-            bundle,
-            delayed_rmaps: self.delayed_rmaps,
-            runs: self.runs,
-            batch_pages: self.batch_pages,
-            first: self.first.take(),
-            active: self.active.take(),
-        }
+        (self.active, self.batch_pages) = (None, 0);
+        (few, nr_few, self.runs, self.first.take())
+    }
+
+    /// Hands everything to the kernel, chunk by chunk with a preemption point after each; returns
+    /// how many slots that were.
+    pub(crate) fn free_all<K: Release>(&mut self, kernel: &K, free_chunk: u16) -> u64 {
+        let slots = free_slots(kernel, free_chunk, &self.bundle, self.runs);
+        self.bundle.clear();
+        let slots = slots + free_chain(kernel, free_chunk, self.first, self.runs);
+        self.active = None;
+        self.runs = Runs::Absent;
+        slots
     }
 
     /// Returns the batch pages; called when nothing is queued any more.
@@ -234,15 +267,8 @@ impl PageQueue {
 
     #[inline(never)]
     fn give_back_pages<K: Release>(&mut self, kernel: &K) {
-        self.active = None;
-        let mut next = self.first.take();
-        while let Some(batch) = next {
-            // SAFETY: by the invariant the page is ours alone; it is read for the last time.
-            next = unsafe { batch.as_ref() }.next;
-            // SAFETY: this is the page `allocate_batch` lent; the list that led to it is gone.
-            kernel.free_batch(unsafe { BatchPage::new(batch.cast()) });
-        }
-        self.batch_pages = 0;
+        (self.active, self.batch_pages) = (None, 0);
+        give_back_chain(kernel, self.first.take());
     }
 
     /// Whether the batch in use has no room for another page or run, because the visit of a table
@@ -273,12 +299,6 @@ impl PageQueue {
         }
     }
 
-    /// Whether there are batch pages to be given back.
-    #[inline]
-    pub(crate) const fn has_batches(&self) -> bool {
-        self.first.is_some()
-    }
-
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         // The bundle fills first.
@@ -296,7 +316,7 @@ fn append<const N: usize>(slots: &mut ArrayVec<BatchWord, N>, record: &[BatchWor
 /// Hands `slots` to the kernel, at most `free_chunk` pages at a time (rule G7), or a single run of
 /// more; returns how many slots those were.
 #[inline]
-fn free_slots<K: Release>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) -> u64 {
+pub(crate) fn free_slots<K: Release>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs: Runs) -> u64 {
     if runs == Runs::Queued || slots.len() > usize::from(free_chunk) {
         free_in_chunks(kernel, free_chunk, slots, runs);
     } else if !slots.is_empty() {
@@ -304,6 +324,42 @@ fn free_slots<K: Release>(kernel: &K, free_chunk: u16, slots: &[BatchWord], runs
         kernel.cond_resched();
     }
     slots.len() as u64
+}
+
+/// Hands to the kernel what is in the batches from `first` on, up to the first that is empty, and
+/// empties them; returns how many slots that were. The caller alone knows the batches.
+#[inline]
+pub(crate) fn free_chain<K: Release>(
+    kernel: &K,
+    free_chunk: u16,
+    first: Option<NonNull<Batch>>,
+    runs: Runs,
+) -> u64 {
+    let mut freed = 0;
+    let mut next = first;
+    while let Some(mut batch) = next {
+        // SAFETY: our caller alone knows the page.
+        let batch = unsafe { batch.as_mut() };
+        if batch.slots.is_empty() {
+            break;
+        }
+        freed += free_slots(kernel, free_chunk, &batch.slots, runs);
+        batch.slots.clear();
+        next = batch.next;
+    }
+    freed
+}
+
+/// Returns the batch pages from `first` on. The caller alone knew them, and has forgotten them.
+#[inline]
+pub(crate) fn give_back_chain<K: Release>(kernel: &K, first: Option<NonNull<Batch>>) {
+    let mut next = first;
+    while let Some(batch) = next {
+        // SAFETY: our caller alone knows the page; it is read for the last time.
+        next = unsafe { batch.as_ref() }.next;
+        // SAFETY: this is the page `allocate_batch` lent; the list that led to it is gone.
+        kernel.free_batch(unsafe { BatchPage::new(batch.cast()) });
+    }
 }
 
 #[inline(never)]

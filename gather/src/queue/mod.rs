@@ -17,6 +17,7 @@
 
 pub(crate) mod batch;
 pub(crate) mod freed_pages;
+pub(crate) mod held;
 pub(crate) mod release;
 pub(crate) mod spare;
 pub(crate) mod table_batch;

@@ -74,19 +74,19 @@ impl WordSink for SpareSlots<'_> {
     }
 }
 
-impl WordSink for Option<BatchWord> {
-    #[inline]
-    fn is_full(&self) -> bool {
-        self.is_some()
+impl<'q> SpareSlots<'q> {
+    /// All of `slots`.
+    #[inline(always)]
+    pub(crate) const fn new(slots: &'q mut [MaybeUninit<BatchWord>]) -> Self {
+        Self { free: slots }
     }
 
-    #[inline]
-    fn push(&mut self, word: BatchWord) {
-        *self = Some(word);
+    /// How many slots are left: all others are written.
+    #[inline(always)]
+    pub(crate) const fn left(&self) -> usize {
+        self.free.len()
     }
-}
 
-impl SpareSlots<'_> {
     /// Stores lines of words, until no line fits or `next` has no more; returns how many.
     #[inline(always)]
     pub(crate) fn push_lines(&mut self, mut next: impl FnMut() -> Option<[BatchWord; LINE]>) -> usize {
@@ -99,6 +99,22 @@ impl SpareSlots<'_> {
         }
         self.free = &mut free[stored * LINE..];
         stored
+    }
+
+    /// Stores the words that are there, in order. There is room for all of them.
+    #[inline(always)]
+    pub(crate) fn push_each(&mut self, words: impl Iterator<Item = Option<BatchWord>>) {
+        let free = mem::take(&mut self.free);
+        let mut used = 0;
+        for word in words {
+            if let Some(word) = word
+                && let Some(slot) = free.get_mut(used)
+            {
+                slot.write(word);
+                used += 1;
+            }
+        }
+        self.free = free.get_mut(used..).unwrap_or_default();
     }
 
     /// Stores the words that are there, in order. There is room for all eight.

@@ -1,8 +1,8 @@
-//! Tables that wait for a flush: one page of 511, taken on demand.
+//! Tables that wait for a flush: the first one alone, more in one page of 511, taken on demand.
 #![expect(unsafe_code, reason = "the batch page is used by pointer")]
 
-use core::fmt;
 use core::ptr::NonNull;
+use core::{fmt, mem};
 
 use arrayvec::ArrayVec;
 use static_assertions::const_assert_eq;
@@ -13,7 +13,7 @@ use crate::platform::BatchPage;
 use crate::queue::release::Release;
 
 /// The batch page. Linux: struct mmu_table_batch.
-type TableBatch = ArrayVec<PhysFrame, { Limits::TABLE_SLOTS }>;
+pub(crate) type TableBatch = ArrayVec<PhysFrame, { Limits::TABLE_SLOTS }>;
 
 const_assert_eq!(size_of::<TableBatch>(), 4096);
 const_assert_eq!(align_of::<TableBatch>(), 8);
@@ -30,26 +30,47 @@ pub(crate) enum TableQueued {
     NoBatch(PhysFrame),
 }
 
-/// The queue of tables. INVARIANT: the page, if there is one, is known to this queue alone.
-pub(crate) struct TableQueue {
-    batch: Option<NonNull<TableBatch>>,
+/// The queue of tables. One that waits alone needs no batch page: most often one goes, or many.
+pub(crate) enum TableQueue {
+    Empty,
+    One(PhysFrame),
+    /// INVARIANT: the page is known to this queue alone. It is kept across flushes.
+    Batch(NonNull<TableBatch>),
 }
 
 impl TableQueue {
+    #[inline(always)]
     pub(crate) const fn new() -> Self {
-        Self { batch: None }
+        Self::Empty
+    }
+
+    /// The queue that was [released](Self::release).
+    #[inline(always)]
+    pub(crate) const fn of_flushed(table: Option<PhysFrame>, batch: Option<NonNull<TableBatch>>) -> Self {
+        match (batch, table) {
+            (Some(batch), _) => Self::Batch(batch),
+            (None, Some(table)) => Self::One(table),
+            (None, None) => Self::Empty,
+        }
     }
 
     pub(crate) fn push<K: Release>(&mut self, kernel: &K, limits: &Limits, table: PhysFrame) -> TableQueued {
-        let mut batch = match self.batch {
-            Some(batch) => batch,
-            None => {
+        let mut batch = match *self {
+            Self::Batch(batch) => batch,
+            Self::Empty => {
+                *self = Self::One(table);
+                return if limits.table_slots > 1 { TableQueued::RoomLeft } else { TableQueued::Full };
+            }
+            Self::One(first) => {
                 let Some(page) = kernel.allocate_batch() else { return TableQueued::NoBatch(table) };
                 let batch = page.into_inner().cast::<TableBatch>();
                 // SAFETY: the page is 4096 writable bytes, aligned to 8 (contract of
                 // `BatchPage::new`); a `TableBatch` has that size and alignment (asserted above).
                 unsafe { batch.write(TableBatch::new_const()) };
-                self.batch = Some(batch);
+                *self = Self::Batch(batch);
+                let mut tables = batch;
+                // SAFETY: as below.
+                unsafe { tables.as_mut() }.extend([first]);
                 batch
             }
         };
@@ -67,39 +88,43 @@ impl TableQueue {
     /// # Safety
     /// All of them were [unhooked](mmu_pagetable::UnhookedTable), and have been flushed for since
     /// they were queued.
+    #[inline]
     pub(crate) unsafe fn free_all<K: Release>(&mut self, kernel: &K) -> u64 {
-        let Some(mut batch) = self.batch else { return 0 };
-        // SAFETY: by the invariant the page is ours alone.
-        let batch = unsafe { batch.as_mut() };
-        if batch.is_empty() {
-            return 0;
+        match *self {
+            Self::Empty => 0,
+            Self::One(table) => {
+                *self = Self::Empty;
+                // SAFETY: passed on to our caller; each was queued once, because an `UnhookedTable`
+                // cannot be copied.
+                unsafe { release_tables(kernel, &[table]) }
+            }
+            Self::Batch(mut batch) => {
+                // SAFETY: by the invariant the page is ours alone.
+                let batch = unsafe { batch.as_mut() };
+                // SAFETY: as above.
+                let tables = unsafe { release_tables(kernel, batch) };
+                batch.clear();
+                tables
+            }
         }
-        // SAFETY: passed on to our caller; each was queued once, because an `UnhookedTable` cannot
-        // be copied.
-        unsafe { kernel.release_tables(batch) };
-        let tables = batch.len() as u64;
-        batch.clear();
-        kernel.cond_resched();
-        tables
     }
 
-    /// Moves the queue out of here; what stays behind is empty.
+    /// Moves the queue out of here, into what is freed later; what stays behind is empty.
     #[inline]
-    pub(crate) const fn take(&mut self) -> Self {
-        Self { batch: self.batch.take() }
-    }
-
-    /// Whether there is a batch page to be given back.
-    #[inline]
-    pub(crate) const fn has_batch(&self) -> bool {
-        self.batch.is_some()
+    pub(crate) const fn release(&mut self) -> (Option<PhysFrame>, Option<NonNull<TableBatch>>) {
+        match mem::replace(self, Self::Empty) {
+            Self::Empty => (None, None),
+            Self::One(table) => (Some(table), None),
+            Self::Batch(batch) => (None, Some(batch)),
+        }
     }
 
     /// Returns the batch page; called when nothing is queued any more.
     #[inline]
     pub(crate) fn give_back<K: Release>(&mut self, kernel: &K) {
         debug_assert!(self.is_empty(), "G5: tables queued and never freed");
-        if let Some(batch) = self.batch.take() {
+        if let Self::Batch(batch) = *self {
+            *self = Self::Empty;
             // SAFETY: this is the page that `allocate_batch` lent, and we have just forgotten it.
             kernel.free_batch(unsafe { BatchPage::new(batch.cast()) });
         }
@@ -107,16 +132,35 @@ impl TableQueue {
 
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        match self.batch {
+        match self {
+            Self::Empty => true,
+            Self::One(_) => false,
             // SAFETY: by the invariant the page is ours alone.
-            Some(batch) => unsafe { batch.as_ref() }.is_empty(),
-            None => true,
+            Self::Batch(batch) => unsafe { batch.as_ref() }.is_empty(),
         }
     }
 }
 
+/// Hands `tables` to the kernel, if there are any; returns how many.
+///
+/// # Safety
+/// As for [`TableQueue::free_all`].
+#[inline]
+pub(crate) unsafe fn release_tables<K: Release>(kernel: &K, tables: &[PhysFrame]) -> u64 {
+    if !tables.is_empty() {
+        // SAFETY: passed on to our caller.
+        unsafe { kernel.release_tables(tables) };
+        kernel.cond_resched();
+    }
+    tables.len() as u64
+}
+
 impl fmt::Debug for TableQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TableQueue").field("batch", &self.batch).finish()
+        match self {
+            Self::Empty => f.write_str("no table"),
+            Self::One(table) => table.fmt(f),
+            Self::Batch(batch) => write!(f, "tables in {batch:?}"),
+        }
     }
 }

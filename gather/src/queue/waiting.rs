@@ -32,7 +32,7 @@ struct HandedOver<'w>(&'w mut Waiting);
 
 impl Drop for HandedOver<'_> {
     fn drop(&mut self) {
-        let _leaked = self.0.take();
+        let _leaked = self.0.release();
     }
 }
 
@@ -59,12 +59,6 @@ impl Waiting {
         self.pages.is_empty() && self.tables.is_empty()
     }
 
-    /// Moves everything that waits out of here; what stays behind is empty.
-    #[inline]
-    pub(crate) fn take(&mut self) -> Self {
-        Self { pages: self.pages.take(), tables: self.tables.take() }
-    }
-
     /// Hands everything to the kernel: the one way from waiting to free.
     ///
     /// INVARIANT: G1, it takes the receipt of a flush for everything here.
@@ -80,19 +74,8 @@ impl Waiting {
 
     /// Frees everything, for the last time, and returns the batch pages. `receipt` is that of a
     /// flush for everything here; there need not be one if nothing is.
-    #[inline(always)]
     pub(crate) fn finish<K: Release>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
         debug_assert!(receipt.is_some() || self.is_empty(), "G1: freed without a flush");
-        if self.pages.has_batches() || self.tables.has_batch() {
-            self.finish_batches(kernel, free_chunk, receipt);
-        } else if receipt.is_some() {
-            let slots = self.pages.free_bundle(kernel, free_chunk);
-            kernel.observe_gather(GatherEvent::Released { slots, tables: 0 });
-        }
-    }
-
-    #[inline(never)]
-    fn finish_batches<K: Release>(&mut self, kernel: &K, free_chunk: u16, receipt: Option<Covered>) {
         if let Some(receipt) = receipt {
             self.free_all(kernel, free_chunk, receipt);
         }

@@ -35,7 +35,7 @@ fn a_run_that_finds_nothing_is_clean_or_says_that_it_tested_nothing() {
 #[test]
 fn a_planted_fault_is_found_and_saved_with_what_led_to_it() {
     let directory = tempfile::tempdir().expect("a directory");
-    for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
+    for fault in ["skip-flush", "free-before-flush", "drop-ipi", "local-flush-only"] {
         let file = path(&directory, fault);
         let output = teardown(&["fuzz", "--free-running", "--time", "60", "--fault", fault, "-o", &file]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {output:?}");

@@ -76,7 +76,7 @@ fn clean_runs_of_any_number_of_jobs_cover_the_same() {
 #[test]
 fn what_was_saved_replays_with_its_fault_and_is_clean_without() {
     let directory = tempfile::tempdir().expect("a directory");
-    for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
+    for fault in ["skip-flush", "free-before-flush", "drop-ipi", "local-flush-only"] {
         let file = path(&directory, fault);
         let output = teardown(&["fuzz", "--ops", "32000", "--fault", fault, "-o", &file]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {output:?}");

@@ -40,7 +40,7 @@ fn a_layout_is_torn_down_without_a_violation_or_a_leak() {
 
 #[test]
 fn every_planted_fault_is_found_and_its_story_names_cpu_address_frame_entry_and_when_it_was_freed() {
-    for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
+    for fault in ["skip-flush", "free-before-flush", "drop-ipi", "local-flush-only"] {
         let output = teardown(&["run", "--layout", DENSE, "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
         let text = stdout(&output);

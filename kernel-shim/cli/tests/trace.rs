@@ -42,7 +42,7 @@ fn every_bundled_log_replays_without_a_violation_or_a_leak() {
 
 #[test]
 fn every_planted_fault_is_found_and_told() {
-    for fault in ["skip-flush", "free-before-flush", "drop-ipi"] {
+    for fault in ["skip-flush", "free-before-flush", "drop-ipi", "local-flush-only"] {
         let output = teardown(&["trace", &log("redis-bgsave"), "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}: {}", stderr(&output));
         let text = stdout(&output);
@@ -113,7 +113,7 @@ fn bad_input_gets_one_line_that_names_it_and_exit_code_2_before_anything_runs() 
     let unaligned = file("unaligned.strace", &format!("{start}7 munmap(0x7f0000000123, 4096) = 0\n"));
     let overflow =
         file("overflow.strace", &format!("{start}7 munmap(0x7f0000000000, 18446744073709551615) = 0\n"));
-    let lost = file("lost.strace", &format!("{start}7 <... mmap resumed>) = 0x7f0000000000\n"));
+    let other = file("other.strace", &format!("{start}7 brk(NULL) = 0xaaaaf1e30000\n"));
     let binary = folder.path().join("binary.strace");
     std::fs::write(&binary, [0xff, 0xfe, 0x00, 0x9f]).expect("written");
     for (args, expected) in [
@@ -121,8 +121,10 @@ fn bad_input_gets_one_line_that_names_it_and_exit_code_2_before_anything_runs() 
         (vec!["trace", &good, &empty], "empty.strace:1: expected"),
         (vec!["trace", &unaligned, &good], "unaligned.strace:2: expected"),
         (vec!["trace", &overflow], "overflow.strace:2: expected"),
-        (vec!["trace", &lost], "lost.strace:2: expected"),
-        (vec!["trace", binary.to_str().expect("UTF-8")], "cannot read "),
+        (vec!["trace", &other], "other.strace:2: expected an address in the user half of x86_64"),
+        (vec!["trace", binary.to_str().expect("UTF-8")], "binary.strace:1: expected memory calls"),
+        (vec!["trace", "/dev/zero"], "/dev/zero:1: expected a line of text"),
+        (vec!["trace", folder.path().to_str().expect("UTF-8")], "it is a folder"),
         (vec!["trace", "/nonexistent.strace"], "cannot read /nonexistent.strace"),
         (vec!["trace", &good, "--cpus", "0"], "--cpus"),
         (vec!["trace", &good, "--fault", "bad-luck"], "--fault"),
@@ -136,17 +138,28 @@ fn bad_input_gets_one_line_that_names_it_and_exit_code_2_before_anything_runs() 
 }
 
 #[test]
-fn a_call_that_cannot_have_succeeded_is_an_error_at_its_line() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let text = "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n\
-                7 mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n\
-                7 mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000001000\n";
-    let path = written(folder.path(), "twice.strace", text);
-    let output = teardown(&["trace", path.to_str().expect("UTF-8")]);
-    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
-    let said = stderr(&output);
-    assert!(said.contains("twice.strace:3: expected mmap to succeed") && said.contains("overlaps"), "{said}");
-    assert!(output.stdout.is_empty());
+fn a_mapping_over_one_whose_munmap_is_lost_replaces_it_and_that_is_counted() {
+    let map = |len, at| {
+        format!("7 mmap(NULL, {len}, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = {at}\n")
+    };
+    let first = map(16384, "0x7f0000000000");
+    for (second, count) in [
+        (map(8192, "0x7f0000001000"), 1),
+        (map(8192, "0x7f0000000000") + &map(8192, "0x7f0000001000"), 2),
+        (map(8192, "0x7f0000004000"), 0),
+        ("7 munmap(0x7f0000000000, 16384) = 0\n".to_owned() + &map(8192, "0x7f0000001000"), 0),
+        (
+            map(8192, "0x7f0000010000")
+                + "7 mremap(0x7f0000010000, 8192, 8192, MREMAP_MAYMOVE) = 0x7f0000002000\n",
+            1,
+        ),
+        ("7 brk(NULL) = 0x7efffffff000\n7 brk(0x7f0000001000) = 0x7f0000001000\n".to_owned(), 1),
+    ] {
+        let (log, note, verdict) = reported(&format!("{EXEC}{first}{second}"));
+        assert_eq!(log["replaced_areas"], count, "{second}");
+        assert_eq!(note.contains("replaced whose munmap the log does not have"), count > 0, "{note}");
+        assert!(verdict.starts_with("clean: "), "{verdict}");
+    }
 }
 
 #[test]
@@ -223,23 +236,26 @@ fn guard_pages_of_a_log_are_put_in_place_where_memory_is_private() {
 
 const EXEC: &str = "7 execve(\"/bin/x\", [\"x\"], 0x7ffe /* 1 var */) = 0\n";
 
-/// The report of a log as JSON, and the last line of it as text.
-fn reported(text: &str) -> (Value, String) {
+/// The report of a log as JSON, and as text its note and the verdict.
+fn reported(text: &str) -> (Value, String, String) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = written(folder.path(), "x.strace", text);
     let path = path.to_str().expect("UTF-8");
     let output = teardown(&["trace", path, "--format", "json"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let text = String::from_utf8_lossy(&teardown(&["trace", path]).stdout).into_owned();
-    (json(&output)["layouts"][0]["log"].clone(), text.lines().last().unwrap_or_default().to_owned())
+    let note = text.lines().find(|line| line.starts_with("x: ")).unwrap_or_default();
+    let verdict = text.lines().last().unwrap_or_default();
+    (json(&output)["layouts"][0]["log"].clone(), note.to_owned(), verdict.to_owned())
 }
 
 /// Once they were left out, and the rest was called clean.
 #[test]
 fn what_is_not_replayed_is_counted_by_name_and_said_with_the_verdict() {
-    let (log, verdict) = reported(&format!(
+    let (log, _, verdict) = reported(&format!(
         "{EXEC}7 shmat(3, NULL, 0) = 0x7f0000000000\n7 shmdt(0x7f0000000000) = 0\n7 shmdt(0x7f0000000000) = -1 EINVAL (x)\n\
-         8 munmap(0x7f0000000000, 4096) = 0\n8 exit(0) = ?\n9 munmap(0x7f0000000000, 4096) = 0\n7 exit_group(0) = ?\n"
+         7 fork() = 6\n6 brk(NULL) = 0x5000\n\
+         8 munmap(0x7f0000000000, 4096) = 0\n8 munmap(0x7f0000000000, 4096) = 0\n9 munmap(0x7f0000000000, 4096) = 0\n7 exit_group(0) = ?\n"
     ));
     assert_eq!(log["dropped"], serde_json::json!({ "shmat": 1, "shmdt": 1 }));
     assert_eq!((&log["dropped_thread_calls"], &log["dropped_threads"]), (&3.into(), &2.into()));
@@ -249,7 +265,7 @@ fn what_is_not_replayed_is_counted_by_name_and_said_with_the_verdict() {
         ),
         "{verdict}"
     );
-    let (log, verdict) = reported(&format!("{EXEC}7 exit_group(0) = ?\n"));
+    let (log, _, verdict) = reported(&format!("{EXEC}7 exit_group(0) = ?\n"));
     assert_eq!(log["dropped"], serde_json::json!({}));
     assert!(verdict.starts_with("clean: "), "{verdict}");
 }
@@ -257,7 +273,7 @@ fn what_is_not_replayed_is_counted_by_name_and_said_with_the_verdict() {
 #[test]
 fn calls_by_their_older_and_newer_names_are_replayed() {
     for (map, exit) in [("mmap2", "_exit"), ("old_mmap", "exit"), ("mmap", "exit_group")] {
-        let (log, verdict) = reported(&format!(
+        let (log, _, verdict) = reported(&format!(
             "{EXEC}7 {map}(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0xf7f00000\n\
              7 pkey_mprotect(0xf7f00000, 4096, PROT_READ, 1) = 0\n7 munmap(0xf7f00000, 8192) = 0\n\
              7 execveat(3, \"x\", [\"x\"], NULL, 0) = 0\n7 {exit}(0) = ?\n"
@@ -287,4 +303,55 @@ fn a_thread_that_starts_itself_or_one_that_runs_is_bad_input() {
     let path =
         written(folder.path(), "x.strace", &format!("{EXEC}7 fork() = 8\n8 exit(0) = ?\n7 fork() = 8\n"));
     assert_eq!(teardown(&["trace", path.to_str().expect("UTF-8")]).status.code(), Some(0));
+}
+
+#[test]
+fn what_was_skipped_lost_or_assumed_is_said_with_its_line() {
+    let map = "mmap(NULL, 1048576, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000";
+    let (log, note, verdict) = reported(&format!(
+        "7 brk(NULL) = 0x555500000000\n7 {map}\nhello\n8 madvise(0x7f0000000000, 1048576, MADV_DONTNEED) = 0\n\
+         9 munmap(0x7f0000000000, 4096) = 0\n7 <... munmap resumed>) = 0\n7 mprotect(0x7f0000000000, 4096\n7 exit_group(0) = ?\n"
+    ));
+    assert_eq!((&log["calls"], &log["threads"], &log["address_spaces"]), (&5.into(), &3.into(), &1.into()));
+    assert_eq!((&log["output_lines"], &log["first_output_line"]), (&1.into(), &3.into()));
+    assert!(note.contains("1 line of output skipped from line 3 on"), "{note}");
+    assert!(note.contains("ASSUMED: 2 threads are of the only process that they can be of"), "{note}");
+    let not_made = "1 call without its start from line 6 on, 1 broken call from line 7 on";
+    assert!(
+        verdict.contains(&format!("clean except for the calls that were not made ({not_made})")),
+        "{verdict}"
+    );
+}
+
+#[test]
+fn a_log_that_was_mostly_not_understood_has_no_verdict() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let lost = "7 <... munmap resumed>) = 0\n";
+    for (nr_lost, status) in [(2, 0), (3, 2)] {
+        let text = format!("{EXEC}7 brk(NULL) = 0x5000\n{}", lost.repeat(nr_lost));
+        let path = written(folder.path(), "x.strace", &text);
+        let output = teardown(&["trace", path.to_str().expect("UTF-8")]);
+        assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
+        assert_eq!(stdout(&output).contains("NOT UNDERSTOOD, most of a log"), status == 2);
+        assert_eq!(stderr(&output).contains("most of its calls were not understood"), status == 2);
+    }
+}
+
+/// Threads share translations: what one gives up, the CPUs of the others must forget.
+#[test]
+fn threads_that_the_log_does_not_start_are_interrupted() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let text: String = (0..20)
+        .map(|round| {
+            let (at, thread) = (0x7f00_0000_0000_u64 + round * 0x10_0000, 10 + round % 3);
+            format!(
+                "{thread} mmap(NULL, 1048576, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = {at:#x}\n\
+                 {thread} madvise({at:#x}, 524288, MADV_DONTNEED) = 0\n"
+            )
+        })
+        .collect();
+    let path = written(folder.path(), "x.strace", &text);
+    let report = json(&teardown(&["trace", path.to_str().expect("UTF-8"), "--format", "json"]));
+    assert_clean(&report);
+    assert!(report["layouts"][0]["ipis"]["sent"].as_u64() > Some(10), "{report}");
 }

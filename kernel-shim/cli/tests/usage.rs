@@ -29,6 +29,7 @@ fn a_flag_that_would_do_nothing_is_refused() {
         (&["run", "--layout", SMALL, "--fault", "drop-ipi", "--cpus", "1"], "--cpus 2"),
         (&["trace", LOG, "--fault", "drop-ipi", "--cpus", "1"], "--cpus 2"),
         (&["fuzz", "--ops", "160", "--fault", "drop-ipi", "--cpus", "1"], "--cpus 2"),
+        (&["run", "--layout", SMALL, "--fault", "local-flush-only", "--cpus", "1"], "--cpus 2"),
         (&["boot", "--fault", "skip-remote-flush", "--workload", "drill"], "--workload"),
         (&["boot", "--fault", "skip-local-flush", "--workload", "self-test"], "--workload"),
         (&["boot", "--fault", "free-before-flush", "--workload", "measure"], "--workload"),

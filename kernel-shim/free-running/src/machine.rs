@@ -288,6 +288,7 @@ impl FreeMachine {
             PlantedFault::DropIpi => {
                 cpu.told.load(Ordering::Relaxed) && cpu.nr_told.load(Ordering::Relaxed).is_multiple_of(4)
             }
+            PlantedFault::LocalFlushOnly => cpu.told.load(Ordering::Relaxed),
         };
         if leaves_out {
             count(&cpu.counts.faults);

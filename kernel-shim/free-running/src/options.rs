@@ -46,6 +46,8 @@ pub enum PlantedFault {
     FreeBeforeFlush,
     /// One flush that another CPU asked for, in four, is answered and not carried out.
     DropIpi,
+    /// No flush that another CPU asked for is carried out: all are answered.
+    LocalFlushOnly,
     /// Now and then an interrupt is lost, and its sender waits for ever.
     LoseInterrupt,
 }

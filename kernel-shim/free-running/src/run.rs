@@ -78,6 +78,7 @@ fn boot(options: &Options) -> Result<World, Error> {
         PlantedFault::Absent
         | PlantedFault::SkipFlush
         | PlantedFault::DropIpi
+        | PlantedFault::LocalFlushOnly
         | PlantedFault::LoseInterrupt => Misbehaviour::Absent,
     };
     let kernel = Kernel::boot(Arc::clone(&machine), Config { misbehaviour, ..Config::default() })?;

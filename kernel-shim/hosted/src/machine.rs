@@ -459,7 +459,12 @@ impl HostedMachine {
         let was_user = cpu.in_user_mode.swap(false, Ordering::Relaxed);
         cpu.interrupts_off.fetch_add(1, Ordering::Relaxed);
         cpu.is_interrupted.store(false, Ordering::Relaxed);
-        if self.options.fault == MachineFault::DropIpi && self.choices.one_in(4) {
+        let flushes_nothing = match self.options.fault {
+            MachineFault::Absent | MachineFault::SkipFlush => false,
+            MachineFault::DropIpi => self.choices.one_in(4),
+            MachineFault::LocalFlushOnly => true,
+        };
+        if flushes_nothing {
             cpu.flushes_nothing.store(true, Ordering::Relaxed);
         }
         let handler = self.flush_handler.get();

@@ -95,6 +95,9 @@ pub enum MachineFault {
     SkipFlush,
     /// A CPU that takes one flush interrupt in four answers, and flushes nothing.
     DropIpi,
+    /// A CPU that takes a flush interrupt answers, and flushes nothing: each flush is of the CPU
+    /// that makes the call.
+    LocalFlushOnly,
 }
 
 /// How an MMU treats what it may keep and may forget.

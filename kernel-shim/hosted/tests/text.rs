@@ -43,17 +43,22 @@ fn a_text_that_is_none_is_refused_at_its_line() {
         (4, "0 guard m0 1000+1"),
         (4, "0 guard m0 1000+1 away"),
         (4, "x lazy"),
+        (4, "4 lazy"),
+        (4, "191 lazy"),
+        (4, "0 lazy#no comment"),
+        (7, "end\n0 lazy"),
     ] {
         let mut broken = lines.clone();
         broken[at] = bad;
         let error = Sequence::parse(&broken.join("\n")).expect_err(bad);
-        assert_eq!(error.line, at + 1, "{bad}: {error}");
+        let line = at + 1 + bad.matches('\n').count();
+        assert_eq!(error.line, line, "{bad}: {error}");
         // Comments are lines.
         for before in 0..=at {
             let mut commented = broken.clone();
             commented.splice(before..before, ["# one", "  # two"]);
             let error = Sequence::parse(&commented.join("\n")).expect_err(bad);
-            assert_eq!(error.line, at + 3, "{bad}, comments before line {}: {error}", before + 1);
+            assert_eq!(error.line, line + 2, "{bad}, comments before line {}: {error}", before + 1);
         }
     }
     // Cut short anywhere, it is noticed.
@@ -63,6 +68,36 @@ fn a_text_that_is_none_is_refused_at_its_line() {
         let commented = [&lines[..kept], &["# the end is missing"]].concat().join("\n");
         let error = Sequence::parse(&commented).expect_err("it has no end");
         assert_eq!(error.line, kept + 2, "{error}");
+    }
+}
+
+#[test]
+fn blank_lines_and_comments_say_nothing_wherever_they_stand() {
+    let sequence = generate(1, 4, 20);
+    let text = sequence.to_string();
+    for changed in [
+        text.replace('\n', "\n\n  \n"),
+        text.replace('\n', "  # why\n"),
+        text.replace('\n', "\r\n\t# why # it is\n"),
+        format!("\n# first\n{text}\n\n# last\n"),
+    ] {
+        assert_eq!(Sequence::parse(&changed).as_ref(), Ok(&sequence), "{changed}");
+    }
+}
+
+/// Once, a step of CPU 7 on a machine of four was taken for one of CPU 3.
+#[test]
+fn bytes_name_no_cpu_that_the_machine_does_not_have() {
+    for seed in 0..2000_u64 {
+        let mut state = seed;
+        let bytes: Vec<u8> = core::iter::repeat_with(|| {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            state.to_be_bytes()[0]
+        })
+        .take(120)
+        .collect();
+        let sequence = Sequence::from_bytes(&bytes);
+        assert_eq!(Sequence::parse(&sequence.to_string()).as_ref(), Ok(&sequence), "{sequence}");
     }
 }
 

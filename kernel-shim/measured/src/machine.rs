@@ -383,7 +383,8 @@ impl<C: Counting> Pages for Machine<'_, C> {
     #[inline]
     fn free_pages(&self, pages: FreedPages<'_>) {
         match pages.frames() {
-            Some(frames) if frames.len() == 1 => {
+            // So few are fetched as fast as they are used.
+            Some(frames) if frames.len() <= PREFETCH => {
                 let chain = self.memory.chain_start();
                 self.memory.free_chain(frames.fold(chain, |chain, frame| self.release(frame, chain)));
             }

@@ -2,6 +2,7 @@
 
 use mmu_gather::pagetable::{Level, VirtRange};
 use rand::RngExt;
+use x86_64::structures::paging::PageTableFlags;
 
 use crate::memory::{DATA_BYTES, Memory, Order};
 use crate::shuffle::{random, shuffle};
@@ -57,6 +58,57 @@ pub enum Workload {
     W7OnePage,
     /// Calls of so many pages in random order, in a table that stays: after each area a page stays.
     Calls(usize),
+    /// Calls of so many pages in random order, each alone in its table, which goes too; the table
+    /// above stays.
+    CallsWithTable(usize),
+    /// As W2, with entries as programs really leave them.
+    Kinds(Kind),
+}
+
+/// What is in the entries of the pages that go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Programs have written to each page.
+    Written,
+    /// Programs have read each page, and may not write: most pages of files.
+    ReadOnly,
+    /// As [`Written`](Self::Written), but one page in each line of eight entries is read-only.
+    OneReadOnly,
+    /// Each page may be written and was only read.
+    Clean,
+    /// As [`Written`](Self::Written), and every second entry is empty.
+    EverySecond,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Written, Self::ReadOnly, Self::OneReadOnly, Self::Clean, Self::EverySecond];
+
+    /// What the table calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Written => "written",
+            Self::ReadOnly => "read-only",
+            Self::OneReadOnly => "one read-only in eight",
+            Self::Clean => "writable, clean",
+            Self::EverySecond => "every second empty",
+        }
+    }
+
+    /// The flags of the entry for the page at `address`.
+    pub(crate) fn flags(self, address: u64) -> PageTableFlags {
+        let read = PageTableFlags::USER_ACCESSIBLE | PageTableFlags::ACCESSED;
+        match self {
+            Self::ReadOnly => read,
+            Self::OneReadOnly if (address >> 12) % 8 == 3 => read,
+            Self::Clean => read | PageTableFlags::WRITABLE,
+            Self::Written | Self::OneReadOnly | Self::EverySecond => {
+                read | PageTableFlags::WRITABLE | PageTableFlags::DIRTY
+            }
+        }
+    }
 }
 
 impl Workload {
@@ -83,6 +135,18 @@ impl Workload {
         Self::Calls(256),
     ];
 
+    /// The same calls, each of all pages of a table, which goes with them.
+    pub const CALLS_WITH_TABLE: [Self; 8] = [
+        Self::CallsWithTable(1),
+        Self::CallsWithTable(2),
+        Self::CallsWithTable(4),
+        Self::CallsWithTable(8),
+        Self::CallsWithTable(16),
+        Self::CallsWithTable(33),
+        Self::CallsWithTable(64),
+        Self::CallsWithTable(256),
+    ];
+
     /// Its short name.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -95,6 +159,8 @@ impl Workload {
             Self::W6Shuffled => "W6",
             Self::W7OnePage => "W7",
             Self::Calls(_) => "calls",
+            Self::CallsWithTable(_) => "calls with table",
+            Self::Kinds(kind) => kind.name(),
         }
     }
 
@@ -117,11 +183,13 @@ impl Workload {
             Self::W7OnePage if size == Size::Tiny => Shape::calls(self, 1, 1, 64),
             Self::W7OnePage => Shape::calls(self, pick(100_000 / 256 + 1, 1), 1, 256),
             Self::Calls(pages) => Shape::calls(self, pick(400, 1), pages, 256),
+            Self::CallsWithTable(pages) => Shape::calls_with_table(self, pick(400, 4), pages),
+            Self::Kinds(kind) => Shape::kinds(self, kind, pick(64 * MIB, 8 * MIB)),
         }
     }
 
-    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7 and
-    /// calls have no other size than their own.
+    /// Its layout with as many leaves as asked for; `None` if there are not so many frames. W7,
+    /// calls and kinds have no other size than their own.
     #[must_use]
     pub fn of_leaves(self, leaves: u64) -> Option<Shape> {
         // W6 samples its frames from 64 times as many.
@@ -142,7 +210,7 @@ impl Workload {
             Self::W4Areas => Some(Shape::areas(self, u64::MAX, leaves)),
             Self::W5Huge => Some(Shape::huge(self, leaves)),
             Self::W6Shuffled => Some(Shape::dense(self, leaves << 12, Order::Shuffled)),
-            Self::W7OnePage | Self::Calls(_) => None,
+            Self::W7OnePage | Self::Calls(_) | Self::CallsWithTable(_) | Self::Kinds(_) => None,
         }
     }
 }
@@ -172,6 +240,8 @@ pub struct Shape {
     pub blocks: Vec<Leaf>,
     /// Pages that stay.
     pub staying: Vec<Leaf>,
+    /// What is in the entries.
+    pub kind: Kind,
     /// The order in which the allocator hands out tables.
     pub tables: Order,
     /// How often the leaves are mapped again and unmapped again, for one sample.
@@ -179,10 +249,16 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Whether each area goes by a call of its own, in a table that stays.
+    /// Whether each area goes by a call of its own.
     #[must_use]
     pub const fn is_one_by_one(&self) -> bool {
         !self.staying.is_empty()
+    }
+
+    /// Whether the last-level table of each area goes with it, by a call of its own.
+    #[must_use]
+    pub const fn tables_go_one_by_one(&self) -> bool {
+        matches!(self.workload, Workload::CallsWithTable(_))
     }
 
     /// Leaves torn down for one sample.
@@ -201,6 +277,7 @@ impl Shape {
             leaves: Vec::new(),
             blocks: Vec::new(),
             staying: Vec::new(),
+            kind: Kind::Written,
             tables: Order::Ascending,
             repeats: 1,
         }
@@ -261,6 +338,32 @@ impl Shape {
             (0..blocks).map(|block| Leaf { address: START + (block << 21), physical: frame(block << 9) });
         let leaves = leaves.collect();
         Self { areas: vec![area(START, blocks << 21)], leaves, ..Self::empty(workload, Level::Pmd) }
+    }
+
+    fn kinds(workload: Workload, kind: Kind, bytes: u64) -> Self {
+        let mut shape = Self { kind, ..Self::dense(workload, bytes, Order::Ascending) };
+        if kind == Kind::EverySecond {
+            shape.leaves.retain(|leaf| (leaf.address >> 12).is_multiple_of(2));
+        }
+        shape
+    }
+
+    /// Areas of `pages` pages, each alone in its 2 MiB; in the next 2 MiB a page stays.
+    fn calls_with_table(workload: Workload, repeats: u64, pages: usize) -> Self {
+        const AREAS: u64 = 64;
+        let bytes = (pages as u64) << 12;
+        let mut starts: Vec<u64> = (0..AREAS).map(|number| START + (number << 22)).collect();
+        let stays =
+            |number| Leaf { address: START + (number << 22) + 2 * MIB, physical: frame((1 << 20) + number) };
+        shuffle(&mut starts);
+        let page = |address| Leaf { address, physical: frame((address - START) >> 12) };
+        Self {
+            areas: starts.iter().map(|start| area(*start, bytes)).collect(),
+            leaves: starts.iter().flat_map(|start| (*start..start + bytes).step_by(4096).map(page)).collect(),
+            staying: (0..AREAS).map(stays).collect(),
+            repeats,
+            ..Self::empty(workload, Level::Pte)
+        }
     }
 
     /// Areas of `pages` pages in 2 MiB, at most `most` of them, and a page that stays after each.

@@ -5,7 +5,7 @@ use mmu_gather::Mm;
 use mmu_gather::pagetable::{EntryValue, Level, PagingMode, TableView};
 use mmu_gather::tlb::CtxIds;
 use x86_64::PhysAddr;
-use x86_64::structures::paging::{PageTableFlags, PhysFrame};
+use x86_64::structures::paging::PhysFrame;
 
 use crate::machine::{Bits, Counting, Machine};
 use crate::shape::{Leaf, Shape};
@@ -98,7 +98,7 @@ impl<'s> Space<'s> {
             space.put(machine, Level::Pmd, *block, &mut table);
         }
         if shape.is_one_by_one() {
-            // Where pages stay, so do their tables.
+            // Where pages stay, so do the tables above the last level, and most often those, too.
         } else {
             space.find_links(machine, root, Level::P4d);
         }
@@ -106,7 +106,7 @@ impl<'s> Space<'s> {
         space
     }
 
-    /// Maps the leaves of the shape again, whose tables have stayed.
+    /// Maps the leaves of the shape again.
     pub fn refill<C: Counting>(&mut self, machine: &Machine<'_, C>) {
         let mut table = None;
         for leaf in &self.shape.leaves {
@@ -126,10 +126,14 @@ impl<'s> Space<'s> {
         assert_eq!(freed, tables, "{:?}: tables freed", self.shape.workload);
     }
 
-    /// Tables below the root that are freed when everything is unmapped.
+    /// Tables below the root that are freed when everything is unmapped that goes.
     #[must_use]
     pub const fn nr_tables(&self) -> u64 {
-        self.links.len() as u64
+        if self.shape.tables_go_one_by_one() {
+            self.shape.areas.len() as u64
+        } else {
+            self.links.len() as u64
+        }
     }
 
     fn put<C: Counting>(
@@ -150,11 +154,7 @@ impl<'s> Space<'s> {
         };
         *table = Some((span, frame));
         machine.memory().make_page(leaf.physical);
-        // What a program that uses its memory leaves: accessed and dirty.
-        let flags = PageTableFlags::WRITABLE
-            | PageTableFlags::USER_ACCESSIBLE
-            | PageTableFlags::ACCESSED
-            | PageTableFlags::DIRTY;
+        let flags = self.shape.kind.flags(leaf.address);
         let value = EntryValue::leaf(level, PhysAddr::new(leaf.physical), flags);
         // SAFETY: a table of this level that `ensure_table` returned; it stays while we build.
         let view = unsafe { TableView::new(machine, frame, level) };

@@ -13,7 +13,8 @@ static FAULT: LazyLock<MachineFault> = LazyLock::new(|| match std::env::var("MAC
     Err(_) => MachineFault::Absent,
     Ok("skip-flush") => MachineFault::SkipFlush,
     Ok("drop-ipi") => MachineFault::DropIpi,
-    Ok(other) => panic!("MACHINE_FAULT is skip-flush or drop-ipi, not {other}"),
+    Ok("local-flush-only") => MachineFault::LocalFlushOnly,
+    Ok(other) => panic!("MACHINE_FAULT is skip-flush, drop-ipi or local-flush-only, not {other}"),
 });
 
 fuzz_target!(|sequence: Sequence| {

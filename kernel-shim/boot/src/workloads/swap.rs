@@ -1,10 +1,10 @@
-//! CPUs run one address space after the other and come back: to some that nobody has touched, to one
-//! whose pages went meanwhile, and to one that loses them again as soon as they are there.
+//! CPUs run one address space after the other and come back: to some that nobody has touched, to
+//! one whose pages went meanwhile, and to one that loses them again as soon as they are there.
 //!
-//! A switch has two ways to keep what is stale. It can leave translations of the space it comes back
-//! to; a CPU without PCIDs forgets them anyhow. Or it can say that the CPU is further than it is, so
-//! that a later request to flush is taken for an earlier one. For that, the spaces of each CPU have
-//! seen more flushes than the shared one, or fewer.
+//! A switch has two ways to keep what is stale. It can leave translations of the space it comes
+//! back to; a CPU without PCIDs forgets them anyhow. Or it can say that the CPU is further than it
+//! is, so that a later request to flush is taken for an earlier one. For that, the spaces of each
+//! CPU have seen more flushes than the shared one, or fewer.
 
 use alloc::vec::Vec;
 
@@ -25,7 +25,8 @@ const SHARED: (u64, u64) = (0x10_0000_0000, 24);
 const FEW: u64 = 8;
 /// Start and pages of what each process of a CPU's own has: at the same place in all of them.
 const OWN: (u64, u64) = (SHARED.0, 8);
-/// Round n has n spaces for each CPU, modulo this: fewer than a CPU keeps apart, as many, and more.
+/// Round n has n spaces for each CPU, modulo this: fewer than a CPU keeps apart, as many, and
+/// more.
 const NR_OWN: u64 = 8;
 /// How often each CPU goes round its own.
 const LAPS: usize = 2;
@@ -134,8 +135,8 @@ impl<'a> Round<'a> {
             }
             own.push(process);
         }
-        // Half of the CPUs stay there without running it, or with the shared space, if they have no
-        // other.
+        // Half of the CPUs stay there without running it, or with the shared space, if they have
+        // no other.
         if !me.get().is_multiple_of(2) {
             self.shared.kernel.go_lazy();
         }
@@ -166,8 +167,8 @@ impl<'a> Round<'a> {
         Ok(())
     }
 
-    /// Takes away the page of zeroes, which the reads have mapped: to replace that by a page takes a
-    /// flush each time.
+    /// Takes away the page of zeroes, which the reads have mapped: to replace that by a page takes
+    /// a flush each time.
     fn clear(&self, me: CpuIndex, _: &mut Vec<StampedProcess<'a>>) -> Result<(), Error> {
         if me == CpuIndex::FIRST { self.drop_shared(page_range(SHARED.0, SHARED.1)) } else { Ok(()) }
     }

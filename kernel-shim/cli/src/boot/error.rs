@@ -3,8 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::input::layout::LayoutError;
-
 /// Why nothing was booted, or why a run says nothing about the engine.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -57,9 +55,9 @@ pub enum BootError {
         /// What the host said.
         error: io::Error,
     },
-    /// The file of --layout is not a layout.
+    /// The file of --layout cannot be read, or is not a layout.
     #[error("{0}")]
-    Layout(#[from] LayoutError),
+    Input(String),
     /// The same work failed on the hosted machine, with whose counters the image is compared.
     #[error("the hosted machine: {0}")]
     Hosted(String),

@@ -7,8 +7,8 @@ use clap::ValueEnum;
 /// What the image runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Workload {
-    /// drill, threads, churn, lazy, rivals, swap and measure, one after the other: more than 100,000
-    /// pages, 1,000 shootdowns and 100 exits on four CPUs.
+    /// drill, threads, churn, lazy, rivals, swap and measure, one after the other: more than
+    /// 100,000 pages, 1,000 shootdowns and 100 exits on four CPUs.
     Full,
     /// The parts of full, in a few seconds.
     Short,

@@ -3,7 +3,7 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::io::{self, BufWriter};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use mmu_gather::tlb::PcidSupport;
@@ -15,7 +15,7 @@ use crate::boot::layout_plan::{LayoutPlan, count_drill_hosted};
 use crate::boot::options::{Accelerator, BootFault, Mebibytes, Workload, name, parse_memory};
 use crate::boot::report::{BootReport, Comparison};
 use crate::commands::options::Format;
-use crate::commands::outcome::{CommandError, CommandVerdict};
+use crate::commands::outcome::{CommandError, CommandVerdict, read_layout};
 use crate::input::layout::Layout;
 use crate::output::cleanup::UnfinishedFile;
 use crate::output::progress::spinner;
@@ -97,7 +97,7 @@ fn boot_and_report(args: &BootArgs) -> Result<CommandVerdict, BootError> {
 /// [`BootError`].
 pub fn boot(args: &BootArgs) -> Result<BootReport, BootError> {
     args.check()?;
-    let layout = args.layout.as_deref().map(read_layout).transpose()?;
+    let layout = args.layout.as_deref().map(read_layout).transpose().map_err(BootError::Input)?;
     let memory_mib = args.memory.map_or_else(|| default_mib(layout.as_ref()), |memory| memory.0);
     let plan = layout.map(|layout| LayoutPlan::new(&layout, usable_frames(memory_mib)));
     let module = plan.as_ref().map(|plan| write_module(&plan.text)).transpose()?;
@@ -211,12 +211,6 @@ fn write_module(text: &str) -> Result<UnfinishedFile, BootError> {
     let module = UnfinishedFile::new(&path);
     std::fs::write(&path, text).map_err(|error| BootError::File { path, error })?;
     Ok(module)
-}
-
-fn read_layout(path: &Path) -> Result<Layout, BootError> {
-    let text =
-        std::fs::read_to_string(path).map_err(|error| BootError::File { path: path.to_owned(), error })?;
-    Ok(Layout::parse(&path.display().to_string(), &text)?)
 }
 
 /// What a layout needs, up to what lies below the hole.

@@ -79,6 +79,7 @@ fn options(asked: &FreeRun<'_>) -> Result<Options, CommandError> {
             Some(Fault::SkipFlush) => PlantedFault::SkipFlush,
             Some(Fault::FreeBeforeFlush) => PlantedFault::FreeBeforeFlush,
             Some(Fault::DropIpi) => PlantedFault::DropIpi,
+            Some(Fault::LocalFlushOnly) => PlantedFault::LocalFlushOnly,
         },
         interrupts: match asked.interrupts {
             Interrupts::Polled => mmu_free_running::Interrupts::Polled,

@@ -2,7 +2,7 @@
 //! code.
 //!
 //! ```text
-//!  command line ─▶ mod.rs ─▶ run, capture, trace, boot, fuzz, replay, sweep ─▶ report, exit code
+//!  command line ─▶ mod.rs ─▶ run, capture, convert, trace, .. ─▶ report, exit code
 //!                              ├── options  (flags of several commands)
 //!                              └── outcome  (how a command ends)
 //! ```
@@ -12,6 +12,7 @@
 
 pub mod boot;
 mod capture;
+mod convert;
 mod free_running;
 mod fuzz;
 mod options;
@@ -29,6 +30,7 @@ use clap::{Parser, Subcommand};
 use crate::output::escape::{escaped, escaped_lines};
 use boot::BootArgs;
 use capture::CaptureArgs;
+use convert::ConvertArgs;
 use fuzz::FuzzArgs;
 use outcome::CommandVerdict;
 use replay::ReplayArgs;
@@ -64,6 +66,10 @@ enum Command {
         after_help = "Example: teardown capture --pid 4321 -o mine.layout && teardown run --layout mine.layout"
     )]
     Capture(CaptureArgs),
+    /// To keep or edit what `/proc/PID/maps` or `smaps` said, of a bug report, say: writes it as a
+    /// layout.
+    #[command(after_help = "Example: teardown convert pasted.smaps -o mine.layout")]
+    Convert(ConvertArgs),
     /// To check the engine on what a real program did over time: makes the memory calls that a log
     /// of `strace -f` holds.
     #[command(after_help = "Example: teardown trace tests/traces/redis-bgsave.strace --cpus 8")]
@@ -102,6 +108,7 @@ pub fn run_command_line() -> ExitCode {
         None => run::execute(&cli.run),
         Some(Command::Run(args)) => run::execute(args),
         Some(Command::Capture(args)) => capture::execute(args),
+        Some(Command::Convert(args)) => convert::execute(args),
         Some(Command::Trace(args)) => trace::execute(args),
         Some(Command::Boot(args)) => boot::execute(args),
         Some(Command::Fuzz(args)) => fuzz::execute(args),

@@ -12,7 +12,7 @@ use mmu_kernel_shim::Misbehaviour;
 use crate::commands::outcome::{CommandError, CommandVerdict};
 use crate::output::escape::label;
 use crate::output::progress::progress_bar;
-use crate::output::report::Report;
+use crate::output::report::{LayoutReport, LogReport, Report};
 use crate::output::words::counted;
 use crate::run::pass::RunOptions;
 
@@ -64,6 +64,9 @@ pub(crate) enum Fault {
     FreeBeforeFlush,
     /// One flush request in four is lost, but acknowledged; needs two CPUs.
     DropIpi,
+    /// Each flush is of the CPU that makes the call: what others are asked for is acknowledged, and
+    /// not done; needs two CPUs. It is what a kernel does that was written for one CPU.
+    LocalFlushOnly,
 }
 
 impl MachineArgs {
@@ -113,6 +116,13 @@ impl MachineArgs {
             Format::Json => report.write_json(out),
         };
         written.map_err(|error| format!("cannot write the report: {error}"))?;
+        let log_of = |layout: &&LayoutReport| layout.log.as_ref().is_some_and(LogReport::is_mostly_left_out);
+        if let Some(layout) = report.layouts.iter().find(log_of).filter(|_| report.is_clean()) {
+            let name = label(&layout.name);
+            return Err(format!(
+                "{name}: most of its calls were not understood, so that there is no verdict"
+            ));
+        }
         Ok(if report.is_clean() { CommandVerdict::Good } else { CommandVerdict::Violation })
     }
 }
@@ -126,12 +136,13 @@ impl Fault {
     /// Refuses a fault that cannot happen on so many CPUs: a run without a violation would make the
     /// checker look blind.
     pub(crate) fn check(fault: Option<Self>, nr_cpus: u32) -> Result<(), CommandError> {
-        if fault == Some(Self::DropIpi) && nr_cpus < 2 {
-            return Err(
-                "--fault drop-ipi: one CPU alone sends no flush requests; use --cpus 2 or more".to_owned()
-            );
+        match fault {
+            Some(fault @ (Self::DropIpi | Self::LocalFlushOnly)) if nr_cpus < 2 => Err(format!(
+                "--fault {}: one CPU alone sends no flush requests; use --cpus 2 or more",
+                fault.word()
+            )),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Refuses to call a run clean in which the planted fault never happened. Says so on stderr
@@ -159,6 +170,7 @@ impl Fault {
             None => Trial::default(),
             Some(Self::SkipFlush) => Trial { fault: MachineFault::SkipFlush, ..Trial::default() },
             Some(Self::DropIpi) => Trial { fault: MachineFault::DropIpi, ..Trial::default() },
+            Some(Self::LocalFlushOnly) => Trial { fault: MachineFault::LocalFlushOnly, ..Trial::default() },
             Some(Self::FreeBeforeFlush) => {
                 Trial { misbehaviour: Misbehaviour::FreeBeforeFlush, ..Trial::default() }
             }

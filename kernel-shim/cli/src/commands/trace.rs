@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::commands::options::MachineArgs;
-use crate::commands::outcome::{CommandError, CommandVerdict, read_text};
+use crate::commands::outcome::{CommandError, CommandVerdict, open_input};
 use crate::input::bundled::TRACES;
 use crate::trace::log::{TraceLog, run_log};
 
@@ -33,12 +33,12 @@ fn logs(args: &TraceArgs) -> Result<Vec<TraceLog>, CommandError> {
     let mut logs = Vec::new();
     for path in &args.log {
         let name = path.display().to_string();
-        logs.push(TraceLog::parse(&name, &read_text(path)?).map_err(|error| error.to_string())?);
+        logs.push(TraceLog::read(&name, open_input(path)?).map_err(|error| error.to_string())?);
     }
     if logs.is_empty() {
         for bundled in TRACES {
             let name = format!("{}.strace", bundled.name);
-            logs.push(TraceLog::parse(&name, bundled.text).map_err(|error| error.to_string())?);
+            logs.push(TraceLog::read(&name, bundled.text.as_bytes()).map_err(|error| error.to_string())?);
         }
     }
     Ok(logs)

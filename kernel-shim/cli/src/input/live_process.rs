@@ -184,14 +184,14 @@ fn kind(map: &MemoryMap) -> VmaKind {
 }
 
 /// Whether the mapping is shared memory that the kernel shows as a file.
-fn is_in_memory_only(path: &Path) -> bool {
+pub(super) fn is_in_memory_only(path: &Path) -> bool {
     let path = path.to_string_lossy();
     ["/dev/shm/", "/memfd:"].iter().any(|prefix| path.starts_with(prefix))
         || without_deleted(&path) == "/dev/zero"
 }
 
 /// The last part of the path: directories would tell about the machine, and nobody needs them.
-fn file_name(path: &Path) -> String {
+pub(super) fn file_name(path: &Path) -> String {
     without_deleted(&path.file_name().unwrap_or(path.as_os_str()).to_string_lossy()).to_owned()
 }
 

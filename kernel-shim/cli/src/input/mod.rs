@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  FILE.layout ─▶ layout ◀── live_process ◀─ /proc/PID/smaps, and pagemap ◀─ /proc/PID/pagemap
-//!  FILE.strace ─▶ strace
+//!  /proc/PID/maps, smaps ─▶ maps ─▶ layout
+//!  FILE.strace ─▶ lines (bounded) ─▶ strace
 //!  tests/layouts, tests/traces ─▶ bundled    (text that is compiled in)
 //! ```
 //!
@@ -12,6 +13,8 @@
 
 pub mod bundled;
 pub mod layout;
+mod lines;
 pub mod live_process;
+pub mod maps;
 mod pagemap;
 pub mod strace;

@@ -110,10 +110,32 @@ pub struct LogReport {
     pub unfinished: u64,
     /// Calls that change an address space and were not made, by name.
     pub dropped: BTreeMap<String, u64>,
-    /// Calls of threads that the log does not start; they were not made.
+    /// Calls of threads of which nothing tells the process; they were not made.
     pub dropped_thread_calls: u64,
     /// Those threads.
     pub dropped_threads: u64,
+    /// Areas that a mapping was put over, because the log has no munmap of them.
+    pub replaced_areas: u64,
+    /// Threads that the log does not start, and that were taken for threads of a process.
+    pub assumed_threads: u64,
+    /// Threads that were taken for children that a call has started under other numbers.
+    pub renamed_threads: u64,
+    /// Processes that the log does not start.
+    pub assumed_processes: u64,
+    /// Programs that were executed without a call of the log.
+    pub assumed_programs: u64,
+    /// Lines that are not strace's, such as output of the program.
+    pub output_lines: u64,
+    /// The first of them, from 1; 0 where there is none, here and below.
+    pub first_output_line: u64,
+    /// Returns of calls whose start the log does not hold.
+    pub lost_starts: u64,
+    /// The line of the first.
+    pub first_lost_start: u64,
+    /// Calls whose line is broken.
+    pub broken_calls: u64,
+    /// The line of the first.
+    pub first_broken_call: u64,
 }
 
 impl LogReport {
@@ -125,7 +147,52 @@ impl LogReport {
             let (calls, threads) = (counted(calls, "call", "calls"), counted(threads, "thread", "threads"));
             what.push(format!("{calls} of {threads} that the log does not start"));
         }
+        for (count, line, one, many) in [
+            (self.lost_starts, self.first_lost_start, "call without its start", "calls without their start"),
+            (self.broken_calls, self.first_broken_call, "broken call", "broken calls"),
+        ] {
+            if count > 0 {
+                what.push(format!("{}{}", counted(count, one, many), from_line(line)));
+            }
+        }
         what
+    }
+
+    /// Whether fewer calls were made than could not be: nothing holds then.
+    #[must_use]
+    pub const fn is_mostly_left_out(&self) -> bool {
+        self.dropped_thread_calls + self.lost_starts + self.broken_calls > self.calls
+    }
+
+    /// Adds the calls of another log that were not made.
+    fn add_not_made(&mut self, other: &Self) {
+        for (name, count) in &other.dropped {
+            *self.dropped.entry(name.clone()).or_default() += count;
+        }
+        self.dropped_threads += other.dropped_threads;
+        self.dropped_thread_calls += other.dropped_thread_calls;
+        self.lost_starts += other.lost_starts;
+        self.broken_calls += other.broken_calls;
+    }
+
+    /// What was assumed about threads that the log does not start, in words.
+    fn assumed(&self) -> Vec<String> {
+        let said = [
+            (
+                self.assumed_threads,
+                "thread is of the only process that it can be of",
+                "threads are of the only process that they can be of",
+            ),
+            (
+                self.renamed_threads,
+                "thread is the child that a call started under another number",
+                "threads are the children that calls started under other numbers",
+            ),
+            (self.assumed_processes, "process was there", "processes were there"),
+            (self.assumed_programs, "program was executed", "programs were executed"),
+        ];
+        let said = said.into_iter().filter(|(count, ..)| *count > 0);
+        said.map(|(count, one, many)| counted(count, one, many)).collect()
     }
 
     /// What the table has no column for.
@@ -144,6 +211,11 @@ impl LogReport {
                 "madvise call without effect on pages",
                 "madvise calls without effect on pages",
             ),
+            (
+                self.replaced_areas,
+                "area replaced whose munmap the log does not have",
+                "areas replaced whose munmap the log does not have",
+            ),
             (self.failed, "failed call left out", "failed calls left out"),
             (self.unfinished, "unfinished call left out", "unfinished calls left out"),
         ] {
@@ -151,12 +223,25 @@ impl LogReport {
                 note.push_str(&format!("; {}", counted(count, one, many)));
             }
         }
+        if self.output_lines > 0 {
+            let lines = counted(self.output_lines, "line of output", "lines of output");
+            note.push_str(&format!("; {lines} skipped{}", from_line(self.first_output_line)));
+        }
+        let assumed = self.assumed();
+        if !assumed.is_empty() {
+            note.push_str(&format!("; ASSUMED: {}", assumed.join(", ")));
+        }
         let not_made = self.not_made();
         if !not_made.is_empty() {
             note.push_str(&format!("; NOT MADE: {}", not_made.join(", ")));
         }
         note
     }
+}
+
+/// Where the first of several things stands in a log, if that is known.
+fn from_line(line: u64) -> String {
+    if line == 0 { String::new() } else { format!(" from line {line} on") }
 }
 
 /// Tables freed, by level.
@@ -284,30 +369,24 @@ impl Report {
         if !self.is_clean() {
             return "NOT CLEAN".to_owned();
         }
-        let mut dropped: BTreeMap<&str, u64> = BTreeMap::new();
-        let (mut threads, mut calls) = (0, 0);
-        for log in self.layouts.iter().filter_map(|layout| layout.log.as_ref()) {
-            for (name, count) in &log.dropped {
-                *dropped.entry(name).or_default() += count;
-            }
-            threads += log.dropped_threads;
-            calls += log.dropped_thread_calls;
+        let mut all = LogReport::default();
+        let logs: Vec<_> = self.layouts.iter().filter_map(|layout| layout.log.as_ref()).collect();
+        match logs[..] {
+            // Its lines are named.
+            [log] => all = log.clone(),
+            ref logs => logs.iter().for_each(|log| all.add_not_made(log)),
         }
-        let dropped = dropped.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
-        let all = LogReport {
-            dropped,
-            dropped_threads: threads,
-            dropped_thread_calls: calls,
-            ..LogReport::default()
-        };
-        let mut but_for = all.not_made();
-        if !but_for.is_empty() {
-            but_for = vec![format!("the calls that were not made ({})", but_for.join(", "))];
+        let not_made = all.not_made();
+        let mut but_for = Vec::new();
+        if !not_made.is_empty() {
+            but_for.push(format!("the calls that were not made ({})", not_made.join(", ")));
         }
         if !self.checked {
             but_for.push("what the checker would have found, which was off".to_owned());
         }
-        if but_for.is_empty() {
+        if logs.iter().any(|log| log.is_mostly_left_out()) {
+            format!("NOT UNDERSTOOD, most of a log: clean except for {}", but_for.join(" and for "))
+        } else if but_for.is_empty() {
             "clean".to_owned()
         } else {
             format!("clean except for {}", but_for.join(" and for "))

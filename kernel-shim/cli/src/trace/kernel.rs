@@ -25,6 +25,8 @@ pub(crate) struct TraceKernel {
     pub(crate) areas: Cell<u64>,
     pub(crate) assumed_areas: Cell<u64>,
     pub(crate) ignored_advice: Cell<u64>,
+    /// Areas that a mapping of the log was put over, because the log has no munmap of them.
+    pub(crate) replaced_areas: Cell<u64>,
     /// Spent in calls that give memory up.
     pub(crate) teardown: Cell<Duration>,
 }
@@ -37,6 +39,7 @@ impl TraceKernel {
             areas: Cell::new(0),
             assumed_areas: Cell::new(0),
             ignored_advice: Cell::new(0),
+            replaced_areas: Cell::new(0),
             teardown: Cell::new(Duration::ZERO),
         }
     }

@@ -20,6 +20,7 @@
 //! `MADV_FREE` and `MADV_REMOVE` drop pages as `MADV_DONTNEED` does; `MADV_DONTFORK` is obeyed;
 //! guard pages are put into private areas; other advice is counted only.
 
+use std::io::BufRead;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -75,9 +76,9 @@ impl TraceLog {
     /// Reads a log. The report calls it by the file name in `source` without folder and ending.
     ///
     /// # Errors
-    /// As for [`Trace::parse`].
-    pub(crate) fn parse(source: &str, text: &str) -> Result<Self, TraceError> {
-        let trace = Trace::parse(source, text)?;
+    /// As for [`Trace::read`].
+    pub(crate) fn read(source: &str, input: impl BufRead) -> Result<Self, TraceError> {
+        let trace = Trace::read(source, input)?;
         let stem = std::path::Path::new(source).file_stem();
         let name = stem.map_or_else(|| source.to_owned(), |stem| stem.to_string_lossy().into_owned());
         Ok(Self { name, source: source.to_owned(), trace })
@@ -123,11 +124,22 @@ fn run_pass(log: &TraceLog, options: &RunOptions, checking: Checking) -> Result<
 /// What became of the calls.
 fn log_report(trace: &Trace, log_run: &LogRun) -> LogReport {
     LogReport {
-        calls: trace.events.len() as u64,
+        calls: trace.events.len() as u64 - trace.assumed.events(),
         threads: log_run.nr_threads.get().into(),
         address_spaces: log_run.nr_spaces.get(),
         assumed_areas: log_run.kernel.assumed_areas.get(),
         ignored_advice: log_run.kernel.ignored_advice.get(),
+        replaced_areas: log_run.kernel.replaced_areas.get(),
+        assumed_threads: trace.assumed.threads,
+        renamed_threads: trace.assumed.renamed,
+        assumed_processes: trace.assumed.processes,
+        assumed_programs: trace.assumed.programs,
+        output_lines: trace.output.count,
+        first_output_line: trace.output.first_line as u64,
+        lost_starts: trace.lost_starts.count,
+        first_lost_start: trace.lost_starts.first_line as u64,
+        broken_calls: trace.broken.count,
+        first_broken_call: trace.broken.first_line as u64,
         failed: trace.nr_failed,
         unfinished: trace.nr_unfinished,
         dropped: trace.dropped.clone(),
@@ -155,6 +167,7 @@ fn refused_call(log: &TraceLog, refused: Refused) -> TraceRunError {
         Some(MemoryCall::Mprotect { .. }) => "mprotect",
         Some(MemoryCall::Clone { .. }) => "clone",
         Some(MemoryCall::Exec) => "execve",
+        Some(MemoryCall::Appears) => "the start of a process",
         Some(MemoryCall::Exit | MemoryCall::ExitGroup) | None => "exit",
     };
     let line = event.map_or(0, |event| event.line);

@@ -9,7 +9,7 @@ use mmu_gather::pagetable::VirtRange;
 use mmu_hosted::Choices;
 use mmu_kernel_shim::{Area, AreaKind, Error, Growth, Kernel, PageContent, Vma, VmaTree};
 
-use crate::input::layout::{PAGE_BYTES, Sharing};
+use crate::input::layout::{PAGE_BYTES, Sharing, USER_END};
 use crate::input::strace::{Advice, Backing, MemoryCall, OldRange, Placement};
 use crate::run::kernel_terms::protection;
 use crate::trace::kernel::TraceKernel;
@@ -121,6 +121,10 @@ impl TraceSpace {
             MemoryCall::Madvise { range, .. } | MemoryCall::Mprotect { range, .. } => {
                 self.assume(kernel, range)
             }
+            MemoryCall::Mremap { from, to, .. } if from.is_empty() => {
+                let length = to.end - to.start;
+                self.assume(kernel, &(from.start..from.start.saturating_add(length).min(USER_END)))
+            }
             MemoryCall::Mremap { from, .. } => self.assume(kernel, from),
             _ => Ok(()),
         }
@@ -158,13 +162,17 @@ impl TraceSpace {
             }
             MemoryCall::Mprotect { range, prot } => whole(range)
                 .map_or(Ok(()), |range| kernel.hosted.mprotect(&self.mm, range, protection(*prot))),
-            MemoryCall::Clone { .. } | MemoryCall::Exec | MemoryCall::Exit | MemoryCall::ExitGroup => Ok(()),
+            MemoryCall::Clone { .. }
+            | MemoryCall::Appears
+            | MemoryCall::Exec
+            | MemoryCall::Exit
+            | MemoryCall::ExitGroup => Ok(()),
         }
     }
 
     /// Maps an area where the log says that nothing was.
     fn mmap(&self, kernel: &TraceKernel, range: VirtRange, area: Area) -> Result<(), Error> {
-        self.drop_assumed(kernel, range)?;
+        self.make_room(kernel, range)?;
         kernel.hosted.mmap(&self.mm, Vma { range, area })?;
         kernel.areas.set(kernel.areas.get() + 1);
         self.warm_up(kernel, range);
@@ -191,7 +199,7 @@ impl TraceSpace {
         if from.start() == to.start() {
             return match (VirtRange::new(from.end(), to.end()), VirtRange::new(to.end(), from.end())) {
                 (Ok(more), _) => {
-                    self.drop_assumed(kernel, more)?;
+                    self.make_room(kernel, more)?;
                     self.warm_up(kernel, more);
                     kernel.hosted.resize(&self.mm, more.start(), more.end())
                 }
@@ -199,7 +207,9 @@ impl TraceSpace {
                 _ => Ok(()),
             };
         }
-        self.known.borrow_mut().assumed.detach(to);
+        if to.intersect(from).is_none() {
+            self.make_room(kernel, to)?;
+        }
         // The recorded kernel had merged neighbours into one area; this one keeps them apart.
         let areas = self.mm.vmas();
         for vma in areas.iter() {
@@ -241,7 +251,7 @@ impl TraceSpace {
         if below.is_none_or(|vma| vma.area != Area::anon() || vma.range.end() != more.start()) {
             return self.mmap(kernel, more, Area::anon());
         }
-        self.drop_assumed(kernel, more)?;
+        self.make_room(kernel, more)?;
         self.warm_up(kernel, more);
         kernel.hosted.resize(&self.mm, more.start(), more.end())
     }
@@ -312,10 +322,17 @@ impl TraceSpace {
         Ok(())
     }
 
-    /// Something else lies in `range` according to the log: what was only assumed to be there goes.
-    fn drop_assumed(&self, kernel: &TraceKernel, range: VirtRange) -> Result<(), Error> {
+    /// Something else lies in `range` according to the log: what was only assumed to be there goes,
+    /// and so does what the log mapped there, of which it has lost the munmap.
+    fn make_room(&self, kernel: &TraceKernel, range: VirtRange) -> Result<(), Error> {
         let wrong = self.known.borrow_mut().assumed.detach(range);
-        wrong.iter().try_for_each(|vma| kernel.hosted.munmap(&self.mm, vma.range))
+        wrong.iter().try_for_each(|vma| kernel.hosted.munmap(&self.mm, vma.range))?;
+        let left = self.mm.vmas().find_from(range.start()).is_some_and(|vma| vma.range.start() < range.end());
+        if left {
+            kernel.replaced_areas.set(kernel.replaced_areas.get() + 1);
+            self.munmap(kernel, range)?;
+        }
+        Ok(())
     }
 
     fn kind(

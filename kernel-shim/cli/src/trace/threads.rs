@@ -190,6 +190,9 @@ impl LogRun {
     /// Makes the call of one event, on the CPU of its thread.
     fn make_call(&self, cpu: CpuId, index: usize) -> Result<(), Error> {
         let TraceEvent { thread: number, call, .. } = &self.events[index];
+        if *call == MemoryCall::Appears {
+            return self.appear(cpu, *number);
+        }
         // Only a thread that was replaced by one of the same number is not there.
         let Some(thread) = self.threads.borrow().get(number).cloned() else { return Ok(()) };
         let space = thread.space;
@@ -248,6 +251,15 @@ impl LogRun {
         {
             parent.waits_for = Some(child);
         }
+        Ok(())
+    }
+
+    /// A thread is there that no other has started, in an address space of its own.
+    fn appear(&self, cpu: CpuId, number: u32) -> Result<(), Error> {
+        self.end_thread(cpu, number)?;
+        let space = Rc::new(TraceSpace::new(&self.kernel)?);
+        self.nr_spaces.set(self.nr_spaces.get() + 1);
+        self.start_thread(number, space);
         Ok(())
     }
 

@@ -74,8 +74,9 @@ impl Sequence {
         let seed = core::array::from_fn(|at| byte(2 + at));
         let flags = byte(1);
         let paging = if flags & 32 == 0 { PagingMode::FourLevel } else { PagingMode::FiveLevel };
+        let nr_cpus = 1 + u32::from(byte(0)) % MOST_CPUS;
         Self {
-            nr_cpus: 1 + u32::from(byte(0)) % MOST_CPUS,
+            nr_cpus,
             seed: u64::from_le_bytes(seed),
             pcid: if flags & 1 == 0 { PcidSupport::On } else { PcidSupport::Off },
             uppers: if flags & 2 == 0 { InvlpgUppers::All } else { InvlpgUppers::LeadingToAddress },
@@ -89,6 +90,7 @@ impl Sequence {
                 .filter(is_step)
                 .take(MOST_STEPS)
                 .map(|bytes| step(bytes, paging))
+                .map(|step| Step { cpu: u16::from(low(u64::from(u32::from(step.cpu) % nr_cpus))), ..step })
                 .collect(),
         }
     }

@@ -97,16 +97,20 @@ impl Sequence {
         text.lines().find_map(|line| line.strip_prefix(KERNEL)).map(str::trim)
     }
 
-    /// Reads the text form.
+    /// Reads the text form. Blank lines are skipped, and what follows a `#` that begins a word.
     ///
     /// # Errors
     /// The first line that is wrong, and what was expected there.
     pub fn parse(text: &str) -> Result<Self, SequenceError> {
-        let mut lines = text.lines().zip(1..).filter(|(line, _)| !line.trim_start().starts_with('#'));
+        let mut lines = text
+            .lines()
+            .map(|line| without_comment(line).trim())
+            .zip(1..)
+            .filter(|(line, _)| !line.is_empty());
         let after_all = text.lines().count() + 1;
         let mut next = |expected| {
             let (line, number) = lines.next().ok_or(SequenceError { line: after_all, expected })?;
-            Ok((line.trim(), number))
+            Ok((line, number))
         };
         let (first, line) = next(HEADER)?;
         if first != HEADER {
@@ -159,13 +163,27 @@ impl Sequence {
         }
         loop {
             let (line, number) = next("a step, or `end`")?;
+            let at_line = |expected| SequenceError { line: number, expected };
             if line == "end" {
-                return Ok(sequence);
+                let expected = "nothing after `end`";
+                return match next(expected) {
+                    Ok((_, line)) => Err(SequenceError { line, expected }),
+                    Err(_) => Ok(sequence),
+                };
             }
-            let step = parse_step(line).map_err(|expected| SequenceError { line: number, expected })?;
+            let step = parse_step(line).map_err(at_line)?;
+            if u32::from(step.cpu) >= sequence.nr_cpus {
+                return Err(at_line("a CPU that the machine has: from 0, below the number after `cpus`"));
+            }
             sequence.steps.push(step);
         }
     }
+}
+
+/// The line up to a `#` that begins a word.
+fn without_comment(line: &str) -> &str {
+    let is_start = |at: usize| line[..at].chars().next_back().is_none_or(char::is_whitespace);
+    line.match_indices('#').find(|(at, _)| is_start(*at)).map_or(line, |(at, _)| &line[..at])
 }
 
 fn frames_in(word: &str) -> Option<u64> {

@@ -1,6 +1,6 @@
 //! Why a text is not a layout: the source, the line, and what was expected there.
 
-use crate::input::layout::snapshot::USER_END;
+use crate::input::layout::snapshot::{MOST_PAGES, PAGE_BYTES, USER_END};
 use crate::output::escape::excerpt;
 use crate::output::words::counted;
 
@@ -95,6 +95,9 @@ pub enum LayoutProblem {
         /// The page after the previous run.
         previous_end: u64,
     },
+    /// More pages than the memory of a simulated machine is meant for.
+    #[error("expected at most {MOST_PAGES} pages in all ({} GiB), found more", (MOST_PAGES * PAGE_BYTES) >> 30)]
+    TooManyPages,
     /// Pages of a kind that the area cannot have.
     #[error("expected pages that an area of kind `{kind}` can have ({can}), found `{found}`")]
     StateOfKind {

@@ -16,5 +16,6 @@ mod text;
 
 pub use error::{LayoutError, LayoutProblem};
 pub use snapshot::{
-    HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, Totals, USER_END, VmaKind,
+    HUGE_PAGES, Layout, LayoutVma, MOST_PAGES, PAGE_BYTES, PageRun, PageState, Prot, Sharing, Totals,
+    USER_END, VmaKind,
 };

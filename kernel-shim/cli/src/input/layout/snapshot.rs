@@ -24,6 +24,10 @@ pub const PAGE_BYTES: u64 = 4096;
 /// Base pages under one 2 MiB leaf of x86_64.
 pub const HUGE_PAGES: u64 = 512;
 
+/// Base pages that a layout may hold in all: 128 GiB. A simulated machine needs about 50 bytes of
+/// memory for each.
+pub const MOST_PAGES: u64 = 32 << 20;
+
 /// First byte a user mapping may not use: the last page below the 47-bit hole stays empty.
 ///
 /// # Source

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 
 use crate::input::bundled::LAYOUTS;
 use crate::input::layout::{
-    HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, Prot, Sharing, USER_END, VmaKind,
+    HUGE_PAGES, Layout, LayoutProblem, LayoutVma, MOST_PAGES, PAGE_BYTES, PageRun, Prot, Sharing, USER_END,
+    VmaKind,
 };
 
 /// File name and text of each bundled layout.
@@ -342,4 +343,23 @@ proptest! {
         let text = layout.to_string();
         prop_assert_eq!(Layout::parse("made up", &text), Ok(layout));
     }
+}
+
+/// Once, a line of it took the memory of the host.
+#[test]
+fn a_layout_of_more_pages_than_a_machine_is_meant_for_is_refused_at_its_line() {
+    let layout = |pages: u64| {
+        format!(
+            "mmu-gather layout 1\nname \"x\"\ncommand \"x\"\nkernel \"x\"\nthreads 1\ntables 1\n\
+             vma 100000000000-200000000000 rw-p anon\n anon 0+{MOST_PAGES}\n anon {MOST_PAGES}+{pages}\n\
+             end vmas=1 runs=2 pages={}\n",
+            MOST_PAGES + pages
+        )
+    };
+    let error = Layout::parse("x", &layout(1)).expect_err("one page too many");
+    assert_eq!((error.line, error.problem), (9, LayoutProblem::TooManyPages));
+    let fits = layout(1).replace(&format!(" anon {MOST_PAGES}+1\n"), "").replace("runs=2", "runs=1");
+    assert!(
+        Layout::parse("x", &fits.replace(&(MOST_PAGES + 1).to_string(), &MOST_PAGES.to_string())).is_ok()
+    );
 }

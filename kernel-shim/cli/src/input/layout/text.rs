@@ -6,7 +6,8 @@ use core::str::Lines;
 
 use crate::input::layout::error::{LayoutError, LayoutProblem};
 use crate::input::layout::snapshot::{
-    HUGE_PAGES, Layout, LayoutVma, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END, VmaKind,
+    HUGE_PAGES, Layout, LayoutVma, MOST_PAGES, PAGE_BYTES, PageRun, PageState, Prot, Sharing, USER_END,
+    VmaKind,
 };
 
 /// First line of every file. A later format gets a later number.
@@ -176,6 +177,7 @@ impl<'a> Parser<'a> {
             nr_tables: self.header("`tables`", "tables", Words::decimal)?,
             vmas: Vec::new(),
         };
+        let mut nr_pages = 0_u64;
         loop {
             let mut words = self.next("an `end` line")?;
             if words.eat("vma") {
@@ -186,7 +188,13 @@ impl<'a> Parser<'a> {
                 words.trailer()?.check(&counted)?;
                 return self.nothing_follows().map(|()| layout);
             } else if let Some(vma) = layout.vmas.last_mut() {
+                let nr_runs = vma.runs.len();
                 words.runs(vma)?;
+                let new: u64 = vma.runs[nr_runs..].iter().map(|run| run.nr_pages).sum();
+                nr_pages = nr_pages.saturating_add(new);
+                if nr_pages > MOST_PAGES {
+                    return Err(LayoutProblem::TooManyPages);
+                }
             } else {
                 return Err(words.expected("`vma` or `end`"));
             }

@@ -13,14 +13,14 @@ pub struct Trace {
     /// The calls that succeeded, in the order in which they can be made again.
     ///
     /// The first is by the thread that starts the program; each other thread is the child of a
-    /// [`MemoryCall::Clone`] above its first event.
+    /// [`MemoryCall::Clone`] above its first event, or [`MemoryCall::Appears`] is its first.
     pub events: Vec<TraceEvent>,
     /// Memory calls that failed, and so changed nothing.
     pub nr_failed: u64,
     /// Memory calls of which the log does not hold the return: it ends first, or the thread was
     /// killed.
     pub nr_unfinished: u64,
-    /// Events left out because the log does not hold the start of their thread.
+    /// Events left out because nothing tells which process their thread is of.
     pub nr_orphaned: u64,
     /// Threads that those are of.
     pub nr_orphaned_threads: u64,
@@ -28,6 +28,54 @@ pub struct Trace {
     pub dropped: BTreeMap<String, u64>,
     /// Other calls.
     pub nr_other: u64,
+    /// Lines that are not strace's, such as output of the program.
+    pub output: Remarked,
+    /// Returns of memory calls whose start the log does not hold, so that what they did is not
+    /// known.
+    pub lost_starts: Remarked,
+    /// Memory calls whose line has lost its end, or has output of the program within it.
+    pub broken: Remarked,
+    /// What was assumed about threads and processes that the log does not start.
+    pub assumed: Assumed,
+}
+
+/// How often something was found in a log, and where first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Remarked {
+    /// How often.
+    pub count: u64,
+    /// The first line of it, from 1; 0 where there is none.
+    pub first_line: usize,
+}
+
+/// What was assumed so that calls of threads that the log does not start can be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Assumed {
+    /// Threads that were taken for threads of the one process that they can be of.
+    pub threads: u64,
+    /// Threads that were taken for the children that a call has started under other numbers.
+    pub renamed: u64,
+    /// Processes that were there, or were started, without a call of the log.
+    pub processes: u64,
+    /// Programs that were executed without a call of the log.
+    pub programs: u64,
+}
+
+impl Assumed {
+    /// Events that were made up.
+    #[must_use]
+    pub const fn events(&self) -> u64 {
+        self.threads + self.processes + self.programs
+    }
+}
+
+impl Remarked {
+    pub(super) fn note(&mut self, line: usize) {
+        self.count += 1;
+        if self.first_line == 0 || line < self.first_line {
+            self.first_line = line;
+        }
+    }
 }
 
 /// One memory call of one thread.
@@ -100,6 +148,9 @@ pub enum MemoryCall {
         /// Which address space it runs in.
         memory: ChildMemory,
     },
+    /// The thread is there, in an address space of its own of which the log does not hold the
+    /// start.
+    Appears,
     /// `execve`: the process leaves its address space for an empty one with a new program.
     Exec,
     /// The thread ended, by `exit` or from outside. Each thread ends once.
@@ -205,13 +256,25 @@ pub enum TraceProblem {
         /// What stands there.
         found: String,
     },
-    /// A call returns that never began: the log lost its start, or another line.
-    #[error("expected an unfinished {name} of thread {thread} above, found only its return")]
-    NeverBegan {
-        /// The call.
-        name: String,
-        /// The thread.
-        thread: u32,
+    /// An address that no program on x86_64 can have.
+    #[error(
+        "expected an address in the user half of x86_64, found {}: this log is of another architecture ({which})",
+        excerpt(found)
+    )]
+    OtherArchitecture {
+        /// The address.
+        found: String,
+        /// Which one it may be.
+        which: &'static str,
+    },
+    /// The file cannot be read on, or has no end.
+    #[error("{0}")]
+    Input(String),
+    /// More calls than the memory of the machine is meant for.
+    #[error("expected at most {most} memory calls; cut the log with `head -n`")]
+    TooMany {
+        /// How many may be in a log.
+        most: usize,
     },
     /// The log ends without one memory call.
     #[error("expected memory calls in the log, found none")]

@@ -1,16 +1,22 @@
 //! The memory calls of a real program, read from a log that `strace -f` wrote.
 //!
 //! ```text
-//!  log ─▶ lex (a line taken apart) ─▶ reader (threads, calls in two parts) ─▶ events: Trace
-//!                                       ├── names (which calls change an address space)
-//!                                       └── arguments (those of one call)
+//!  log ─▶ lex (a line taken apart) ─▶ reader (calls in two parts) ─▶ history (whose they are)
+//!          └── head (what is first)     ├── names (which calls change an address space)   │
+//!                                       └── arguments, flags (those of one call)          ▼
+//!                                                                               events: Trace
 //! ```
 //!
 //! What comes in is a file of `tests/traces/README.md`, what goes out a [`Trace`]. `crate::trace`
 //! makes its calls again.
 
 mod arguments;
+#[cfg(test)]
+mod as_recorded;
 mod events;
+mod flags;
+mod head;
+mod history;
 mod lex;
 mod names;
 mod reader;
@@ -18,6 +24,6 @@ mod reader;
 mod tests;
 
 pub use events::{
-    Advice, Backing, ChildMemory, MemoryCall, OldRange, Placement, Trace, TraceError, TraceEvent,
-    TraceProblem,
+    Advice, Assumed, Backing, ChildMemory, MemoryCall, OldRange, Placement, Remarked, Trace, TraceError,
+    TraceEvent, TraceProblem,
 };

@@ -1,5 +1,5 @@
-//! One page, unmapped the short way: whatever is there, and whoever else is at work, the result is
-//! the same as with a gather.
+//! Pages in one table, unmapped the short way: whatever is there, and whoever else is at work, the
+//! result is the same as with a gather.
 
 use core::cell::Cell;
 use std::rc::Rc;
@@ -326,4 +326,227 @@ fn one_page_unmapped_the_short_way_comes_to_what_a_gather_does() {
     }
     println!("{tried} cases");
     assert!(tried > 300, "{tried} cases");
+}
+
+/// What is at the addresses of a call of several pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// All written to.
+    Written,
+    /// All read, and none may be written.
+    ReadOnly,
+    /// Written and read-only ones by turns.
+    Mixed,
+    /// One in the middle may be written and is clean.
+    OneClean,
+    /// One in the middle was never used.
+    OneFresh,
+    /// There is no page in the middle.
+    Hole,
+    /// A guard is in the middle; it stays when the pages are zapped.
+    Guard,
+}
+
+const PAGES: [Pages; 7] = [
+    Pages::Written,
+    Pages::ReadOnly,
+    Pages::Mixed,
+    Pages::OneClean,
+    Pages::OneFresh,
+    Pages::Hole,
+    Pages::Guard,
+];
+
+/// Around what fits into the slots on the stack, a line, and a batch page.
+const NUMBERS: [u64; 11] = [2, 3, 6, 7, 8, 9, 16, 17, 40, 400, 412];
+
+#[derive(Clone, Copy, Debug)]
+struct Several {
+    pages: Pages,
+    nr_pages: u64,
+    meanwhile: Meanwhile,
+    call: Call,
+    backing: Backing,
+}
+
+impl Several {
+    fn is_possible(self) -> bool {
+        let table_goes = matches!(self.call, Call::MunmapTable | Call::MunmapTableWithoutMemory);
+        let alone = matches!(self.meanwhile, Meanwhile::Nobody | Meanwhile::Arrival);
+        let last = HERE + self.nr_pages * PAGE;
+        let fits = last < HERE / (2 << 20) * (2 << 20) + (2 << 20);
+        fits && (!table_goes || alone && self.pages != Pages::Guard)
+    }
+
+    fn vma(self) -> Vma<Backing> {
+        area(HERE, HERE + self.nr_pages * PAGE, self.backing)
+    }
+
+    fn bounds(self) -> Bounds {
+        match self.call {
+            Call::MunmapTable | Call::MunmapTableWithoutMemory => Bounds::between(None, Some(3 * GIB)),
+            Call::Munmap | Call::Zap => Bounds::between(Some(HERE), Some(self.vma().range.end())),
+        }
+    }
+
+    fn kernel(self) -> PaperKernel {
+        let kernel = PaperKernel::new(Options { cpus: 4, ..Options::default() });
+        let mm = kernel.new_mm();
+        kernel.map(mm, 3 * GIB, Level::Pte);
+        let middle = HERE + self.nr_pages / 2 * PAGE;
+        let goes = matches!(self.call, Call::MunmapTable | Call::MunmapTableWithoutMemory);
+        if !goes {
+            kernel.map(mm, HERE - PAGE, Level::Pte);
+            kernel.map(mm, self.vma().range.end(), Level::Pte);
+        }
+        for cpu in kernel.cpu_ids() {
+            kernel.run(cpu, mm);
+        }
+        for (number, address) in (HERE..self.vma().range.end()).step_by(4096).enumerate() {
+            let in_the_middle = address == middle;
+            if in_the_middle && self.pages == Pages::Hole {
+                continue;
+            }
+            if in_the_middle && self.pages == Pages::Guard {
+                kernel.put_non_present(mm, address, Level::Pte, NonPresent::Marker(Marker::Guard));
+                continue;
+            }
+            let read_only = self.pages == Pages::ReadOnly || self.pages == Pages::Mixed && number % 3 == 1;
+            let flags = if read_only { PageTableFlags::empty() } else { PageTableFlags::WRITABLE };
+            let page = kernel.ledger().new_page(PAGE);
+            kernel.map_page(mm, address, Level::Pte, page, flags);
+            let clean = read_only || in_the_middle && self.pages == Pages::OneClean;
+            if !(in_the_middle && self.pages == Pages::OneFresh) {
+                let access = if clean { Access::Read } else { Access::Write };
+                // A few, so that a flush has something to find.
+                for cpu in kernel.cpu_ids().take(if number < 4 { 4 } else { 1 }) {
+                    kernel.touch(cpu, address, access).expect("it is mapped");
+                }
+            }
+        }
+        kernel.go_lazy(CPU[2]);
+        kernel.leave_mm(CPU[3]);
+        if self.call == Call::MunmapTableWithoutMemory {
+            kernel.supply_batches(Supply::Left(0));
+        }
+        kernel
+    }
+
+    fn outcome(self, unmap: impl FnOnce(&PaperKernel, &PaperMm, &Vma<Backing>)) -> Outcome {
+        let kernel = self.kernel();
+        let mm = kernel.mm(0);
+        kernel.take_events();
+        let vma = self.vma();
+        let nearby = area(vma.range.end(), vma.range.end() + PAGE, Backing::Anonymous);
+        let mut batch = UnmapBatch::new();
+        let (mut reclaimed, mut other) = (None, None);
+        match self.meanwhile {
+            Meanwhile::Nobody => {}
+            Meanwhile::GatherNearby | Meanwhile::GatherHere => {
+                let cleared = if self.meanwhile == Meanwhile::GatherHere { &vma } else { &nearby };
+                let mut gather = kernel.gather(mm);
+                gather.zap_vma_range(cleared, cleared.range).expect("no leaf is cut");
+                other = Some(gather);
+            }
+            Meanwhile::ReclaimNearby => {
+                reclaimed = Some(kernel.reclaim(&mut batch, mm, vma.range.end()));
+            }
+            Meanwhile::ReclaimHere => reclaimed = Some(kernel.reclaim(&mut batch, mm, HERE)),
+            Meanwhile::Arrival => kernel.once(
+                |event| matches!(event, Event::LeafCleared(_)),
+                |kernel| kernel.run(CPU[3], kernel.mm(0)),
+            ),
+            Meanwhile::GatherLater => kernel.once(
+                |event| matches!(event, Event::Gather(GatherEvent::LockDropped { .. })),
+                |kernel| drop(kernel.gather(kernel.mm(0))),
+            ),
+        }
+        let open_at_flush = Rc::new(Cell::new(None));
+        let look = open_at_flush.clone();
+        kernel.once(
+            |event| matches!(event, Event::Tlb(TlbEvent::Requested { .. })),
+            move |kernel| look.set(Some(kernel.mm(0).open_gathers())),
+        );
+        unmap(&kernel, mm, &vma);
+        let cached = (0..4)
+            .flat_map(|number| kernel.cpu_ids().map(move |cpu| (cpu, HERE + number * PAGE)))
+            .map(|(cpu, address)| kernel.cached(cpu, address).is_some())
+            .collect();
+        drop(other);
+        if let Some(frame) = reclaimed {
+            let _receipt = batch.flush(&kernel);
+            kernel.release(frame, 1);
+        }
+        assert_eq!(kernel.batches_lent(), 0);
+        Outcome {
+            events: kernel.take_events(),
+            left: format!("{:?}", [HERE, HERE + self.nr_pages / 2 * PAGE].map(|at| kernel.lookup(mm, at))),
+            cached,
+            held: kernel.ledger().nr_held(),
+            tables: kernel.nr_tables(mm),
+            open_at_flush: open_at_flush.get(),
+            open: mm.open_gathers(),
+        }
+    }
+}
+
+/// As [`Outcome::without_order_of_freeing`], and without what else may differ with more pages than
+/// one: how many batch pages are taken, and in how many slices pages are freed.
+fn without_batches(outcome: Outcome) -> Outcome {
+    let mut outcome = outcome.without_order_of_freeing();
+    outcome.events.retain(|noted| {
+        let batch = GatherEvent::BatchTaken;
+        let refused = GatherEvent::BatchRefused;
+        !matches!(noted.event, Event::FreeChunk { .. })
+            && noted.event != Event::Gather(batch)
+            && noted.event != Event::Gather(refused)
+    });
+    outcome
+}
+
+#[test]
+fn pages_of_one_table_unmapped_the_short_way_come_to_what_a_gather_does() {
+    let (mut tried, mut short) = (0, 0);
+    let calls = CALLS.into_iter().flat_map(|call| MEANWHILE.map(|meanwhile| (call, meanwhile)));
+    for (call, meanwhile) in calls {
+        for (pages, backing) in
+            PAGES.into_iter().flat_map(|pages| [Backing::Anonymous, Backing::File].map(|one| (pages, one)))
+        {
+            for nr_pages in NUMBERS {
+                let case = Several { pages, nr_pages, meanwhile, call, backing };
+                if !case.is_possible() {
+                    continue;
+                }
+                let expected = case.outcome(|kernel, mm, vma| {
+                    let mut gather = kernel.gather(mm);
+                    gather.zap_vma_range(vma, vma.range).expect("no leaf is cut");
+                    if case.call != Call::Zap {
+                        gather.flush_pfn_maps();
+                        gather.unhook_tables([*vma], case.bounds());
+                    }
+                    gather.flush().free();
+                });
+                let outcome = case.outcome(|kernel, mm, vma| match case.call {
+                    Call::Zap => kernel.zap(mm, vma, vma.range).free(),
+                    _ => kernel.unmap(mm, &Limits::DEFAULT, &[*vma], case.bounds()),
+                });
+                let batches = |outcome: &Outcome| {
+                    let taken = Event::Gather(GatherEvent::BatchTaken);
+                    outcome.events.iter().filter(|noted| noted.event == taken).count()
+                };
+                assert!(batches(&outcome) <= batches(&expected), "{case:?}");
+                let chunks = |outcome: &Outcome| {
+                    let is_chunk = |noted: &&Noted| matches!(noted.event, Event::FreeChunk { .. });
+                    outcome.events.iter().filter(is_chunk).count()
+                };
+                // A gather frees what waits on the stack and what waits in its batch page apart.
+                short += usize::from(chunks(&outcome) < chunks(&expected));
+                assert_eq!(without_batches(outcome), without_batches(expected), "{case:?}");
+                tried += 1;
+            }
+        }
+    }
+    println!("{tried} cases, {short} of them freed in one slice of a batch page");
+    assert!(tried > 2000, "{tried} cases");
+    assert!(short > 200, "the short way of many pages was taken {short} times");
 }
