@@ -59,7 +59,7 @@ struct Shared {
     mm: Box<Mm<Bits>>,
 }
 
-// SAFETY: tables are changed by atomic accesses alone, but for the zeroing of one that nobody knows.
+// SAFETY: tables are changed by atomic accesses alone.
 unsafe impl Sync for Shared {}
 
 /// One thread.
