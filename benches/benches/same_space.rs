@@ -59,7 +59,7 @@ struct Shared {
     mm: Box<Mm<Bits>>,
 }
 
-// SAFETY: tables are changed by atomic accesses alone, but for the zeroing of one that nobody knows.
+// SAFETY: tables are changed by atomic accesses alone.
 unsafe impl Sync for Shared {}
 
 /// One thread.
@@ -215,11 +215,11 @@ impl Thread<'_> {
             | PageTableFlags::ACCESSED
             | PageTableFlags::DIRTY;
         let area = self.area();
-        for table in (area.start()..area.end()).step_by(TABLE as usize) {
+        for table in (area.start()..area.end()).step_by(1 << 21) {
             // SAFETY: no table is ever freed.
             let view = unsafe { self.shared.mm.space().ensure_table(self, table, Level::Pte) };
             let locked = view.expect("there are frames enough").lock(self);
-            for address in (table..table + TABLE).step_by(PAGE as usize) {
+            for address in (table..table + TABLE).step_by(4096) {
                 let page =
                     EntryValue::leaf(Level::Pte, PhysAddr::new((1 << 30) + (address & 0xfff_f000)), flags);
                 // SAFETY: the entry is empty; the page is a number only.
@@ -233,7 +233,7 @@ impl Thread<'_> {
         let area = self.area();
         let vma = Vma { range: area, kind: VmaKind::Normal, area: () };
         let mut calls = 0;
-        for start in (area.start()..area.end()).step_by((pages * PAGE) as usize) {
+        for start in (area.start()..area.end()).step_by(usize::try_from(pages * PAGE).expect("few")) {
             let range = VirtRange::new(start, start + pages * PAGE).expect("not empty");
             // SAFETY: the area stays, and no table is freed.
             let flushed = unsafe { zap_page_range(self, &self.shared.mm, &Limits::DEFAULT, &vma, range) };

@@ -80,16 +80,16 @@ impl<'k, 'm, K: Platform> MmuGather<'k, 'm, K> {
         Self::begin(kernel, mm, GatherMode::Shared, Reach::Everywhere)
     }
 
-    /// As [`new`](Self::new), for a gather that is to clear leaves of `range` alone, as a write to a
-    /// page that is copied does.
+    /// As [`new`](Self::new), for a gather that is to clear leaves of `range` alone, as a write to
+    /// a page that is copied does.
     ///
     /// If `range` lies in one last-level table, or in two, a gather that is open on other tables
     /// makes neither of the two flush more (rule G6). If it is larger, this is [`new`](Self::new).
     ///
     /// # Safety
     /// - As for [`new`](Self::new);
-    /// - the gather is told of nothing but leaves of `range` that were cleared: it unhooks no table,
-    ///   moves no page, and takes no rights away.
+    /// - the gather is told of nothing but leaves of `range` that were cleared: it unhooks no
+    ///   table, moves no page, and takes no rights away.
     #[must_use]
     #[inline]
     pub unsafe fn new_within(kernel: &'k K, mm: &'m MmOf<K::Context>, range: VirtRange) -> Self {

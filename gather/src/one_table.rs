@@ -198,8 +198,9 @@ impl<'k, 'm, K: Platform> Locked<'k, 'm, K> {
     /// Takes the lock of `table`; `None` if a flush is owed, for which a gather makes up.
     #[inline(always)]
     fn take(kernel: &'k K, mm: &'m MmOf<K::Context>, table: TableView<'k>, address: u64) -> Option<Self> {
-        // INVARIANT: G6, the stripe of the table is enough where the table is unhooked, too. Whoever
-        // finds the entry empty that has led to it looks into the same 2 MiB, or everywhere.
+        // INVARIANT: G6, the stripe of the table is enough where the table is unhooked, too.
+        // Whoever finds the entry empty that has led to it looks into the same 2 MiB, or
+        // everywhere.
         let open = OpenGather::new(mm, InTable::of(&mm.gathers(), address));
         kernel.between_gather_steps();
         let table = table.lock(kernel);

@@ -106,8 +106,8 @@ impl TlbGen {
 /// Linux: mm_context_t and mm_cpumask.
 ///
 /// Two cache lines, aligned to one, so that CPUs that flush different address spaces write no line
-/// in common. The generation, which every flush writes, has a line to itself: threads of one program
-/// that unmap at the same time read the rest from copies of their own.
+/// in common. The generation, which every flush writes, has a line to itself: threads of one
+/// program that unmap at the same time read the rest from copies of their own.
 #[doc(alias = "mm_context_t")]
 #[derive(Debug)]
 #[repr(align(64))]

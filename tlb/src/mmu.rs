@@ -327,9 +327,9 @@ pub unsafe trait Cpus {
         Some(1 << 31)
     }
 
-    /// Called between two steps of a flush, of a batch or of a switch, where another CPU may see the
-    /// first without the second. A kernel does nothing here; whoever tests one lets other CPUs run.
-    /// It must not unwind.
+    /// Called between two steps of a flush, of a batch or of a switch, where another CPU may see
+    /// the first without the second. A kernel does nothing here; whoever tests one lets other CPUs
+    /// run. It must not unwind.
     ///
     /// # Context
     /// A table lock may be held; interrupts as the caller has them: off in a switch, and where a

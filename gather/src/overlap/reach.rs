@@ -30,8 +30,9 @@ impl TableStripe {
     pub(crate) const fn of(address: u64) -> Self {
         // Multiplied, because areas of threads lie a power of two apart: the low bits of their
         // numbers are the same.
-        let table = (address >> Level::Pmd.entry_shift()) as u32;
-        Self((table.wrapping_mul(0x9e37_79b9) >> (u32::BITS - NR_STRIPES.ilog2())) as u8)
+        let table = address >> Level::Pmd.entry_shift();
+        let [.., high] = table.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+        Self(high >> (u8::BITS - NR_STRIPES.ilog2()))
     }
 }
 
@@ -53,8 +54,8 @@ impl Counted for TableStripe {
     }
 }
 
-/// A gather that looks into one last-level table, with the count that it is in at hand: for the path
-/// of one page, which keeps it in a register.
+/// A gather that looks into one last-level table, with the count that it is in at hand: for the
+/// path of one page, which keeps it in a register.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct InTable<'a> {
     stripe: &'a Count,
