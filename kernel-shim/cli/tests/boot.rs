@@ -46,7 +46,7 @@ fn options_that_do_not_go_together_are_refused() {
     ] {
         assert!(matches!(boot(&args(&words)), Err(BootError::Usage(_))), "{words:?}");
     }
-    assert!(matches!(boot(&args(&["--layout", "/nowhere.layout"])), Err(BootError::File { .. })));
+    assert!(matches!(boot(&args(&["--layout", "/nowhere.layout"])), Err(BootError::Input(_))));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use common::{stdout as text, teardown};
 const DISCARD: &str = "\
 mmu-gather sequence 1
 cpus 4
-seed 5
+seed 1
 mmu pcid intel keeper
 0 map m1 40000000+4 anon write
 sync

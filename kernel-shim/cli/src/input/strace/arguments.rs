@@ -8,6 +8,7 @@ use crate::input::strace::events::{
 };
 use crate::input::strace::flags::{self, flags};
 use crate::input::strace::lex::{self, Call};
+use crate::input::strace::number::{number, number32};
 
 /// Reads the arguments of a call that succeeded.
 pub(super) fn memory_call(call: &Call<'_>) -> Result<MemoryCall, TraceProblem> {
@@ -94,7 +95,7 @@ fn clone(call: &Call<'_>, memory: ChildMemory) -> Result<MemoryCall, TraceProble
 fn child(result: &str) -> Option<u32> {
     let outside = result.split_once("/* ").and_then(|(_, rest)| rest.split_once(" in strace's PID NS"));
     let word = outside.map_or_else(|| result.split([' ', '<']).next(), |(digits, _)| Some(digits));
-    word.and_then(lex::number32).filter(|&child| child > 0)
+    word.and_then(number32).filter(|&child| child > 0)
 }
 
 /// From `flags=` among the arguments of `clone`, or in the structure that is the first argument of
@@ -104,8 +105,7 @@ fn child_memory(arguments: &[&str]) -> Result<ChildMemory, TraceProblem> {
     let fields = structure.and_then(|inside| lex::list(inside, '}')).map(|(fields, _)| fields);
     let named = fields.as_deref().unwrap_or(arguments).iter().find_map(|field| field.strip_prefix("flags="));
     // `-e raw=clone` prints no names; the flags come first.
-    let raw =
-        || arguments.first().copied().filter(|first| arguments.len() >= 4 && lex::number(first).is_some());
+    let raw = || arguments.first().copied().filter(|first| arguments.len() >= 4 && number(first).is_some());
     let words = named
         .or_else(raw)
         .ok_or_else(|| TraceProblem::expected("`flags=` among the arguments", &arguments.join(", ")))?;
@@ -129,7 +129,7 @@ fn prot(text: &str) -> Result<Prot, TraceProblem> {
 fn advice(text: &str) -> Advice {
     // What strace has no name for is a number and a comment, and so is everything for `-X raw`.
     let word = text.split(' ').next().unwrap_or(text);
-    match (word, lex::number(word)) {
+    match (word, number(word)) {
         ("MADV_DONTNEED" | "MADV_DONTNEED_LOCKED", _) | (_, Some(4 | 24)) => Advice::DontNeed,
         ("MADV_FREE", _) | (_, Some(8)) => Advice::Free,
         ("MADV_REMOVE", _) | (_, Some(9)) => Advice::Remove,
@@ -150,8 +150,8 @@ fn advice(text: &str) -> Advice {
 fn range(start: &str, len: &str) -> Result<Range<u64>, TraceProblem> {
     const RANGE: &str = "a range of whole pages in the user half";
     let not_a_range = || TraceProblem::expected(RANGE, &format!("{start}, {len}"));
-    let start_bytes = lex::number(start).map(of_32_bits).filter(|start| start.is_multiple_of(PAGE_BYTES));
-    let len_bytes = lex::number(len).and_then(|len| len.checked_next_multiple_of(PAGE_BYTES));
+    let start_bytes = number(start).map(of_32_bits).filter(|start| start.is_multiple_of(PAGE_BYTES));
+    let len_bytes = number(len).and_then(|len| len.checked_next_multiple_of(PAGE_BYTES));
     let (first, len) = start_bytes.zip(len_bytes).ok_or_else(not_a_range)?;
     check_architecture(first, start)?;
     let end = first.checked_add(len).filter(|&end| end <= USER_END).ok_or_else(not_a_range)?;
@@ -187,5 +187,5 @@ fn check_architecture(address: u64, found: &str) -> Result<(), TraceProblem> {
 }
 
 fn address(text: &str) -> Result<u64, TraceProblem> {
-    lex::number(text).ok_or_else(|| TraceProblem::expected("a number below 2^64", text))
+    number(text).ok_or_else(|| TraceProblem::expected("a number below 2^64", text))
 }

@@ -1,7 +1,7 @@
 //! What stands before a call: the number of its thread, times, and what further options of `strace`
 //! and the pasting of logs add.
 
-use crate::input::strace::lex::number32;
+use crate::input::strace::number::number32;
 
 /// The largest number of a thread. Linux: PID_MAX_LIMIT. A larger number is a time in seconds.
 const MOST_THREADS: u32 = 4 << 20;

@@ -19,6 +19,7 @@ mod head;
 mod history;
 mod lex;
 mod names;
+mod number;
 mod reader;
 #[cfg(test)]
 mod tests;

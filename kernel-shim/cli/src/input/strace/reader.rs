@@ -21,6 +21,7 @@ use crate::input::strace::events::{MemoryCall, Trace, TraceError, TraceEvent, Tr
 use crate::input::strace::history::{Queries, settle};
 use crate::input::strace::lex::{self, Call, Line, Parsed};
 use crate::input::strace::names::{is_dropped_call, is_exit, is_memory_call};
+use crate::input::strace::number::number;
 
 /// Memory calls of one log: each takes about 200 bytes.
 const MOST_EVENTS: usize = 8 << 20;
@@ -365,7 +366,7 @@ impl Reader {
             return Ok(());
         }
         let is_query =
-            call.name == "brk" && call.arguments.first().and_then(|asked| lex::number(asked)) == Some(0);
+            call.name == "brk" && call.arguments.first().and_then(|asked| number(asked)) == Some(0);
         let call = memory_call(&call)?;
         let line = match &call {
             MemoryCall::Munmap { .. } | MemoryCall::Madvise { .. } | MemoryCall::Clone { .. } => entered_at,
@@ -396,14 +397,14 @@ impl Reader {
     /// Segments of System V shared memory are attached where the log tells their size.
     fn shared_memory(&mut self, thread: u32, call: Option<&Call<'_>>) -> bool {
         let Some(call) = call else { return false };
-        let result = lex::number(call.result);
+        let result = number(call.result);
         match (call.name, call.arguments.as_slice(), result) {
             ("shmget", &[_, size, _], Some(id)) => {
-                self.segments.extend(lex::number(size).map(|size| (id, size)));
+                self.segments.extend(number(size).map(|size| (id, size)));
                 return false;
             }
             ("shmat", &[id, _, flags], Some(_)) => {
-                let size = lex::number(id).and_then(|id| self.segments.get(&id).copied());
+                let size = number(id).and_then(|id| self.segments.get(&id).copied());
                 let attached = size.and_then(|size| shared_mapping(call.result, size, flags));
                 if let Some((range, call)) = attached {
                     self.attached.insert(range.start, range.end);
@@ -411,7 +412,7 @@ impl Reader {
                 }
             }
             ("shmdt", &[start], Some(_)) => {
-                let start = lex::number(start);
+                let start = number(start);
                 let end = start.and_then(|start| self.attached.get(&start).copied());
                 if let Some((start, end)) = start.zip(end) {
                     let call = MemoryCall::Munmap { range: start..end };
