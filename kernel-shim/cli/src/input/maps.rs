@@ -1,7 +1,7 @@
 //! `/proc/PID/maps` and `/proc/PID/smaps`, as they were printed or pasted, as a [`Layout`].
 //!
 //! `smaps` says how many pages of each area are there, and not which: the first ones are taken,
-//! large ones where they can be. `maps` does not say that either: [`ASSUMED_PAGES`] of each area
+//! large ones where they can be. `maps` does not say that either: `ASSUMED_PAGES` of each area
 //! that a program can use are taken to be there. What was assumed or skipped is said in remarks.
 
 use crate::input::layout::{
