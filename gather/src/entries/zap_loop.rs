@@ -69,9 +69,9 @@ pub(crate) fn zap_plain<K: Platform>(
 ) -> DelayedRmaps {
     let zap_loop = ZapLoop { kernel, area, start, leaves: Small, clear };
     let mut done = Progress::at(0);
-    kernel.between_look_and_change();
     spare.push_each(entries.iter().enumerate().map(|(index, entry)| {
         let value = entry.load();
+        kernel.between_look_and_change();
         // SAFETY: the lock is held since before the values were read, all of which are settled. The
         // caller notes what was cleared before the lock drops.
         unsafe { entry.clear_settled() };
